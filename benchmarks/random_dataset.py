@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Write a prepared dataset of random latents and embeddings, to measure training without videos, VAE and text encoder.
+
+    python benchmarks/random_dataset.py OUT --num_clips 8 --frames 49 --height 480 --width 720
+
+The layout is what prepare_dataset.py --save_latents_and_embeddings writes; train on it with --load_tensors.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+LATENT_CHANNELS = 16
+
+
+def latent_size(frames, height, width):
+    """Latent [F, H, W] of a video of `frames` x `height` x `width` pixels. Raises ValueError where the VAE has none."""
+    if frames % 4 != 1 or height % 16 or width % 16:
+        raise ValueError(f"{frames}x{height}x{width}: need 4k+1 frames, height and width divisible by 16")
+    return (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def random_moments(size, generator):
+    """Posterior mean of unit deviation and a log variance of about -6, as the VAE gives them: [2C, F, H, W]."""
+    mean = torch.randn(LATENT_CHANNELS, *size, generator=generator)
+    logvar = 0.1 * torch.randn(LATENT_CHANNELS, *size, generator=generator) - 6.0
+    return torch.cat([mean, logvar])
+
+
+def write_clip_files(out, stem, size, text_shape, generator):
+    """Write one clip's tensors; returns its manifest fields."""
+    latent, embed = f"video_latents/{stem}.safetensors", f"prompt_embeds/{stem}.safetensors"
+    save_file({"moments": random_moments(size, generator)}, out / latent)
+    save_file({"prompt_embeds": torch.randn(text_shape, generator=generator)}, out / embed)
+    return {"prompt_embed": embed, "video": f"videos/{stem}.mp4", "video_latent": latent, "image_latent": None}
+
+
+def write_dataset(out, num_clips, frames, height, width, text_shape=(226, 4096), seed=0):
+    """Write `num_clips` random clips to the folder `out`; the videos named in the manifest do not exist."""
+    out, size = Path(out), latent_size(frames, height, width)
+    for folder in ("video_latents", "prompt_embeds"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    metadata = {"num_frames": frames, "height": height, "width": width}
+    rows = []
+    for index in range(num_clips):
+        fields = write_clip_files(out, f"random_{index:05d}", size, text_shape, generator)
+        rows.append({"prompt": f"random clip number {index}", **fields, "metadata": metadata})
+    empty = {"prompt_embeds": torch.randn(text_shape, generator=generator)}
+    save_file(empty, out / "prompt_embeds" / "_empty.safetensors")
+    (out / "prompts.txt").write_text("".join(row["prompt"] + "\n" for row in rows))
+    (out / "videos.txt").write_text("".join(row["video"] + "\n" for row in rows))
+    (out / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--num_clips", type=int, default=8, help="clips (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=49, help="pixel frames of a clip, 4k+1 (default: %(default)s)")
+    parser.add_argument("--height", type=int, default=480, help="pixel height (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=720, help="pixel width (default: %(default)s)")
+    parser.add_argument("--text_length", type=int, default=226, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--text_width", type=int, default=4096, help="width of an embedding (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default: %(default)s)")
+    args = parser.parse_args()
+    text_shape = (args.text_length, args.text_width)
+    try:
+        write_dataset(args.out, args.num_clips, args.frames, args.height, args.width, text_shape, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{args.num_clips} random clips of {args.frames}x{args.height}x{args.width}: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Run a training script unchanged and print one JSON line: seconds per optimizer step and peak memory.
+
+    python benchmarks/step_time.py --warmup 3 --csv rows.csv -- training/cogvideox_text_to_video_lora.py FLAGS
+
+A step ends where a torch.optim optimizer has stepped and the device has finished, whatever the script logs itself: gradient
+accumulation, data loading, checkpoints and validation between two of them are part of it. Memory peaks are
+those of the whole process, loading included; without a GPU they are 0. The exit code is the script's own.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import runpy
+import shlex
+import sys
+import time
+import traceback
+import weakref
+from pathlib import Path
+
+
+GIB = 2**30
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+FIELDS = ("label", "exit_code", "warmup", "steps", "median_s", "p10_s", "p90_s", "first_step_s")
+FIELDS += ("allocated_gib", "reserved_gib", "host_gib", "card", "python", *PACKAGES, "cuda", "command")
+
+
+class StepClock:
+    """Times of optimizer steps, and memory peaks that survive a script's own resets."""
+
+    def __init__(self, torch):
+        self.torch = torch
+        self.start = time.perf_counter()
+        self.step_times = []
+        self.peaks = [0, 0]
+        self.optimizer = lambda: None
+
+    def on_step(self, optimizer, args, kwargs):
+        # One optimizer marks the steps: an offloading one may be made of hundreds, one per parameter.
+        if self.optimizer() is None:
+            self.optimizer = weakref.ref(optimizer)
+        if self.optimizer() is optimizer:
+            if self.torch.cuda.is_initialized():
+                self.torch.cuda.synchronize()
+            self.step_times.append(time.perf_counter())
+
+    def note_peaks(self):
+        """Fold the counters of the current device into the peaks of the process, in bytes."""
+        if self.torch.cuda.is_initialized():
+            cuda = self.torch.cuda
+            self.peaks = [*map(max, self.peaks, (cuda.max_memory_allocated(), cuda.max_memory_reserved()))]
+
+    def install(self):
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        register_optimizer_step_post_hook(self.on_step)
+        reset = self.torch.cuda.memory.reset_peak_memory_stats
+
+        def reset_after_noting(*args, **kwargs):
+            self.note_peaks()
+            return reset(*args, **kwargs)
+
+        self.torch.cuda.reset_peak_memory_stats = reset_after_noting
+        self.torch.cuda.memory.reset_peak_memory_stats = reset_after_noting
+
+
+def run_script(command):
+    """Run `command` = [script, *flags] as __main__ in this process; returns its exit code, 1 for a traceback."""
+    sys.argv = list(command)
+    sys.path[0] = str(Path(command[0]).resolve().parent)
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def step_durations(step_times, warmup):
+    """Seconds of each step after the first `warmup`; the very first step has no start and never counts."""
+    durations = [end - start for start, end in zip(step_times, step_times[1:], strict=False)]
+    return durations[max(warmup, 1) - 1 :]
+
+
+def percentile(values, fraction):
+    """Linear interpolation between the sorted values; None of no values."""
+    if not values:
+        return None
+    values, place = sorted(values), fraction * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return round(values[low] + (place - low) * (values[high] - values[low]), 5)
+
+
+def package_versions():
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def summarise(clock, args, exit_code):
+    """The row of one run, in the order of FIELDS."""
+    clock.note_peaks()
+    cuda = clock.torch.cuda
+    durations = step_durations(clock.step_times, args.warmup)
+    row = {
+        "label": args.label,
+        "exit_code": exit_code,
+        "warmup": args.warmup,
+        "steps": len(durations),
+        "median_s": percentile(durations, 0.5),
+        "p10_s": percentile(durations, 0.1),
+        "p90_s": percentile(durations, 0.9),
+        "first_step_s": round(clock.step_times[0] - clock.start, 3) if clock.step_times else None,
+        "allocated_gib": round(clock.peaks[0] / GIB, 3),
+        "reserved_gib": round(clock.peaks[1] / GIB, 3),
+        "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3),  # KiB on Linux
+        "card": cuda.get_device_name() if cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        **package_versions(),
+        "cuda": clock.torch.version.cuda,
+        "command": shlex.join(args.command),
+    }
+    return {field: row[field] for field in FIELDS}
+
+
+def check_csv(path):
+    """A file of other columns ends the run before it starts, not after it."""
+    if path.exists() and path.read_text().partition("\n")[0] != ",".join(FIELDS):
+        sys.exit(f"{path}: has other columns than this script writes; name another file")
+
+
+def append_row(path, row):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def parse_args(argv):
+    """Our own flags stand before `--`, the script and its flags after it."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [flags] -- script.py ...", formatter_class=formatter
+    )
+    parser.add_argument("--warmup", type=int, default=3, help="first steps left out (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="append a row to this file")
+    parser.add_argument("--label", default="", help="name of the row")
+    args = parser.parse_args(argv[:split])
+    args.command = argv[split + 1 :]
+    if not args.command:
+        parser.error("name the script after --")
+    return args
+
+
+def main():
+    args = parse_args(sys.argv[1:])
+    if args.csv:
+        check_csv(args.csv)
+    import torch
+
+    clock = StepClock(torch)
+    clock.install()
+    exit_code = run_script(args.command)
+    row = summarise(clock, args, exit_code)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(row), flush=True)
+        if args.csv:
+            append_row(args.csv, row)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

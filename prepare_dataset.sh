@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Turn videos and captions into what training reads: VAE moments and prompt embeddings.
+#
+#   DATA_ROOT=video-dataset-disney CAPTION_COLUMN=prompt.txt ./prepare_dataset.sh
+#   DATA_ROOT=videos DATASET_FILE=videos/metadata.csv CAPTION_COLUMN=caption VIDEO_COLUMN=path ./prepare_dataset.sh
+#
+# Set the settings below in the environment or here. Arguments of this file end the command. Run again, it does only
+# what is missing. Exit code: that of training/prepare_dataset.py, 65 when clips were left out.
+
+# -f: lists of sizes are split at white space, never taken for file patterns.
+set -euf -o pipefail
+here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
+
+# ---------------------------------------------------------------- settings
+
+MODEL="${MODEL:-zai-org/CogVideoX-5b}"  # hub id or folder: the model that will be trained
+DATA_ROOT="${DATA_ROOT:-}"              # folder of the two text files and the videos
+OUTPUT_ROOT="${OUTPUT_ROOT:-${DATA_ROOT%/}-prepared}"  # DATA_ROOT of the training wrapper
+DATASET_FILE="${DATASET_FILE:-}"        # a CSV in place of the two text files; then the next two name its columns
+CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
+VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
+ID_TOKEN="${ID_TOKEN:-}"                # put in front of every caption
+
+# Every clip goes to the nearest size. CogVideoX 1.0 was trained at 480x720 with 49 frames, 1.5 at 768x1360 with 81.
+HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
+WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
+FRAME_BUCKETS="${FRAME_BUCKETS:-49}"
+MAX_NUM_FRAMES="${MAX_NUM_FRAMES:-49}"
+TARGET_FPS="${TARGET_FPS:-}"            # empty: the model's own rate, 8 for 1.0, 16 for 1.5
+
+DTYPE="${DTYPE:-bf16}"                  # fp32 on a CPU
+BATCH_SIZE="${BATCH_SIZE:-1}"
+NUM_WORKERS="${NUM_WORKERS:-2}"         # processes that decode videos
+GPU_IDS="${GPU_IDS:-0}"                 # "0,1" splits the clips over two GPUs
+DRY_RUN="${DRY_RUN:-0}"                 # 1 prints the command and does not run it
+
+# ---------------------------------------------------------------- checks
+
+if [[ -z $DATA_ROOT ]]; then
+    echo "$(basename "$0"): fill in DATA_ROOT: the folder of prompts.txt, videos.txt and the videos" >&2
+    exit 2
+fi
+
+# `make install` puts everything into .venv; an active environment goes first.
+if ! command -v accelerate > /dev/null && [[ -x $here/.venv/bin/accelerate ]]; then
+    PATH="$here/.venv/bin:$PATH"
+fi
+
+# ---------------------------------------------------------------- command
+
+export CUDA_VISIBLE_DEVICES="$GPU_IDS"
+IFS=, read -r -a gpus <<< "$GPU_IDS"
+command=(python)
+((${#gpus[@]} < 2)) || command=(torchrun --standalone --nproc_per_node "${#gpus[@]}")
+
+# Unquoted: several sizes are several arguments.
+# shellcheck disable=SC2206
+command+=(
+    "$here/training/prepare_dataset.py"
+    --model_id "$MODEL"
+    --data_root "$DATA_ROOT"
+    --caption_column "$CAPTION_COLUMN"
+    --video_column "$VIDEO_COLUMN"
+    --output_dir "$OUTPUT_ROOT"
+    --save_latents_and_embeddings
+    --height_buckets $HEIGHT_BUCKETS
+    --width_buckets $WIDTH_BUCKETS
+    --frame_buckets $FRAME_BUCKETS
+    --max_num_frames "$MAX_NUM_FRAMES"
+    --dtype "$DTYPE"
+    --batch_size "$BATCH_SIZE"
+    --dataloader_num_workers "$NUM_WORKERS"
+)
+[[ -z $DATASET_FILE ]] || command+=(--dataset_file "$DATASET_FILE")
+[[ -z $ID_TOKEN ]] || command+=(--id_token "$ID_TOKEN")
+[[ -z $TARGET_FPS ]] || command+=(--target_fps "$TARGET_FPS")
+command+=("$@")
+
+if [[ $DRY_RUN != 0 ]]; then
+    printf -v line '%q ' "${command[@]}"
+    printf 'CUDA_VISIBLE_DEVICES=%q %s\n' "$GPU_IDS" "${line% }"
+    exit 0
+fi
+
+code=0
+started="$(mktemp)"
+trap 'rm -f "$started"' EXIT
+"${command[@]}" || code=$?
+# torchrun turns every exit code into 1; the real one is in status.json, unless that is of an earlier run.
+if ((code != 0)) && [[ $OUTPUT_ROOT/status.json -nt $started ]]; then
+    code="$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$OUTPUT_ROOT/status.json")"
+fi
+exit "${code:-1}"

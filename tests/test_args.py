@@ -1,0 +1,541 @@
+"""Flags: names and defaults of the original, what is refused, and how it is said."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from args import LATER, SCRIPTS, make_prepare_parser, make_training_parser, parse_prepare_args, parse_training_args
+
+
+SIZES = "256 320 384 480 512 576 720 768 960 1024 1280 1536"
+MODEL = ["--pretrained_model_name_or_path", "zai-org/CogVideoX-2b"]
+TRAIN = [*MODEL, "--data_root", "clips"]
+PREPARE = ["--data_root", "clips", "--output_dir", "prepared"]
+
+# The flags that users of the original pass, frozen: flag | type | default | choices
+TRAINING_FLAGS = f"""
+pretrained_model_name_or_path | str | required |
+revision | str | None |
+variant | str | None |
+cache_dir | str | None |
+data_root | str | None |
+dataset_file | str | None |
+video_column | str | video |
+caption_column | str | text |
+id_token | str | None |
+height_buckets | ints | {SIZES} |
+width_buckets | ints | {SIZES} |
+frame_buckets | ints | 49 |
+load_tensors | flag | False |
+random_flip | float | None |
+dataloader_num_workers | int | 0 |
+pin_memory | flag | False |
+seed | int | None |
+rank | int | 64 |
+lora_alpha | int | 64 |
+mixed_precision | str | None | no fp16 bf16
+output_dir | str | cogvideox-sft |
+height | int | 480 |
+width | int | 720 |
+video_reshape_mode | str | None |
+fps | int | 8 |
+max_num_frames | int | 49 |
+skip_frames_start | int | 0 |
+skip_frames_end | int | 0 |
+train_batch_size | int | 4 |
+num_train_epochs | int | 1 |
+max_train_steps | int | None |
+checkpointing_steps | int | 500 |
+checkpoints_total_limit | int | None |
+resume_from_checkpoint | str | None |
+gradient_accumulation_steps | int | 1 |
+gradient_checkpointing | flag | False |
+learning_rate | float | 0.0001 |
+scale_lr | flag | False |
+lr_scheduler | str | constant |
+lr_warmup_steps | int | 500 |
+lr_num_cycles | int | 1 |
+lr_power | float | 1.0 |
+enable_slicing | flag | False |
+enable_tiling | flag | False |
+noised_image_dropout | float | 0.05 |
+validation_prompt | str | None |
+validation_images | str | None |
+validation_prompt_separator | str | ::: |
+num_validation_videos | int | 1 |
+validation_epochs | int | 50 |
+guidance_scale | float | 6 |
+use_dynamic_cfg | flag | False |
+enable_model_cpu_offload | flag | False |
+optimizer | lower | adam | adam adamw prodigy came
+use_8bit | flag | False |
+use_4bit | flag | False |
+use_torchao | flag | False |
+beta1 | float | 0.9 |
+beta2 | float | 0.95 |
+beta3 | float | None |
+prodigy_decouple | flag | False |
+weight_decay | float | 0.0001 |
+epsilon | float | 1e-08 |
+max_grad_norm | float | 1.0 |
+prodigy_use_bias_correction | flag | False |
+prodigy_safeguard_warmup | flag | False |
+use_cpu_offload_optimizer | flag | False |
+offload_gradients | flag | False |
+tracker_name | str | None |
+push_to_hub | flag | False |
+hub_token | str | None |
+hub_model_id | str | None |
+logging_dir | str | logs |
+allow_tf32 | flag | False |
+nccl_timeout | int | 600 |
+report_to | str | None |
+"""
+PREPARE_FLAGS = f"""
+model_id | str | THUDM/CogVideoX-2b |
+data_root | str | required |
+dataset_file | str | None |
+caption_column | str | caption |
+video_column | str | video |
+id_token | str | None |
+height_buckets | ints | {SIZES} |
+width_buckets | ints | {SIZES} |
+frame_buckets | ints | 49 |
+random_flip | float | None |
+dataloader_num_workers | int | 0 |
+pin_memory | flag | False |
+video_reshape_mode | str | None |
+save_image_latents | flag | False |
+output_dir | str | required |
+max_num_frames | int | 49 |
+max_sequence_length | int | 226 |
+target_fps | int | 8 |
+save_latents_and_embeddings | flag | False |
+use_slicing | flag | False |
+use_tiling | flag | False |
+batch_size | int | 1 |
+num_decode_threads | int | 0 |
+dtype | str | fp32 | fp32 fp16 bf16
+seed | int | 42 |
+num_artifact_workers | int | 4 |
+"""
+NEW_TRAINING_FLAGS = {
+    "allow_cpu": False,
+    "overwrite": False,
+    "text_dropout": 0.0,
+    "log_every": 10,
+    "video_backend": "auto",
+    "max_bad_steps": 5,
+}
+NEW_PREPARE_FLAGS = {
+    "allow_cpu": False,
+    "revision": None,
+    "variant": None,
+    "cache_dir": None,
+    "save_previews": False,
+    "video_backend": "auto",
+    "num_image_variants": 8,
+}
+
+# Later flags with a value that uses them; each must be refused by every script
+LATER_USES = {
+    "height": "512",
+    "width": "512",
+    "validation_prompt": "a red ball rolls",
+    "validation_prompt_separator": "|",
+    "num_validation_videos": "2",
+    "validation_epochs": "1",
+    "guidance_scale": "7",
+    "use_dynamic_cfg": None,
+    "enable_model_cpu_offload": None,
+    "optimizer": "Prodigy",
+    "use_8bit": None,
+    "use_4bit": None,
+    "use_torchao": None,
+    "beta3": "0.5",
+    "prodigy_decouple": None,
+    "prodigy_use_bias_correction": None,
+    "prodigy_safeguard_warmup": None,
+    "use_cpu_offload_optimizer": None,
+    "offload_gradients": None,
+    "tracker_name": "runs",
+    "logging_dir": "tensorboard",
+    "report_to": "wandb",
+    "push_to_hub": None,
+    "hub_model_id": "me/ball",
+}
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|", 3)] for line in table.strip().splitlines()]
+
+
+def describe(action: argparse.Action) -> list[str]:
+    """A parser's flag in the notation of the tables."""
+    if isinstance(action.default, list):
+        kind, default = "ints", " ".join(map(str, action.default))
+        assert action.nargs == "+" and action.type is int
+    else:
+        kind, default = {None: "str", str.lower: "lower", int: "int", float: "float"}[action.type], str(action.default)
+    if action.nargs == 0:
+        kind = "flag"
+    if action.required:
+        default = "required"
+    return [action.dest, kind, default, " ".join(action.choices or [])]
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
+
+
+def refusal(capsys, parse, *argv) -> str:
+    """The one line on stderr with which `parse` ends, exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        parse(*argv)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    assert ".py: error: " in captured.err
+    return captured.err
+
+
+def refused_training(capsys, *flags, script="t2v_lora", base=TRAIN) -> str:
+    return refusal(capsys, parse_training_args, script, [*base, *flags])
+
+
+# ---------------------------------------------------------------- the original's flags
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_training_flags_are_the_original_ones(script):
+    table, flags = rows(TRAINING_FLAGS), flags_of(make_training_parser(script))
+    assert len(table) == 76
+    assert [describe(flags[name]) for name, *_ in table] == table
+    new = {
+        name: action.default for name, action in flags.items() if name not in dict.fromkeys(row[0] for row in table)
+    }
+    assert new == NEW_TRAINING_FLAGS
+
+
+def test_prepare_flags_are_the_original_ones():
+    table, flags = rows(PREPARE_FLAGS), flags_of(make_prepare_parser())
+    assert len(table) == 26
+    assert [describe(flags[name]) for name, *_ in table] == table
+    new = {
+        name: action.default for name, action in flags.items() if name not in dict.fromkeys(row[0] for row in table)
+    }
+    assert new == NEW_PREPARE_FLAGS
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_accepted_at_its_default(script, capsys):
+    argv = list(TRAIN)
+    # A switch is off at its default, and an unset value has no spelling.
+    for name, kind, default, _ in rows(TRAINING_FLAGS):
+        if kind != "flag" and default not in ("None", "required"):
+            argv += [f"--{name}", *default.split()]
+    args = parse_training_args(script, argv)
+    defaults = vars(parse_training_args(script, TRAIN))
+    assert {name: value for name, value in vars(args).items() if name != "given"} == {
+        name: value for name, value in defaults.items() if name != "given"
+    }
+    assert capsys.readouterr().err == ""
+
+
+def test_sweep_command_with_precomputed_data_is_accepted():
+    fixed = "--load_tensors --height 480 --width 720 --fps 8 --max_num_frames 49 --skip_frames_start 0"
+    args = parse_training_args("t2v_lora", [*TRAIN, *fixed.split(), "--skip_frames_end", "0", "--id_token", "BW"])
+    assert args.load_tensors and args.id_token == "BW"
+
+
+# ---------------------------------------------------------------- help and the parser itself
+
+
+@pytest.mark.parametrize("parser", [*map(make_training_parser, SCRIPTS), make_prepare_parser()], ids=lambda p: p.prog)
+def test_every_flag_has_a_help_text(parser):
+    for name, action in flags_of(parser).items():
+        assert len((action.help or "").split()) >= 2 or action.dest == "report_to", name
+    titles = {group.title for group in parser._action_groups if group._group_actions}
+    # Everything sits in a group of its own, none in argparse's catch-all but --help.
+    assert len(titles) >= 6 and [a.dest for a in parser._optionals._group_actions] == ["help"]
+
+
+@pytest.mark.parametrize(
+    "parse", [lambda: parse_training_args("i2v_sft", ["--help"]), lambda: parse_prepare_args(["-h"])]
+)
+def test_help_prints_and_ends_with_0(parse, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse()
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "(default: 49)" in out and "zai-org/" in out and "THUDM/" in out and "local" in out
+
+
+def test_help_marks_what_is_refused():
+    flags = flags_of(make_training_parser("t2v_sft"))
+    assert flags["rank"].help.endswith("[no meaning in this script]")
+    assert flags["use_8bit"].help.endswith("[not available yet]")
+    assert "[" not in flags["learning_rate"].help
+
+
+def test_import_needs_the_standard_library_only():
+    """`--help` answers in under a second because nothing heavy comes with args."""
+    code = (
+        "import sys; before = set(sys.modules); import args;"
+        "tops = {name.split('.')[0] for name in set(sys.modules) - before};"
+        "print(*sorted(tops - sys.stdlib_module_names - {'args', 'errors'}))"
+    )
+    training = Path(__file__).parent.parent / "training"
+    done = subprocess.run([sys.executable, "-c", code], cwd=training, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_given_names_the_flags_on_the_command_line():
+    args = parse_training_args("t2v_lora", [*TRAIN, "--fps", "8", "--seed=0", "--load_tensors"])
+    assert args.given == ["data_root", "fps", "load_tensors", "pretrained_model_name_or_path", "seed"]
+    assert args.seed == 0
+    assert parse_prepare_args([*PREPARE, "--target_fps", "8"]).given == ["data_root", "output_dir", "target_fps"]
+
+
+def test_flags_come_from_the_command_line_by_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *PREPARE, "--batch_size", "3"])
+    args = parse_prepare_args()
+    assert args.batch_size == 3 and "batch_size" in args.given
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--learning_rat", "--learning_rate"), ("--data-root=x", "--data_root"), ("-rank", "--rank")],
+)
+def test_unknown_flag_names_the_nearest(typed, meant, capsys):
+    assert f"did you mean {meant}?" in refused_training(capsys, typed, "1")
+
+
+def test_misspelt_required_flag_gets_a_suggestion_too(capsys):
+    line = refusal(capsys, parse_training_args, "t2v_lora", ["--pretrained_model_name", "x", "--data_root", "clips"])
+    assert "--pretrained_model_name;" in line and "--pretrained_model_name_or_path?" in line
+
+
+def test_abbreviations_and_strangers_are_refused(capsys):
+    assert "--max_train" in refused_training(capsys, "--max_train", "3")
+    assert "unknown flag --zzzz; --help lists" in refused_training(capsys, "--zzzz")
+    assert "unrecognized arguments: rolls" in refused_training(capsys, "--id_token", "ball", "rolls")
+
+
+def test_mistyped_secret_is_not_repeated(capsys):
+    assert "hf_secret" not in refused_training(capsys, "--hub_tokn=hf_secret")
+
+
+@pytest.mark.parametrize("value", ["-5", "-1e-4", "nan"])
+def test_negative_numbers_are_values_not_flags(value, capsys):
+    line = refused_training(capsys, "--learning_rate", value)
+    assert "--learning_rate" in line and "unknown flag" not in line
+
+
+def test_values_may_hold_dashes_and_spaces():
+    args = parse_training_args("t2v_lora", [*TRAIN, "--id_token", "--a token", "--cache_dir=-x"])
+    assert args.id_token == "--a token" and args.cache_dir == "-x"
+
+
+def test_missing_required_flag(capsys):
+    assert "--pretrained_model_name_or_path" in refusal(capsys, parse_training_args, "t2v_lora", [])
+    assert "--data_root, --output_dir" in refusal(capsys, parse_prepare_args, [])
+
+
+def test_only_the_first_process_of_a_machine_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        parse_training_args("t2v_lora", [*TRAIN, "--rank", "0"])
+    assert ended.value.code == 2 and capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- not available, no meaning
+
+
+def test_every_later_flag_is_tried():
+    """noised_image_dropout and validation_images have tests of their own: no meaning in text-to-video."""
+    assert set(LATER) == {*LATER_USES, "noised_image_dropout", "validation_images"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", LATER_USES)
+def test_later_flag_is_refused_when_used(flag, script, capsys):
+    value = LATER_USES[flag]
+    line = refused_training(capsys, f"--{flag}", *([] if value is None else [value]), script=script)
+    assert f"error: --{flag} " in line and "is not available yet: " in line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_of_other_tasks_are_refused_when_used(script, capsys):
+    for flag, value in (("noised_image_dropout", "0.1"), ("validation_images", "a.png")):
+        line = refused_training(capsys, f"--{flag}", value, script=script)
+        assert f"--{flag} " in line and ("has no meaning in cogvideox_text" in line) == script.startswith("t2v")
+    for flag in ("rank", "lora_alpha"):
+        if script.endswith("lora"):
+            assert getattr(parse_training_args(script, [*TRAIN, f"--{flag}", "8"]), flag) == 8
+        else:
+            line = refused_training(capsys, f"--{flag}", "8", script=script)
+            assert f"--{flag} has no meaning in {SCRIPTS[script]}" in line
+
+
+def test_available_choices_pass():
+    args = parse_training_args("t2v_lora", [*TRAIN, "--optimizer", "AdamW", "--report_to", "none"])
+    assert args.optimizer == "adamw"
+
+
+def test_hub_token_warns_without_repeating_it(capsys):
+    args = parse_training_args("t2v_lora", [*TRAIN, "--hub_token", "hf_secret"])
+    err = capsys.readouterr().err
+    assert args.hub_token == "hf_secret"
+    assert err.count("\n") == 1 and "--hub_token" in err and "HF_TOKEN" in err and "hf_secret" not in err
+
+
+# ---------------------------------------------------------------- values
+
+
+TRAINING_LIMITS = """
+rank 0 | lora_alpha 0 | train_batch_size 0 | num_train_epochs 0 | max_train_steps 0 | checkpointing_steps 0
+checkpoints_total_limit 0 | gradient_accumulation_steps -1 | lr_num_cycles 0 | nccl_timeout 0 | log_every 0
+max_bad_steps 0 | fps 0 | max_num_frames 0 | dataloader_num_workers -1 | seed -1 | skip_frames_start -1
+skip_frames_end -1 | lr_warmup_steps -1 | random_flip 1.5 | text_dropout -0.1 | text_dropout nan | learning_rate 0
+learning_rate inf | lr_power 0 | beta1 1 | beta2 -0.5 | weight_decay -1 | epsilon 0 | max_grad_norm 0
+"""
+PREPARE_LIMITS = """
+random_flip 1.5 | dataloader_num_workers -1 | seed -1 | target_fps 0 | max_num_frames 0 | max_sequence_length 0
+batch_size 0 | num_decode_threads -1 | num_artifact_workers 0
+"""
+
+
+def limits(text: str) -> list[list[str]]:
+    return [pair.split() for line in text.strip().splitlines() for pair in line.split("|")]
+
+
+@pytest.mark.parametrize(("flag", "value"), limits(TRAINING_LIMITS))
+def test_numbers_out_of_range_are_refused(flag, value, capsys):
+    line = refused_training(capsys, f"--{flag}", value)
+    assert f"error: --{flag} {value}" in line and "must be a" in line
+
+
+@pytest.mark.parametrize(("flag", "value"), limits(PREPARE_LIMITS))
+def test_prepare_numbers_out_of_range_are_refused(flag, value, capsys):
+    line = refusal(capsys, parse_prepare_args, [*PREPARE, f"--{flag}", value])
+    assert f"error: --{flag} {value}: must be a" in line
+
+
+@pytest.mark.parametrize("flag", ["random_flip", "text_dropout"])
+def test_both_ends_of_a_probability_are_legal(flag):
+    for value in (0.0, 1.0):
+        assert getattr(parse_training_args("t2v_lora", [*TRAIN, f"--{flag}", str(value)]), flag) == value
+
+
+def test_lr_scheduler_is_one_of_those_that_work(capsys):
+    for name in ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]:
+        assert parse_training_args("t2v_lora", [*TRAIN, "--lr_scheduler", name]).lr_scheduler == name
+    for name in ("piecewise_constant", "cosin"):
+        line = refused_training(capsys, "--lr_scheduler", name)
+        assert f"--lr_scheduler {name}" in line and "cosine_with_restarts" in line
+
+
+def test_video_reshape_mode(capsys):
+    for mode in ("center", "random", "none"):
+        assert parse_prepare_args([*PREPARE, "--video_reshape_mode", mode]).video_reshape_mode == mode
+    assert "center, random, none" in refused_training(capsys, "--video_reshape_mode", "stretch")
+    assert "center, random, none" in refusal(capsys, parse_prepare_args, [*PREPARE, "--video_reshape_mode", "stretch"])
+
+
+def test_lines_stay_one_line_whatever_the_value(capsys):
+    assert "--video_reshape_mode a b" in refused_training(capsys, "--video_reshape_mode", "a\nb")
+
+
+# ---------------------------------------------------------------- buckets
+
+
+PARSERS = [
+    lambda flags: parse_training_args("t2v_lora", [*TRAIN, *flags]),
+    lambda flags: parse_prepare_args([*PREPARE, *flags]),
+]
+
+
+@pytest.mark.parametrize("parse", PARSERS, ids=["training", "prepare"])
+class TestBuckets:
+    @pytest.mark.parametrize("frames", ["1", "5", "49", "81"])
+    def test_4k_plus_1_frames_are_silent(self, parse, frames, capsys):
+        args = parse(["--frame_buckets", frames, "--max_num_frames", "81"])
+        assert args.frame_buckets == [int(frames)] and capsys.readouterr().err == ""
+
+    def test_4k_frames_warn_in_one_line(self, parse, capsys):
+        assert parse(["--frame_buckets", "48", "49", "16"]).frame_buckets == [48, 49, 16]
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and ": warning: --frame_buckets 48 16:" in err
+        assert "48: 45 or 49" in err and "16: 13 or 17" in err
+
+    @pytest.mark.parametrize(
+        ("frames", "instead"), [("50", "49 or 53"), ("3", "1 or 5"), ("0", "1"), ("-4", "1"), ("47", "45 or 49")]
+    )
+    def test_other_frames_are_refused(self, parse, frames, instead, capsys):
+        line = refusal(capsys, parse, ["--frame_buckets", "1", frames])
+        assert f"--frame_buckets {frames}: must be 4k+1 frames; nearest: {instead}\n" in line
+
+    @pytest.mark.parametrize("flag", ["height_buckets", "width_buckets"])
+    @pytest.mark.parametrize(("size", "instead"), [("250", "240 or 256"), ("8", "16"), ("0", "16"), ("-480", "16")])
+    def test_sizes_are_multiples_of_16(self, parse, flag, size, instead, capsys):
+        assert getattr(parse([f"--{flag}", "16", "464"]), flag) == [16, 464]
+        line = refusal(capsys, parse, [f"--{flag}", "480", size])
+        assert f"--{flag} {size}: must be a multiple of 16; nearest: {instead}\n" in line
+
+    def test_max_num_frames_below_every_bucket_is_refused(self, parse, capsys):
+        line = refusal(capsys, parse, ["--max_num_frames", "25", "--frame_buckets", "81", "49"])
+        assert "--max_num_frames 25: must be at least 49" in line
+
+    def test_buckets_above_max_num_frames_are_named(self, parse, capsys):
+        parse(["--max_num_frames", "49", "--frame_buckets", "81", "49"])
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "--frame_buckets 81" in err and "--max_num_frames 81" in err
+
+
+# ---------------------------------------------------------------- flags that belong together
+
+
+def test_data_comes_from_somewhere(capsys):
+    assert parse_training_args("t2v_lora", [*MODEL, "--dataset_file", "clips.csv"]).data_root is None
+    line = refused_training(capsys, base=MODEL)
+    assert "--data_root" in line and "--dataset_file" in line
+    assert "--data_root is required with --load_tensors" in refused_training(capsys, "--load_tensors", base=MODEL)
+
+
+RAW_USES = """
+random_flip 0.5 | video_reshape_mode center | skip_frames_start 3 | skip_frames_end 3 | dataset_file clips.csv
+video_backend pyav | fps 16 | enable_slicing | enable_tiling
+"""
+
+
+@pytest.mark.parametrize("use", limits(RAW_USES), ids=lambda use: use[0])
+def test_flags_of_raw_videos_are_refused_with_precomputed_data(use, capsys):
+    flags = [f"--{use[0]}", *use[1:]]
+    parse_training_args("t2v_lora", [*TRAIN, *flags])
+    line = refused_training(capsys, "--load_tensors", *flags)
+    assert f"--{use[0]} has no effect with --load_tensors" in line
+
+
+def test_all_idle_flags_are_named_at_once(capsys):
+    line = refused_training(capsys, "--load_tensors", "--fps", "16", "--random_flip", "0.5")
+    assert "--random_flip, --fps have no effect with --load_tensors" in line
+
+
+def test_precomputed_data_of_any_length_needs_no_frame_bucket():
+    assert parse_training_args("t2v_lora", [*TRAIN, "--load_tensors", "--max_num_frames", "25"]).max_num_frames == 25
+
+
+def test_image_latents_need_latents(capsys):
+    both = ["--save_latents_and_embeddings", "--save_image_latents"]
+    assert parse_prepare_args([*PREPARE, *both, "--num_image_variants", "2"]).num_image_variants == 2
+    for flags, missing in (
+        (["--save_image_latents"], "--save_latents_and_embeddings"),
+        (["--save_latents_and_embeddings", "--num_image_variants", "2"], "--save_image_latents"),
+    ):
+        assert f"needs {missing}" in refusal(capsys, parse_prepare_args, [*PREPARE, *flags])
+    line = refusal(capsys, parse_prepare_args, [*PREPARE, *both, "--num_image_variants", "0"])
+    assert "--num_image_variants 0: must be an integer of 1 or more" in line

@@ -1,0 +1,300 @@
+"""The wrappers, run with stubs in place of accelerate, python and torchrun: what they would start, and what they report."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "train_text_to_video_lora.sh"
+PREPARE = ROOT / "prepare_dataset.sh"
+
+HOSTILE = """  it's "quoted" $(touch pwned) `touch pwned` * \\n %s ${HOME} & ; | > pwned # ~ \u00e9\nsecond line  """
+
+# Writes its argv to a log; a run whose output folder contains FAIL_RUN ends as a failing training does.
+STUB = f"""#!{sys.executable}
+import json, os, pathlib, sys
+argv = sys.argv[1:]
+with open(os.environ["STUB_LOG"], "a") as log:
+    log.write(json.dumps([pathlib.Path(sys.argv[0]).name, os.environ.get("CUDA_VISIBLE_DEVICES"), *argv]) + "\\n")
+output_dir = pathlib.Path(argv[argv.index("--output_dir") + 1])
+output_dir.mkdir(parents=True, exist_ok=True)
+status = {{"state": "done", "exit_code": 0, "step": 3000}}
+if os.environ.get("FAIL_RUN", "no run") in output_dir.name:
+    status = json.loads(os.environ["FAIL_STATUS"])
+if status:
+    (output_dir / "status.json").write_text(json.dumps(status, indent=2))
+sys.exit(0 if status and status["exit_code"] == 0 else 1)
+"""
+
+
+@pytest.fixture
+def run_wrapper(tmp_path):
+    """Run a wrapper in an empty folder; returns its result and the stubs' argvs, the program's name first."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    for name in ("accelerate", "python", "torchrun"):
+        (stubs / name).write_text(STUB)
+        (stubs / name).chmod(0o755)
+    log = tmp_path / "argv.jsonl"
+    work_dir = tmp_path / "work"
+    work_dir.mkdir()
+
+    def run(wrapper, *arguments, **settings):
+        env = {"PATH": f"{stubs}:{os.defpath}", "HOME": str(tmp_path), "STUB_LOG": str(log), "LC_ALL": "C", **settings}
+        log.write_text("")
+        result = subprocess.run(
+            [wrapper, *arguments], env=env, cwd=work_dir, capture_output=True, text=True, encoding="utf-8", timeout=60
+        )
+        return result, [json.loads(line) for line in log.read_text().splitlines()]
+
+    return run
+
+
+def output_dir_of(lr: str, optimizer: str = "adamw", schedule: str = "cosine_with_restarts") -> str:
+    return f"out/cogvideox-lora__optimizer_{optimizer}__steps_3000__lr-schedule_{schedule}__learning-rate_{lr}"
+
+
+def training_argv(lr: str, optimizer: str) -> list[str]:
+    return [
+        "accelerate", None, "launch", "--quiet",
+        "--config_file", str(ROOT / "accelerate_configs/uncompiled_1.yaml"), "--gpu_ids", "0",
+        str(ROOT / "training/cogvideox_text_to_video_lora.py"),
+        "--pretrained_model_name_or_path", "some/model", "--data_root", "prepared",
+        "--caption_column", "prompts.txt", "--video_column", "videos.txt",
+        "--rank", "64", "--lora_alpha", "64", "--mixed_precision", "bf16", "--gradient_checkpointing",
+        "--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_grad_norm", "1.0",
+        "--lr_warmup_steps", "200", "--weight_decay", "0.001", "--text_dropout", "0.1",
+        "--checkpointing_steps", "1000", "--dataloader_num_workers", "2", "--seed", "42",
+        "--allow_tf32", "--nccl_timeout", "1800", "--load_tensors",
+        "--learning_rate", lr, "--lr_scheduler", "cosine_with_restarts", "--optimizer", optimizer,
+        "--max_train_steps", "3000", "--output_dir", output_dir_of(lr, optimizer),
+        "--checkpoints_total_limit", "2",
+    ]  # fmt: skip
+
+
+SWEEP = {
+    "MODEL": "some/model",
+    "DATA_ROOT": "prepared",
+    "OUTPUT_ROOT": "out",
+    "LEARNING_RATES": "1e-4 1e-3",
+    "OPTIMIZERS": "adamw adam",
+}
+SWEEP_RUNS = [("1e-4", "adamw"), ("1e-4", "adam"), ("1e-3", "adamw"), ("1e-3", "adam")]
+
+
+# ---------------------------------------------------------------- both wrappers
+
+
+@pytest.mark.parametrize("wrapper", [TRAIN, PREPARE])
+def test_unedited_names_the_setting_to_fill(run_wrapper, wrapper):
+    result, argvs = run_wrapper(wrapper)
+    assert (result.returncode, argvs) == (2, [])
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert "fill in DATA_ROOT" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "settings"),
+    [
+        (TRAIN, {"VALIDATION_PROMPT": "--validation_prompt", "ID_TOKEN": "--id_token", "DATA_ROOT": "--data_root"}),
+        (PREPARE, {"DATA_ROOT": "--data_root", "CAPTION_COLUMN": "--caption_column", "MODEL": "--model_id"}),
+    ],
+)
+def test_hostile_settings_arrive_byte_for_byte(run_wrapper, tmp_path, wrapper, settings):
+    result, [argv] = run_wrapper(wrapper, HOSTILE, OUTPUT_ROOT="out", **dict.fromkeys(settings, HOSTILE))
+    assert result.returncode == 0, result.stderr
+    for flag in settings.values():
+        assert argv[argv.index(flag) + 1] == HOSTILE
+    assert argv[-1] == HOSTILE
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize("wrapper", [TRAIN, PREPARE])
+def test_dry_run_prints_what_a_run_starts_and_starts_nothing(run_wrapper, tmp_path, wrapper):
+    settings = {**SWEEP, "ID_TOKEN": HOSTILE}
+    dry, none = run_wrapper(wrapper, HOSTILE, DRY_RUN="1", **settings)
+    assert (dry.returncode, none) == (0, []), dry.stderr
+    assert not list((tmp_path / "work").iterdir())
+    real, argvs = run_wrapper(wrapper, HOSTILE, **settings)
+    assert real.returncode == 0, real.stderr
+    # What bash makes of the printed lines is what was started
+    shown, replayed = run_wrapper("bash", "-c", dry.stdout)
+    assert shown.returncode == 0, shown.stderr
+    assert replayed == argvs
+    assert len(argvs) == (4 if wrapper == TRAIN else 1)
+    assert len(dry.stdout.splitlines()) == len(argvs)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_sweep_argv_is_exact(run_wrapper):
+    result, argvs = run_wrapper(TRAIN, "--checkpoints_total_limit", "2", **SWEEP)
+    assert result.returncode == 0, result.stderr
+    assert argvs == [training_argv(*run) for run in SWEEP_RUNS]
+
+
+def test_every_swept_setting_is_swept_and_files_are_no_values(run_wrapper, tmp_path):
+    (tmp_path / "work/a_file").touch()
+    _, argvs = run_wrapper(
+        TRAIN, DATA_ROOT="d", LEARNING_RATES=" 1e-4\n*", LR_SCHEDULES="constant linear", MAX_TRAIN_STEPS="1\t2"
+    )
+    flags = ("--learning_rate", "--lr_scheduler", "--max_train_steps")
+    runs = [tuple(argv[argv.index(flag) + 1] for flag in flags) for argv in argvs]
+    expected = [(lr, name, steps) for lr in ("1e-4", "*") for name in ("constant", "linear") for steps in "12"]
+    assert runs == expected
+    assert len({argv[argv.index("--output_dir") + 1] for argv in argvs}) == len(expected)
+
+
+def test_empty_prompt_and_token_are_not_passed(run_wrapper):
+    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d")
+    assert not {"--validation_prompt", "--id_token", "--dataset_file"} & set(argv)
+
+
+def test_raw_videos_are_trained_at_the_sizes_set(run_wrapper):
+    settings = {"HEIGHT_BUCKETS": "64 96", "FRAME_BUCKETS": "9 17", "DATASET_FILE": "a b.csv"}
+    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", LOAD_TENSORS="false", **settings)
+    assert "--load_tensors" not in argv
+    start = argv.index("--height_buckets")
+    assert argv[start : start + 9] == [
+        "--height_buckets", "64", "96", "--width_buckets", "720", "--frame_buckets", "9", "17", "--max_num_frames",
+    ]  # fmt: skip
+    assert argv[argv.index("--dataset_file") + 1] == "a b.csv"
+
+
+def test_a_failing_run_is_reported_and_the_rest_goes_on(run_wrapper):
+    failure = {"exit_code": 65, "state": "failed", "step": 12, "message": 'a "bad" clip, exit'}
+    result, argvs = run_wrapper(TRAIN, FAIL_RUN="optimizer_adam__", FAIL_STATUS=json.dumps(failure), **SWEEP)
+    assert result.returncode == 65
+    assert len(argvs) == 4
+    table = [line.split() for line in result.stdout.split("output_dir\n")[1].splitlines()]
+    assert table == [
+        ["failed", "65", "12", output_dir_of(*run)] if run[1] == "adam" else ["done", "0", "3000", output_dir_of(*run)]
+        for run in SWEEP_RUNS
+    ]
+    assert result.stderr.count("failed with exit code 65") == 2
+
+
+def test_an_older_status_says_nothing_of_a_run_that_wrote_none(run_wrapper):
+    first, _ = run_wrapper(TRAIN, **SWEEP)
+    assert first.returncode == 0
+    result, argvs = run_wrapper(TRAIN, FAIL_RUN="1e-3", FAIL_STATUS="null", **SWEEP)
+    assert result.returncode == 1
+    assert len(argvs) == 4
+    assert result.stderr.count("failed with exit code 1") == 2
+
+
+def test_an_interrupted_run_ends_the_sweep(run_wrapper):
+    status = json.dumps({"state": "interrupted", "exit_code": 75, "step": 7})
+    result, argvs = run_wrapper(TRAIN, FAIL_RUN="optimizer_adam__", FAIL_STATUS=status, **SWEEP)
+    assert result.returncode == 75
+    assert len(argvs) == 2
+    assert result.stdout.count("not started") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"GPU_IDS": "0,1"}, "GPU_IDS=0,1 names 2 but num_processes is 1"),
+        ({"ACCELERATE_CONFIG_FILE": str(ROOT / "accelerate_configs/uncompiled_2.yaml")}, "num_processes is 2"),
+        ({"ACCELERATE_CONFIG_FILE": "nowhere.yaml"}, "there is no nowhere.yaml"),
+        ({"LOAD_TENSORS": "yes"}, "LOAD_TENSORS is true or false"),
+        ({"LEARNING_RATES": " "}, "LEARNING_RATES"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(run_wrapper, settings, message):
+    result, argvs = run_wrapper(TRAIN, DATA_ROOT="d", **settings)
+    assert (result.returncode, argvs) == (2, [])
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+
+
+def test_two_gpus_are_launched_with_the_config_for_two(run_wrapper):
+    config = str(ROOT / "accelerate_configs/uncompiled_2.yaml")
+    result, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", GPU_IDS="2,3", ACCELERATE_CONFIG_FILE=config)
+    assert result.returncode == 0, result.stderr
+    assert argv[2:8] == ["launch", "--quiet", "--config_file", config, "--gpu_ids", "2,3"]
+
+
+def test_the_environment_of_make_install_is_found(run_wrapper, tmp_path):
+    for name in (TRAIN.name, "accelerate_configs/uncompiled_1.yaml"):
+        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "copy" / name)
+    refused, argvs = run_wrapper(tmp_path / "copy" / TRAIN.name, DATA_ROOT="d", PATH=os.defpath)
+    assert (refused.returncode, argvs) == (2, [])
+    assert "make install" in refused.stderr
+    shutil.copytree(tmp_path / "bin", tmp_path / "copy/.venv/bin")
+    result, [argv] = run_wrapper(tmp_path / "copy" / TRAIN.name, DATA_ROOT="d", PATH=os.defpath)
+    assert result.returncode == 0, result.stderr
+    assert argv[0] == "accelerate"
+
+
+# ---------------------------------------------------------------- preparation
+
+
+def test_prepare_argv_is_exact(run_wrapper):
+    result, [argv] = run_wrapper(
+        PREPARE, "--save_image_latents", MODEL="some/model", DATA_ROOT="clips/", DATASET_FILE="clips/a.csv",
+        CAPTION_COLUMN="caption", VIDEO_COLUMN="path", HEIGHT_BUCKETS="64 96", TARGET_FPS="16", GPU_IDS="3",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert argv == [
+        "python", "3", str(ROOT / "training/prepare_dataset.py"), "--model_id", "some/model",
+        "--data_root", "clips/", "--caption_column", "caption", "--video_column", "path",
+        "--output_dir", "clips-prepared", "--save_latents_and_embeddings",
+        "--height_buckets", "64", "96", "--width_buckets", "720", "--frame_buckets", "49", "--max_num_frames", "49",
+        "--dtype", "bf16", "--batch_size", "1", "--dataloader_num_workers", "2",
+        "--dataset_file", "clips/a.csv", "--target_fps", "16", "--save_image_latents",
+    ]  # fmt: skip
+
+
+def test_prepare_splits_over_gpus_and_keeps_the_exit_code(run_wrapper):
+    status = json.dumps({"state": "failed", "exit_code": 65, "step": 0})
+    result, [argv] = run_wrapper(PREPARE, DATA_ROOT="clips", GPU_IDS="0,2", FAIL_RUN="clips", FAIL_STATUS=status)
+    assert argv[:5] == ["torchrun", "0,2", "--standalone", "--nproc_per_node", "2"]
+    assert result.returncode == 65
+
+
+# ---------------------------------------------------------------- accelerate itself
+
+
+def test_commands_parse_as_the_scripts_own_flags(run_wrapper):
+    """The wrappers' flags exist, and the prompt survives accelerate's own parser."""
+    from accelerate.commands.launch import launch_command_parser
+
+    from args import parse_prepare_args, parse_training_args
+
+    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", ID_TOKEN=HOSTILE)
+    launched = launch_command_parser().parse_args(argv[3:])
+    assert parse_training_args("t2v_lora", launched.training_script_args).id_token == HOSTILE
+    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", LOAD_TENSORS="false")
+    launched = launch_command_parser().parse_args(argv[3:])
+    assert parse_training_args("t2v_lora", launched.training_script_args).frame_buckets == [49]
+    _, [argv] = run_wrapper(PREPARE, DATA_ROOT="d", TARGET_FPS="16")
+    assert parse_prepare_args(argv[3:]).target_fps == 16
+
+
+@pytest.mark.parametrize("name", ["uncompiled_1.yaml", "uncompiled_2.yaml"])
+def test_configs_leave_precision_accumulation_and_gpus_to_the_flags(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "accelerate_configs" / name))
+    assert config.mixed_precision is None
+    assert config.gpu_ids is None
+    assert config.num_processes == int(name[-6])
+    assert "gradient_accumulation_steps" not in (ROOT / "accelerate_configs" / name).read_text()
+
+
+def test_make_help_lists_every_target_and_each_parses():
+    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = [line.split()[0] for line in shown.splitlines()]
+    assert {"help", "install", "quickstart", "test", "test-gpu", "quality", "style", "clean"} <= set(targets)
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)

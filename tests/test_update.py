@@ -1,0 +1,91 @@
+"""One update: accumulation, clipping, schedule, bad numbers."""
+
+import math
+
+import pytest
+import torch
+
+from errors import NumbersError
+from runtime import BadSteps, plan_steps, sample_positions
+from update import TrainingState, group_by_bytes, update
+
+
+def make_state(lr=0.1):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.SGD([weight], lr=lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    return weight, TrainingState([weight], optimizer, scheduler)
+
+
+def test_accumulated_gradients_are_one_update():
+    weight, state = make_state()
+    inner = update((weight * torch.tensor([1.0, 0.0])).sum() / 2, state, False, 100.0)
+    assert not inner.stepped and torch.equal(weight.data, torch.tensor([1.0, 2.0]))
+    last = update((weight * torch.tensor([0.0, 1.0])).sum() / 2, state, True, 100.0)
+    assert last.stepped and not last.skipped
+    torch.testing.assert_close(weight.data, torch.tensor([0.95, 1.95]))
+    assert weight.grad is None
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before():
+    weight, state = make_state(lr=1.0)
+    result = update((weight * torch.tensor([3.0, 4.0])).sum(), state, True, 1.0)
+    assert result.grad_norm == pytest.approx(5.0)
+    torch.testing.assert_close(weight.data, torch.tensor([1 - 0.6, 2 - 0.8]))
+
+
+def test_the_reported_learning_rate_is_the_one_used():
+    weight, state = make_state()
+    assert update(weight.sum(), state, True, 1.0).lr == pytest.approx(0.1)
+    assert update(weight.sum(), state, True, 1.0).lr == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_gradient_changes_no_weight_and_does_not_linger(bad):
+    weight, state = make_state()
+    result = update((weight * bad).sum(), state, True, 1.0)
+    assert result.stepped and result.skipped
+    assert torch.equal(weight.data, torch.tensor([1.0, 2.0]))
+    assert not update(weight.sum(), state, True, 1.0).skipped
+    assert torch.isfinite(weight).all()
+
+
+def test_bad_steps_stop_the_run_only_in_a_row():
+    bad_steps = BadSteps(2)
+    bad_steps.count(1, True, [7])
+    bad_steps.count(2, False, [])
+    bad_steps.count(3, True, [7])
+    with pytest.raises(NumbersError, match="step 4"):
+        bad_steps.count(4, True, [7])
+
+
+def test_groups_keep_order_and_limit():
+    tensors = [torch.zeros(n) for n in (10, 20, 5, 100, 1)]
+    groups = group_by_bytes(tensors, 4 * 32)
+    assert [tensor.numel() for group in groups for tensor in group] == [10, 20, 5, 100, 1]
+    assert [len(group) for group in groups] == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulation", "epochs", "max_steps", "expected"),
+    [
+        (10, 1, 2, None, (20, 2, 20)),
+        (10, 3, 1, None, (4, 1, 10)),  # the last update has one micro-step: nothing is dropped
+        (10, 4, 3, None, (8, 3, 30)),  # accumulation crosses the ends of epochs
+        (10, 3, 1, 7, (7, 3, 21)),
+        (1, 1, 1, 5, (5, 5, 5)),
+    ],
+)
+def test_plan(batches, accumulation, epochs, max_steps, expected):
+    plan = plan_steps(batches, accumulation, epochs, max_steps)
+    assert (plan.num_steps, plan.num_epochs, plan.num_micro_steps) == expected
+    due = [i for i in range(plan.num_micro_steps) if plan.is_last_of_update(i)]
+    assert len(due) == plan.num_steps
+    assert sum(plan.micro_steps_in(step) for step in range(plan.num_steps)) == plan.num_micro_steps
+
+
+def test_positions_do_not_depend_on_how_a_global_batch_is_cut():
+    whole = sample_positions(1, 4, 1, 0, 4)
+    ranks = sample_positions(1, 2, 2, 0, 2) + sample_positions(1, 2, 2, 1, 2)
+    accumulated = [position for micro_step in range(4, 8) for position in sample_positions(micro_step, 1, 1, 0, 1)]
+    assert whole == ranks == accumulated == [4, 5, 6, 7]

@@ -1,0 +1,901 @@
+"""Every flag of the scripts, and the checks that need nothing but the flags.
+
+Standard library only: `--help` and a mistyped flag answer before torch is imported.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+
+
+SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+RESHAPE_MODES = ("center", "random", "none")
+
+SCRIPTS = {
+    "t2v_lora": "cogvideox_text_to_video_lora.py",
+    "t2v_sft": "cogvideox_text_to_video_sft.py",
+    "i2v_lora": "cogvideox_image_to_video_lora.py",
+    "i2v_sft": "cogvideox_image_to_video_sft.py",
+}
+DESCRIPTIONS = {
+    "t2v_lora": "Train a LoRA for a CogVideoX text-to-video model.",
+    "t2v_sft": "Train every weight of a CogVideoX text-to-video transformer.",
+    "i2v_lora": "Train a LoRA for a CogVideoX image-to-video model.",
+    "i2v_sft": "Train every weight of a CogVideoX image-to-video transformer.",
+    "prepare": "Turn videos and captions into VAE moments and text embeddings, so that training needs neither model.",
+}
+EPILOG = (
+    "Exit codes: 0 done, 2 usage, 65 bad data, 70 bad numbers or internal, 74 disk, 75 interrupted, can be resumed."
+)
+
+# Flags that a script has no use for: accepted at their default, refused otherwise.
+NO_IMAGE = "a text-to-video model gets no image"
+NO_LORA = "full fine-tuning trains the weights themselves, there is no LoRA"
+NO_MEANING = {
+    "t2v_lora": {"noised_image_dropout": NO_IMAGE, "validation_images": NO_IMAGE},
+    "t2v_sft": {
+        "noised_image_dropout": NO_IMAGE,
+        "validation_images": NO_IMAGE,
+        "rank": NO_LORA,
+        "lora_alpha": NO_LORA,
+    },
+    "i2v_lora": {},
+    "i2v_sft": {"rank": NO_LORA, "lora_alpha": NO_LORA},
+}
+
+# Flags whose work does not exist yet, with what to do instead. Refused when used, never ignored.
+NO_VALIDATION = "leave it out and render samples from a checkpoint with tests/test_lora_inference.py"
+NO_HUB = "leave it out and upload output_dir with `hf upload`"
+NO_PRODIGY = "leave it out, it belongs to an optimizer that is not available yet"
+NO_OFFLOAD = "leave it out; --gradient_checkpointing and a LoRA need the least GPU memory"
+NO_LOW_BITS = "leave it out; optimizer states are kept in fp32"
+LATER = {
+    "height": NO_VALIDATION + " (--height_buckets sets the training size)",
+    "width": NO_VALIDATION + " (--width_buckets sets the training size)",
+    "noised_image_dropout": "leave it out",
+    "validation_prompt": NO_VALIDATION,
+    "validation_images": NO_VALIDATION,
+    "validation_prompt_separator": NO_VALIDATION,
+    "num_validation_videos": NO_VALIDATION,
+    "validation_epochs": NO_VALIDATION,
+    "guidance_scale": NO_VALIDATION,
+    "use_dynamic_cfg": NO_VALIDATION,
+    "enable_model_cpu_offload": NO_VALIDATION,
+    "optimizer": "give adam or adamw",
+    "use_8bit": NO_LOW_BITS,
+    "use_4bit": NO_LOW_BITS,
+    "use_torchao": NO_LOW_BITS,
+    "beta3": NO_PRODIGY,
+    "prodigy_decouple": NO_PRODIGY,
+    "prodigy_use_bias_correction": NO_PRODIGY,
+    "prodigy_safeguard_warmup": NO_PRODIGY,
+    "use_cpu_offload_optimizer": NO_OFFLOAD,
+    "offload_gradients": NO_OFFLOAD,
+    "tracker_name": "leave it out; every update is a line of <output_dir>/metrics.jsonl",
+    "logging_dir": "leave it out; every update is a line of <output_dir>/metrics.jsonl",
+    "report_to": "leave it out or give none; every update is a line of <output_dir>/metrics.jsonl",
+    "push_to_hub": NO_HUB,
+    "hub_model_id": NO_HUB,
+}
+# The values of these that work already, besides the default
+AVAILABLE = {"optimizer": ("adam", "adamw"), "report_to": ("none",)}
+
+# What these set was fixed when the data was prepared. Not id_token: the dataset compares it with the manifest.
+RAW_VIDEOS_ONLY = (
+    "dataset_file",
+    "random_flip",
+    "video_reshape_mode",
+    "fps",
+    "skip_frames_start",
+    "skip_frames_end",
+    "video_backend",
+    "enable_slicing",
+    "enable_tiling",
+)
+
+# Legal values: dest -> (what they are called in the error, test). Unset (None) is always legal.
+AT_LEAST_1 = ("an integer of 1 or more", lambda value: value >= 1)
+AT_LEAST_0 = ("an integer of 0 or more", lambda value: value >= 0)
+POSITIVE = ("a number above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = ("a number of 0 or more", lambda value: 0 <= value < math.inf)
+PROBABILITY = ("a probability from 0 to 1", lambda value: 0 <= value <= 1)
+BELOW_1 = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
+TRAINING_RANGES = {
+    "random_flip": PROBABILITY,
+    "text_dropout": PROBABILITY,
+    "noised_image_dropout": PROBABILITY,
+    "dataloader_num_workers": AT_LEAST_0,
+    "seed": AT_LEAST_0,
+    "fps": AT_LEAST_1,
+    "max_num_frames": AT_LEAST_1,
+    "skip_frames_start": AT_LEAST_0,
+    "skip_frames_end": AT_LEAST_0,
+    "rank": AT_LEAST_1,
+    "lora_alpha": AT_LEAST_1,
+    "train_batch_size": AT_LEAST_1,
+    "num_train_epochs": AT_LEAST_1,
+    "max_train_steps": AT_LEAST_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "checkpointing_steps": AT_LEAST_1,
+    "checkpoints_total_limit": AT_LEAST_1,
+    "learning_rate": POSITIVE,
+    "lr_warmup_steps": AT_LEAST_0,
+    "lr_num_cycles": AT_LEAST_1,
+    "lr_power": POSITIVE,
+    "beta1": BELOW_1,
+    "beta2": BELOW_1,
+    "weight_decay": NOT_NEGATIVE,
+    "epsilon": POSITIVE,
+    "max_grad_norm": POSITIVE,
+    "max_bad_steps": AT_LEAST_1,
+    "log_every": AT_LEAST_1,
+    "nccl_timeout": AT_LEAST_1,
+}
+PREPARE_RANGES = {
+    "random_flip": PROBABILITY,
+    "dataloader_num_workers": AT_LEAST_0,
+    "seed": AT_LEAST_0,
+    "target_fps": AT_LEAST_1,
+    "max_num_frames": AT_LEAST_1,
+    "max_sequence_length": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "num_decode_threads": AT_LEAST_0,
+    "num_artifact_workers": AT_LEAST_1,
+    "num_image_variants": AT_LEAST_1,
+}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that ends every mistake with one line on stderr and exit code 2."""
+
+    def __init__(self, prog: str, usage: str, description: str):
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {usage} [flags]",
+            description=description,
+            epilog=EPILOG,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):
+        """Leaves with exit code 2."""
+        self.say("error", message)
+        self.exit(2)
+
+    def say(self, kind: str, message: str):
+        """One line on stderr, from one process of each machine: all of them parse the same flags."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: {kind}: {' '.join(message.splitlines())}", file=sys.stderr)
+
+    def parse_flags(self, argv: list[str] | None) -> argparse.Namespace:
+        """The flags' values, and in `given` the sorted names of those on the command line."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        self.refuse_unknown(argv)
+        args = self.parse_args(argv)
+        # argparse fills in defaults only where the namespace has no value: what is still unset was not given.
+        unset = object()
+        marked = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        args.given = sorted(dest for dest, value in vars(marked).items() if value is not unset)
+        return args
+
+    def refuse_unknown(self, argv: list[str]):
+        """Before argparse looks: it would complain of a missing required flag where one is only misspelt."""
+        for token in argv:
+            if token == "--":
+                return
+            flag = token.split("=")[0]
+            if looks_like_flag(token) and flag not in self._option_string_actions:
+                nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
+                self.error(f"unknown flag {flag}; {hint}")
+
+    def is_used(self, args: argparse.Namespace, dest: str) -> bool:
+        """Whether a flag differs from its default."""
+        return getattr(args, dest) != self.get_default(dest)
+
+
+def looks_like_flag(token: str) -> bool:
+    """argparse's own rule: a leading dash, no space, and no negative number."""
+    if len(token) < 2 or token[0] != "-" or " " in token:
+        return False
+    try:
+        float(token)
+    except ValueError:
+        return True
+    return False
+
+
+# ---------------------------------------------------------------- entry points
+
+
+def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of training script `script` (a key of SCRIPTS), checked; a mistake exits with code 2."""
+    parser = make_training_parser(script)
+    args = parser.parse_flags(argv)
+    refuse_unavailable(parser, args, script)
+    check_ranges(parser, args, TRAINING_RANGES)
+    if args.lr_scheduler not in LR_SCHEDULERS:
+        parser.error(f"--lr_scheduler {args.lr_scheduler}: must be one of {', '.join(LR_SCHEDULERS)}")
+    check_reshape_mode(parser, args)
+    check_data_source(parser, args)
+    check_buckets(parser, args)
+    # Prepared clips carry their own frame count.
+    if not args.load_tensors:
+        check_max_num_frames(parser, args)
+    if args.hub_token is not None:
+        parser.say(
+            "warning",
+            "--hub_token can be read by every user of this machine while the run lasts; it is written nowhere. "
+            "Set HF_TOKEN or run `hf auth login` instead",
+        )
+    return args
+
+
+def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of prepare_dataset.py, checked; a mistake exits with code 2."""
+    parser = make_prepare_parser()
+    args = parser.parse_flags(argv)
+    check_ranges(parser, args, PREPARE_RANGES)
+    check_reshape_mode(parser, args)
+    check_buckets(parser, args)
+    check_max_num_frames(parser, args)
+    if args.save_image_latents and not args.save_latents_and_embeddings:
+        parser.error("--save_image_latents needs --save_latents_and_embeddings: give both or neither")
+    if parser.is_used(args, "num_image_variants") and not args.save_image_latents:
+        parser.error("--num_image_variants needs --save_image_latents: give both or neither")
+    return args
+
+
+# ---------------------------------------------------------------- checks
+
+
+def refuse_unavailable(parser: FlagParser, args: argparse.Namespace, script: str):
+    """Refuses what this script has no use for, then what is not available yet."""
+    for dest, reason in NO_MEANING[script].items():
+        if parser.is_used(args, dest):
+            parser.error(f"--{dest} has no meaning in {parser.prog}: {reason}; leave it out")
+    for dest, advice in LATER.items():
+        value = getattr(args, dest)
+        if parser.is_used(args, dest) and value not in AVAILABLE.get(dest, ()):
+            name = f"--{dest} {value}" if dest in AVAILABLE else f"--{dest}"
+            parser.error(f"{name} is not available yet: {advice}")
+
+
+def check_ranges(parser: FlagParser, args: argparse.Namespace, ranges: dict):
+    """Refuses numbers outside of their range; NaN is outside of each."""
+    for dest, (description, is_legal) in ranges.items():
+        value = getattr(args, dest)
+        if value is not None and not is_legal(value):
+            parser.error(f"--{dest} {value}: must be {description}")
+
+
+def check_reshape_mode(parser: FlagParser, args: argparse.Namespace):
+    """Refuses any other --video_reshape_mode than center, random and none."""
+    if args.video_reshape_mode not in (None, *RESHAPE_MODES):
+        parser.error(f"--video_reshape_mode {args.video_reshape_mode}: must be one of {', '.join(RESHAPE_MODES)}")
+
+
+def check_data_source(parser: FlagParser, args: argparse.Namespace):
+    """Refuses a run without data, and with --load_tensors the flags that could no longer change anything."""
+    if args.load_tensors:
+        idle = [f"--{dest}" for dest in RAW_VIDEOS_ONLY if parser.is_used(args, dest)]
+        if idle:
+            verb = "has" if len(idle) == 1 else "have"
+            parser.error(
+                f"{', '.join(idle)} {verb} no effect with --load_tensors: prepared data is already cut, sized and "
+                f"encoded; leave {'it' if len(idle) == 1 else 'them'} out or prepare the data again"
+            )
+        if args.data_root is None:
+            parser.error("--data_root is required with --load_tensors: the folder that prepare_dataset.py wrote")
+    if args.data_root is None and args.dataset_file is None:
+        parser.error("one of --data_root (a folder of videos and captions) and --dataset_file (a CSV) is required")
+
+
+def check_buckets(parser: FlagParser, args: argparse.Namespace):
+    """Refuses sizes that the model cannot take; warns of frame counts that it takes unlike in inference."""
+    for dest in ("height_buckets", "width_buckets"):
+        for size in getattr(args, dest):
+            if size < 1 or size % 16:
+                parser.error(f"--{dest} {size}: must be a multiple of 16; nearest: {nearest(size, 16, 0)}")
+    for frames in args.frame_buckets:
+        if frames < 1 or frames % 4 > 1:
+            parser.error(f"--frame_buckets {frames}: must be 4k+1 frames; nearest: {nearest(frames, 4, 1)}")
+    uneven = [frames for frames in args.frame_buckets if frames % 4 == 0]
+    if uneven:
+        instead = "; ".join(f"{frames}: {nearest(frames, 4, 1)}" for frames in uneven)
+        parser.say(
+            "warning",
+            f"--frame_buckets {' '.join(map(str, uneven))}: of 4k frames the VAE's first latent covers 4, not 1, "
+            f"unlike in inference; nearest 4k+1 values: {instead}",
+        )
+
+
+def nearest(value: int, step: int, offset: int) -> str:
+    """The positive numbers step * k + offset on both sides of a value that is none of them, for an error line."""
+    below = (value - offset) // step * step + offset
+    return " or ".join(str(number) for number in (below, below + step) if number >= 1) or str(offset or step)
+
+
+def check_max_num_frames(parser: FlagParser, args: argparse.Namespace):
+    """Refuses a cap that no bucket fits under; warns of buckets above it."""
+    smallest = min(args.frame_buckets)
+    if args.max_num_frames < smallest:
+        parser.error(
+            f"--max_num_frames {args.max_num_frames}: must be at least {smallest}, the smallest of --frame_buckets"
+        )
+    above = [frames for frames in args.frame_buckets if frames > args.max_num_frames]
+    if above:
+        parser.say(
+            "warning",
+            f"--frame_buckets {' '.join(map(str, above))}: never filled, because --max_num_frames is "
+            f"{args.max_num_frames}; give --max_num_frames {max(above)} to use every bucket",
+        )
+
+
+# ---------------------------------------------------------------- parsers
+# Help texts state the unit; argparse adds the default.
+
+
+def make_training_parser(script: str) -> FlagParser:
+    """The parser of one training script; all four have the same flags."""
+    usage = "--pretrained_model_name_or_path MODEL --data_root FOLDER"
+    parser = FlagParser(SCRIPTS[script], usage, DESCRIPTIONS[script])
+    add_model_flags(parser)
+    add_training_data_flags(parser)
+    add_bucket_flags(parser)
+    add_training_flags(parser)
+    add_optimizer_flags(parser)
+    add_lr_flags(parser)
+    add_checkpoint_flags(parser)
+    add_validation_flags(parser)
+    add_memory_flags(parser)
+    add_tracking_flags(parser)
+    add_other_training_flags(parser)
+    # --help says by itself what the two tables refuse.
+    for action in parser._actions:
+        if action.dest in NO_MEANING[script]:
+            action.help += " [no meaning in this script]"
+        elif action.dest in LATER and action.dest not in AVAILABLE:
+            action.help += " [not available yet]"
+    return parser
+
+
+def make_prepare_parser() -> FlagParser:
+    """The parser of prepare_dataset.py."""
+    parser = FlagParser("prepare_dataset.py", "--data_root FOLDER --output_dir FOLDER", DESCRIPTIONS["prepare"])
+    add_prepare_model_flags(parser)
+    add_prepare_data_flags(parser)
+    add_prepare_bucket_flags(parser)
+    add_output_flags(parser)
+    add_prepare_memory_flags(parser)
+    add_prepare_other_flags(parser)
+    return parser
+
+
+# ---------------------------------------------------------------- flags of both
+
+
+MODEL_HELP = "a hub id, zai-org/... or THUDM/..., for example zai-org/CogVideoX-2b, or a local diffusers folder"
+
+
+def add_download_flags(group):
+    group.add_argument("--revision", help="branch, tag or commit of the model on the hub")
+    group.add_argument("--variant", help="variant of the weight files, for example fp16 for *.fp16.safetensors")
+    group.add_argument("--cache_dir", metavar="FOLDER", help="folder for downloads; unset: the hub's usual cache")
+    group.add_argument(
+        "--allow_cpu",
+        action="store_true",
+        help="run a model of real size without a GPU, which is very slow, instead of refusing it",
+    )
+
+
+def add_clip_list_flags(group, caption_column: str):
+    group.add_argument(
+        "--dataset_file",
+        metavar="CSV",
+        help="CSV with a row per clip, in place of the two text files; its columns: --video_column, --caption_column",
+    )
+    group.add_argument(
+        "--video_column",
+        metavar="NAME",
+        default="video",
+        help="file in --data_root with one video path per line, or the CSV's column of video paths",
+    )
+    group.add_argument(
+        "--caption_column",
+        metavar="NAME",
+        default=caption_column,
+        help="file in --data_root with one caption per line, or the CSV's column of captions",
+    )
+    group.add_argument("--id_token", metavar="TOKEN", help="put in front of every caption, with a space between")
+
+
+def add_reading_flags(group):
+    group.add_argument(
+        "--random_flip",
+        type=float,
+        metavar="P",
+        help="probability, per clip, of mirroring all its frames left to right; captions stay as written; unset: 0",
+    )
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        metavar="N",
+        default=0,
+        help="processes that read data beside each training process; 0 reads in the process itself",
+    )
+    group.add_argument(
+        "--pin_memory", action="store_true", help="page-locked host memory for batches: faster copies to the GPU"
+    )
+    group.add_argument(
+        "--video_backend",
+        choices=["auto", "decord", "pyav"],
+        default="auto",
+        help="video decoder; auto picks one that is installed and opens the file",
+    )
+
+
+def add_size_flags(group):
+    group.add_argument(
+        "--height_buckets",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        default=list(SIZES),
+        help="heights, multiples of 16, that clips may be given; each clip takes the height and width nearest in "
+        "aspect, then in area",
+    )
+    group.add_argument(
+        "--width_buckets",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        default=list(SIZES),
+        help="widths, multiples of 16, that clips may be given",
+    )
+    group.add_argument(
+        "--frame_buckets",
+        type=int,
+        nargs="+",
+        metavar="FRAMES",
+        default=[49],
+        help="frame counts, 4k+1, that clips may be given; 4k is accepted with a warning",
+    )
+    group.add_argument(
+        "--max_num_frames",
+        type=int,
+        metavar="FRAMES",
+        default=49,
+        help="most frames read of a clip: larger frame buckets stay empty",
+    )
+    group.add_argument(
+        "--video_reshape_mode",
+        metavar="MODE",
+        help="how a clip gets its bucket's size: center and random keep the aspect, cover the bucket and crop, at the "
+        "middle or at a place drawn per clip; none resizes nothing, clips must have a bucket's size; unset: center",
+    )
+
+
+FPS_HELP = (
+    "frames per second at which clips are sampled. Given: it holds. Not given: 8 for CogVideoX 1.0, 16 for 1.5, "
+    "whatever the default shown"
+)
+
+
+# ---------------------------------------------------------------- flags of the training scripts
+
+
+def add_model_flags(parser: FlagParser):
+    group = parser.add_argument_group("model")
+    # A suppressed default keeps "(default: None)" out of the help of a required flag.
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="MODEL",
+        help=f"the model to train: {MODEL_HELP} (required)",
+    )
+    add_download_flags(group)
+    group.add_argument(
+        "--rank",
+        type=int,
+        default=64,
+        help="rank of the LoRA on to_q, to_k, to_v and to_out.0 of every block; its size grows with it",
+    )
+    group.add_argument(
+        "--lora_alpha",
+        type=int,
+        default=64,
+        help="the LoRA's output is multiplied by lora_alpha / rank; both are saved in its file",
+    )
+
+
+def add_training_data_flags(parser: FlagParser):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_root",
+        metavar="FOLDER",
+        help="folder of the captions and videos, or with --load_tensors the folder that prepare_dataset.py wrote",
+    )
+    add_clip_list_flags(group, caption_column="text")
+    group.add_argument(
+        "--load_tensors",
+        action="store_true",
+        help="train on moments and prompt embeddings made by prepare_dataset.py: neither T5 nor the VAE is loaded",
+    )
+    add_reading_flags(group)
+
+
+def add_bucket_flags(parser: FlagParser):
+    group = parser.add_argument_group("buckets")
+    add_size_flags(group)
+    group.add_argument("--fps", type=int, default=8, help=FPS_HELP)
+    group.add_argument(
+        "--skip_frames_start",
+        type=int,
+        metavar="FRAMES",
+        default=0,
+        help="frames of the file left out at the start of every clip",
+    )
+    group.add_argument(
+        "--skip_frames_end",
+        type=int,
+        metavar="FRAMES",
+        default=0,
+        help="frames of the file left out at the end of every clip",
+    )
+
+
+def add_training_flags(parser: FlagParser):
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--seed",
+        type=int,
+        help="seed of every draw, 0 included; draws follow a sample's place in the run, so that the number of "
+        "workers and processes changes only rounding; unset: drawn, and kept in args.json",
+    )
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="precision of the frozen weights and of computing, trained weights are fp32: no is fp32; fp16 scales the "
+        "loss, needs a GPU and a checkpoint not stored in bf16; unset: the launcher's, else bf16 on a GPU, fp32 on a "
+        "CPU",
+    )
+    group.add_argument("--train_batch_size", type=int, metavar="CLIPS", default=4, help="clips a batch, per process")
+    group.add_argument(
+        "--num_train_epochs",
+        type=int,
+        metavar="N",
+        default=1,
+        help="passes over the data; --max_train_steps, where given, rules",
+    )
+    group.add_argument(
+        "--max_train_steps", type=int, metavar="UPDATES", help="optimizer updates of the run; unset: by the epochs"
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        metavar="BATCHES",
+        default=1,
+        help="batches per optimizer update, per process",
+    )
+    group.add_argument(
+        "--noised_image_dropout",
+        type=float,
+        metavar="P",
+        default=0.05,
+        help="probability, per sample, of training image-to-video without the first frame",
+    )
+    group.add_argument(
+        "--text_dropout",
+        type=float,
+        metavar="P",
+        default=0.0,
+        help="probability, per sample, of training on the encoded empty prompt, for classifier-free guidance",
+    )
+
+
+def add_optimizer_flags(parser: FlagParser):
+    group = parser.add_argument_group("optimizer")
+    group.add_argument(
+        "--optimizer",
+        type=str.lower,
+        choices=["adam", "adamw", "prodigy", "came"],
+        default="adam",
+        help="adam or adamw; prodigy and came are not available yet",
+    )
+    group.add_argument("--beta1", type=float, default=0.9, help="decay of the mean of the gradient")
+    group.add_argument("--beta2", type=float, default=0.95, help="decay of the mean of its square")
+    group.add_argument("--beta3", type=float, help="third decay, of prodigy and came")
+    group.add_argument(
+        "--weight_decay",
+        type=float,
+        default=1e-4,
+        help="pull to zero: adamw applies it to the weights themselves, adam adds it to the gradient",
+    )
+    group.add_argument("--epsilon", type=float, default=1e-8, help="added to the denominator of the step")
+    group.add_argument(
+        "--max_grad_norm",
+        type=float,
+        metavar="NORM",
+        default=1.0,
+        help="gradients of an update are scaled down to this L2 norm, taken over all trained weights and processes",
+    )
+    group.add_argument(
+        "--max_bad_steps",
+        type=int,
+        metavar="UPDATES",
+        default=5,
+        help="updates in a row with a loss or gradient that is not finite (each is skipped) before the run ends with "
+        "exit code 70",
+    )
+    group.add_argument("--use_8bit", action="store_true", help="optimizer states in 8 bits")
+    group.add_argument("--use_4bit", action="store_true", help="optimizer states in 4 bits, by torchao")
+    group.add_argument("--use_torchao", action="store_true", help="low-bit optimizers by torchao, not bitsandbytes")
+    group.add_argument("--prodigy_decouple", action="store_true", help="weight decay of prodigy as in AdamW")
+    group.add_argument("--prodigy_use_bias_correction", action="store_true", help="Adam's bias correction in prodigy")
+    group.add_argument(
+        "--prodigy_safeguard_warmup",
+        action="store_true",
+        help="keep the learning rate of the warm-up out of prodigy's estimate of the step size",
+    )
+
+
+def add_lr_flags(parser: FlagParser):
+    group = parser.add_argument_group("learning rate")
+    group.add_argument("--learning_rate", type=float, metavar="LR", default=1e-4, help="peak learning rate")
+    group.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="multiply it by clips per update: batch size x accumulation x processes",
+    )
+    group.add_argument("--lr_scheduler", metavar="NAME", default="constant", help=f"one of {', '.join(LR_SCHEDULERS)}")
+    group.add_argument(
+        "--lr_warmup_steps",
+        type=int,
+        metavar="UPDATES",
+        default=500,
+        help="optimizer updates of linear warm-up from 0; constant has no warm-up, constant_with_warmup has",
+    )
+    group.add_argument(
+        "--lr_num_cycles", type=int, metavar="N", default=1, help="cosine cycles of cosine_with_restarts"
+    )
+    group.add_argument("--lr_power", type=float, metavar="POWER", default=1.0, help="exponent of polynomial")
+
+
+def add_checkpoint_flags(parser: FlagParser):
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument(
+        "--output_dir",
+        metavar="FOLDER",
+        default="cogvideox-sft",
+        help="folder of the result, checkpoints, args.json, metrics.jsonl and status.json; where it holds a run of "
+        "the same flags, that run is continued",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="move an output_dir that belongs to another run aside, instead of refusing it",
+    )
+    group.add_argument(
+        "--checkpointing_steps",
+        type=int,
+        metavar="UPDATES",
+        default=500,
+        help="optimizer updates between checkpoints, each a folder checkpoint-<step> of output_dir",
+    )
+    group.add_argument(
+        "--checkpoints_total_limit",
+        type=int,
+        metavar="N",
+        help="checkpoints kept: the oldest goes once a newer one is written; unset: all",
+    )
+    group.add_argument(
+        "--resume_from_checkpoint",
+        metavar="CHECKPOINT",
+        help="path of a checkpoint to continue from, or latest for the newest of output_dir (without any, a fresh "
+        "start)",
+    )
+
+
+def add_validation_flags(parser: FlagParser):
+    group = parser.add_argument_group("validation")
+    group.add_argument("--validation_prompt", metavar="TEXT", help="prompts to render, split at the separator")
+    group.add_argument("--validation_images", metavar="PATHS", help="first frames for them, split at the separator")
+    group.add_argument(
+        "--validation_prompt_separator", metavar="TEXT", default=":::", help="text between prompts and between images"
+    )
+    group.add_argument("--num_validation_videos", type=int, metavar="N", default=1, help="videos per prompt")
+    group.add_argument("--validation_epochs", type=int, metavar="N", default=50, help="epochs between validations")
+    group.add_argument("--height", type=int, metavar="PIXELS", default=480, help="height of validation videos")
+    group.add_argument("--width", type=int, metavar="PIXELS", default=720, help="width of validation videos")
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        metavar="SCALE",
+        default=6,
+        help="classifier-free guidance of validation videos; 1 is none",
+    )
+    group.add_argument(
+        "--use_dynamic_cfg",
+        action="store_true",
+        help="in validation, let the guidance rise from 1 in the course of sampling",
+    )
+    group.add_argument(
+        "--enable_model_cpu_offload",
+        action="store_true",
+        help="in validation, keep only the model at work on the GPU",
+    )
+
+
+def add_memory_flags(parser: FlagParser):
+    group = parser.add_argument_group("memory and speed")
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass instead of keeping them: far less memory, slower",
+    )
+    group.add_argument(
+        "--enable_slicing", action="store_true", help="encode raw videos one clip at a time: less memory in the VAE"
+    )
+    group.add_argument(
+        "--enable_tiling",
+        action="store_true",
+        help="encode raw videos in overlapping tiles: less memory in the VAE, results differ slightly",
+    )
+    group.add_argument(
+        "--allow_tf32",
+        action="store_true",
+        help="TF32 for fp32 matrix products, on GPUs since Ampere: faster, coarser",
+    )
+    group.add_argument("--use_cpu_offload_optimizer", action="store_true", help="optimizer states in host memory")
+    group.add_argument(
+        "--offload_gradients", action="store_true", help="gradients in host memory too, with the flag above"
+    )
+
+
+def add_tracking_flags(parser: FlagParser):
+    group = parser.add_argument_group("tracking and hub")
+    group.add_argument("--report_to", metavar="TRACKER", help="none; trackers are not available yet")
+    group.add_argument(
+        "--log_every",
+        type=int,
+        metavar="UPDATES",
+        default=10,
+        help="optimizer updates between transfers of loss and gradient norm from the GPU; each update still has its "
+        "own line in metrics.jsonl",
+    )
+    group.add_argument("--tracker_name", metavar="NAME", help="project name at the tracker")
+    group.add_argument("--logging_dir", metavar="FOLDER", default="logs", help="the trackers' folder in output_dir")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result to the hub")
+    group.add_argument(
+        "--hub_token",
+        metavar="TOKEN",
+        help="token for the hub, shown to all users of the machine: prefer HF_TOKEN or `hf auth login`; never written",
+    )
+    group.add_argument("--hub_model_id", metavar="ID", help="repository to upload to")
+
+
+def add_other_training_flags(parser: FlagParser):
+    group = parser.add_argument_group("other")
+    group.add_argument(
+        "--nccl_timeout",
+        type=int,
+        metavar="SECONDS",
+        default=600,
+        help="how long processes wait for one another before the run is given up",
+    )
+
+
+# ---------------------------------------------------------------- flags of prepare_dataset.py
+
+
+def add_prepare_model_flags(parser: FlagParser):
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model_id",
+        metavar="MODEL",
+        default="THUDM/CogVideoX-2b",
+        help=f"the model whose VAE and T5 encode, the one to be trained: {MODEL_HELP}",
+    )
+    add_download_flags(group)
+    group.add_argument(
+        "--dtype",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="precision in which the VAE and T5 are loaded and compute",
+    )
+    group.add_argument(
+        "--max_sequence_length",
+        type=int,
+        metavar="TOKENS",
+        default=226,
+        help="text tokens per prompt: longer ones are cut, shorter ones padded; CogVideoX is trained with 226",
+    )
+
+
+def add_prepare_data_flags(parser: FlagParser):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_root",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="folder of the captions and videos; video paths are relative to it (required)",
+    )
+    add_clip_list_flags(group, caption_column="caption")
+    add_reading_flags(group)
+    group.add_argument(
+        "--num_decode_threads",
+        type=int,
+        metavar="N",
+        default=0,
+        help="threads that decode one video; 0 leaves it to the decoder",
+    )
+
+
+def add_prepare_bucket_flags(parser: FlagParser):
+    group = parser.add_argument_group("buckets")
+    add_size_flags(group)
+    group.add_argument("--target_fps", type=int, metavar="FPS", default=8, help=FPS_HELP)
+
+
+def add_output_flags(parser: FlagParser):
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_dir",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="folder to write; in one that holds part of the work, only what is missing is done (required)",
+    )
+    group.add_argument(
+        "--save_latents_and_embeddings",
+        action="store_true",
+        help="write VAE moments and prompt embeddings, for --load_tensors; without it, resized mp4s and first frames",
+    )
+    group.add_argument(
+        "--save_image_latents",
+        action="store_true",
+        help="write moments of the noised first frame too, for image-to-video",
+    )
+    group.add_argument(
+        "--num_image_variants",
+        type=int,
+        metavar="N",
+        default=8,
+        help="noised first frames kept per clip with --save_image_latents; training draws one each time",
+    )
+    group.add_argument(
+        "--save_previews",
+        action="store_true",
+        help="with --save_latents_and_embeddings, write the resized mp4s and first frames too; without it they are "
+        "always written",
+    )
+
+
+def add_prepare_memory_flags(parser: FlagParser):
+    group = parser.add_argument_group("memory and speed")
+    group.add_argument("--batch_size", type=int, metavar="CLIPS", default=1, help="clips encoded at once, per process")
+    group.add_argument(
+        "--use_slicing", action="store_true", help="encode a batch one clip at a time: less memory in the VAE"
+    )
+    group.add_argument(
+        "--use_tiling",
+        action="store_true",
+        help="encode in overlapping tiles: less memory in the VAE, results differ slightly",
+    )
+    group.add_argument(
+        "--num_artifact_workers", type=int, metavar="N", default=4, help="threads that write files, per process"
+    )
+
+
+def add_prepare_other_flags(parser: FlagParser):
+    group = parser.add_argument_group("other")
+    group.add_argument(
+        "--seed", type=int, default=42, help="seed of the draws per clip: flip, crop, start, noise on first frames"
+    )

@@ -1,0 +1,210 @@
+"""Checkpoints that continue exactly where the data stood, and the folder they live in.
+
+A checkpoint is the adapter's file beside `optimizer.safetensors` and `state.json`; nothing is pickled. Random state
+need not be kept: every draw is a function of the seed and of the sample's position in the run.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from errors import UsageError
+from runtime import memory_report, write_json, write_status
+from update import TrainingState
+
+
+logger = logging.getLogger(__name__)
+
+# Flags that do not touch what is trained: they may differ when a run goes on
+FREE_FLAGS = {
+    "allow_cpu", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "hub_token",
+    "log_every", "max_bad_steps", "nccl_timeout", "output_dir", "overwrite", "pin_memory", "resume_from_checkpoint",
+}  # fmt: skip
+LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+CONSTANT_SCHEDULES = {"constant", "constant_with_warmup"}
+
+
+# ---------------------------------------------------------------- the output folder
+
+
+def open_output_dir_from_args(args, is_main_process: bool) -> int | None:
+    """Make or re-open `output_dir`. Returns the seed that a run found there had drawn, else None.
+
+    Refuses, with UsageError, a folder that holds another run, unless --overwrite moves it aside.
+    """
+    output_dir = Path(args.output_dir)
+    if args.overwrite and is_main_process and output_dir.exists() and any(output_dir.iterdir()):
+        aside = output_dir.with_name(f"{output_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        output_dir.rename(aside)
+        logger.info("the old %s is now %s", output_dir, aside)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    record = output_dir / "args.json"
+    if args.overwrite or not record.exists():
+        return None
+    earlier = json.loads(record.read_text(encoding="utf-8"))
+    refuse_other_run(args, output_dir, earlier["flags"])
+    return earlier["seed"]
+
+
+def recorded_flags(args) -> dict:
+    """The flags as given; never a token."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in ("hub_token", "given")}
+
+
+def refuse_other_run(args, output_dir: Path, earlier: dict) -> None:
+    flags = recorded_flags(args)
+    names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
+    may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or read_state(output_dir) != "complete"
+    free = FREE_FLAGS | (LENGTH_FLAGS if may_extend else set())
+    refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
+    if refused and any(checkpoint_dirs(output_dir)):
+        raise UsageError(
+            f"{output_dir}: holds a run with other flags ({', '.join(refused)}); choose another --output_dir, "
+            "or pass --overwrite to move it aside"
+        )
+    if changed := [name for name in names if name in LENGTH_FLAGS]:
+        logger.info("continuing with changed %s", ", ".join(f"--{name} {flags.get(name)}" for name in changed))
+
+
+def read_state(output_dir: Path) -> str | None:
+    status = output_dir / "status.json"
+    return json.loads(status.read_text(encoding="utf-8"))["state"] if status.exists() else None
+
+
+def record_run_from_args(args, seed: int) -> None:
+    """Write args.json: the flags as given, which of them were given, the seed in force, the packages."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    content = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "versions": versions}
+    write_json(Path(args.output_dir) / "args.json", content)
+
+
+# ---------------------------------------------------------------- save
+
+
+def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, facts: dict) -> Path:
+    """Write `checkpoint-<step>/` beside and rename it: what has that name is complete."""
+    target = output_dir / f"checkpoint-{step}"
+    temporary = output_dir / f".tmp-checkpoint-{step}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        engine.save(temporary)
+        tensors, optimizer = split_tensors(state.optimizer.state_dict())
+        save_file(tensors, temporary / "optimizer.safetensors")
+        content = {
+            **facts,
+            "step": step,
+            "optimizer": optimizer,
+            "lr_scheduler": state.lr_scheduler.state_dict(),
+            "scaler": state.scaler.state_dict() if state.scaler else None,
+        }
+        write_json(temporary / "state.json", content)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def save_checkpoint_from_args(args, accelerator, step: int, engine, state: TrainingState, facts: dict) -> None:
+    """A checkpoint by the main process, the oldest removed after it is complete; the other ranks wait."""
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        save_checkpoint(output_dir, step, engine, state, facts)
+        prune_checkpoints(output_dir, args.checkpoints_total_limit)
+    accelerator.wait_for_everyone()
+
+
+def finish_run(accelerator, output_dir: Path, engine, num_steps: int) -> None:
+    """Write the result, check it as diffusers loads it, and say so in status.json."""
+    if accelerator.is_main_process:
+        result = engine.save(output_dir)
+        engine.check(output_dir)
+        write_status(output_dir, "complete", 0, step=num_steps, **memory_report(accelerator.device))
+        logger.info("complete at step %d: %s", num_steps, result)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints over `limit`; called after the newest is complete."""
+    if limit is not None:
+        for directory in checkpoint_dirs(output_dir)[:-limit]:
+            shutil.rmtree(directory)
+
+
+def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors by "<index>.<name>", the rest as JSON) of an optimizer's state_dict."""
+    tensors, values = {}, {}
+    for index, entry in optimizer_state["state"].items():
+        for name, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.contiguous()
+            else:
+                values[f"{index}.{name}"] = value
+    return tensors, {"values": values, "param_groups": optimizer_state["param_groups"]}
+
+
+def join_tensors(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
+    """The inverse of `split_tensors`."""
+    state: dict[int, dict] = {}
+    for key, value in {**tensors, **rest["values"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+# ---------------------------------------------------------------- load
+
+
+def checkpoint_dirs(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; other folders are ignored."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    complete = [path for path in found if (path / "state.json").exists()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint_from_args(args) -> Path | None:
+    """The checkpoint to go on from: a path as written, a name in output_dir, or the newest there; None to start."""
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted in (None, "latest"):
+        newest = (checkpoint_dirs(output_dir) or [None])[-1]
+        if wanted and newest is None:
+            logger.info("%s holds no checkpoint: starting at step 0", output_dir)
+        return newest
+    for path in (Path(wanted), output_dir / wanted):
+        if (path / "state.json").exists():
+            return path
+    raise UsageError(
+        f"--resume_from_checkpoint {wanted}: no checkpoint there (no state.json); give a path, a name or latest"
+    )
+
+
+def load_checkpoint(path: Path, engine, state: TrainingState, facts: dict) -> int:
+    """Restore weights, optimizer, schedule and scaler; returns the step. `facts` must equal those saved."""
+    try:
+        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(path / "optimizer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"{path}: not a readable checkpoint ({error}); name an older one") from error
+    for name, value in facts.items():
+        if saved.get(name) != value:
+            raise UsageError(
+                f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
+            )
+    engine.load(path)
+    state.optimizer.load_state_dict(join_tensors(tensors, saved["optimizer"]))
+    state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    if state.scaler:
+        state.scaler.load_state_dict(saved["scaler"])
+    logger.info("continuing from %s at step %d", path, saved["step"])
+    return saved["step"]

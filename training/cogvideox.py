@@ -1,0 +1,288 @@
+"""All that is known of CogVideoX: its folders, encoders, latents and position embeddings.
+
+The rule behind every function: the transformer sees in training what the stock diffusers pipeline feeds it.
+Axes: B batch, F' pixel frames, F latent frames, C latent channels, h/w pixels, H/W latent size (h = 8H), S text
+tokens, D text width. Latents outside of this file are always [B, F, C, H, W].
+"""
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+from transformers import AutoTokenizer, T5EncoderModel
+
+from errors import UsageError
+
+
+logger = logging.getLogger(__name__)
+
+TEXT_TO_VIDEO_PIPELINE = CogVideoXPipeline
+IMAGE_TO_VIDEO_PIPELINE = CogVideoXImageToVideoPipeline
+SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # pixels per latent; the VAE's first latent frame covers one pixel frame
+SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class VaeConfig(NamedTuple):
+    """The two numbers that latents need of the VAE; a run on precomputed latents loads nothing else of it."""
+
+    scaling_factor: float
+    invert_scale_latents: bool
+
+
+# ---------------------------------------------------------------- loading
+
+
+def resolve_model_dir(model: str, components: list[str], revision: str | None = None, cache_dir: str | None = None):
+    """The local folder of `model` (a folder or a hub id) with `components` in it, subfolders or files; only these are fetched."""
+    model_dir = Path(model)
+    if not model_dir.is_dir():
+        model_dir = download_model(model, components, revision, cache_dir)
+    missing = [name for name in ["model_index.json", *components] if not (model_dir / name).exists()]
+    if missing:
+        raise UsageError(
+            f"{model_dir}: not a complete CogVideoX folder, it lacks {', '.join(missing)}; "
+            "give a diffusers folder or a hub id such as zai-org/CogVideoX-2b"
+        )
+    return model_dir
+
+
+def download_model(model: str, components: list[str], revision: str | None, cache_dir: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["model_index.json", *(name if name.endswith(".json") else f"{name}/*" for name in components)]
+    try:
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{model}: neither a folder nor a model that the hub serves here ({reason})") from error
+
+
+def read_config(model_dir: Path, component: str) -> dict:
+    """The component's JSON configuration."""
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    return json.loads((model_dir / component / name).read_text(encoding="utf-8"))
+
+
+def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
+    """The dtype in which the transformer's weights lie on disk: read from a header, never from a name."""
+    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    files = sorted((model_dir / "transformer").glob(pattern))
+    if not files:
+        raise UsageError(f"{model_dir}/transformer: no {pattern} in it; download the model again")
+    try:
+        with safe_open(files[0], framework="pt") as weights:
+            name = next(iter(weights.keys()))
+            return SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()]
+    except (SafetensorError, KeyError) as error:
+        raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
+
+
+def is_version_1_5(transformer_config) -> bool:
+    """True for CogVideoX 1.5, which patches two latent frames into one token and was trained at 16 fps."""
+    return transformer_config.get("patch_size_t") is not None
+
+
+def default_fps(transformer_config) -> int:
+    """Frames per second that the checkpoint was trained at: 8 (1.0) or 16 (1.5)."""
+    return 16 if is_version_1_5(transformer_config) else 8
+
+
+def text_length(transformer_config) -> int:
+    """Text tokens that the checkpoint was trained with."""
+    return transformer_config.get("max_text_seq_length", 226)
+
+
+def is_image_to_video(transformer_config) -> bool:
+    """True where the transformer takes image latents beside the video's."""
+    return transformer_config["in_channels"] == 2 * transformer_config.get("out_channels", 16)
+
+
+def num_parameters(transformer_config) -> float:
+    """About how many parameters: 12 d^2 of attention and feed-forward, 6 x 2 x d x time_embed_dim of modulation."""
+    width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+    per_block = 12 * width**2 + 12 * width * transformer_config.get("time_embed_dim", 512)
+    return transformer_config["num_layers"] * per_block
+
+
+def load_transformer(model_dir: Path, dtype: torch.dtype, variant: str | None = None) -> CogVideoXTransformer3DModel:
+    """The transformer in `dtype`, on the CPU, frozen."""
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        model_dir, subfolder="transformer", dtype=dtype, variant=variant
+    )
+    return transformer.requires_grad_(False)
+
+
+def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler | CogVideoXDDIMScheduler:
+    """The checkpoint's own noise schedule; its `alphas_cumprod` [1000] is in fp32 or fp64."""
+    name = json.loads((model_dir / "model_index.json").read_text(encoding="utf-8"))["scheduler"][1]
+    scheduler_class = CogVideoXDDIMScheduler if name == "CogVideoXDDIMScheduler" else CogVideoXDPMScheduler
+    return scheduler_class.from_pretrained(model_dir, subfolder="scheduler")
+
+
+def load_vae_config(model_dir: Path) -> VaeConfig:
+    """Scaling of the latents, without the VAE's weights."""
+    config = read_config(model_dir, "vae")
+    return VaeConfig(config["scaling_factor"], config.get("invert_scale_latents", False))
+
+
+def load_vae(
+    model_dir: Path, dtype: torch.dtype, variant: str | None = None, slicing: bool = False, tiling: bool = False
+) -> AutoencoderKLCogVideoX:
+    """The frozen VAE in `dtype`, on the CPU."""
+    vae = AutoencoderKLCogVideoX.from_pretrained(model_dir, subfolder="vae", dtype=dtype, variant=variant)
+    if slicing:
+        vae.enable_slicing()
+    if tiling:
+        vae.enable_tiling()
+    return vae.requires_grad_(False).eval()
+
+
+def load_text_encoder(model_dir: Path, dtype: torch.dtype, variant: str | None = None):
+    """(tokenizer, frozen T5 encoder in `dtype`), on the CPU."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
+    text_encoder = T5EncoderModel.from_pretrained(model_dir, subfolder="text_encoder", dtype=dtype, variant=variant)
+    return tokenizer, text_encoder.requires_grad_(False).eval()
+
+
+# ---------------------------------------------------------------- encoding
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, text_encoder, prompts: list[str], max_length: int = 226) -> torch.Tensor:
+    """T5 embeddings [B, S, D] of `prompts` as the pipelines make them: padded to S tokens, no attention mask."""
+    tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    for prompt in prompts:
+        num_tokens = len(tokenizer(prompt).input_ids)
+        if num_tokens > max_length:
+            logger.warning("caption of %d tokens cut at %d: %.60s...", num_tokens, max_length, prompt)
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+
+
+@torch.no_grad()
+def encode_videos(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
+    """Moments [B, 2C, F, H, W] (mean and log-variance) of pixels [B, F', 3, h, w] in [-1, 1]."""
+    pixels_BCFhw = pixels.to(vae.device, vae.dtype).permute(0, 2, 1, 3, 4)
+    return vae.encode(pixels_BCFhw).latent_dist.parameters
+
+
+@torch.no_grad()
+def encode_images(
+    vae: AutoencoderKLCogVideoX, images: torch.Tensor, noise: torch.Tensor, log_sigma: torch.Tensor
+) -> torch.Tensor:
+    """Moments [B, 2C, 1, H, W] of first frames [B, 3, h, w] in [-1, 1] under log-normal noise, added before the VAE.
+
+    `noise` is standard normal like `images`; `log_sigma` [B] is drawn from N(-3, 0.5), as CogVideoX was trained
+    (sat/diffusion_video.py of zai-org/CogVideo).
+    """
+    noisy_images = images + noise * log_sigma.exp().view(-1, 1, 1, 1)
+    return encode_videos(vae, noisy_images[:, None])
+
+
+def pixels_to_unit(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels to fp32 in [-1, 1], the VAE's range."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def encode_captions(
+    model_dir: Path,
+    prompts: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_length: int,
+    variant: str | None = None,
+    batch_size: int = 8,
+) -> dict[str, torch.Tensor]:
+    """Embeddings [S, D] of each different prompt, on the CPU. T5 is loaded, used and freed: it never trains beside
+    the transformer (T5-XXL alone takes 9 GiB in bf16). An embedding of 226 x 4096 in bf16 takes 1.8 MiB of host memory.
+    """
+    tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
+    text_encoder.to(device)
+    unique = list(dict.fromkeys(prompts))
+    table = {}
+    for start in tqdm(range(0, len(unique), batch_size), desc="captions", disable=len(unique) <= batch_size):
+        batch = unique[start : start + batch_size]
+        table.update(zip(batch, encode_prompts(tokenizer, text_encoder, batch, max_length).cpu(), strict=True))
+    return table
+
+
+# ---------------------------------------------------------------- latents
+
+
+def latent_shape(moments: torch.Tensor) -> tuple[int, int, int, int]:
+    """(F, C, H, W) of the latents that moments [B, 2C, F, H, W] give."""
+    _, channels, frames, height, width = moments.shape
+    return frames, channels // 2, height, width
+
+
+def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: VaeConfig) -> torch.Tensor:
+    """Scaled fp32 latents [B, F, C, H, W] drawn from moments [B, 2C, F, H, W] with standard normal noise of the result's shape.
+
+    Video latents are always times scaling_factor, also where invert_scale_latents is set: that concerns image
+    latents alone (CogVideoXPipeline.decode_latents).
+    """
+    posterior = DiagonalGaussianDistribution(moments.float())
+    latents_BFCHW = posterior.mean.transpose(1, 2) + posterior.std.transpose(1, 2) * noise
+    return latents_BFCHW * vae_config.scaling_factor
+
+
+def pad_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
+    """Latents [B, F, ...] with the first one repeated in front until F is a multiple of `patch_size_t` (1.5).
+
+    The pipelines pad in front too and drop those latents before decoding.
+    """
+    missing = -latents.shape[1] % (patch_size_t or 1)
+    return torch.cat([latents[:, :1]] * missing + [latents], dim=1) if missing else latents
+
+
+def rotary_embeddings(transformer_config, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(cos, sin) [F/p_t x H/p x W/p, head_dim] in fp32 for padded latents [B, F, C, H, W]; None without RoPE (2b)."""
+    config = transformer_config
+    if not config.use_rotary_positional_embeddings:
+        return None
+    num_frames, _, height, width = latents.shape[1:]
+    grid = (height // config.patch_size, width // config.patch_size)
+    base = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+    return rotary_grid(config.attention_head_dim, config.patch_size_t, num_frames, grid, base, latents.device)
+
+
+@functools.lru_cache(maxsize=64)  # one entry per bucket: rebuilding it costs some 20 ms a step
+def rotary_grid(
+    head_dim: int,
+    patch_size_t: int | None,
+    num_frames: int,
+    grid: tuple[int, int],
+    base: tuple[int, int],
+    device: torch.device,
+):
+    """As CogVideoXPipeline._prepare_rotary_positional_embeddings: 1.0 stretches the base grid over other sizes,
+    1.5 cuts a slice of it. Grids are (height, width) in patches.
+    """
+    if patch_size_t is None:
+        crops = get_resize_crop_region_for_grid(grid, base[1], base[0])
+        return get_3d_rotary_pos_embed(head_dim, crops, grid, num_frames, device=device)
+    return get_3d_rotary_pos_embed(
+        head_dim,
+        crops_coords=None,
+        grid_size=grid,
+        temporal_size=-(-num_frames // patch_size_t),
+        grid_type="slice",
+        max_size=base,
+        device=device,
+    )

@@ -1,0 +1,644 @@
+"""Videos or prepared latents -> samples -> batches of one bucket.
+
+Axes: B batch, F' pixel frames, F latent frames, C latent channels, H/W latent size, h/w pixels, S text tokens, D text
+width, K noised variants of a first frame.
+
+A sample's key is epoch * len(dataset) + index: a worker then knows the epoch, and every draw about a sample is a
+function of (seed, epoch, index). Sizes come from headers or the manifest; decoding happens in the workers.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from buckets import (
+    Bucket,
+    frame_times,
+    make_buckets,
+    nearest_bucket,
+    num_batches,
+    num_repeated,
+    num_sampled_frames,
+    pack_batches,
+    upscale,
+)
+from decode import VideoInfo, probe, read_frames
+from draws import draw_seed
+from errors import DataError, UsageError, UserError
+from formats import NAMED, Clip, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+
+
+logger = logging.getLogger(__name__)
+
+MAX_UPSCALE, WARN_UPSCALE = 4.0, 1.5  # linear factors
+SIZE_FLAGS = "--frame_buckets, --height_buckets, --width_buckets"
+PREPARE_AGAIN = "run prepare_dataset.py --save_latents_and_embeddings --output_dir {} again"
+
+
+# ---------------------------------------------------------------- videos
+
+
+class VideoDataset(Dataset):
+    """Clips that already have the height and width of a bucket; nothing is resized.
+
+    `clips`, `bucket_of`, `prompts` and `problems` hold what the headers said: bad clips raise one DataError, or with
+    on_problem="collect" are left out and described in `problems`, a line each.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        buckets: Sequence[Bucket],
+        *,
+        fps: float,
+        seed: int = 0,
+        random_flip: float | None = None,
+        skip_frames_start: int = 0,
+        skip_frames_end: int = 0,
+        max_num_frames: int | None = None,
+        video_backend: str = "auto",
+        num_threads: int = 0,
+        on_problem: str = "raise",
+    ):
+        self.buckets, self.fps, self.seed = list(buckets), fps, seed
+        self.random_flip = random_flip or 0.0
+        self.skip_start, self.skip_end = skip_frames_start, skip_frames_end
+        self.max_num_frames = max_num_frames or math.inf
+        self.backend, self.num_threads = video_backend, num_threads
+        self.smallest = min(bucket.frames for bucket in self.buckets)
+        if self.max_num_frames < self.smallest:
+            raise UsageError(f"--max_num_frames {max_num_frames} is below the smallest frame bucket, {self.smallest}")
+        self.keep_good(clips, on_problem)
+        self.warn_of_sizes()
+
+    def keep_good(self, clips: Sequence[Clip], on_problem: str) -> None:
+        """Sets clips, infos, bucket_of and problems from the headers."""
+        with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
+            infos = list(pool.map(probe_or_error, clips))
+        good, self.problems = [], []
+        for clip, info in zip(clips, infos, strict=True):
+            try:
+                if isinstance(info, DataError):
+                    raise info
+                good.append((clip, info, self.choose_bucket(clip, info)))
+            except DataError as error:
+                self.problems.append(str(error))
+        if self.problems and on_problem == "raise":
+            raise DataError(summary(self.problems, len(clips)))
+        self.clips = [clip for clip, _, _ in good]
+        self.infos = [info for _, info, _ in good]
+        self.bucket_of = [bucket for _, _, bucket in good]
+        self.prompts = [clip.prompt for clip in self.clips]
+
+    def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
+        """The clip's bucket; DataError if it is too short or fits none."""
+        num_frames = self.num_frames(info)
+        if num_frames < self.smallest:
+            raise DataError(
+                f"{clip.video}: too short: {num_frames} frames at {self.fps:g} fps ({info.num_frames} in the file at "
+                f"{info.fps:.4g} fps), the smallest bucket takes {self.smallest}; "
+                "add a smaller one to --frame_buckets or remove the clip"
+            )
+        return self.match_size(clip, info, min(num_frames, self.max_num_frames))
+
+    def num_frames(self, info: VideoInfo) -> int:
+        return num_sampled_frames(info.num_frames - self.skip_start - self.skip_end, info.fps, self.fps)
+
+    def match_size(self, clip: Clip, info: VideoInfo, num_frames: int) -> Bucket:
+        same_size = [bucket for bucket in self.buckets if bucket[1:] == (info.height, info.width)]
+        bucket = nearest_bucket(num_frames, info.height, info.width, same_size)
+        if bucket is None:
+            raise DataError(
+                f"{clip.video}: unknown bucket: {num_frames} frames of {info.height}x{info.width} (height x width); "
+                f"add the size to {SIZE_FLAGS}, or resize with --video_reshape_mode center"
+            )
+        return bucket
+
+    def warn_of_sizes(self) -> None:
+        slow = [clip.source for clip, info in zip(self.clips, self.infos, strict=True) if info.fps < 0.99 * self.fps]
+        if slow:
+            logger.warning(
+                "%d of %d clips have less than %g frames per second, so some of their frames are used twice: %s",
+                len(slow), len(self), self.fps, first_few(slow),
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: int) -> dict:
+        """{"pixels": uint8 [F', 3, h, w], "prompt", "index"}"""
+        epoch, index = divmod(key, len(self))
+        pixels = self.reshape(self.read(epoch, index), self.bucket_of[index], epoch, index)
+        if self.draw("flip", epoch, index).random() < self.random_flip:
+            pixels = pixels.flip(-1)  # the whole clip at once
+        self.check_shape(pixels, index)
+        return {"pixels": pixels.contiguous(), "prompt": self.prompts[index], "index": index}
+
+    def read(self, epoch: int, index: int) -> torch.Tensor:
+        """Frames of the clip at its own size, uint8 [F', 3, h, w]."""
+        times = frame_times(self.bucket_of[index].frames, self.fps, self.start_time(epoch, index))
+        # In a worker one thread by default: the workers are the parallelism
+        num_threads = self.num_threads or int(get_worker_info() is not None)
+        frames = read_frames(self.clips[index].video, times, self.backend, num_threads)
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+    def start_time(self, epoch: int, index: int) -> float:
+        """Seconds; where the clip is longer than its bucket a drawn place, else its start.
+
+        Starts lie on frames of the file: between them, rounding could repeat one frame and skip the next.
+        """
+        info, num_frames = self.infos[index], self.bucket_of[index].frames
+        last = info.num_frames - self.skip_start - self.skip_end - 1
+        spare = math.floor(last - (num_frames - 1) * info.fps / self.fps + 1e-6)  # frames of the file
+        if self.num_frames(info) <= num_frames or spare <= 0:
+            return self.skip_start / info.fps
+        return (self.skip_start + self.draw("start", epoch, index).randint(0, spare)) / info.fps
+
+    def draw(self, name: str, epoch: int, index: int) -> random.Random:
+        return random.Random(draw_seed(self.seed, name, epoch, index))
+
+    def reshape(self, pixels: torch.Tensor, bucket: Bucket, epoch: int, index: int) -> torch.Tensor:
+        return pixels
+
+    def check_shape(self, pixels: torch.Tensor, index: int) -> None:
+        frames, _, height, width = pixels.shape
+        if (frames, height, width) != self.bucket_of[index]:
+            raise DataError(
+                f"{self.clips[index].video}: frames of {height}x{width} (height x width) where the header says "
+                f"{self.infos[index].height}x{self.infos[index].width}; convert the clip again"
+            )
+
+    def fingerprint(self) -> str:
+        """A hash of which clips, captions and sizes are trained on, in which order."""
+        return hash_rows(zip((clip.source for clip in self.clips), self.prompts, self.bucket_of, strict=True))
+
+
+class VideoDatasetWithResizing(VideoDataset):
+    """Clips brought to the nearest bucket: resized, aspect kept, until they cover it, then cut at the middle."""
+
+    def match_size(self, clip: Clip, info: VideoInfo, num_frames: int) -> Bucket:
+        bucket = nearest_bucket(num_frames, info.height, info.width, self.buckets)
+        factor = upscale(info.height, info.width, bucket)
+        if factor > MAX_UPSCALE:
+            raise DataError(
+                f"{clip.video}: {info.height}x{info.width} (height x width) would be enlarged {factor:.1f} times to "
+                f"{bucket.height}x{bucket.width}; add smaller sizes to --height_buckets, --width_buckets or remove it"
+            )
+        return bucket
+
+    def warn_of_sizes(self) -> None:
+        super().warn_of_sizes()
+        rows = zip(self.clips, self.infos, self.bucket_of, strict=True)
+        factors = {clip.source: upscale(info.height, info.width, bucket) for clip, info, bucket in rows}
+        blurred = [source for source, factor in factors.items() if factor > WARN_UPSCALE]
+        if blurred:
+            logger.warning(
+                "%d of %d clips are enlarged more than %g times, up to %.1f, and will be soft: %s",
+                len(blurred), len(self), WARN_UPSCALE, max(factors.values()), first_few(blurred),
+            )  # fmt: skip
+
+    def reshape(self, pixels: torch.Tensor, bucket: Bucket, epoch: int, index: int) -> torch.Tensor:
+        pixels = cover_resize(pixels, bucket)
+        spare = pixels.shape[-2] - bucket.height, pixels.shape[-1] - bucket.width
+        top, left = self.crop_place(*spare, epoch, index)
+        return pixels[..., top : top + bucket.height, left : left + bucket.width]
+
+    def crop_place(self, spare_height: int, spare_width: int, epoch: int, index: int) -> tuple[int, int]:
+        return spare_height // 2, spare_width // 2
+
+
+class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
+    """The same, cut at the middle (crop="center") or at a place drawn per clip and epoch (crop="random")."""
+
+    def __init__(self, clips: Sequence[Clip], buckets: Sequence[Bucket], *, crop: str = "center", **options):
+        self.crop = crop
+        super().__init__(clips, buckets, **options)
+
+    def crop_place(self, spare_height: int, spare_width: int, epoch: int, index: int) -> tuple[int, int]:
+        if self.crop == "center":
+            return super().crop_place(spare_height, spare_width, epoch, index)
+        draw = self.draw("crop", epoch, index)
+        return draw.randint(0, spare_height), draw.randint(0, spare_width)
+
+
+def probe_or_error(clip: Clip) -> VideoInfo | DataError:
+    try:
+        return probe(clip.video)
+    except DataError as error:
+        return error
+
+
+def cover_resize(pixels: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    """uint8 [F', 3, h, w] at the least size that keeps the aspect and covers the bucket."""
+    height, width = pixels.shape[-2:]
+    factor = upscale(height, width, bucket)
+    size = max(round(height * factor), bucket.height), max(round(width * factor), bucket.width)
+    if size == (height, width):
+        return pixels
+    # On uint8: a quarter of the memory, and torch rounds and clips what bicubic overshoots
+    return F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+
+
+def summary(problems: list[str], num_clips: int) -> str:
+    """One line for any number of problems."""
+    if len(problems) == 1:
+        return problems[0]
+    more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return f"{len(problems)} of {num_clips} clips cannot be used: {'; '.join(problems[:NAMED])}{more}"
+
+
+def hash_rows(rows) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for source, prompt, bucket in rows:
+        digest.update(json.dumps([source, prompt, *bucket]).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- prepared latents
+
+
+class Latent(NamedTuple):
+    """Files of a prepared clip."""
+
+    moments: Path
+    prompt_embeds: Path
+    image_moments: Path | None
+    source: str
+    prompt: str
+    bucket: Bucket
+
+
+class LatentDataset(Dataset):
+    """Moments and prompt embeddings from a folder of prepare_dataset.py, or one of .pt files in the original's layout.
+
+    `image_moments` are given if every clip has them: one of the K variants, drawn per epoch.
+    """
+
+    def __init__(
+        self,
+        root,
+        *,
+        buckets: Sequence[Bucket] | None = None,
+        caption_column: str = "prompts.txt",
+        video_column: str = "videos.txt",
+        seed: int = 0,
+        id_token: str | None = None,
+        text_dropout: bool = False,
+    ):
+        self.root, self.seed = Path(root), seed
+        if not self.root.is_dir():
+            raise DataError(f"{root}: no such folder (--data_root); {PREPARE_AGAIN.format(root)}")
+        manifest = self.root / "data.jsonl"
+        rows = read_manifest(manifest) if manifest.is_file() else []
+        if rows and not all(str(row.get("video_latent")).endswith(".pt") for _, row in rows):
+            self.latents = [manifest_latent(manifest, number, row, id_token) for number, row in rows]
+            refuse_missing(self.root, self.latents)
+        else:
+            self.latents = original_latents(self.root, caption_column, video_column)
+        self.bucket_of = [latent.bucket for latent in self.latents]
+        self.prompts = [latent.prompt for latent in self.latents]
+        self.has_image_latents = all(latent.image_moments for latent in self.latents)
+        refuse_unknown_buckets(self.latents, buckets)
+        if text_dropout:
+            self.empty_prompt_embeds()
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, key: int) -> dict:
+        """{"moments": [2C, F, H, W], "prompt_embeds": [S, D], "index"} and "image_moments" [2C, 1, H, W], as stored."""
+        epoch, index = divmod(key, len(self))
+        latent = self.latents[index]
+        sample = {
+            "moments": read_tensor(latent.moments, "moments"),
+            "prompt_embeds": read_tensor(latent.prompt_embeds, "prompt_embeds"),
+            "index": index,
+        }
+        if self.has_image_latents:
+            variants = read_tensor(latent.image_moments, "moments")  # [K, 2C, 1, H, W], the original's [2C, 1, H, W]
+            variants = variants[None] if variants.ndim == 4 else variants
+            draw = random.Random(draw_seed(self.seed, "image_variant", epoch, index))
+            sample["image_moments"] = variants[draw.randrange(len(variants))].clone()
+        return sample
+
+    def empty_prompt_embeds(self) -> torch.Tensor:
+        """[S, D] of the empty prompt, for text dropout; DataError if the folder has none."""
+        path = self.root / "prompt_embeds/_empty.safetensors"
+        if not path.is_file():
+            raise DataError(f"{path}: missing, and --text_dropout needs it; {PREPARE_AGAIN.format(self.root)}")
+        return read_tensor(path, "prompt_embeds")
+
+    def fingerprint(self) -> str:
+        """A hash of which clips, captions and sizes are trained on, in which order."""
+        return hash_rows((latent.source, latent.prompt, latent.bucket) for latent in self.latents)
+
+
+def read_manifest(path: Path) -> list[tuple[int, dict]]:
+    """(line number, object) of every line that is not blank."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, dict(json.loads(line))))
+        except (ValueError, TypeError) as error:
+            message = f"{path}:{number}: not a JSON object; {PREPARE_AGAIN.format(path.parent)}"
+            raise DataError(message) from error
+    return rows
+
+
+def manifest_latent(manifest: Path, number: int, row: dict, id_token: str | None) -> Latent:
+    root, place = manifest.parent, f"{manifest}:{number}"
+    try:
+        files = [row["video_latent"], row["prompt_embed"], row.get("image_latent")]
+        sizes = row["metadata"]
+        bucket = Bucket(int(sizes["num_frames"]), int(sizes["height"]), int(sizes["width"]))
+        source, prompt = str(row.get("video")), row["prompt"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place}: {error} is missing or wrong; {PREPARE_AGAIN.format(root)}") from error
+    if not files[0] or not files[1]:
+        raise DataError(f"{place}: prepared without latents and embeddings; {PREPARE_AGAIN.format(root)}")
+    stored = sizes.get("id_token")
+    if id_token and id_token != stored:
+        raise DataError(
+            f"{place}: prepared with --id_token {stored or '(none)'}, not {id_token}; "
+            "prepare again with the token, or leave the flag out"
+        )
+    moments, prompt_embeds, image = [inside(root, name, place) if name else None for name in files]
+    return Latent(moments, prompt_embeds, image, source, prompt, bucket)
+
+
+def refuse_missing(root: Path, latents: list[Latent]) -> None:
+    files = [path for latent in latents for path in latent[:3] if path is not None]
+    missing = [str(path.relative_to(path.anchor)) for path in files if not path.is_file()]
+    if missing:
+        raise DataError(f"{root}: {first_few(missing)} not found; {PREPARE_AGAIN.format(root)}")
+
+
+def original_latents(root: Path, caption_column: str, video_column: str) -> list[Latent]:
+    """Clips of the original's layout: text files, and .pt files named after the videos."""
+    if not (root / caption_column).is_file() and not (root / video_column).is_file():
+        caption_column, video_column = "prompts.txt", "videos.txt"
+    rows = read_text_rows(root, caption_column, video_column)
+    logger.warning(
+        "%s: .pt files without a manifest; sizes are taken from the tensors, and that they were made with this model's "
+        "VAE cannot be checked", root
+    )  # fmt: skip
+    files = [[find_pt(root / folder, row.source) for folder in ("video_latents", "prompt_embeds")] for row in rows]
+    missing = [str(path.relative_to(root)) for pair in files for path in pair if not path.is_file()]
+    if missing:
+        raise DataError(f"{root}: {first_few(missing)} not found; {PREPARE_AGAIN.format(root)}")
+    latents = []
+    for row, (moments, prompt_embeds) in zip(rows, files, strict=True):
+        image = find_pt(root / "image_latents", row.source)
+        _, frames, height, width = read_pt(moments, 4).shape
+        bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)  # the VAE's factors: 4 in time, 8 in space
+        image = image if image.is_file() else None
+        latents.append(Latent(moments, prompt_embeds, image, row.source, row.prompt, bucket))
+    return latents
+
+
+def find_pt(folder: Path, source: str) -> Path:
+    """<stem>.pt, else what the original made of names with several dots: all up to the first."""
+    whole = folder / f"{Path(source).stem}.pt"
+    cut = folder / f"{Path(source).name.split('.')[0]}.pt"
+    return cut if cut.is_file() and not whole.is_file() else whole
+
+
+def refuse_unknown_buckets(latents: list[Latent], buckets: Sequence[Bucket] | None) -> None:
+    if buckets is None:
+        return
+    known = set(buckets)
+    unknown = [
+        f"{latent.moments} ({latent.bucket.frames} frames of {latent.bucket.height}x{latent.bucket.width})"
+        for latent in latents
+        if latent.bucket not in known
+    ]
+    if unknown:
+        raise DataError(
+            f"unknown bucket: {first_few(unknown)}; add these sizes to {SIZE_FLAGS} or leave the flags out"
+        )
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """The tensor `name` of a .safetensors file, or the one tensor of a .pt file."""
+    if path.suffix == ".pt":
+        return read_pt(path).clone()  # off the file's memory map
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); delete it and run prepare_dataset.py again") from error
+
+
+def read_pt(path: Path, ndim: int | None = None) -> torch.Tensor:
+    """The tensor of a .pt file, mapped, not read; never runs code from it."""
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{path}: damaged or no tensor ({reason}); delete it and run prepare_dataset.py again"
+        ) from error
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim != (ndim or tensor.ndim):
+        raise DataError(f"{path}: not a tensor of the expected shape; delete it and run prepare_dataset.py again")
+    return tensor
+
+
+# ---------------------------------------------------------------- batches
+
+
+class BucketSampler(Sampler):
+    """A batch sampler: lists of sample keys for one rank, of one bucket each, on through the epochs.
+
+    The position is where the caller set it, never how far workers have read: iterating changes nothing.
+    """
+
+    def __init__(
+        self,
+        bucket_of: Sequence[Bucket],
+        batch_size: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        seed: int = 0,
+        num_epochs: int = 1,
+    ):
+        self.bucket_of, self.batch_size = list(bucket_of), batch_size
+        self.rank, self.num_ranks, self.seed = rank, num_ranks, seed
+        self.per_epoch = num_batches(self.bucket_of, batch_size, num_ranks)
+        self.first, self.stop = 0, num_epochs * self.per_epoch
+        repeated = num_repeated(self.bucket_of, num_ranks)
+        if repeated and rank == 0:
+            logger.info(
+                "%d of %d clips are used twice an epoch, to fill %d processes", repeated, len(self.bucket_of), num_ranks
+            )  # fmt: skip
+
+    def set_epoch(self, epoch: int, consumed: int = 0) -> None:
+        """Start at this epoch, after `consumed` batches of it."""
+        self.first = epoch * self.per_epoch + consumed
+
+    def start_at(self, first: int, stop: int) -> None:
+        """Yield the batches `first` to `stop` (excluded) of the run, counted from its start."""
+        self.first, self.stop = first, stop
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.first)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.first
+        while position < self.stop:
+            epoch, consumed = divmod(position, self.per_epoch)
+            batches = pack_batches(self.bucket_of, self.batch_size, self.num_ranks, self.seed, epoch)
+            for batch in batches[consumed : consumed + self.stop - position]:
+                yield [epoch * len(self.bucket_of) + index for index in batch[self.rank]]
+                position += 1
+
+
+class Guarded(Dataset):
+    """Hands a sample's error back in its place: torch would make one long traceback of it on the way from a worker."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: int):
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def collate(samples: list[dict]) -> dict:
+    """Tensors stacked to [B, ...], everything else as lists."""
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {name: torch.stack(values) if torch.is_tensor(values[0]) else values for name, values in batch.items()}
+
+
+def collate_guarded(samples: list) -> dict:
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    good = [sample for sample in samples if not isinstance(sample, UserError)]
+    return {"index": [], **(collate(good) if good else {}), "errors": errors}
+
+
+class ClipLoader(DataLoader):
+    """A DataLoader that raises a worker's UserError as it was, and says in one line that a worker was killed.
+
+    With `tolerant` set, batches come without the failed samples, which `problems` describes, a line each.
+    """
+
+    tolerant = False
+
+    def __iter__(self) -> Iterator[dict]:
+        try:
+            for batch in super().__iter__():
+                errors = batch.pop("errors")
+                fatal = [error for error in errors if not (self.tolerant and isinstance(error, DataError))]
+                if fatal:
+                    raise fatal[0]
+                yield batch | {"problems": [str(error) for error in errors]} if self.tolerant else batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a data worker was killed, most likely for lack of memory; lower --dataloader_num_workers or the batch "
+                f"size and run the same command again ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches in the sampler's order; a clip that cannot be read raises DataError."""
+    return ClipLoader(
+        Guarded(dataset),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=collate_guarded,
+    )
+
+
+def tolerant_loader(
+    dataset: VideoDataset, indices: Sequence[int], batch_size: int, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Each of the samples once, in epoch 0, in batches of one bucket; bad ones as lines in batch["problems"]."""
+    groups: dict[Bucket, list[int]] = {}
+    for index in indices:
+        groups.setdefault(dataset.bucket_of[index], []).append(index)
+    batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+    loader = make_loader(dataset, batches, num_workers, pin_memory)
+    loader.tolerant = True
+    return loader
+
+
+# ---------------------------------------------------------------- from the flags
+
+
+def build_dataset_from_args(args, default_fps: float, seed: int) -> Dataset:
+    """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token."""
+    if args.load_tensors:
+        given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
+        return LatentDataset(
+            args.data_root,
+            buckets=buckets_from_args(args) if given else None,
+            caption_column=args.caption_column,
+            video_column=args.video_column,
+            seed=seed,
+            id_token=args.id_token,
+            text_dropout=args.text_dropout > 0,
+        )
+    clips = read_clips(args.data_root, args.dataset_file, args.caption_column, args.video_column)
+    clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
+    return make_videos_from_args(
+        args,
+        clips,
+        fps=fps_from_args(args, default_fps),
+        seed=seed,
+        skip_frames_start=args.skip_frames_start,
+        skip_frames_end=args.skip_frames_end,
+    )
+
+
+def build_videos_from_args(args, fps: float) -> VideoDataset:
+    """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
+    clips = read_clips(args.data_root, args.dataset_file, args.caption_column, args.video_column)
+    return make_videos_from_args(
+        args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect"
+    )
+
+
+def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
+    options |= {
+        "random_flip": args.random_flip,
+        "max_num_frames": args.max_num_frames,
+        "video_backend": args.video_backend,
+    }
+    if args.video_reshape_mode == "none":
+        return VideoDataset(clips, buckets_from_args(args), **options)
+    crop = args.video_reshape_mode or "center"
+    return VideoDatasetWithResizeAndRectangleCrop(clips, buckets_from_args(args), crop=crop, **options)
+
+
+def buckets_from_args(args) -> list[Bucket]:
+    return make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets)
+
+
+def fps_from_args(args, default_fps: float) -> float:
+    """--fps where given, else the rate that the checkpoint was made for."""
+    if "fps" not in args.given:
+        logger.info(
+            "clips are sampled at %g frames per second (this checkpoint's rate; --fps changes it)", default_fps
+        )
+        return default_fps
+    if args.fps != default_fps:
+        logger.warning("--fps %d: this checkpoint was made for %g", args.fps, default_fps)
+    return args.fps

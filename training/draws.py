@@ -1,0 +1,12 @@
+"""Every random choice as a pure function of its name and place, so that no worker, rank or restart can change it."""
+
+import hashlib
+
+
+def draw_seed(seed: int, name: str, *place: int) -> int:
+    """A 63-bit seed for the draw `name` at `place` (an epoch and a sample, or a sample's position in the run).
+
+    A hash, not a sum: neighbouring places then give unrelated streams.
+    """
+    text = "/".join([str(seed), name, *map(str, place)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,31 @@
+"""Errors that end a script: one clear line on stderr and a documented exit code, never a traceback."""
+
+
+class UserError(Exception):
+    """A problem that the user can mend. `str(error)` is the whole line shown: file, row, what is wrong, what to do."""
+
+    exit_code = 70
+
+
+class UsageError(UserError):
+    """Flags that contradict one another, the machine, or what lies in the output folder."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Bad input data: a missing video, a corrupt clip, captions that do not match."""
+
+    exit_code = 65
+
+
+class NumbersError(UserError):
+    """Training left the finite numbers."""
+
+    exit_code = 70
+
+
+class StorageError(UserError):
+    """The disk is full or cannot be written."""
+
+    exit_code = 74

@@ -1,0 +1,229 @@
+"""How a data set is written down: two text files or a CSV, captions kept exactly as written."""
+
+import csv
+import difflib
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from errors import DataError
+
+
+LAYOUTS = (
+    "expected <data_root>/prompts.txt + <data_root>/videos.txt, line by line "
+    "(--caption_column prompts.txt --video_column videos.txt), or a CSV (--dataset_file)"
+)
+NAMED = 5  # items that an error lists before it only counts
+TEXT_PAIRS = (("prompts.txt", "videos.txt"), ("prompt.txt", "videos.txt"))  # names in use for the two files
+
+
+class Clip(NamedTuple):
+    """A video and its caption; `row` is the line (CSV: the row as a spreadsheet counts), `source` the path as written."""
+
+    video: Path
+    prompt: str
+    row: int
+    source: str
+
+
+class Row(NamedTuple):
+    row: int
+    prompt: str
+    source: str
+
+
+def read_clips(data_root, dataset_file, caption_column: str, video_column: str) -> list[Clip]:
+    """The clips of `<data_root>/<caption_column>` and `<video_column>`, or of the CSV `dataset_file`.
+
+    Raises DataError for whatever does not match; missing videos are all named in one error.
+    """
+    root = find_root(data_root, dataset_file)
+    if dataset_file is None:
+        listing, rows = root / video_column, read_text_rows(root, caption_column, video_column)
+    else:
+        listing, rows = dataset_file, read_csv_rows(dataset_file, caption_column, video_column)
+    clips = [Clip(inside(root, source, f"{listing}:{row}"), prompt, row, source) for row, prompt, source in rows]
+    missing = [f"'{clip.source}' (row {clip.row})" for clip in clips if not os.path.isfile(clip.video)]
+    if missing:
+        raise DataError(f"{listing}: {first_few(missing)} not found in {root}; paths are relative to that folder")
+    return clips
+
+
+def find_root(data_root, dataset_file) -> Path:
+    """The folder that video paths are relative to: --data_root, or the CSV's own."""
+    if data_root is None and dataset_file is None:
+        raise DataError(f"no data: {LAYOUTS}")
+    root = Path(dataset_file).parent if data_root is None else Path(data_root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder (--data_root); {LAYOUTS}")
+    return root
+
+
+def first_few(items: list[str]) -> str:
+    """`a, b, c` or `a, b, c, d, e and 7 more (12 in all)`."""
+    if len(items) <= NAMED:
+        return ", ".join(items)
+    return f"{', '.join(items[:NAMED])} and {len(items) - NAMED} more ({len(items)} in all)"
+
+
+def inside(root, source: str, place: str) -> Path:
+    """The file that `source` names below `root`; DataError, starting with `place`, for URLs and paths out of it.
+
+    Links are followed: a folder of links to another disk is the user's own choice.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source) and not os.path.isfile(os.path.join(root, source)):
+        raise DataError(f"{place}: '{source}' is a URL or protocol; only files inside {root} are read")
+    base = os.path.abspath(root)
+    path = os.path.normpath(os.path.join(base, source))
+    if any(Path(path).is_relative_to(parent) for parent in (base, os.path.realpath(base))):
+        return Path(path)
+    raise DataError(f"{place}: '{source}' is outside of {root}; move the file inside or set --data_root above it")
+
+
+# ---------------------------------------------------------------- two text files
+
+
+def read_text_rows(root: Path, caption_column: str, video_column: str) -> list[Row]:
+    """Lines of the two files side by side; trailing blank lines do not count."""
+    captions_path, videos_path = root / caption_column, root / video_column
+    for path, flag in ((captions_path, "--caption_column"), (videos_path, "--video_column")):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file ({flag}); {layout_hint(root)}")
+    captions, videos = read_lines(captions_path), read_lines(videos_path)
+    if len(captions) != len(videos):
+        raise DataError(
+            f"{captions_path} has {len(captions)} captions and {videos_path} {len(videos)} videos; "
+            "line n of one belongs to line n of the other"
+        )
+    if not captions:
+        raise DataError(f"{videos_path}: no clips; {LAYOUTS}")
+    rows = [Row(row, *pair) for row, pair in enumerate(zip(captions, videos, strict=True), start=1)]
+    for row, prompt, source in rows:
+        refuse_blank(captions_path, row, "caption", prompt)
+        refuse_blank(videos_path, row, "video path", source)
+    return rows
+
+
+def refuse_blank(path, row: int, what: str, text: str) -> None:
+    if not text.strip():
+        raise DataError(f"{path}:{row}: blank {what}; fill it in or remove the row")
+
+
+def layout_hint(root: Path) -> str:
+    """What to pass, judged by the files that are there."""
+    for captions, videos in TEXT_PAIRS:
+        if (root / captions).is_file() and (root / videos).is_file():
+            return f"pass --caption_column {captions} --video_column {videos}"
+    tables = sorted(root.glob("*.csv"))
+    if tables:
+        return f"for the CSV there pass --dataset_file {tables[0]}, its columns by --caption_column and --video_column"
+    return LAYOUTS
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines without their ending, \\n or \\r\\n; no other character ends a line (captions may hold U+2028)."""
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for row, line in enumerate(lines, start=1):
+        if "\r" in line:
+            raise DataError(f"{path}:{row}: a carriage return without a newline; save with \\n or \\r\\n line endings")
+    return lines
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text, with or without a byte order mark; line endings as they are."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}: UTF-16 (byte offset 0); convert it: iconv -f UTF-16 -t UTF-8")
+    try:
+        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start + len(data) - len(error.object)
+        line = data.count(b"\n", 0, offset) + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8 at byte offset {offset} (0x{data[offset]:02x}); "
+            "convert it, for example: iconv -f CP1252 -t UTF-8"
+        ) from error
+
+
+# ---------------------------------------------------------------- CSV
+
+
+def read_csv_rows(dataset_file, caption_column: str, video_column: str) -> list[Row]:
+    """The two columns; every field is text, whatever it looks like."""
+    path = Path(dataset_file)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (--dataset_file)")
+    table = read_table(path)
+    if len(table) < 2:
+        raise DataError(f"{path}: no rows below the header; {LAYOUTS}")
+    header = table[0]
+    caption = find_column(path, header, caption_column, "--caption_column")
+    video = find_column(path, header, video_column, "--video_column")
+    rows = []
+    for row, fields in enumerate(table[1:], start=2):
+        if not fields:
+            continue  # a blank line
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}:{row}: {len(fields)} fields and {len(header)} columns; quote captions with commas"
+            )
+        refuse_blank(path, row, "caption", fields[caption])
+        refuse_blank(path, row, "video path", fields[video])
+        rows.append(Row(row, fields[caption], fields[video]))
+    if not rows:
+        raise DataError(f"{path}: no rows below the header; {LAYOUTS}")
+    return rows
+
+
+def read_table(path: Path) -> list[list[str]]:
+    text = io.StringIO(read_text(path), newline="")  # keeps the line endings inside of captions
+    reader = csv.reader(text, strict=True)
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}; is a quote left open?") from error
+
+
+def find_column(path: Path, header: list[str], name: str, flag: str) -> int:
+    if header.count(name) == 1:
+        return header.index(name)
+    if name in header:
+        raise DataError(f"{path}: column '{name}' ({flag}) is there {header.count(name)} times; rename all but one")
+    near = difflib.get_close_matches(name, header, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise DataError(f"{path}: no column '{name}' ({flag}); columns: {', '.join(header)}{hint}")
+
+
+# ---------------------------------------------------------------- names
+
+
+def with_id_token(prompt: str, id_token: str | None) -> str:
+    """The caption with the token in front, one space between."""
+    return f"{id_token} {prompt}" if id_token else prompt
+
+
+def unique_stems(sources: Iterable[str]) -> list[str]:
+    """File names for what is made from each source path: safe, unique, and unchanged when other rows come or go.
+
+    A source listed again (with another caption, say) gets -2, -3 and so on.
+    """
+    seen: Counter[str] = Counter()
+    stems = []
+    for source in sources:
+        digest = hashlib.blake2b(source.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(source).stem)[:150].lstrip("-._")
+        stem = f"{name}-{digest}" if name else digest
+        seen[stem.lower()] += 1  # file systems that ignore case
+        count = seen[stem.lower()]
+        stems.append(stem if count == 1 else f"{stem}-{count}")
+    return stems

@@ -1,0 +1,284 @@
+"""The run around the loop: process set-up, precision, step plan, metrics, exit codes."""
+
+import errno
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from accelerate import Accelerator, InitProcessGroupKwargs
+from tqdm import tqdm
+
+from errors import NumbersError, UsageError, UserError
+
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
+INTERRUPTED = 75
+
+
+# ---------------------------------------------------------------- start
+
+
+def init_accelerator_from_args(args) -> Accelerator:
+    """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    process_group = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=args.nccl_timeout))
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[process_group])
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.ERROR)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def shared_seed_from_args(args) -> int:
+    """--seed, or one drawn by rank 0 for all."""
+    if args.seed is not None:
+        return args.seed
+    seed = [secrets.randbits(31)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seed, src=0)
+    return seed[0]
+
+
+def compute_dtype_from_args(args, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """--mixed_precision, else what the launcher's configuration says, else bf16 on CUDA and fp32 on a CPU.
+
+    The launcher exports "no" both for "no" and for nothing said; so that "no" decides nothing.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision and launcher not in ("no", args.mixed_precision):
+        raise UsageError(
+            f"--mixed_precision {args.mixed_precision} disagrees with mixed_precision: {launcher} of the accelerate "
+            "config; remove it from one of the two"
+        )
+    name = (
+        args.mixed_precision or (launcher if launcher != "no" else None) or ("bf16" if device.type == "cuda" else "no")
+    )
+    if name == "fp16" and device.type != "cuda":
+        raise UsageError("fp16 trains on CUDA only; use --mixed_precision no or bf16 here")
+    if name == "fp16" and stored == torch.bfloat16:
+        raise UsageError("this checkpoint is stored in bf16 and overflows in fp16; use --mixed_precision bf16")
+    if DTYPES.get(name) is None:
+        raise UsageError(f"mixed_precision: {name} of the accelerate config is not supported; use no, fp16 or bf16")
+    if stored != DTYPES[name]:
+        logger.info("weights stored in %s are converted once and computed in %s", stored, DTYPES[name])
+    return DTYPES[name]
+
+
+def check_device_from_args(args, num_parameters: float, device: torch.device) -> None:
+    """Refuse a model of real size without a GPU, unless --allow_cpu."""
+    if device.type == "cpu" and num_parameters > REAL_SIZE and not args.allow_cpu:
+        raise UsageError(
+            f"no GPU found and the model has {num_parameters / 1e9:.1f} billion parameters: a step would take many "
+            "minutes; pass --allow_cpu to try all the same"
+        )
+
+
+# ---------------------------------------------------------------- plan
+
+
+class StepPlan(NamedTuple):
+    """Counts of a run: a step is one optimizer update of `accumulation` micro-steps; epochs flow into one another."""
+
+    num_steps: int
+    num_epochs: int
+    num_micro_steps: int
+    accumulation: int
+
+    def micro_steps_in(self, step: int) -> int:
+        """Micro-steps of the update after `step` updates; only the run's last may have fewer."""
+        return min(self.accumulation, self.num_micro_steps - step * self.accumulation)
+
+    def is_last_of_update(self, micro_step: int) -> bool:
+        """True where the accumulated gradient is due."""
+        return (micro_step + 1) % self.accumulation == 0 or micro_step + 1 == self.num_micro_steps
+
+
+def plan_steps(batches_per_epoch: int, accumulation: int, num_epochs: int, max_steps: int | None = None) -> StepPlan:
+    """How many updates, epochs and micro-steps a run has. `max_steps` given: it rules over `num_epochs`."""
+    if max_steps is None:
+        num_micro_steps = batches_per_epoch * num_epochs
+        return StepPlan(math.ceil(num_micro_steps / accumulation), num_epochs, num_micro_steps, accumulation)
+    num_micro_steps = max_steps * accumulation
+    return StepPlan(max_steps, math.ceil(num_micro_steps / batches_per_epoch), num_micro_steps, accumulation)
+
+
+def plan_steps_from_args(args, batches_per_epoch: int) -> StepPlan:
+    return plan_steps(batches_per_epoch, args.gradient_accumulation_steps, args.num_train_epochs, args.max_train_steps)
+
+
+def sample_positions(micro_step: int, micro_batch: int, num_ranks: int, rank: int, size: int) -> list[int]:
+    """Positions in the run of a rank's `size` samples: what every random draw of training depends on.
+
+    `micro_batch` is the full batch of one rank. Accumulation, batch size and ranks only cut the same sequence
+    differently, so that they change nothing but rounding.
+    """
+    first = micro_step * micro_batch * num_ranks + rank * size
+    return list(range(first, first + size))
+
+
+def learning_rate_from_args(args, num_ranks: int) -> float:
+    """--learning_rate, times the global batch with --scale_lr."""
+    factor = args.gradient_accumulation_steps * args.train_batch_size * num_ranks if args.scale_lr else 1
+    return args.learning_rate * factor
+
+
+# ---------------------------------------------------------------- metrics
+
+
+class StepMeter:
+    """One line per update in `metrics.jsonl`. Losses stay on the device; every `log_every` updates they are fetched."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, first_step: int, num_steps: int, log_every: int):
+        self.path, self.accelerator, self.log_every = path, accelerator, log_every
+        self.rows: list[dict] = []
+        self.losses: list[torch.Tensor] = []
+        self.loss = torch.zeros((), device=accelerator.device)
+        self.last_time = time.perf_counter()
+        self.bar = tqdm(
+            total=num_steps, initial=first_step, desc="steps", disable=not accelerator.is_main_process, file=sys.stderr
+        )
+        if accelerator.is_main_process:
+            keep_lines_before(path, first_step)
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add a micro-step's share of the update's loss."""
+        self.loss += loss.detach()
+
+    def log(self, step: int, **values) -> None:
+        """End update `step` (counted from 1)."""
+        now = time.perf_counter()
+        self.rows.append({"step": step, **values, "seconds": round(now - self.last_time, 4)})
+        self.last_time = now
+        self.losses.append(self.loss)
+        self.loss = torch.zeros_like(self.loss)
+        self.bar.update(1)
+        if step % self.log_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Average the losses over the ranks and write the lines that wait."""
+        if not self.rows:
+            return
+        losses = torch.stack(self.losses)
+        if self.accelerator.num_processes > 1:
+            losses = self.accelerator.reduce(losses, reduction="mean")
+        for row, loss in zip(self.rows, losses.tolist(), strict=True):
+            row["loss"] = loss
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.bar.set_postfix(loss=f"{self.rows[-1]['loss']:.4f}", lr=f"{self.rows[-1]['lr']:.2e}")
+        self.rows, self.losses = [], []
+
+    def __enter__(self) -> "StepMeter":
+        return self
+
+    def __exit__(self, error_type, error, trace) -> None:
+        # After an error the other ranks may not come: no collective then
+        if error is None or self.accelerator.num_processes == 1:
+            self.flush()
+        self.bar.close()
+
+
+def keep_lines_before(path: Path, first_step: int) -> None:
+    """Cut the lines of updates that a resumed run will make again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+class BadSteps:
+    """Counts updates in a row that were skipped for non-finite gradients and stops the run at the limit."""
+
+    def __init__(self, limit: int):
+        self.limit, self.in_a_row = limit, 0
+
+    def count(self, step: int, skipped: bool, samples: list[int]) -> None:
+        """Raise NumbersError at the limit."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if skipped:
+            logger.warning("step %d skipped: its gradient is not finite (samples %s)", step, samples)
+        if self.in_a_row >= self.limit:
+            raise NumbersError(
+                f"step {step}: {self.in_a_row} updates in a row had non-finite gradients; lower --learning_rate, "
+                "train in bf16, or look at the samples named above"
+            )
+
+
+def memory_report(device: torch.device) -> dict[str, float]:
+    """Peaks of this process so far, in GiB: torch's allocated and reserved memory."""
+    if device.type != "cuda":
+        return {}
+    stats = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    return {f"peak_{name}_gib": round(value / 2**30, 3) for name, value in stats.items()}
+
+
+# ---------------------------------------------------------------- finish
+
+
+def write_json(path: Path, content) -> None:
+    """Write beside and rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_status(output_dir: Path, state: str, exit_code: int, **more) -> None:
+    """`status.json`: what `accelerate launch` hides, since it turns every exit code into 1."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "status.json", {"state": state, "exit_code": exit_code, **more})
+
+
+def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
+    """Run `main` and leave: every error that a user can mend is one line, its exit code also in status.json."""
+    try:
+        main()
+        return
+    except UserError as error:
+        code, line = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, line = INTERRUPTED, "interrupted; the same command continues from the last checkpoint"
+    except torch.cuda.OutOfMemoryError as error:
+        code, line = 70, f"the GPU's memory is full: {str(error).splitlines()[0]}"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        code, line = 74, f"cannot write: {error}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    leave(output_dir, code, line)
+
+
+def leave(output_dir: str | Path, code: int, line: str) -> None:
+    """Note the failure and exit at once: the other ranks may wait in a collective that will never come."""
+    state = "interrupted" if code == INTERRUPTED else "failed"
+    try:
+        if code != 2:  # a refused command has nothing to say about the run that lies there
+            write_status(Path(output_dir), state, code, message=line, step=last_step(Path(output_dir)))
+    except OSError as error:
+        print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def last_step(output_dir: Path) -> int:
+    """The newest checkpoint's step, 0 without one."""
+    steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
