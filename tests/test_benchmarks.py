@@ -44,7 +44,8 @@ def run_step_time(*args):
 
 
 def test_step_time_measures_an_unchanged_script(toy, tmp_path):
-    result = run_step_time("--warmup", 2, "--label", "toy", "--csv", tmp_path / "rows.csv", "--", toy, 6, "--rank", 4)
+    rows_path = tmp_path / "rows.csv"
+    result = run_step_time("--warmup", 2, "--label", "toy", "--csv", rows_path, "--", toy, 6, "--rank", 4)
     assert result.returncode == 0, result.stderr
     first_line, *_, last_line = result.stdout.splitlines()
     row = json.loads(last_line)
@@ -56,14 +57,11 @@ def test_step_time_measures_an_unchanged_script(toy, tmp_path):
     if not torch.cuda.is_available():
         assert (row["allocated_gib"], row["reserved_gib"], row["card"]) == (0, 0, "cpu")
 
-
-def test_step_time_appends_and_passes_the_exit_code_on(toy, tmp_path):
-    rows_path = tmp_path / "rows.csv"
-    for _ in range(2):
-        assert run_step_time("--csv", rows_path, "--", toy, 1, "--fail").returncode == 65
+    assert run_step_time("--csv", rows_path, "--", toy, 1, "--fail").returncode == 65
     with open(rows_path, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["exit_code"], row["steps"], row["median_s"]) for row in rows] == [("65", "0", "")] * 2
+    assert [(row["label"], row["exit_code"], row["steps"]) for row in rows] == [("toy", "0", "4"), ("", "65", "0")]
+    assert [row["median_s"] for row in rows] == [str(json.loads(last_line)["median_s"]), ""]
 
 
 def test_step_time_refuses_a_csv_of_other_columns_before_running(toy, tmp_path):

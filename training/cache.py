@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
-from errors import NumbersError, StorageError
+from errors import NumbersError
 
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,6 @@ def written_beside(path: Path):
     try:
         yield temporary
         temporary.replace(path)
-    except SafetensorError as error:  # safetensors reports a full disk as its own error
-        raise StorageError(f"{path}: not written ({error}); free some space and run the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,8 +72,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str) -> Non
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NumbersError(f"{path}: {name} is not finite; run again with --dtype bf16 or fp32")
+    content = serialize(tensors, metadata={"key": key})
     with written_beside(path) as temporary:
-        save_file(tensors, temporary, metadata={"key": key})
+        temporary.write_bytes(content)  # not save_file, which makes files that only their owner can read
 
 
 def write_image(path: Path, pixels, key: str) -> None:

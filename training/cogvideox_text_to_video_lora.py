@@ -18,9 +18,8 @@ ARGS = parse_training_args("t2v_lora") if __name__ == "__main__" else None  # be
 from pathlib import Path
 
 import torch
-from buckets import num_batches
-from dataset import BucketSampler, build_dataset_from_args, make_loader
 
+from buckets import num_batches
 from checkpointing import (
     find_checkpoint_from_args,
     finish_run,
@@ -50,6 +49,7 @@ from cogvideox import (
     stored_dtype,
     text_length,
 )
+from dataset import BucketSampler, build_dataset_from_args, make_loader
 from engine import build_lora_engine_from_args
 from errors import UsageError
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from buckets import (
     pack_batches,
     upscale,
 )
-from decode import VideoInfo, probe, read_frames
+from decode import VideoInfo, import_decord, probe, read_frames
 from draws import draw_seed
 from errors import DataError, UsageError, UserError
 from formats import NAMED, Clip, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
@@ -80,6 +81,8 @@ class VideoDataset(Dataset):
         self.smallest = min(bucket.frames for bucket in self.buckets)
         if self.max_num_frames < self.smallest:
             raise UsageError(f"--max_num_frames {max_num_frames} is below the smallest frame bucket, {self.smallest}")
+        if video_backend == "decord":
+            import_decord()  # the install line now, not from a worker
         self.keep_good(clips, on_problem)
         self.warn_of_sizes()
 
@@ -201,12 +204,12 @@ class VideoDatasetWithResizing(VideoDataset):
     def warn_of_sizes(self) -> None:
         super().warn_of_sizes()
         rows = zip(self.clips, self.infos, self.bucket_of, strict=True)
-        factors = {clip.source: upscale(info.height, info.width, bucket) for clip, info, bucket in rows}
-        blurred = [source for source, factor in factors.items() if factor > WARN_UPSCALE]
+        factors = [(upscale(info.height, info.width, bucket), clip.source) for clip, info, bucket in rows]
+        blurred = [source for factor, source in factors if factor > WARN_UPSCALE]
         if blurred:
             logger.warning(
                 "%d of %d clips are enlarged more than %g times, up to %.1f, and will be soft: %s",
-                len(blurred), len(self), WARN_UPSCALE, max(factors.values()), first_few(blurred),
+                len(blurred), len(self), WARN_UPSCALE, max(factors)[0], first_few(blurred),
             )  # fmt: skip
 
     def reshape(self, pixels: torch.Tensor, bucket: Bucket, epoch: int, index: int) -> torch.Tensor:
@@ -382,7 +385,7 @@ def manifest_latent(manifest: Path, number: int, row: dict, id_token: str | None
 
 def refuse_missing(root: Path, latents: list[Latent]) -> None:
     files = [path for latent in latents for path in latent[:3] if path is not None]
-    missing = [str(path.relative_to(path.anchor)) for path in files if not path.is_file()]
+    missing = [os.path.relpath(path, root) for path in files if not path.is_file()]
     if missing:
         raise DataError(f"{root}: {first_few(missing)} not found; {PREPARE_AGAIN.format(root)}")
 

@@ -44,8 +44,9 @@ def probe(path) -> VideoInfo:
 def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads: int = 0) -> np.ndarray:
     """The frames nearest to the ascending `times`, uint8 [F, H, W, 3] RGB; DataError if they cannot all be had.
 
-    auto is PyAV. 49 frames at 8 fps of six clips (three 720x480, three of 340x256 or so; 2 cores), sum of the best of 7: 0.83 s with one
-    thread, 0.77 s by default; decord 0.6 1.07 and 0.95 s, the same bytes. decord also hands out damaged frames as good.
+    auto is PyAV: 49 frames at 8 fps from each of six H.264 clips (three 720x480, three about 340x256) took 0.83 s in
+    all with one thread and 0.77 s by default on 2 cores, decord 0.6 1.07 and 0.95 s, for the same bytes; and decord
+    hands out damaged frames as if they were good.
     """
     if backend == "decord":
         decord = import_decord()
@@ -84,19 +85,34 @@ def read_header(path) -> tuple[VideoInfo, tuple[int, int, int, int]]:
     """The video's facts and its display matrix, reduced to signs: (1, 0, 0, 1) is upright."""
     with opened(path) as (container, stream):
         height, width = stream.codec_context.height, stream.codec_context.width
-        fps = float(stream.average_rate or stream.guessed_rate or 1)
+        fps = header_rate(stream)
         if "mp4" in container.format.name.split(","):
             num_frames = count_indexed_frames(path, stream)
+            seconds = float((stream.duration or 0) * stream.time_base)
+            # The larger of two estimates: where the rate varies, the clip then never seems longer than it is
+            fps = max(fps, measured_rate(fps, num_frames, seconds))
             matrix = read_track_matrix(path, stream.id)
         elif stream.frames:
             num_frames, matrix = stream.frames, UPRIGHT
         else:
-            num_frames, matrix = count_by_demuxing(path, container, stream)
+            num_frames, seconds, matrix = count_by_demuxing(path, container, stream)
+            fps = measured_rate(fps, num_frames, seconds)  # the header's is a guess from the first frames
     if num_frames == 0 or height == 0:
         raise DataError(f"{path}: no frames in its video stream")
     if matrix[0] == 0:
         height, width = width, height
     return VideoInfo(num_frames, fps, height, width), matrix
+
+
+def header_rate(stream) -> float:
+    """Frames per second; 1 for a still, which has no rate."""
+    return float(stream.average_rate or stream.guessed_rate or 1)
+
+
+def measured_rate(fps: float, num_frames: int, seconds: float) -> float:
+    """Frames over length, or `fps` where that is unknown or within the 1 % that rounding makes."""
+    measured = num_frames / seconds if seconds else fps
+    return measured if abs(measured / fps - 1) > 0.01 else fps
 
 
 def count_indexed_frames(path, stream) -> int:
@@ -111,15 +127,16 @@ def count_indexed_frames(path, stream) -> int:
     return sum(not entry.is_discard for entry in entries)
 
 
-def count_by_demuxing(path, container, stream) -> tuple[int, tuple[int, int, int, int]]:
-    """(frames, display matrix) of a file whose header tells neither; reads all packets, decodes the first frame."""
-    count, end, first = 0, 0.0, None
+def count_by_demuxing(path, container, stream) -> tuple[int, float, tuple[int, int, int, int]]:
+    """(frames, seconds, display matrix) of a file whose header tells none; reads all packets, decodes one frame."""
+    count, begin, end, first = 0, math.inf, 0.0, None
     stream.codec_context.thread_count = 1
     try:
         for packet in container.demux(stream):
-            if packet.size:
-                count += 1
-                end = max(end, float(((packet.pts or 0) + (packet.duration or 0)) * packet.time_base))
+            if packet.size and packet.pts is not None:
+                begin = min(begin, float(packet.pts * packet.time_base))
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            count += packet.size > 0  # the last packet is an empty one, to flush
             if first is None:
                 first = next(iter(packet.decode()), None)
     except av.FFmpegError as error:
@@ -131,7 +148,7 @@ def count_by_demuxing(path, container, stream) -> tuple[int, tuple[int, int, int
     promised = promised_seconds(container, stream)
     if end < promised - 0.5:
         raise DataError(f"{path}: cut off: {end:.1f} of {promised:.1f} s are in the file; download it again")
-    return count, display_matrix(first)
+    return count, max(0.0, end - begin), display_matrix(first)
 
 
 def promised_seconds(container, stream) -> float:
@@ -232,7 +249,7 @@ def timed_frames(path, container, stream, start: float) -> Iterator[tuple[float,
             frames = container.decode(stream)
             landed = next(frames)
         first = landed
-    period = 1 / float(stream.average_rate or stream.guessed_rate or 1)
+    period = 1 / header_rate(stream)
     damaged = False
     for number, frame in enumerate(itertools.chain([first], frames)):
         seconds = number * period if frame.pts is None else frame.time - origin
@@ -264,13 +281,12 @@ def upright(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
 
 def shown_seconds(stream, frame) -> float:
     """How long the last frame stays: longer than a period where the rate varies."""
-    period = 1 / float(stream.average_rate or stream.guessed_rate or 1)
+    period = 1 / header_rate(stream)
     return max(period, float((frame.duration or 0) * (stream.time_base or 0)))
 
 
 def unreadable(path, stream, seconds: float | None, reason: str) -> DataError:
-    rate = float(stream.average_rate or stream.guessed_rate or 1)
-    readable = 0 if seconds is None else math.floor(seconds * rate + 0.5) + 1
+    readable = 0 if seconds is None else math.floor(seconds * header_rate(stream) + 0.5) + 1
     total = f" of {stream.frames}" if stream.frames else ""
     return DataError(f"{path}: {readable}{total} frames readable ({reason}); download or export it again")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -78,15 +79,14 @@ def plain(value):
 
 
 def sort_header(path: Path) -> None:
-    """Rewrite a safetensors header with its keys sorted: the library writes them in random order."""
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
-        tensors = file.read()
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    """Rewrite a safetensors file with the keys of its header sorted: the library writes them in random order."""
+    content = path.read_bytes()
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    text = json.dumps(json.loads(content[8:header_end]), sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    path.unlink()  # the library makes files that only their owner can read
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + tensors)
+        file.write(len(text).to_bytes(8, "little") + text + content[header_end:])
         file.flush()
         os.fsync(file.fileno())
 
@@ -114,7 +114,9 @@ def check_saved_lora(transformer: nn.Module, directory: Path) -> None:
     Never a second model in memory. An inequality is a defect of the toolkit, not of the user's input.
     """
     check = "saved"
-    transformer.load_lora_adapter(directory, weight_name=WEIGHTS_NAME, adapter_name=check, prefix="transformer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of a second adapter
+        transformer.load_lora_adapter(directory, weight_name=WEIGHTS_NAME, adapter_name=check, prefix="transformer")
     try:
         for name, module in transformer.named_modules():
             if isinstance(module, LoraLayer):
@@ -125,5 +127,5 @@ def check_saved_lora(transformer: nn.Module, directory: Path) -> None:
                 if module.scaling[check] != module.scaling[ADAPTER]:
                     raise RuntimeError(f"{directory}: {name} is scaled differently after saving")
     finally:
-        transformer.delete_adapters(check)
         transformer.set_adapter(ADAPTER)
+        transformer.delete_adapters(check)

@@ -23,9 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from dataset import build_videos_from_args, tolerant_loader
 from diffusers.utils import export_to_video
-from formats import unique_stems, with_id_token
 from tqdm import tqdm
 
 from cache import (
@@ -50,7 +48,9 @@ from cogvideox import (
     resolve_model_dir,
     text_length,
 )
+from dataset import build_videos_from_args, tolerant_loader
 from errors import DataError
+from formats import unique_stems, with_id_token
 from objective import draw_generator
 from runtime import check_device_from_args, run_script
 

@@ -34,9 +34,10 @@ INTERRUPTED = 75
 def init_accelerator_from_args(args) -> Accelerator:
     """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    process_group = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=args.nccl_timeout))
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available(), kwargs_handlers=[process_group])
+    # No backend named: accelerate takes nccl on GPUs and gloo on CPUs, and fails on one process with one named
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group])
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.ERROR)
     if args.allow_tf32:

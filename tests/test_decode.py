@@ -1,0 +1,272 @@
+import random
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from make_clips import encode_video
+
+from buckets import frame_times, num_sampled_frames
+from decode import probe, read_frames
+from errors import DataError, UsageError
+
+
+BLOCK = 16  # pixels: large enough for the bits to survive any codec
+
+
+def numbered_frames(num_frames):
+    """Frames [F, 32, 128, 3] that show their own number in 8 black and white blocks."""
+    bits = (np.arange(num_frames)[:, None] >> np.arange(7, -1, -1)) & 1
+    return (
+        np.repeat(np.repeat(bits[:, None, :, None] * 255, BLOCK, axis=2), 2 * BLOCK, axis=1).repeat(3, 3).astype("u1")
+    )
+
+
+def numbers(frames):
+    """The numbers that frames [F, 32, 128, 3] show."""
+    bits = frames[:, BLOCK, BLOCK // 2 :: BLOCK, 0] > 127
+    return (bits @ (1 << np.arange(7, -1, -1))).tolist()
+
+
+def numbered_clip(path, num_frames, fps=8):
+    encode_video(path, numbered_frames(num_frames), fps)
+    return path
+
+
+def write_variable(path, pts, frames, rotation=None, codec="libx264", pix_fmt="yuv420p"):
+    """Frames shown at the given milliseconds, with rotation metadata in degrees against the clock."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
+        stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for milliseconds, image in zip(pts, frames, strict=True):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = milliseconds, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def remux(source, target, **options):
+    with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+def error_of(function, *arguments):
+    with pytest.raises(DataError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return numbered_clip(tmp_path_factory.mktemp("decode") / "clip.mp4", 200, fps=16)
+
+
+@pytest.fixture(params=["pyav", "decord"])
+def backend(request):
+    if request.param == "decord":
+        pytest.importorskip("decord")
+    return request.param
+
+
+# ---------------------------------------------------------------- which frames
+
+
+def test_frames_are_chosen_by_time(clip, backend):
+    assert numbers(read_frames(clip, frame_times(5, 8), backend)) == [0, 2, 4, 6, 8]
+    assert numbers(read_frames(clip, frame_times(4, 16, 2 / 16), backend)) == [2, 3, 4, 5]
+    assert numbers(read_frames(clip, [0.0, 0.06, 0.07, 12.4375, 12.46], backend)) == [0, 1, 1, 199, 199]
+
+
+def test_slow_clips_repeat_frames_and_ties_take_the_earlier(clip, backend):
+    assert numbers(read_frames(clip, frame_times(5, 32), backend)) == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("start", [1.9, 2.1, 5.0, 9.99, 11.0])
+def test_late_starts_are_exact(clip, backend, start):
+    times = frame_times(9, 8, start)
+    early_frames = read_frames(clip, [0.0, *times], backend)[1:]  # a start at 0 does not seek
+    assert (read_frames(clip, times, backend) == early_frames).all()
+    assert abs(numbers(early_frames)[0] - start * 16) <= 0.5
+
+
+def test_mkv_without_a_frame_count(clip, tmp_path, backend):
+    mkv = remux(clip, tmp_path / "clip.mkv")
+    assert probe(mkv) == probe(clip) == (200, 16.0, 32, 128)
+    times = frame_times(49, 8, 4.0)
+    assert (read_frames(mkv, times, backend) == read_frames(clip, times, backend)).all()
+
+
+def test_variable_rates_go_by_timestamps(tmp_path, backend):
+    pts = np.cumsum([0, *random.Random(0).choices([40, 80, 120, 320], k=59)])
+    path = write_variable(tmp_path / "variable.mp4", pts.tolist(), numbered_frames(60))
+    times = np.arange(0, pts[-1] / 1000, 0.1101)
+    expected = [int(np.abs(pts / 1000 - time).argmin()) for time in times]
+    assert numbers(read_frames(path, times.tolist(), backend)) == expected
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_every_time_that_the_header_promises_can_be_read(tmp_path, backend, suffix):
+    for seed in range(5):
+        rng = random.Random(seed)
+        pts = np.cumsum([0, *rng.choices([40, 80, 400, 2000], k=rng.randint(20, 60))]).tolist()
+        path = write_variable(tmp_path / f"{seed}{suffix}", pts, numbered_frames(len(pts)))
+        info = probe(path)
+        assert info.num_frames == len(pts)
+        times = frame_times(num_sampled_frames(info.num_frames, info.fps, 8), 8)
+        assert len(read_frames(path, times, backend)) == len(times)
+        assert times[-1] > 0.5 * pts[-1] / 1000
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.gif", "ten_bit.mp4", "gray.mkv"])
+def test_other_formats(tmp_path, name):
+    codec, pix_fmt = {
+        "a.webm": ("libvpx-vp9", "yuv420p"),
+        "a.gif": ("gif", "rgb8"),
+        "ten_bit.mp4": ("libx265", "yuv420p10le"),
+        "gray.mkv": ("ffv1", "gray"),
+    }[name]
+    if codec not in av.codecs_available:
+        pytest.skip(f"{codec} is not built in")
+    path = write_variable(tmp_path / name, range(0, 800, 40), numbered_frames(20), codec=codec, pix_fmt=pix_fmt)
+    info = probe(path)
+    assert (info.num_frames, info.height, info.width) == (20, 32, 128)
+    assert numbers(read_frames(path, frame_times(10, 12.5))) == list(range(0, 20, 2))
+
+
+# ---------------------------------------------------------------- rotation
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotation_is_applied_as_players_do(tmp_path, backend, degrees, suffix):
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[:16, :16, 0] = 255  # red marks the top left corner, green the top right
+    image[:16, -16:, 1] = 255
+    path = write_variable(tmp_path / f"turned{suffix}", range(0, 400, 40), np.stack([image] * 10), rotation=degrees)
+    shown = np.rot90(image, degrees // 90)  # against the clock
+    frame = read_frames(path, [0.0], backend)[0]
+    assert probe(path)[2:] == frame.shape[:2] == shown.shape[:2]
+    assert np.abs(frame.astype(int) - shown)[::8, ::8].mean() < 20
+
+
+def test_mirrored_clips(tmp_path):
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[:, :32] = 255
+    path = tmp_path / "mirrored.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.set_display_rotation(0, hflip=True)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    frame = read_frames(path, [0.0])[0]
+    assert frame[24, 8, 0] < 50 and frame[24, 56, 0] > 200
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_files_that_are_no_video(tmp_path, clip):
+    def error(name, data):
+        (tmp_path / name).write_bytes(data)
+        message = error_of(probe, tmp_path / name)
+        assert message == error_of(read_frames, tmp_path / name, [0.0])
+        assert message.startswith(str(tmp_path / name))
+        return message
+
+    data = clip.read_bytes()
+    assert "empty file" in error("empty.mp4", b"")
+    assert "not a readable video" in error("text.mp4", b"hello\n" * 100)
+    assert "truncated download?" in error("cut.mp4", data[: len(data) // 2])
+    assert "no such file" in error_of(probe, tmp_path / "nothing.mp4")
+
+
+def test_a_playlist_cannot_reach_other_files(tmp_path, clip):
+    (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/{clip.name}\n#EXT-X-ENDLIST\n")
+    error_of(read_frames, tmp_path / "list.mp4", [0.0])
+
+
+def test_sound_without_video(tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 20480), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert "no video stream" in error_of(probe, path)
+
+
+def test_a_file_cut_after_its_index_is_noticed_from_the_header(tmp_path, clip):
+    data = remux(clip, tmp_path / "fast.mp4", movflags="faststart").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 3 // 4])
+    message = error_of(probe, tmp_path / "cut.mp4")
+    assert "of 200 frames are in the file" in message
+
+
+def test_a_cut_mkv_is_noticed(tmp_path, clip):
+    data = remux(clip, tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 3 // 4])
+    assert "of 12.5 s are in the file" in error_of(probe, tmp_path / "cut.mkv")
+
+
+def test_damage_inside_says_how_many_frames_are_readable(tmp_path, clip):
+    data = bytearray(remux(clip, tmp_path / "fast.mp4", movflags="faststart").read_bytes())
+    start = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+    data[start : start + 4000] = bytes(4000)
+    (tmp_path / "damaged.mp4").write_bytes(data)
+    assert probe(tmp_path / "damaged.mp4").num_frames == 200
+    assert numbers(read_frames(tmp_path / "damaged.mp4", [0.0, 0.125])) == [0, 2]
+    message = error_of(read_frames, tmp_path / "damaged.mp4", frame_times(100, 8))
+    readable = int(message.split(": ", 1)[1].split()[0])
+    assert 20 <= readable <= 150 and "of 200 frames readable" in message
+
+
+def test_flipped_bits_do_not_pass_as_a_grey_clip(tmp_path, real_clips):
+    data = bytearray((real_clips / "videos/horse.mp4").read_bytes())
+    rng = random.Random(0)
+    start = data.index(b"mdat") + 5000
+    for _ in range(200):
+        data[rng.randrange(start, start + 300_000)] ^= 1 << rng.randrange(8)
+    (tmp_path / "flipped.mp4").write_bytes(data)
+    assert "frames readable" in error_of(read_frames, tmp_path / "flipped.mp4", frame_times(49, 8))
+
+
+def test_times_past_the_end_are_refused(clip, backend):
+    assert numbers(read_frames(clip, [12.49], backend)) == [199]
+    assert "200" in error_of(read_frames, clip, [0.0, 12.6], backend)
+
+
+def test_decord_that_is_not_installed(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(UsageError, match="pip install decord"):
+        read_frames(clip, [0.0], "decord")
+    assert len(read_frames(clip, [0.0], "auto")) == 1
+
+
+# ---------------------------------------------------------------- real clips
+
+
+def test_both_backends_agree_on_the_real_clips(real_clips):
+    pytest.importorskip("decord")
+    for path in sorted((real_clips / "videos").iterdir()):
+        for times in (frame_times(49, 8), frame_times(17, 16, 3.3)):
+            assert (read_frames(path, times, "pyav") == read_frames(path, times, "decord")).all(), path
+
+
+def test_sizes_of_the_real_clips(real_clips):
+    infos = {path.name: tuple(probe(path)) for path in (real_clips / "videos").iterdir()}
+    assert infos["horse.mp4"] == (49, 8, 480, 720)
+    assert infos["arm_wrestling.mp4"] == (280, 28, 256, 340)
+    assert infos["flipping_a_pancake.mkv"] == (310, 30, 240, 426)
