@@ -132,7 +132,7 @@ read_status() {
 }
 
 run() {  # the arguments are the command
-    local state='done' code=0 step=-
+    local state=complete code=0 step=-
     printf '\n== %s\n' "$output_dir"
     touch "$started"
     "$@" || { code=$?; state=failed; }

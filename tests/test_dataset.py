@@ -1,3 +1,4 @@
+import argparse
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from dataset import (
     VideoDataset,
     VideoDatasetWithResizeAndRectangleCrop,
     VideoDatasetWithResizing,
+    build_dataset_from_args,
+    build_videos_from_args,
     cover_resize,
     make_loader,
     tolerant_loader,
@@ -524,3 +527,61 @@ def test_the_real_clips_load(real_clips):
     inside, workers = [list(make_loader(videos, sampler, count)) for count in (0, 2)]
     for one, other in zip(inside, workers, strict=True):
         assert torch.equal(one["pixels"], other["pixels"]) and one["prompt"] == other["prompt"]
+
+
+# ---------------------------------------------------------------- from the flags
+
+
+def training_args(**changes):
+    values = {
+        "data_root": None, "dataset_file": None, "caption_column": "text", "video_column": "video", "id_token": None,
+        "load_tensors": False, "text_dropout": 0.0, "frame_buckets": [9], "height_buckets": [32],
+        "width_buckets": [128], "fps": 8, "skip_frames_start": 0, "skip_frames_end": 0, "random_flip": None,
+        "max_num_frames": 49, "video_backend": "auto", "video_reshape_mode": None, "num_decode_threads": 0, "seed": 0,
+    }  # fmt: skip
+    return argparse.Namespace(**values | changes, given=sorted(changes))
+
+
+def as_data_root(folder, clips):
+    (folder / "prompts.txt").write_text("".join(f"{clip.prompt}\n" for clip in clips))
+    (folder / "videos.txt").write_text("".join(f"{clip.video.name}\n" for clip in clips))
+    for clip in clips:
+        (folder / clip.video.name).symlink_to(clip.video)
+    return {"data_root": str(folder), "caption_column": "prompts.txt", "video_column": "videos.txt"}
+
+
+def test_training_flags_choose_the_dataset(tmp_path, numbered):
+    flags = as_data_root(tmp_path, numbered)
+    args = training_args(**flags, id_token="TOK", video_reshape_mode="none")
+    videos = build_dataset_from_args(args, 16, 5)
+    assert type(videos) is VideoDataset and videos.prompts[0] == "TOK caption 0"
+    videos = build_dataset_from_args(training_args(**flags, video_reshape_mode="random"), 16, 5)
+    assert type(videos) is VideoDatasetWithResizeAndRectangleCrop and videos.crop == "random" and videos.seed == 5
+    assert build_dataset_from_args(training_args(**flags), 16, 5).crop == "center"
+
+
+def test_fps_is_the_flag_where_given_and_else_the_checkpoints(tmp_path, numbered, caplog):
+    caplog.set_level(logging.INFO)
+    flags = as_data_root(tmp_path, numbered)
+    assert build_dataset_from_args(training_args(**flags), 16, 0).fps == 16
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    caplog.clear()
+    assert build_dataset_from_args(training_args(**flags, fps=10, frame_buckets=[5]), 16, 0).fps == 10
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_prepared_data_is_held_against_buckets_only_where_they_are_given(tmp_path):
+    write_prepared(tmp_path)
+    assert len(build_dataset_from_args(training_args(data_root=tmp_path, load_tensors=True), 8, 0)) == 3
+    args = training_args(data_root=tmp_path, load_tensors=True, frame_buckets=[49])
+    assert "unknown bucket" in error_of(build_dataset_from_args, args, 8, 0)
+
+
+def test_prepare_keeps_captions_and_collects_problems(tmp_path, numbered):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "root").mkdir()
+    clips = [*numbered, Clip(tmp_path / "empty.mp4", "empty", 4, "empty.mp4")]
+    args = training_args(**as_data_root(tmp_path / "root", clips), id_token="TOK")
+    videos = build_videos_from_args(args, 16)
+    assert videos.prompts == [clip.prompt for clip in numbered]
+    assert len(videos.problems) == 1 and "empty.mp4: empty file" in videos.problems[0]

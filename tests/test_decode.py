@@ -1,3 +1,5 @@
+import math
+import os
 import random
 import sys
 from fractions import Fraction
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from make_clips import encode_video
 
+import decode
 from buckets import frame_times, num_sampled_frames
 from decode import probe, read_frames
 from errors import DataError, UsageError
@@ -60,6 +63,14 @@ def remux(source, target, **options):
     return target
 
 
+def damage(tmp_path, clip):
+    """The clip's bytes with a hole in the middle of its frames."""
+    data = bytearray(remux(clip, tmp_path / "fast.mp4", movflags="faststart").read_bytes())
+    start = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+    data[start : start + 4000] = bytes(4000)
+    return bytes(data)
+
+
 def error_of(function, *arguments):
     with pytest.raises(DataError) as caught:
         function(*arguments)
@@ -90,6 +101,25 @@ def test_frames_are_chosen_by_time(clip, backend):
 
 def test_slow_clips_repeat_frames_and_ties_take_the_earlier(clip, backend):
     assert numbers(read_frames(clip, frame_times(5, 32), backend)) == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize(("source_fps", "target_fps"), [(24, 16), (30, 20), (30, 12), (60, 40), (12, 8), (16, 32)])
+def test_all_ties_take_the_earlier_frame(tmp_path, backend, source_fps, target_fps, suffix):
+    path = numbered_clip(tmp_path / f"ties{suffix}", 120, source_fps)
+    places = [Fraction(k * source_fps, target_fps) for k in range(60) if k * source_fps <= 119 * target_fps]
+    expected = [math.ceil(place - Fraction(1, 2)) for place in places]
+    assert numbers(read_frames(path, frame_times(len(places), target_fps), backend)) == expected
+
+
+@pytest.mark.parametrize("margin", [-5.0, -1.0, 0.0])
+def test_a_seek_that_lands_too_late_is_not_used(tmp_path, monkeypatch, margin):
+    path = numbered_clip(tmp_path / "long.mp4", 255, fps=8)
+    with av.open(str(path)) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0)) > 1, "needs a key frame to land on"
+    monkeypatch.setattr(decode, "SEEK_MARGIN", margin)
+    for start in (3.0, 20.0, 30.0, 31.0):
+        assert numbers(read_frames(path, frame_times(5, 8, start)))[0] == start * 8
 
 
 @pytest.mark.parametrize("start", [1.9, 2.1, 5.0, 9.99, 11.0])
@@ -222,15 +252,23 @@ def test_a_cut_mkv_is_noticed(tmp_path, clip):
 
 
 def test_damage_inside_says_how_many_frames_are_readable(tmp_path, clip):
-    data = bytearray(remux(clip, tmp_path / "fast.mp4", movflags="faststart").read_bytes())
-    start = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
-    data[start : start + 4000] = bytes(4000)
-    (tmp_path / "damaged.mp4").write_bytes(data)
+    (tmp_path / "damaged.mp4").write_bytes(damage(tmp_path, clip))
     assert probe(tmp_path / "damaged.mp4").num_frames == 200
     assert numbers(read_frames(tmp_path / "damaged.mp4", [0.0, 0.125])) == [0, 2]
     message = error_of(read_frames, tmp_path / "damaged.mp4", frame_times(100, 8))
     readable = int(message.split(": ", 1)[1].split()[0])
     assert 20 <= readable <= 150 and "of 200 frames readable" in message
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
+def test_no_decoder_outlives_its_error(tmp_path, clip):
+    """A process forked with one alive hangs when it collects it."""
+    (tmp_path / "damaged.mp4").write_bytes(damage(tmp_path, clip))
+    before = len(os.listdir("/proc/self/task"))
+    with pytest.raises(DataError) as caught:
+        read_frames(tmp_path / "damaged.mp4", frame_times(100, 8), num_threads=3)
+    assert "frames readable" in str(caught.value)
+    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_flipped_bits_do_not_pass_as_a_grey_clip(tmp_path, real_clips):

@@ -24,7 +24,7 @@ with open(os.environ["STUB_LOG"], "a") as log:
     log.write(json.dumps([pathlib.Path(sys.argv[0]).name, os.environ.get("CUDA_VISIBLE_DEVICES"), *argv]) + "\\n")
 output_dir = pathlib.Path(argv[argv.index("--output_dir") + 1])
 output_dir.mkdir(parents=True, exist_ok=True)
-status = {{"state": "done", "exit_code": 0, "step": 3000}}
+status = {{"state": "complete", "exit_code": 0, "step": 3000}}
 if os.environ.get("FAIL_RUN", "no run") in output_dir.name:
     status = json.loads(os.environ["FAIL_STATUS"])
 if status:
@@ -176,7 +176,9 @@ def test_a_failing_run_is_reported_and_the_rest_goes_on(run_wrapper):
     assert len(argvs) == 4
     table = [line.split() for line in result.stdout.split("output_dir\n")[1].splitlines()]
     assert table == [
-        ["failed", "65", "12", output_dir_of(*run)] if run[1] == "adam" else ["done", "0", "3000", output_dir_of(*run)]
+        ["failed", "65", "12", output_dir_of(*run)]
+        if run[1] == "adam"
+        else ["complete", "0", "3000", output_dir_of(*run)]
         for run in SWEEP_RUNS
     ]
     assert result.stderr.count("failed with exit code 65") == 2
@@ -293,7 +295,9 @@ def test_configs_leave_precision_accumulation_and_gpus_to_the_flags(name):
 
 
 def test_make_help_lists_every_target_and_each_parses():
-    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "-s", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     targets = [line.split()[0] for line in shown.splitlines()]
     assert {"help", "install", "quickstart", "test", "test-gpu", "quality", "style", "clean"} <= set(targets)
     for target in targets:

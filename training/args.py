@@ -34,16 +34,13 @@ EPILOG = (
 # Flags that a script has no use for: accepted at their default, refused otherwise.
 NO_IMAGE = "a text-to-video model gets no image"
 NO_LORA = "full fine-tuning trains the weights themselves, there is no LoRA"
+NO_DTYPE = "a LoRA is always saved in fp32"
+IMAGE_FLAGS = ("noised_image_dropout", "validation_images", "image_latent_scale", "drop_learned_positions")
 NO_MEANING = {
-    "t2v_lora": {"noised_image_dropout": NO_IMAGE, "validation_images": NO_IMAGE},
-    "t2v_sft": {
-        "noised_image_dropout": NO_IMAGE,
-        "validation_images": NO_IMAGE,
-        "rank": NO_LORA,
-        "lora_alpha": NO_LORA,
-    },
-    "i2v_lora": {},
-    "i2v_sft": {"rank": NO_LORA, "lora_alpha": NO_LORA},
+    "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | {"save_dtype": NO_DTYPE},
+    "t2v_sft": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | dict.fromkeys(("rank", "lora_alpha"), NO_LORA),
+    "i2v_lora": {"save_dtype": NO_DTYPE},
+    "i2v_sft": dict.fromkeys(("rank", "lora_alpha"), NO_LORA),
 }
 
 # Flags whose work does not exist yet, with what to do instead. Refused when used, never ignored.
@@ -55,7 +52,6 @@ NO_LOW_BITS = "leave it out; optimizer states are kept in fp32"
 LATER = {
     "height": NO_VALIDATION + " (--height_buckets sets the training size)",
     "width": NO_VALIDATION + " (--width_buckets sets the training size)",
-    "noised_image_dropout": "leave it out",
     "validation_prompt": NO_VALIDATION,
     "validation_images": NO_VALIDATION,
     "validation_prompt_separator": NO_VALIDATION,
@@ -597,6 +593,24 @@ def add_training_flags(parser: FlagParser):
         default=0.0,
         help="probability, per sample, of training on the encoded empty prompt, for classifier-free guidance",
     )
+    group.add_argument(
+        "--stratified_timesteps",
+        action="store_true",
+        help="spread the timesteps of every update over the noise levels: less noise in the loss, the same mean",
+    )
+    group.add_argument(
+        "--image_latent_scale",
+        choices=["pipeline", "raw"],
+        default="pipeline",
+        help="scale of the first frame's latents in image-to-video: pipeline is what diffusers feeds the model; raw is "
+        "the VAE's own, for which inference must be changed (recorded in the result)",
+    )
+    group.add_argument(
+        "--drop_learned_positions",
+        action="store_true",
+        help="train CogVideoX-5b-I2V without its learned positions, so that sizes and frame counts other than "
+        "49 frames of 480x720 work; inference must drop them too (recorded in the result)",
+    )
 
 
 def add_optimizer_flags(parser: FlagParser):
@@ -680,6 +694,11 @@ def add_checkpoint_flags(parser: FlagParser):
         "--overwrite",
         action="store_true",
         help="move an output_dir that belongs to another run aside, instead of refusing it",
+    )
+    group.add_argument(
+        "--save_dtype",
+        choices=["fp32", "fp16", "bf16"],
+        help="dtype of the transformer that full fine-tuning writes; unset: the checkpoint's own",
     )
     group.add_argument(
         "--checkpointing_steps",

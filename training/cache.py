@@ -3,12 +3,14 @@
 import contextlib
 import functools
 import hashlib
+import io
 import logging
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
@@ -35,11 +37,13 @@ def weights_hash(directory: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
+    """The content's hash, read in pieces: memory does not grow with the file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def recorded_key(path: Path) -> str | None:
+    """The key that the file was written with; None if it is missing, damaged or has none."""
     if not path.exists():
         return None
     try:
@@ -59,6 +63,7 @@ def recorded_key(path: Path) -> str | None:
 @contextlib.contextmanager
 def written_beside(path: Path):
     """A temporary path that becomes `path` on success: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
@@ -71,7 +76,10 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str) -> Non
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise NumbersError(f"{path}: {name} is not finite; run again with --dtype bf16 or fp32")
+            advice = (
+                "the model's files are damaged" if tensor.dtype == torch.float32 else "run again with --dtype fp32"
+            )
+            raise NumbersError(f"{path}: {name} is not finite in {tensor.dtype}; {advice}")
     content = serialize(tensors, metadata={"key": key})
     with written_beside(path) as temporary:
         temporary.write_bytes(content)  # not save_file, which makes files that only their owner can read
@@ -85,8 +93,23 @@ def write_image(path: Path, pixels, key: str) -> None:
         Image.fromarray(pixels).save(temporary, pnginfo=info)
 
 
+def write_video(path: Path, frames, fps: int) -> None:
+    """An mp4 of uint8 frames [F', h, w, 3], hardly compressed; the same frames give the same bytes."""
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    options = {"threads": "1", **({"crf": "16"} if codec == "libx264" else {"qscale": "2"})}
+    content = io.BytesIO()  # in memory: an encoder that writes by itself loses the error of a full disk
+    with av.open(content, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with written_beside(path) as temporary:
+        temporary.write_bytes(content.getvalue())
+
+
 class Writer:
-    """A few writing threads with a bounded queue: the first error ends the run, and nothing piles up in memory."""
+    """A few writing threads with a bounded queue: an error ends the run soon, and nothing piles up in memory."""
 
     def __init__(self, num_threads: int):
         self.pool, self.limit = ThreadPoolExecutor(num_threads), 2 * num_threads
@@ -94,7 +117,7 @@ class Writer:
 
     def submit(self, function, *values) -> None:
         self.waiting.append(self.pool.submit(function, *values))
-        while len(self.waiting) > self.limit:
+        while len(self.waiting) > self.limit or (self.waiting and self.waiting[0].done()):
             self.waiting.popleft().result()
 
     def __enter__(self):

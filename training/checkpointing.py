@@ -5,8 +5,10 @@ need not be kept: every draw is a function of the seed and of the sample's posit
 """
 
 import importlib.metadata
+import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -26,7 +28,8 @@ logger = logging.getLogger(__name__)
 # Flags that do not touch what is trained: they may differ when a run goes on
 FREE_FLAGS = {
     "allow_cpu", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "hub_token",
-    "log_every", "max_bad_steps", "nccl_timeout", "output_dir", "overwrite", "pin_memory", "resume_from_checkpoint",
+    "log_every", "max_bad_steps", "nccl_timeout", "output_dir", "overwrite", "pin_memory", "report_to",
+    "resume_from_checkpoint",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -37,22 +40,36 @@ CONSTANT_SCHEDULES = {"constant", "constant_with_warmup"}
 
 
 def open_output_dir_from_args(args, is_main_process: bool) -> int | None:
-    """Make or re-open `output_dir`. Returns the seed that a run found there had drawn, else None.
+    """Make or re-open `output_dir`. Returns the seed that a run to go on with there had drawn, else None.
 
     Refuses, with UsageError, a folder that holds another run, unless --overwrite moves it aside.
     """
     output_dir = Path(args.output_dir)
     if args.overwrite and is_main_process and output_dir.exists() and any(output_dir.iterdir()):
-        aside = output_dir.with_name(f"{output_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        output_dir.rename(aside)
-        logger.info("the old %s is now %s", output_dir, aside)
+        move_aside(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    record = output_dir / "args.json"
-    if args.overwrite or not record.exists():
+    if args.overwrite or not checkpoint_dirs(output_dir):
         return None
-    earlier = json.loads(record.read_text(encoding="utf-8"))
-    refuse_other_run(args, output_dir, earlier["flags"])
-    return earlier["seed"]
+    refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
+    return read_record(output_dir)["seed"] if args.seed is None else None
+
+
+def move_aside(output_dir: Path) -> None:
+    """Rename the folder: the time in its new name, and a number where that is taken."""
+    whole = output_dir.resolve()
+    name = f"{whole.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    number = next(n for n in itertools.count(1) if not whole.with_name(f"{name}.{n}").exists())
+    aside = whole.with_name(f"{name}.{number}")
+    whole.rename(aside)
+    logger.info("the old %s is now %s", output_dir, aside)
+
+
+def read_record(output_dir: Path) -> dict:
+    """args.json of the run whose checkpoints lie in `output_dir`."""
+    record = output_dir / "args.json"
+    if not record.exists():
+        raise UsageError(f"{record}: missing, so that nothing tells which run made the checkpoints beside it")
+    return json.loads(record.read_text(encoding="utf-8"))
 
 
 def recorded_flags(args) -> dict:
@@ -60,17 +77,18 @@ def recorded_flags(args) -> dict:
     return {name: value for name, value in sorted(vars(args).items()) if name not in ("hub_token", "given")}
 
 
-def refuse_other_run(args, output_dir: Path, earlier: dict) -> None:
-    flags = recorded_flags(args)
+def refuse_other_run(args, output_dir: Path, advice: str) -> None:
+    """UsageError, ending in `advice`, unless the run in `output_dir` had the same flags, but for those that do not touch what was trained."""
+    record, flags = read_record(output_dir), recorded_flags(args)
+    earlier = record["flags"]
+    if earlier.get("seed") is None and flags["seed"] == record["seed"]:
+        earlier = earlier | {"seed": record["seed"]}  # the seed it drew, now named
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
     may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or read_state(output_dir) != "complete"
     free = FREE_FLAGS | (LENGTH_FLAGS if may_extend else set())
     refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
-    if refused and any(checkpoint_dirs(output_dir)):
-        raise UsageError(
-            f"{output_dir}: holds a run with other flags ({', '.join(refused)}); choose another --output_dir, "
-            "or pass --overwrite to move it aside"
-        )
+    if refused:
+        raise UsageError(f"{output_dir}: holds a run with other flags ({', '.join(refused)}); {advice}")
     if changed := [name for name in names if name in LENGTH_FLAGS]:
         logger.info("continuing with changed %s", ", ".join(f"--{name} {flags.get(name)}" for name in changed))
 
@@ -85,6 +103,8 @@ def record_run_from_args(args, seed: int) -> None:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     content = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "versions": versions}
     write_json(Path(args.output_dir) / "args.json", content)
+    # What a killed run leaves must not be the status of the run before it
+    Path(args.output_dir, "status.json").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- save
@@ -97,7 +117,7 @@ def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, f
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        engine.save(temporary)
+        engine.save_state(temporary)
         tensors, optimizer = split_tensors(state.optimizer.state_dict())
         save_file(tensors, temporary / "optimizer.safetensors")
         content = {
@@ -170,7 +190,11 @@ def checkpoint_dirs(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first; other folders are ignored."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     complete = [path for path in found if (path / "state.json").exists()]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(complete, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find_checkpoint_from_args(args) -> Path | None:
@@ -180,9 +204,16 @@ def find_checkpoint_from_args(args) -> Path | None:
         newest = (checkpoint_dirs(output_dir) or [None])[-1]
         if wanted and newest is None:
             logger.info("%s holds no checkpoint: starting at step 0", output_dir)
+        if newest and (args.max_train_steps or math.inf) < step_of(newest):
+            raise UsageError(
+                f"{newest}: already beyond --max_train_steps {args.max_train_steps}; name an older checkpoint with "
+                "--resume_from_checkpoint"
+            )
         return newest
     for path in (Path(wanted), output_dir / wanted):
         if (path / "state.json").exists():
+            if path.resolve().parent != output_dir.resolve():
+                refuse_other_run(args, path.resolve().parent, "give the same, or name a checkpoint of a run like this")
             return path
     raise UsageError(
         f"--resume_from_checkpoint {wanted}: no checkpoint there (no state.json); give a path, a name or latest"
@@ -201,7 +232,7 @@ def load_checkpoint(path: Path, engine, state: TrainingState, facts: dict) -> in
             raise UsageError(
                 f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
             )
-    engine.load(path)
+    engine.load_state(path)
     state.optimizer.load_state_dict(join_tensors(tensors, saved["optimizer"]))
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler:

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 TEXT_TO_VIDEO_PIPELINE = CogVideoXPipeline
 IMAGE_TO_VIDEO_PIPELINE = CogVideoXImageToVideoPipeline
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # pixels per latent; the VAE's first latent frame covers one pixel frame
+IMAGE_NOISE_MEAN, IMAGE_NOISE_STD = -3.0, 0.5  # of log sigma, the noise on image-to-video's first frame
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -109,9 +110,14 @@ def text_length(transformer_config) -> int:
     return transformer_config.get("max_text_seq_length", 226)
 
 
-def is_image_to_video(transformer_config) -> bool:
-    """True where the transformer takes image latents beside the video's."""
-    return transformer_config["in_channels"] == 2 * transformer_config.get("out_channels", 16)
+def check_task(model_dir: Path, transformer_config, image_to_video: bool) -> None:
+    """Refuse a checkpoint of the other task: an image-to-video transformer takes image latents beside the video's."""
+    has_image = transformer_config["in_channels"] == 2 * transformer_config.get("out_channels", 16)
+    if has_image != image_to_video:
+        names = {True: "an image-to-video", False: "a text-to-video"}
+        raise UsageError(
+            f"{model_dir}: {names[has_image]} model, and this script trains {names[image_to_video]} model"
+        )
 
 
 def num_parameters(transformer_config) -> float:
@@ -121,12 +127,44 @@ def num_parameters(transformer_config) -> float:
     return transformer_config["num_layers"] * per_block
 
 
-def load_transformer(model_dir: Path, dtype: torch.dtype, variant: str | None = None) -> CogVideoXTransformer3DModel:
-    """The transformer in `dtype`, on the CPU, frozen."""
+def load_transformer(
+    model_dir: Path, dtype: torch.dtype, variant: str | None = None, drop_learned_positions: bool = False
+) -> CogVideoXTransformer3DModel:
+    """The transformer in `dtype`, on the CPU, frozen; without 5b-I2V's learned positions if they are dropped."""
+    changes = {"use_learned_positional_embeddings": False} if drop_learned_positions else {}
     transformer = CogVideoXTransformer3DModel.from_pretrained(
-        model_dir, subfolder="transformer", dtype=dtype, variant=variant
+        model_dir, subfolder="transformer", dtype=dtype, variant=variant, **changes
     )
     return transformer.requires_grad_(False)
+
+
+def check_buckets(transformer_config, buckets, drop_learned_positions: bool = False) -> None:
+    """Refuse sizes that the transformer's learned positions (5b-I2V) do not fit; warn of frame counts that the
+    pipelines do not give back. `buckets` are (frames, height, width) in pixels.
+    """
+    config = transformer_config
+    learned = config.get("use_learned_positional_embeddings", False)
+    if drop_learned_positions and not learned:
+        raise UsageError("--drop_learned_positions: this checkpoint has no learned positions; leave it out")
+    base = (config["sample_frames"], config["sample_height"] * SPATIAL_FACTOR, config["sample_width"] * SPATIAL_FACTOR)
+    other = sorted({tuple(bucket) for bucket in buckets} - {base})
+    if learned and not drop_learned_positions and other:
+        raise UsageError(
+            f"this checkpoint's learned positions fit {shape_text(base)} only, and the data holds "
+            f"{', '.join(map(shape_text, other[:3]))}; prepare it at that size or pass --drop_learned_positions"
+        )
+    period = 2 * TEMPORAL_FACTOR * (config.get("patch_size_t") or 1)  # 8N+1 frames for 1.0, 16N+1 for 1.5
+    odd = sorted({bucket[0] for bucket in buckets if bucket[0] % period != 1})
+    if odd:
+        logger.warning(
+            "%s frames: this checkpoint was made for %dN+1; the pipeline renders other counts with some frames more",
+            ", ".join(map(str, odd)),
+            period,
+        )
+
+
+def shape_text(bucket) -> str:
+    return f"{bucket[0]} frames of {bucket[1]}x{bucket[2]}"
 
 
 def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler | CogVideoXDDIMScheduler:
@@ -192,12 +230,13 @@ def encode_images(
     (sat/diffusion_video.py of zai-org/CogVideo).
     """
     noisy_images = images + noise * log_sigma.exp().view(-1, 1, 1, 1)
-    return encode_videos(vae, noisy_images[:, None])
+    # One by one, as the pipelines do: a batch rounds differently (6e-6 in fp32)
+    return torch.cat([encode_videos(vae, image[None, None]) for image in noisy_images])
 
 
 def pixels_to_unit(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels to fp32 in [-1, 1], the VAE's range."""
-    return pixels.float() / 127.5 - 1.0
+    """uint8 pixels to fp32 in [-1, 1], the VAE's range; rounded as the pipelines' VideoProcessor rounds."""
+    return 2.0 * (pixels.float() / 255.0) - 1.0
 
 
 def encode_captions(
@@ -240,6 +279,32 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: VaeCo
     posterior = DiagonalGaussianDistribution(moments.float())
     latents_BFCHW = posterior.mean.transpose(1, 2) + posterior.std.transpose(1, 2) * noise
     return latents_BFCHW * vae_config.scaling_factor
+
+
+def sample_image_latents(
+    moments: torch.Tensor, noise: torch.Tensor, vae_config: VaeConfig, scale: str = "pipeline"
+) -> torch.Tensor:
+    """fp32 latents [B, 1, C, H, W] of first frames from their moments [B, 2C, 1, H, W].
+
+    `scale`: "pipeline" as CogVideoXImageToVideoPipeline.prepare_latents does it, which for invert_scale_latents (1.5)
+    is 1/scaling_factor; "raw" leaves them as the VAE gave them, as the SAT code of 1.5 did.
+    """
+    raw_latents = sample_latents(moments, noise, VaeConfig(1.0, False))
+    if scale == "raw":
+        return raw_latents
+    inverted = vae_config.invert_scale_latents
+    return raw_latents * (1 / vae_config.scaling_factor if inverted else vae_config.scaling_factor)
+
+
+def condition_on_first_frame(latents: torch.Tensor, image_latents: torch.Tensor) -> torch.Tensor:
+    """[B, F, 2C, H, W]: noisy padded latents beside the image's, which sit in the first frame, zeros in the others."""
+    padding = image_latents.new_zeros(image_latents.shape[0], latents.shape[1] - 1, *image_latents.shape[2:])
+    return torch.cat([latents, torch.cat([image_latents, padding], dim=1)], dim=2)
+
+
+def ofs_input(transformer_config, latents: torch.Tensor) -> torch.Tensor | None:
+    """The constant 2.0 [1] that 1.5's image-to-video model takes beside the timestep; None for all others."""
+    return None if transformer_config.get("ofs_embed_dim") is None else latents.new_full((1,), 2.0)
 
 
 def pad_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:

@@ -30,10 +30,11 @@ from checkpointing import (
 )
 from cogvideox import (
     TEXT_TO_VIDEO_PIPELINE,
+    check_buckets,
+    check_task,
     default_fps,
     encode_captions,
     encode_videos,
-    is_image_to_video,
     latent_shape,
     load_scheduler,
     load_transformer,
@@ -51,7 +52,6 @@ from cogvideox import (
 )
 from dataset import BucketSampler, build_dataset_from_args, make_loader
 from engine import build_lora_engine_from_args
-from errors import UsageError
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from runtime import (
@@ -84,8 +84,7 @@ def main(args) -> None:
         args.pretrained_model_name_or_path, ["transformer", "scheduler", *weights], args.revision, args.cache_dir
     )
     config = read_config(model_dir, "transformer")
-    if is_image_to_video(config):
-        raise UsageError(f"{model_dir}: an image-to-video model, and this script trains text-to-video models")
+    check_task(model_dir, config, image_to_video=False)
     check_device_from_args(args, num_parameters(config), device)
     dtype = compute_dtype_from_args(args, stored_dtype(model_dir, args.variant), device)
     scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
@@ -93,6 +92,7 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- data; T5 comes and goes before the transformer
     dataset = build_dataset_from_args(args, default_fps(config), seed)
+    check_buckets(config, dataset.bucket_of)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)
     if args.load_tensors:
@@ -107,7 +107,7 @@ def main(args) -> None:
     engine = build_lora_engine_from_args(args, transformer, TEXT_TO_VIDEO_PIPELINE, device, seed)
     optimizer = make_optimizer_from_args(args, engine.params, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
-    state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype))
+    state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.copies)
     facts = {"seed": seed, "data": dataset.fingerprint(), "num_processes": num_ranks}
     checkpoint = find_checkpoint_from_args(args)
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
@@ -122,6 +122,7 @@ def main(args) -> None:
     sampler.set_epoch(*divmod(micro_steps.start, batches_per_epoch))
     loader = make_loader(dataset, sampler, args.dataloader_num_workers, args.pin_memory)
     meter = StepMeter(output_dir / "metrics.jsonl", accelerator, first_step, plan.num_steps, args.log_every)
+    num_strata = args.train_batch_size * num_ranks * plan.accumulation if args.stratified_timesteps else None
     bad_steps = BadSteps(args.max_bad_steps)
 
     # ---------------------------------------------------------------- loop
@@ -138,7 +139,7 @@ def main(args) -> None:
             posterior_noise = draw_normal(seed, "posterior", positions, latent_shape(moments)).to(device)
             latents = pad_frames(sample_latents(moments, posterior_noise, vae_config), config.get("patch_size_t"))
             noise = draw_normal(seed, "noise", positions, latents.shape[1:]).to(device)  # [B, F, C, H, W]
-            timesteps = draw_timesteps(seed, positions, len(alphas_cumprod)).to(device)  # [B]
+            timesteps = draw_timesteps(seed, positions, len(alphas_cumprod), num_strata).to(device)  # [B]
             noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
 
             velocity = transformer(

@@ -317,6 +317,16 @@ class LatentDataset(Dataset):
         if text_dropout:
             self.empty_prompt_embeds()
 
+    def require_image_latents(self) -> None:
+        """Raise DataError unless image-to-video can train on the folder."""
+        if not self.has_image_latents:
+            raise DataError(
+                f"{self.root}: holds no image latents for some clips; run the prepare_dataset.py command that made it "
+                "again with --save_image_latents"
+            )
+        if any(latent.image_moments.suffix == ".pt" for latent in self.latents):
+            logger.warning("%s: first frames without noise, while CogVideoX trains on noised ones", self.root)
+
     def __len__(self) -> int:
         return len(self.latents)
 
@@ -586,11 +596,11 @@ def tolerant_loader(
 # ---------------------------------------------------------------- from the flags
 
 
-def build_dataset_from_args(args, default_fps: float, seed: int) -> Dataset:
+def build_dataset_from_args(args, default_fps: float, seed: int, image_to_video: bool = False) -> Dataset:
     """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token."""
     if args.load_tensors:
         given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
-        return LatentDataset(
+        latents = LatentDataset(
             args.data_root,
             buckets=buckets_from_args(args) if given else None,
             caption_column=args.caption_column,
@@ -599,6 +609,9 @@ def build_dataset_from_args(args, default_fps: float, seed: int) -> Dataset:
             id_token=args.id_token,
             text_dropout=args.text_dropout > 0,
         )
+        if image_to_video:
+            latents.require_image_latents()
+        return latents
     clips = read_clips(args.data_root, args.dataset_file, args.caption_column, args.video_column)
     clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
     return make_videos_from_args(

@@ -48,11 +48,17 @@ def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads
     all with one thread and 0.77 s by default on 2 cores, decord 0.6 1.07 and 0.95 s, for the same bytes; and decord
     hands out damaged frames as if they were good.
     """
-    if backend == "decord":
-        decord = import_decord()
-        if read_header(path)[1] == UPRIGHT:  # decord 0.6 garbles turned clips
-            return read_with_decord(decord, path, times, num_threads)
-    return read_with_pyav(path, times, num_threads)
+    try:
+        if backend == "decord":
+            decord = import_decord()
+            if read_header(path)[1] == UPRIGHT:  # decord 0.6 garbles turned clips
+                return read_with_decord(decord, path, times, num_threads)
+        return read_with_pyav(path, times, num_threads)
+    except DataError as error:
+        message = str(error)
+    # Afresh: the old one's traceback keeps the decoder and its threads; a process forked meanwhile would inherit it
+    # without them and hang when it is collected there
+    raise DataError(message)
 
 
 # ---------------------------------------------------------------- headers

@@ -52,8 +52,10 @@ def add_lora(transformer: nn.Module, rank: int, alpha: float, seed: int) -> list
     return [param for param in transformer.parameters() if param.requires_grad]
 
 
-def save_lora(transformer: nn.Module, directory: Path, pipeline_class) -> Path:
+def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: dict | None = None) -> Path:
     """Write the adapter with alpha and rank in its metadata, so that `load_lora_weights(directory)` alone restores it.
+
+    `facts`, what else inference must know, goes into the metadata's "training" entry, which diffusers leaves alone.
 
     Never `.alpha` tensors beside metadata: diffusers refuses both. Equal runs write equal bytes. Written beside
     and renamed: a reader sees the old file or the new one.
@@ -67,7 +69,7 @@ def save_lora(transformer: nn.Module, directory: Path, pipeline_class) -> Path:
         weight_name=temporary_name,
     )
     temporary = Path(directory, temporary_name)
-    sort_header(temporary)
+    finish_header(temporary, {"training": json.dumps(facts, sort_keys=True)} if facts else {})
     return temporary.replace(Path(directory, WEIGHTS_NAME))
 
 
@@ -78,11 +80,13 @@ def plain(value):
     return value.value if hasattr(value, "value") else value
 
 
-def sort_header(path: Path) -> None:
-    """Rewrite a safetensors file with the keys of its header sorted: the library writes them in random order."""
+def finish_header(path: Path, more_metadata: dict[str, str]) -> None:
+    """Add to a safetensors file's metadata and sort the keys of its header: the library writes them in random order."""
     content = path.read_bytes()
     header_end = 8 + int.from_bytes(content[:8], "little")
-    text = json.dumps(json.loads(content[8:header_end]), sort_keys=True, separators=(",", ":")).encode()
+    header = json.loads(content[8:header_end])
+    header["__metadata__"] |= more_metadata
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     path.unlink()  # the library makes files that only their owner can read
     with open(path, "wb") as file:

@@ -26,10 +26,24 @@ def draw_uniform(seed: int, name: str, positions: Sequence[int]) -> torch.Tensor
     return torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in positions])
 
 
-def draw_timesteps(seed: int, positions: Sequence[int], num_train_timesteps: int) -> torch.Tensor:
-    """Timesteps [B], uniform over 0 ... num_train_timesteps - 1."""
-    draws = [torch.randint(num_train_timesteps, (), generator=draw_generator(seed, "timestep", p)) for p in positions]
-    return torch.stack(draws)
+def draw_timesteps(
+    seed: int, positions: Sequence[int], num_train_timesteps: int, num_strata: int | None = None
+) -> torch.Tensor:
+    """Timesteps [B], uniform over 0 ... num_train_timesteps - 1.
+
+    With `num_strata`, the size of the global batch, each of its samples draws from its own share of the timesteps:
+    still uniform for a sample, but every update sees all noise levels.
+    """
+    uniform = draw_uniform(seed, "timestep", positions)
+    if num_strata:
+        uniform = (torch.tensor([stratum(seed, p, num_strata) for p in positions]) + uniform) / num_strata
+    return (uniform * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
+def stratum(seed: int, position: int, num_strata: int) -> int:
+    """Which share of the timesteps the sample at `position` draws from: a new permutation every global batch."""
+    update, place = divmod(position, num_strata)
+    return int(torch.randperm(num_strata, generator=draw_generator(seed, "strata", update))[place])
 
 
 def noise_coefficients(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, ndim: int):

@@ -17,13 +17,13 @@ ARGS = parse_prepare_args() if __name__ == "__main__" else None  # before the he
 import json
 import logging
 import os
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed
-from diffusers.utils import export_to_video
 from tqdm import tqdm
 
 from cache import (
@@ -33,13 +33,17 @@ from cache import (
     weights_hash,
     write_image,
     write_tensors,
+    write_video,
     written_beside,
 )
 from cogvideox import (
+    IMAGE_NOISE_MEAN,
+    IMAGE_NOISE_STD,
     default_fps,
-    encode_captions,
     encode_images,
+    encode_prompts,
     encode_videos,
+    load_text_encoder,
     load_vae,
     load_vae_config,
     num_parameters,
@@ -49,54 +53,59 @@ from cogvideox import (
     text_length,
 )
 from dataset import build_videos_from_args, tolerant_loader
-from errors import DataError
+from errors import DataError, UsageError
 from formats import unique_stems, with_id_token
 from objective import draw_generator
-from runtime import check_device_from_args, run_script
+from runtime import check_device_from_args, run_script, write_status
 
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-IMAGE_NOISE_MEAN, IMAGE_NOISE_STD = -3.0, 0.5  # log sigma of the noise on I2V's first frame
 
 
 def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
-    output_dir = Path(args.output_dir)
+    output_dir = output_dir_from_args(args)
     model_dir = resolve_model_dir(args.model_id, components_from_args(args), args.revision, args.cache_dir)
     config = read_config(model_dir, "transformer")
-    check_device_from_args(args, num_parameters(config), device)
-    fps = args.target_fps if "target_fps" in args.given else default_fps(config)
-    if "target_fps" not in args.given:
-        logger.info("clips are sampled at %d frames per second (this checkpoint's rate; --target_fps changes it)", fps)
+    if args.save_latents_and_embeddings:
+        check_device_from_args(args, num_parameters(config), device)
+    fps = target_fps_from_args(args, default_fps(config))
 
     # ---------------------------------------------------------------- clips
     videos = build_videos_from_args(args, fps)
-    problems = list(videos.problems)
     stems = unique_stems([clip.source for clip in videos.clips])
-    plan = [plan_clip_from_args(args, model_dir, videos, index, stem, fps) for index, stem in enumerate(stems)]
-    for name in sorted({Path(path).parent for item in plan for path in item["files"]}):
-        (output_dir / name).mkdir(parents=True, exist_ok=True)
+    rows = tqdm(enumerate(stems), desc="comparing", total=len(stems), delay=5, disable=rank > 0)  # hashes every video
+    plan = [plan_clip_from_args(args, model_dir, videos, index, stem, fps) for index, stem in rows]
+    for item in plan:
+        item["missing"] = {path for path in item["files"] if not is_current(output_dir, path, item)}
+    todo = [item for item in plan if item["missing"]]
+    gather([], num_ranks)  # nobody writes before all have seen the same state: the ranks share `todo` by place
+    if todo and rank == 0:
+        (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
 
     # ---------------------------------------------------------------- captions, then pixels: never both on the GPU
+    mine = todo[rank::num_ranks]
     if args.save_latents_and_embeddings:
-        write_embeddings_from_args(args, output_dir, model_dir, plan[rank::num_ranks], config, device)
-    pending = [item for item in plan if not all(is_current(output_dir, path, item) for path in item["pixel_files"])]
-    problems += write_pixels_from_args(args, output_dir, model_dir, videos, pending[rank::num_ranks], fps, device)
+        write_embeddings_from_args(args, output_dir, model_dir, mine, config, device, rank)
+    unreadable = write_pixels_from_args(args, output_dir, model_dir, videos, mine, device, rank)
 
     # ---------------------------------------------------------------- manifest
-    problems = gather(problems, num_ranks)
-    done = [item for item in plan if all(is_current(output_dir, path, item) for path in item["files"])]
-    if rank == 0:
-        write_manifest(output_dir, done)
-        logger.info(
-            "%s: %d clips, %d of them prepared now, %d left out",
-            output_dir, len(done), len(pending) - (len(plan) - len(done)), len(problems),
-        )  # fmt: skip
+    problems = videos.problems + gather(unreadable, num_ranks)
+    if rank > 0:
+        return  # rank 0 reports: the launcher ends all processes as soon as one fails
+    made = [item["index"] for item in todo if all(is_current(output_dir, path, item) for path in item["files"])]
+    done = [item for item in plan if not item["missing"] or item["index"] in made]
+    write_manifest(output_dir, done)
+    logger.info("%s: %d clips, %d prepared now, %d left out", output_dir, len(done), len(made), len(problems))
+    for line in problems:
+        logger.warning("left out: %s", line)
     if problems:
-        raise DataError(f"{len(problems)} clips left out, the rest is in {output_dir}: " + "; ".join(problems[:5]))
+        named = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise DataError(f"{len(problems)} clips left out, the other {len(done)} are in {output_dir}: {named}")
+    write_status(output_dir, "complete", 0)
 
 
 def init_processes() -> tuple[int, int, torch.device]:
@@ -112,18 +121,41 @@ def init_processes() -> tuple[int, int, torch.device]:
     return rank, num_ranks, torch.device(device)
 
 
+def output_dir_from_args(args) -> Path:
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"--output_dir {output_dir}: is a file; give a folder")
+    if output_dir.resolve() == Path(args.data_root).resolve():
+        raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return output_dir
+
+
+def target_fps_from_args(args, checkpoint_fps: int) -> int:
+    """--target_fps where given, else the rate that the checkpoint was made for."""
+    if "target_fps" not in args.given:
+        logger.info(
+            "clips are sampled at %d frames per second (this checkpoint's rate; --target_fps changes it)",
+            checkpoint_fps,
+        )
+        return checkpoint_fps
+    if args.target_fps != checkpoint_fps:
+        logger.warning("--target_fps %d: this checkpoint was made for %d", args.target_fps, checkpoint_fps)
+    return args.target_fps
+
+
 def components_from_args(args) -> list[str]:
     weights = ["vae", "text_encoder", "tokenizer"] if args.save_latents_and_embeddings else []
     return ["transformer/config.json", "vae/config.json", *weights]
 
 
-def gather(problems: list[str], num_ranks: int) -> list[str]:
-    """Everybody's problems, once each; also the barrier before the manifest is written."""
+def gather(lines: list[str], num_ranks: int) -> list[str]:
+    """All ranks' lines; also a barrier."""
     if num_ranks == 1:
-        return problems
+        return lines
     everybody = [None] * num_ranks
-    torch.distributed.all_gather_object(everybody, problems)
-    return list(dict.fromkeys(line for lines in everybody for line in lines))
+    torch.distributed.all_gather_object(everybody, lines)
+    return [line for lines in everybody for line in lines]
 
 
 # ---------------------------------------------------------------- what a clip needs, and what is there
@@ -137,7 +169,8 @@ def plan_clip_from_args(args, model_dir: Path, videos, index: int, stem: str, fp
         "flip": args.random_flip, "seed": args.seed,
     }  # fmt: skip
     latents_key = {
-        **pixels_key, "vae": weights_hash(model_dir / "vae"), "dtype": args.dtype, "tiling": args.use_tiling,
+        **pixels_key, "vae": weights_hash(model_dir / "vae"), "variant": args.variant, "dtype": args.dtype,
+        "tiling": args.use_tiling,
     }  # fmt: skip
     item = {"index": index, "stem": stem, "bucket": bucket, "fps": fps, "source": clip.source}
     item |= {"caption": clip.prompt, "prompt": with_id_token(clip.prompt, args.id_token), "id_token": args.id_token}
@@ -149,7 +182,6 @@ def plan_clip_from_args(args, model_dir: Path, videos, index: int, stem: str, fp
             keys[f"image_latents/{stem}.safetensors"] = {**latents_key, "variants": args.num_image_variants}
     if args.save_previews or not args.save_latents_and_embeddings:
         keys[f"images/{stem}.png"] = pixels_key  # written after videos/<stem>.mp4: it vouches for both
-    item["pixel_files"] = list(keys)
     if args.save_latents_and_embeddings:
         keys[f"prompt_embeds/{stem}.safetensors"] = prompt_key_from_args(args, model_dir, item["prompt"])
     item["files"] = {path: json.dumps(key, sort_keys=True) for path, key in keys.items()}
@@ -158,79 +190,101 @@ def plan_clip_from_args(args, model_dir: Path, videos, index: int, stem: str, fp
 
 def prompt_key_from_args(args, model_dir: Path, prompt: str) -> dict:
     return {
-        "prompt": prompt, "text_encoder": weights_hash(model_dir / "text_encoder"), "dtype": args.dtype,
-        "tokens": args.max_sequence_length,
+        "prompt": prompt, "text_encoder": weights_hash(model_dir / "text_encoder"), "variant": args.variant,
+        "tokenizer": weights_hash(model_dir / "tokenizer"), "dtype": args.dtype, "tokens": args.max_sequence_length,
     }  # fmt: skip
 
 
 def is_current(output_dir: Path, path: str, item: dict) -> bool:
     """True if the file is there, readable and made from the same content with the same settings."""
+    if path.startswith("images/") and not (output_dir / "videos" / f"{item['stem']}.mp4").exists():
+        return False
     return recorded_key(output_dir / path) == item["files"][path]
+
+
+def is_embedding(path: str) -> bool:
+    return path.startswith("prompt_embeds/")
+
+
+def video_latent(item: dict) -> str:
+    return f"video_latents/{item['stem']}.safetensors"
 
 
 # ---------------------------------------------------------------- captions
 
 
-def write_embeddings_from_args(args, output_dir: Path, model_dir: Path, plan, config: dict, device) -> None:
+def write_embeddings_from_args(
+    args, output_dir: Path, model_dir: Path, items, config: dict, device, rank: int
+) -> None:
     """T5 embeddings of the captions that lack one, and of the empty prompt, which text dropout trains on."""
-    empty_key = json.dumps(prompt_key_from_args(args, model_dir, ""), sort_keys=True)
-    empty = {"prompt": "", "files": {"prompt_embeds/_empty.safetensors": empty_key}}
-    wanted = [(item, path) for item in [empty, *plan] for path in item["files"] if path.startswith("prompt_embeds/")]
-    wanted = [(item, path) for item, path in wanted if not is_current(output_dir, path, item)]
+    wanted: dict[str, list] = {}  # prompt -> [(path, key)]
+    if rank == 0:
+        key = json.dumps(prompt_key_from_args(args, model_dir, ""), sort_keys=True)
+        empty = {"prompt": "", "files": {"prompt_embeds/_empty.safetensors": key}}
+        empty["missing"] = {path for path in empty["files"] if not is_current(output_dir, path, empty)}
+        items = [empty, *items]
+    for item in items:
+        for path in filter(is_embedding, sorted(item["missing"])):
+            wanted.setdefault(item["prompt"], []).append((path, item["files"][path]))
     if not wanted:
         return
     max_length = args.max_sequence_length
     if max_length != text_length(config):
         logger.warning("--max_sequence_length %d: this checkpoint was made for %d", max_length, text_length(config))
-    table = encode_captions(
-        model_dir, [item["prompt"] for item, _ in wanted], DTYPES[args.dtype], device, max_length, args.variant
-    )
-    for item, path in wanted:
-        write_tensors(output_dir / path, {"prompt_embeds": table[item["prompt"]]}, item["files"][path])
+    tokenizer, text_encoder = load_text_encoder(model_dir, DTYPES[args.dtype], args.variant)
+    text_encoder.to(device)
+    # One at a time: 226 tokens fill a GPU, and what a caption's neighbours are must not change its bits
+    for prompt, files in tqdm(wanted.items(), desc="captions", disable=rank > 0):
+        prompt_embeds = encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
+        for path, key in files:
+            write_tensors(output_dir / path, {"prompt_embeds": prompt_embeds}, key)
 
 
 # ---------------------------------------------------------------- pixels
 
 
-def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, pending, fps: float, device) -> list[str]:
-    """Decode the pending clips and write moments and previews; returns one line for each clip that failed."""
+def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, items, device, rank: int) -> list[str]:
+    """Decode what lacks moments or previews and write them; returns one line for each clip that failed."""
+    pending = {item["index"]: item for item in items if any(not is_embedding(path) for path in item["missing"])}
     if not pending:
         return []
     vae = None
-    if args.save_latents_and_embeddings:
+    if any("latents/" in path for item in pending.values() for path in item["missing"]):
         dtype = DTYPES[args.dtype]
         vae = load_vae(model_dir, dtype, args.variant, slicing=args.use_slicing, tiling=args.use_tiling).to(device)
-    items = {item["index"]: item for item in pending}
     loader = tolerant_loader(
-        videos, list(items), args.batch_size, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
+        videos, list(pending), args.batch_size, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
     )
     problems = []
-    with Writer(args.num_artifact_workers) as writer, tqdm(total=len(pending), desc="clips") as bar:
+    bar = tqdm(total=len(pending), desc="clips", disable=rank > 0)
+    with bar, Writer(args.num_artifact_workers) as writer:
         for batch in loader:
             problems += batch["problems"]
-            if batch["index"]:
-                batch_items = [items[index] for index in batch["index"]]
+            batch_items = [pending[index] for index in batch["index"]]
+            if batch_items:
                 for path, tensors, item in make_tensors_from_args(args, vae, batch["pixels"], batch_items, device):
                     writer.submit(write_tensors, output_dir / path, tensors, item["files"][path])
                 for pixels, item in zip(batch["pixels"], batch_items, strict=True):
-                    if f"images/{item['stem']}.png" in item["files"]:
-                        writer.submit(write_preview, output_dir, item, pixels, fps)
-            bar.update(len(batch["index"]) + len(batch["problems"]))
+                    if f"images/{item['stem']}.png" in item["missing"]:
+                        writer.submit(write_preview, output_dir, item, pixels)
+            bar.update(len(batch_items) + len(batch["problems"]))
     return problems
 
 
 def make_tensors_from_args(args, vae, pixels: torch.Tensor, items: list[dict], device):
-    """(path, tensors on the CPU, item) for a batch of uint8 pixels [B, F', 3, h, w] of one bucket."""
+    """(path, tensors on the CPU, item) of what is missing, for uint8 pixels [B, F', 3, h, w] of one bucket."""
     if vae is None:
         return
     units = pixels_to_unit(pixels.to(device))
-    for moments, item in zip(encode_videos(vae, units).cpu(), items, strict=True):
-        yield f"video_latents/{item['stem']}.safetensors", {"moments": moments}, item
-    if not args.save_image_latents:
-        return
+    wanted = [place for place, item in enumerate(items) if video_latent(item) in item["missing"]]
+    if wanted:
+        for place, moments in zip(wanted, encode_videos(vae, units[wanted]).cpu(), strict=True):
+            yield video_latent(items[place]), {"moments": moments}, items[place]
     for frames, item in zip(units, items, strict=True):
-        moments = encode_noised_frames(vae, frames[0], args.num_image_variants, args.seed, item["stem"])
-        yield f"image_latents/{item['stem']}.safetensors", {"moments": moments.cpu()}, item
+        path = f"image_latents/{item['stem']}.safetensors"
+        if path in item["missing"]:
+            moments = encode_noised_frames(vae, frames[0], args.num_image_variants, args.seed, item["stem"])
+            yield path, {"moments": moments.cpu()}, item
 
 
 def encode_noised_frames(vae, frame: torch.Tensor, num_variants: int, seed: int, stem: str) -> torch.Tensor:
@@ -247,11 +301,10 @@ def encode_noised_frames(vae, frame: torch.Tensor, num_variants: int, seed: int,
 # ---------------------------------------------------------------- files
 
 
-def write_preview(output_dir: Path, item: dict, pixels: torch.Tensor, fps: float) -> None:
+def write_preview(output_dir: Path, item: dict, pixels: torch.Tensor) -> None:
     """The clip as the model sees it, [F', 3, h, w] uint8: an mp4, then its first frame as a PNG with the key in it."""
     frames = pixels.permute(0, 2, 3, 1).numpy()
-    with written_beside(output_dir / f"videos/{item['stem']}.mp4") as temporary:
-        export_to_video(list(frames / 255.0), str(temporary), fps=round(fps))
+    write_video(output_dir / f"videos/{item['stem']}.mp4", frames, item["fps"])
     image = f"images/{item['stem']}.png"
     write_image(output_dir / image, frames[0], item["files"][image])
 
@@ -259,15 +312,18 @@ def write_preview(output_dir: Path, item: dict, pixels: torch.Tensor, fps: float
 def write_manifest(output_dir: Path, items: list[dict]) -> None:
     """data.jsonl, one object a clip, and the same as prompts.txt and videos.txt, line by line."""
     rows = [manifest_row(item) for item in items]
-    one_line = [" ".join(row["prompt"].split("\n")) for row in rows]
     texts = {
         "data.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        "prompts.txt": "".join(f"{prompt}\n" for prompt in one_line),
-        "videos.txt": "".join(f"{row['video']}\n" for row in rows),
+        "prompts.txt": "".join(one_line(row["prompt"]) for row in rows),
+        "videos.txt": "".join(one_line(row["video"]) for row in rows),
     }
     for name, text in texts.items():
         with written_beside(output_dir / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def one_line(text: str) -> str:
+    return re.sub(r"\r\n|\r|\n", " ", text) + "\n"
 
 
 def manifest_row(item: dict) -> dict:

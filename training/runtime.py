@@ -5,9 +5,11 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 from accelerate import Accelerator, InitProcessGroupKwargs
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from errors import NumbersError, UsageError, UserError
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
-INTERRUPTED = 75
+INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
 
 
 # ---------------------------------------------------------------- start
@@ -203,7 +206,7 @@ def keep_lines_before(path: Path, first_step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 class BadSteps:
@@ -235,22 +238,32 @@ def memory_report(device: torch.device) -> dict[str, float]:
 # ---------------------------------------------------------------- finish
 
 
-def write_json(path: Path, content) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write beside and rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def write_status(output_dir: Path, state: str, exit_code: int, **more) -> None:
     """`status.json`: what `accelerate launch` hides, since it turns every exit code into 1."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "status.json", {"state": state, "exit_code": exit_code, **more})
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "status.json", {"state": state, "exit_code": exit_code, **more})
 
 
 def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
-    """Run `main` and leave: every error that a user can mend is one line, its exit code also in status.json."""
+    """Run `main` and leave: every error that a user can mend is one line, its exit code also in status.json.
+
+    Any other error is a defect: exit code 70 too, after its traceback.
+    """
+    started = time.time()
     try:
         main()
         return
@@ -259,24 +272,38 @@ def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
     except KeyboardInterrupt:
         code, line = INTERRUPTED, "interrupted; the same command continues from the last checkpoint"
     except torch.cuda.OutOfMemoryError as error:
-        code, line = 70, f"the GPU's memory is full: {str(error).splitlines()[0]}"
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        code, line = 74, f"cannot write: {error}"
+        code, line = INTERNAL, f"the GPU's memory is full: {str(error).splitlines()[0]}"
+    except Exception as error:
+        code, line = (STORAGE, f"cannot write: {error}") if is_storage_error(error) else (INTERNAL, repr(error))
+        if code == INTERNAL:
+            traceback.print_exc()
+        note_failure(Path(output_dir), code, line, started)
+        raise SystemExit(code) from error
+    note_failure(Path(output_dir), code, line, started)
+    sys.exit(code)  # at once: the other ranks may wait in a collective that will never come
+
+
+def is_storage_error(error: Exception) -> bool:
+    """True for a full or read-only disk; safetensors hides the error number in its text."""
+    in_text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    number = int(in_text[1]) if in_text else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def note_failure(output_dir: Path, code: int, line: str, started: float) -> None:
+    """One line on stderr, and status.json unless it was written since `started`.
+
+    Any rank may be the one that fails; what the others say after that is only that it is gone.
+    """
     print(f"error: {line}", file=sys.stderr, flush=True)
-    leave(output_dir, code, line)
-
-
-def leave(output_dir: str | Path, code: int, line: str) -> None:
-    """Note the failure and exit at once: the other ranks may wait in a collective that will never come."""
-    state = "interrupted" if code == INTERRUPTED else "failed"
+    status = output_dir / "status.json"
     try:
-        if code != 2:  # a refused command has nothing to say about the run that lies there
-            write_status(Path(output_dir), state, code, message=line, step=last_step(Path(output_dir)))
+        noted = status.exists() and status.stat().st_mtime > started
+        if code != 2 and not noted:  # a refused command has nothing to say about the run that lies there
+            state = "interrupted" if code == INTERRUPTED else "failed"
+            write_status(output_dir, state, code, message=line, step=last_step(output_dir))
     except OSError as error:
         print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 def last_step(output_dir: Path) -> int:

@@ -15,10 +15,11 @@ REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few
 class TrainingState:
     """What an update changes; also what a checkpoint must hold."""
 
-    params: list[torch.nn.Parameter]
+    params: list[torch.nn.Parameter]  # fp32
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None = None  # fp16 only
+    copies: list[torch.nn.Parameter] | None = None  # of params, in the compute dtype, where the model holds those
 
 
 class Update(NamedTuple):
@@ -55,10 +56,18 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
         state.scaler.update()
     elif not skipped:
         state.optimizer.step()
+    if state.copies:
+        copy_weights(state.params, state.copies)
     lr = state.optimizer.param_groups[0]["lr"]
     state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
     state.optimizer.zero_grad(set_to_none=True)
     return Update(stepped=True, skipped=skipped, grad_norm=grad_norm, lr=lr)
+
+
+@torch.no_grad()
+def copy_weights(params: list[torch.nn.Parameter], copies: list[torch.nn.Parameter]) -> None:
+    """Round the fp32 weights to the model's copies."""
+    torch._foreach_copy_(copies, params)
 
 
 def average_gradients(params: list[torch.nn.Parameter]) -> None:

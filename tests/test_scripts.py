@@ -1,0 +1,744 @@
+"""The training scripts from end to end on tiny models: same data, same weights, whatever way leads there."""
+
+import hashlib
+import importlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from args import parse_prepare_args, parse_training_args
+from conftest import write_clip
+from runtime import run_script
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Script(NamedTuple):
+    """A training script and the tiny pipelines that it is tried on."""
+
+    module: str
+    key: str  # of args.SCRIPTS
+    kind: str
+    other_kinds: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+
+LORA_FLAGS = ("--rank", "4", "--lora_alpha", "4")
+SCRIPTS = {
+    "t2v_lora": Script("cogvideox_text_to_video_lora", "t2v_lora", "5b", ("2b", "1.5-5b"), LORA_FLAGS),
+}
+LORA_SCRIPTS = [name for name in SCRIPTS if name.endswith("lora")]
+
+BUCKET_FLAGS = ["--height_buckets", "64", "--width_buckets", "64", "96", "--frame_buckets", "9"]
+TEXT_FILES = ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
+SIZES = {"one": [(9, 64, 96)] * 4, "two": [(9, 64, 96)] * 4 + [(9, 64, 64), (14, 64, 64)]}  # frames, height, width
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """name of SIZES -> folder of raw clips; read-only."""
+    folders = {name: tmp_path_factory.mktemp(f"clips-{name}") for name in SIZES}
+    for name, folder in folders.items():
+        (folder / "videos").mkdir()
+        for i, (frames, height, width) in enumerate(SIZES[name]):
+            write_clip(folder / f"videos/{i}.mp4", frames, height, width, seed=i)
+        write_lists(folder, [f"clip {i} of a moving square" for i in range(len(SIZES[name]))])
+    return folders
+
+
+def write_lists(folder, prompts):
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    (folder / "videos.txt").write_text("".join(f"videos/{i}.mp4\n" for i in range(len(prompts))))
+
+
+@pytest.fixture(scope="session")
+def prepared(clips, tiny, tmp_path_factory):
+    """(kind, name of SIZES) -> folder of prepare_dataset.py; read-only."""
+    folders = {}
+
+    def folder_of(kind, name="one"):
+        if (kind, name) not in folders:
+            folders[kind, name] = out = tmp_path_factory.mktemp(f"prepared-{kind}-{name}")
+            prepare(tiny(kind), clips[name], out, *image_flags(kind))
+        return folders[kind, name]
+
+    return folder_of
+
+
+def image_flags(kind):
+    return ["--save_image_latents", "--num_image_variants", "1"] if kind.endswith("i2v") else []
+
+
+def prepare(model, data_root, out, *flags):
+    paths = ["--model_id", str(model), "--data_root", str(data_root), "--output_dir", str(out)]
+    fixed = [*paths, *TEXT_FILES, "--target_fps", "8", "--save_latents_and_embeddings", *BUCKET_FLAGS]
+    importlib.import_module("prepare_dataset").main(parse_prepare_args([*fixed, *flags]))
+
+
+@pytest.fixture
+def own_copy(tmp_path):
+    """A copy of a read-only folder that a test may spoil."""
+    return lambda folder, name: shutil.copytree(folder, tmp_path / name)
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture
+def module(script):
+    return importlib.import_module(script.module)
+
+
+@pytest.fixture
+def command(script, tiny, prepared, clips, tmp_path):
+    """(name of the output folder, flags) -> argv of the script, by default on prepared data of one bucket."""
+
+    def make(name, *flags, data="one", raw=False, model=None, seed=1):
+        argv = [
+            "--pretrained_model_name_or_path",
+            str(model or tiny(script.kind)),
+            "--output_dir",
+            str(tmp_path / name),
+        ]
+        argv += [
+            "--optimizer",
+            "adamw",
+            "--learning_rate",
+            "1e-2",
+            "--lr_warmup_steps",
+            "0",
+            "--train_batch_size",
+            "1",
+        ]
+        argv += [*script.flags, *([] if seed is None else ["--seed", str(seed)])]
+        if raw:
+            folder = data if isinstance(data, Path) else clips[data]
+            return argv + ["--data_root", str(folder), *TEXT_FILES, "--fps", "8", *BUCKET_FLAGS, *flags]
+        folder = data if isinstance(data, Path) else prepared(script.kind, data)
+        return argv + ["--data_root", str(folder), "--load_tensors", *flags]
+
+    return make
+
+
+@pytest.fixture
+def train(script, module, command, tmp_path):
+    """Run the script in this process, as `command` says; returns the output folder."""
+
+    def run(name, *flags, **where):
+        module.main(parse_training_args(script.key, command(name, *flags, **where)))
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def stops(train, tmp_path, capsys):
+    """Run the script and expect it to leave with an exit code; returns its last line on stderr, the only error there."""
+
+    def run(code, name, *flags, **where):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            run_script(lambda: train(name, *flags, **where), tmp_path / name)
+        assert left.value.code == code
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+        return lines[-1]
+
+    return run
+
+
+def result_tensors(folder):
+    """What was trained, from a LoRA file or a `transformer` folder."""
+    lora = folder / "pytorch_lora_weights.safetensors"
+    files = [lora] if lora.exists() else sorted((folder / "transformer").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def result_hash(folder):
+    lora = folder / "pytorch_lora_weights.safetensors"
+    files = [lora] if lora.exists() else sorted((folder / "transformer").glob("*.safetensors"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [row["loss"] for row in metrics(folder)]
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def checkpoints(folder):
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+
+
+def same_run(ours, theirs, step):
+    """The same result file, the same losses and the same optimizer state, bit for bit."""
+    names = [f"checkpoint-{step}/optimizer.safetensors", f"checkpoint-{step}/state.json"]
+    equal = [(ours / name).read_bytes() == (theirs / name).read_bytes() for name in names]
+    numbers = [[(row["step"], row["loss"], row["grad_norm"]) for row in metrics(run)] for run in (ours, theirs)]
+    return result_hash(ours) == result_hash(theirs) and all(equal) and numbers[0] == numbers[1]
+
+
+def distance(ours, theirs):
+    """Norm of the difference of two results, as a share of their norm."""
+    ours, theirs = result_tensors(ours), result_tensors(theirs)
+    assert ours.keys() == theirs.keys()
+    difference = sum((ours[name].double() - theirs[name].double()).square().sum() for name in ours)
+    return float(difference.sqrt() / sum(ours[name].double().square().sum() for name in ours).sqrt())
+
+
+def interrupt(monkeypatch, module, update_number):
+    """Ctrl-C in place of the update of this number."""
+    calls, update = [], module.update
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == update_number:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    monkeypatch.setattr(module, "update", interrupted)
+
+
+def make_loss_nan(monkeypatch, module, is_bad):
+    """The loss is NaN in the forward passes, counted from 1, that `is_bad` picks."""
+    calls, v_prediction_loss = [], module.v_prediction_loss
+
+    def spoiled(*arguments):
+        calls.append(None)
+        return v_prediction_loss(*arguments) * (math.nan if is_bad(len(calls)) else 1)
+
+    monkeypatch.setattr(module, "v_prediction_loss", spoiled)
+
+
+# ---------------------------------------------------------------- same data, same weights
+
+
+def test_raw_videos_equal_prepared_latents(train):
+    raw = train("raw", "--max_train_steps", "3", raw=True)
+    latents = train("latents", "--max_train_steps", "3")
+    assert result_hash(raw) == result_hash(latents)
+    assert losses(raw) == losses(latents)
+    other_seed = train("other", "--max_train_steps", "3", seed=2)
+    assert result_hash(other_seed) != result_hash(latents)
+
+
+def test_prepared_latents_need_neither_t5_nor_vae_weights(script, train, tiny, own_copy):
+    bare = own_copy(tiny(script.kind), "bare")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(bare / name)
+    for path in (bare / "vae").glob("*.safetensors"):
+        path.unlink()
+    assert status(train("out", "--max_train_steps", "1", model=bare))["state"] == "complete"
+
+
+def test_data_workers_change_nothing(train):
+    flags = ["--max_train_steps", "4", "--random_flip", "0.5", "--train_batch_size", "2"]
+    runs = [train(n, *flags, "--dataloader_num_workers", n, raw=True, data="two") for n in ("0", "2")]
+    assert same_run(*runs, step=4)
+
+
+def test_the_originals_folder_trains_alike(script, train, prepared, tmp_path):
+    folder = write_original_folder(prepared(script.kind, "two"), tmp_path / "original")
+    ours = train("ours", "--max_train_steps", "6", data="two")
+    theirs = train("theirs", "--max_train_steps", "6", data=folder)
+    assert result_hash(ours) == result_hash(theirs)
+
+
+def write_original_folder(prepared, folder):
+    """The same tensors as .pt files named after the videos, and no manifest."""
+    for line in (prepared / "data.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name, key in (("video_latent", "moments"), ("prompt_embed", "prompt_embeds"), ("image_latent", "moments")):
+            if row[name]:
+                target = folder / Path(row[name]).parent / f"{Path(row['video']).stem}.pt"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                tensor = load_file(prepared / row[name])[key]
+                torch.save(tensor[0] if name == "image_latent" else tensor, target)
+    for name in ("prompts.txt", "videos.txt"):
+        shutil.copy(prepared / name, folder / name)
+    return folder
+
+
+# Rounding moves the weights by about 1e-6 of their norm; --epsilon keeps Adam from dividing noise by noise.
+ROUNDING = 2e-5
+COARSE_ADAM = ["--epsilon", "1e-3", "--max_train_steps", "3"]
+
+
+def test_accumulation_equals_a_larger_batch(train):
+    accumulated = train("accumulated", *COARSE_ADAM, "--gradient_accumulation_steps", "4")
+    batched = train("batched", *COARSE_ADAM, "--train_batch_size", "4")
+    assert losses(accumulated) == pytest.approx(losses(batched), rel=1e-5)
+    assert distance(accumulated, batched) < ROUNDING
+    assert distance(accumulated, train("fewer", *COARSE_ADAM, "--gradient_accumulation_steps", "2")) > 10 * ROUNDING
+
+
+def test_two_processes_equal_one_with_twice_the_batch(script, module, command, train, tmp_path):
+    flags = [*COARSE_ADAM, "--text_dropout", "0.5"]
+    argv = command("two", *flags, "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
+    run_ranks(lambda: module.main(parse_training_args(script.key, argv)), 2)
+    one = train("one", *flags, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+    assert distance(tmp_path / "two", one) < ROUNDING
+
+
+def run_ranks(main, num_ranks):
+    """Run `main` in forked processes that meet over gloo: importing everything anew would take 8 s each."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+
+    def work(rank):
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        main()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(num_ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * num_ranks
+
+
+def test_gradient_checkpointing_changes_nothing(train):
+    plain = train("plain", "--max_train_steps", "3")
+    checkpointed = train("checkpointed", "--max_train_steps", "3", "--gradient_checkpointing")
+    assert losses(plain) == losses(checkpointed)
+    assert result_hash(plain) == result_hash(checkpointed)
+
+
+# ---------------------------------------------------------------- resume
+
+RESUMED = {
+    "plain": ([], {}),
+    "accumulation_over_buckets": (
+        [
+            "--train_batch_size",
+            "4",
+            "--gradient_accumulation_steps",
+            "3",
+            "--lr_scheduler",
+            "cosine",
+            "--text_dropout",
+            "0.5",
+        ],
+        {"data": "two"},
+    ),
+    "raw_with_flips": (["--random_flip", "0.5", "--dataloader_num_workers", "1"], {"raw": True, "data": "two"}),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_an_interrupted_run_continues_bit_for_bit(case, train, stops, module, monkeypatch):
+    """At the 4th update, when the 3rd is in metrics.jsonl already and the newest checkpoint is the 2nd."""
+    flags, where = RESUMED[case]
+    flags = [*flags, "--max_train_steps", "4", "--checkpointing_steps", "2", "--log_every", "1"]
+    micro_steps = 3 if case == "accumulation_over_buckets" else 1
+    unbroken = train("unbroken", *flags, **where)
+    with monkeypatch.context() as patches:
+        interrupt(patches, module, 3 * micro_steps + 1)
+        line = stops(75, "broken", *flags, **where)
+    broken = unbroken.with_name("broken")
+    assert "same command continues" in line
+    assert status(broken)["state"] == "interrupted" and status(broken)["step"] == 2
+    assert checkpoints(broken) == [2] and len(metrics(broken)) == 3 and not result_hash(broken)
+
+    train("broken", *flags, **where)
+    assert [row["step"] for row in metrics(broken)] == [1, 2, 3, 4]
+    assert same_run(broken, unbroken, step=4)
+    assert status(broken)["state"] == "complete" and status(broken)["step"] == 4
+
+
+def test_a_run_continues_from_a_named_checkpoint(train, stops):
+    flags = ["--max_train_steps", "4", "--checkpointing_steps", "1"]
+    unbroken = train("unbroken", *flags)
+    path = unbroken / "checkpoint-2"
+    elsewhere = train("elsewhere", *flags, "--resume_from_checkpoint", str(path))
+    assert result_hash(elsewhere) == result_hash(unbroken) and len(metrics(elsewhere)) == 2
+    train("unbroken", *flags, "--resume_from_checkpoint", "checkpoint-3")
+    assert result_hash(elsewhere) == result_hash(unbroken) and len(metrics(unbroken)) == 4
+
+    line = stops(2, "missing", *flags, "--resume_from_checkpoint", "checkpoint-7")
+    assert "checkpoint-7" in line and "no checkpoint there" in line
+    line = stops(2, "other", *flags, "--weight_decay", "0.5", "--resume_from_checkpoint", str(path))
+    assert "--weight_decay 0.0001 -> 0.5" in line
+
+
+def test_latest_without_a_checkpoint_starts_at_0(train, caplog):
+    with caplog.at_level(logging.INFO):
+        out = train("out", "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
+    assert [r.message for r in caplog.records if "no checkpoint: starting at step 0" in r.message]
+    assert [row["step"] for row in metrics(out)] == [1]
+
+
+def test_a_complete_run_says_so_and_can_be_extended(train, caplog):
+    train("out", "--max_train_steps", "2")
+    with caplog.at_level(logging.INFO):
+        out = train("out", "--max_train_steps", "2")
+    assert len([r for r in caplog.records if r.message.startswith("complete at step 2")]) == 1
+    assert len(metrics(out)) == 2
+    with caplog.at_level(logging.INFO):
+        train("out", "--max_train_steps", "4")
+    assert [r for r in caplog.records if "continuing with changed --max_train_steps 4" in r.message]
+    assert same_run(out, train("straight", "--max_train_steps", "4"), step=4)
+
+
+def test_a_complete_decaying_run_is_not_extended(train, stops):
+    flags = ["--lr_scheduler", "cosine"]
+    train("out", *flags, "--max_train_steps", "2")
+    assert "--max_train_steps 2 -> 4" in stops(2, "out", *flags, "--max_train_steps", "4")
+
+
+def test_a_run_is_not_shortened_below_its_checkpoint(train, stops):
+    out = train("out", "--max_train_steps", "3", "--checkpointing_steps", "1")
+    assert "beyond --max_train_steps 2" in stops(2, "out", "--max_train_steps", "2", "--checkpointing_steps", "1")
+    assert status(out)["step"] == 3
+    train("out", "--max_train_steps", "2", "--checkpointing_steps", "1", "--resume_from_checkpoint", "checkpoint-2")
+    assert status(out)["step"] == 2 and len(metrics(out)) == 2
+
+
+def test_another_run_is_refused_or_moved_aside(train, stops):
+    out = train("out", "--max_train_steps", "1")
+    before = result_hash(out)
+    line = stops(2, "out", "--max_train_steps", "1", "--weight_decay", "0.5", seed=3)
+    assert "--weight_decay 0.0001 -> 0.5" in line and "--seed 1 -> 3" in line and "--overwrite" in line
+    assert "learning_rate" not in line
+    assert status(out)["state"] == "complete" and result_hash(out) == before
+
+    flags = ["--max_train_steps", "1", "--weight_decay", "0.5", "--overwrite"]
+    train("out", *flags, seed=3)
+    assert result_hash(out) != before and len(metrics(out)) == 1
+    train("out", *flags, seed=3)
+    aside = sorted(out.parent.glob("out.*"))
+    assert len(aside) == 2 and sum(result_hash(folder) == before for folder in aside) == 1
+
+
+def test_other_data_under_the_same_name_is_refused(script, train, stops, prepared, own_copy):
+    data = own_copy(prepared(script.kind), "data")
+    train("out", "--max_train_steps", "1", data=data)
+    manifest = data / "data.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    assert "its data was" in stops(2, "out", "--max_train_steps", "2", data=data)
+
+
+def test_an_unset_seed_is_drawn_once(train, stops, module, monkeypatch):
+    flags = ["--max_train_steps", "3", "--checkpointing_steps", "1"]
+    with monkeypatch.context() as patches:
+        interrupt(patches, module, 3)
+        stops(75, "out", *flags, seed=None)
+    out = train("out", *flags, seed=None)
+    seed = json.loads((out / "args.json").read_text())["seed"]
+    assert same_run(out, train("named", *flags, seed=seed), step=3)
+    assert same_run(out, train("out", *flags, seed=seed), step=3)  # the drawn seed, now named: still this run
+    assert json.loads((train("more", *flags, seed=None) / "args.json").read_text())["seed"] != seed
+
+
+def test_a_given_seed_holds_where_an_earlier_run_left_nothing(train, stops, module, monkeypatch):
+    with monkeypatch.context() as patches:
+        interrupt(patches, module, 1)
+        stops(75, "out", "--max_train_steps", "1", seed=7)
+    again, fresh = train("out", "--max_train_steps", "1", seed=8), train("fresh", "--max_train_steps", "1", seed=8)
+    assert same_run(again, fresh, step=1)
+
+
+def test_old_checkpoints_are_removed(train):
+    out = train("out", "--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert checkpoints(out) == [3, 4]
+    assert {path.name for path in out.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_a_full_disk_ends_with_74_and_what_was_there_stays(train, stops):
+    out = train("out", "--max_train_steps", "2")
+    before = result_hash(out / "checkpoint-2")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # bytes; the trained weights take more
+    try:
+        line = stops(74, "out", "--max_train_steps", "4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in line and status(out)["exit_code"] == 74
+    assert checkpoints(out) == [2] and result_hash(out / "checkpoint-2") == before
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+    assert same_run(train("out", "--max_train_steps", "4"), train("straight", "--max_train_steps", "4"), step=4)
+
+
+# ---------------------------------------------------------------- results and counts
+
+
+@pytest.mark.parametrize("script", LORA_SCRIPTS, indirect=True)
+@pytest.mark.parametrize("alpha", ["4", "1"])
+def test_plain_load_lora_weights_gives_the_trained_transformer(alpha, script, module, train, tiny, monkeypatch):
+    engines, build = [], module.build_lora_engine_from_args
+
+    def keep(*arguments, **options):
+        engines.append(build(*arguments, **options))
+        return engines[-1]
+
+    monkeypatch.setattr(module, "build_lora_engine_from_args", keep)
+    out = train("out", "--max_train_steps", "3", "--lora_alpha", alpha)
+    trained = engines[0].transformer.eval()
+    pipe = engines[0].pipeline_class.from_pretrained(tiny(script.kind), dtype=torch.float32)
+    inputs = example_inputs(pipe.transformer.config)
+    with torch.no_grad():
+        untrained = pipe.transformer(**inputs)[0]
+        pipe.load_lora_weights(out)
+        loaded = pipe.transformer(**inputs)[0]
+        assert (loaded - trained(**inputs)[0]).abs().max() == 0
+        assert (loaded - untrained).abs().max() > 1e-3
+
+
+def example_inputs(config):
+    """A forward pass at the bucket that the tiny models are made for: 9 frames of 64x96."""
+    from cogvideox import ofs_input, rotary_embeddings
+
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(1, 3 + (config.patch_size_t or 1) - 1, config.in_channels, 8, 12, generator=generator)
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": torch.randn(1, 226, config.text_embed_dim, generator=generator),
+        "timestep": torch.tensor([500]),
+        "ofs": ofs_input(config, latents),
+        "image_rotary_emb": rotary_embeddings(config, latents),
+        "return_dict": False,
+    }
+
+
+def test_epochs_steps_and_the_last_partial_group(train):
+    """6 clips in 2 epochs, 5 to an update: the third update has what is left, 2."""
+    flags = ["--gradient_accumulation_steps", "5", "--checkpointing_steps", "1"]
+    out = train("epochs", *flags, "--num_train_epochs", "2", data="two")
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3] and status(out)["step"] == 3
+    assert checkpoints(out) == [1, 2, 3]
+    assert result_hash(out / "checkpoint-2") != result_hash(out) == result_hash(out / "checkpoint-3")
+    assert metrics(out)[2]["loss"] > 0.5  # the mean over 2 clips, not a fifth of their sum
+    steps = train("steps", *flags, "--num_train_epochs", "2", "--max_train_steps", "2", data="two")
+    assert result_hash(steps) == result_hash(out / "checkpoint-2") and len(metrics(steps)) == 2
+
+
+def test_training_lowers_the_loss(train, module, monkeypatch):
+    """On four fixed draws of noise and timestep, in turn with every clip."""
+
+    def fix(name):
+        draw = getattr(module, name)
+
+        def fixed(seed, *values):
+            values = [[p % 4 for p in value] if isinstance(value, list) else value for value in values]
+            return draw(seed, *values)
+
+        monkeypatch.setattr(module, name, fixed)
+
+    fix("draw_normal")
+    fix("draw_timesteps")
+    out = train("out", "--max_train_steps", "60", "--train_batch_size", "4")
+    first, last = losses(out)[0], sum(losses(out)[-4:]) / 4
+    print("LOSS", first, last)
+    assert last < 0.8 * first
+
+
+def test_every_kind_of_checkpoint_trains(script, train, tiny, prepared):
+    for kind in script.other_kinds:
+        out = train(kind, "--max_train_steps", "1", model=tiny(kind), data=prepared(kind))
+        assert 0.1 < losses(out)[0] < 10 and metrics(out)[0]["grad_norm"] > 0
+        assert all(torch.isfinite(tensor).all() for tensor in result_tensors(out).values())
+
+
+def test_a_model_of_the_other_task_is_refused(script, stops, tiny):
+    other = "5b" if script.kind.endswith("i2v") else "5b-i2v"
+    assert "this script trains" in stops(2, "out", model=tiny(other))
+
+
+# ---------------------------------------------------------------- text dropout
+
+
+def test_full_text_dropout_is_training_on_the_empty_prompt(script, train, prepared, own_copy):
+    empty = own_copy(prepared(script.kind), "empty")
+    for path in (empty / "prompt_embeds").iterdir():
+        save_file(load_file(empty / "prompt_embeds/_empty.safetensors"), path)
+    flags = ["--max_train_steps", "2"]
+    dropped, emptied = train("dropped", *flags, "--text_dropout", "1.0"), train("emptied", *flags, data=empty)
+    assert result_hash(dropped) == result_hash(emptied)
+    assert result_hash(dropped) != result_hash(train("captions", *flags))
+
+
+def test_text_dropout_without_the_empty_prompt(script, train, stops, prepared, own_copy):
+    data = own_copy(prepared(script.kind), "data")
+    (data / "prompt_embeds/_empty.safetensors").unlink()
+    assert len(metrics(train("none", "--max_train_steps", "1", data=data))) == 1
+    line = stops(65, "some", "--max_train_steps", "1", "--text_dropout", "0.1", data=data)
+    assert "_empty" in line and "prepare_dataset.py" in line
+
+
+# ---------------------------------------------------------------- precision and bad numbers
+
+
+def test_bf16_trains_fp32_weights(train):
+    bf16 = train("bf16", "--max_train_steps", "2", "--mixed_precision", "bf16")
+    fp32 = train("fp32", "--max_train_steps", "2", "--mixed_precision", "no")
+    assert {tensor.dtype for tensor in result_tensors(bf16).values()} == {torch.float32}
+    assert losses(bf16) != losses(fp32) and losses(bf16) == pytest.approx(losses(fp32), rel=0.02)
+
+
+def test_fp16_on_a_cpu_and_a_contradicting_launcher_are_refused(stops, monkeypatch):
+    assert "fp16" in stops(2, "fp16", "--mixed_precision", "fp16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    line = stops(2, "no", "--mixed_precision", "no")
+    assert "--mixed_precision no" in line and "mixed_precision: bf16" in line
+
+
+def test_one_bad_loss_is_skipped(train, module, monkeypatch):
+    make_loss_nan(monkeypatch, module, lambda call: call == 2)
+    out = train("out", "--max_train_steps", "3", "--checkpointing_steps", "1")
+    assert [row["skipped"] for row in metrics(out)] == [False, True, False]
+    assert result_hash(out / "checkpoint-2") == result_hash(out / "checkpoint-1") != result_hash(out)
+    assert all(torch.isfinite(tensor).all() for tensor in result_tensors(out).values())
+
+
+def test_bad_losses_in_a_row_end_the_run(stops, module, monkeypatch, tmp_path):
+    make_loss_nan(monkeypatch, module, lambda call: call > 1)
+    line = stops(70, "out", "--max_train_steps", "9", "--max_bad_steps", "3")
+    assert "step 4" in line and "3 updates in a row" in line
+    assert status(tmp_path / "out")["exit_code"] == 70 and status(tmp_path / "out")["state"] == "failed"
+    assert [row["skipped"] for row in metrics(tmp_path / "out")] == [False, True, True, True]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+BAD_CLIPS = {
+    "empty dataset": (lambda folder: write_lists(folder, []), [], "no clips"),
+    "missing video": (lambda folder: (folder / "videos/2.mp4").unlink(), [], "'videos/2.mp4' (row 3) not found"),
+    "other length": (
+        lambda folder: (folder / "prompts.txt").write_text("a\nb\n"),
+        [],
+        "prompts.txt has 2 captions and {folder}/videos.txt 4 videos",
+    ),
+    "unknown bucket": (
+        lambda folder: write_clip(folder / "videos/1.mp4", 9, 80, 96),
+        ["--video_reshape_mode", "none"],
+        "videos/1.mp4: unknown bucket: 9 frames of 80x96",
+    ),
+    "corrupt clip": (lambda folder: cut(folder / "videos/3.mp4"), [], "videos/3.mp4"),
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("case", BAD_CLIPS)
+def test_bad_clips_stop_training_before_step_1(case, stops, clips, own_copy, tmp_path):
+    spoil, flags, expected = BAD_CLIPS[case]
+    folder = own_copy(clips["one"], "clips")
+    spoil(folder)
+    line = stops(65, "out", "--max_train_steps", "1", *flags, data=folder, raw=True)
+    assert expected.format(folder=folder) in line
+    assert status(tmp_path / "out")["exit_code"] == 65 and status(tmp_path / "out")["message"] in line
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_bad_latents_stop_training(workers, script, stops, prepared, own_copy):
+    data = own_copy(prepared(script.kind), "data")
+    bad = sorted((data / "video_latents").iterdir())[0]
+    cut(bad)
+    flags = ["--num_train_epochs", "1", "--dataloader_num_workers", workers]
+    assert f"{bad}: damaged" in stops(65, "damaged", *flags, data=data)
+    bad.unlink()
+    assert f"{bad.name} not found" in stops(65, "missing", *flags, data=data)
+    assert "unknown bucket" in stops(65, "bucket", *flags, "--frame_buckets", "17", "--max_num_frames", "17")
+
+
+def test_a_model_of_real_size_needs_a_gpu(script, stops, tiny, own_copy):
+    large = own_copy(tiny(script.kind), "large")
+    config = json.loads((large / "transformer/config.json").read_text())
+    config |= {"num_layers": 30, "num_attention_heads": 30, "attention_head_dim": 64, "time_embed_dim": 512}  # of 2b
+    (large / "transformer/config.json").write_text(json.dumps(config))
+    line = stops(2, "out", model=large)
+    assert "no GPU" in line and "1.7 billion" in line and "--allow_cpu" in line
+
+
+def test_a_hub_token_is_written_nowhere(train):
+    out = train("out", "--max_train_steps", "1", "--hub_token", "hf_canary")
+    assert not [path for path in out.rglob("*") if path.is_file() and b"hf_canary" in path.read_bytes()]
+
+
+def test_a_defect_of_the_script_is_70_with_its_traceback(train, module, monkeypatch, tmp_path, capsys):
+    def broken(*arguments, **options):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(module, "add_noise", broken)
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda: train("out"), tmp_path / "out")
+    assert left.value.code == 70 and status(tmp_path / "out")["exit_code"] == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- real processes
+
+
+def test_a_usage_error_answers_at_once(script, command):
+    path = ROOT / "training" / f"{script.module}.py"
+    result = subprocess.run([sys.executable, path, *command("out", "--ranc", "4")], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [f"{path.name}: error: unknown flag --ranc; did you mean --rank?"]
+
+
+def test_launched_processes_leave_the_exit_code_in_the_status(script, command, prepared, own_copy, tmp_path):
+    """Two ranks, and only one of them meets the bad file."""
+    data = own_copy(prepared(script.kind), "data")
+    bad = sorted((data / "video_latents").iterdir())[0]
+    cut(bad)
+    launch = "-m accelerate.commands.launch --quiet --cpu --num_machines 1 --num_processes 2 --main_process_port 0"
+    argv = [sys.executable, *launch.split(), str(ROOT / "training" / f"{script.module}.py")]
+    argv += command("out", "--num_train_epochs", "1", data=data)
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=200)
+    assert result.returncode != 0
+    assert [line for line in result.stderr.splitlines() if line.startswith(f"error: {bad}: damaged")]
+    assert status(tmp_path / "out")["exit_code"] == 65 and "damaged" in status(tmp_path / "out")["message"]
+
+
+# ---------------------------------------------------------------- real clips
+
+
+def test_real_clips_train_raw_and_prepared(script, train, tiny, real_clips, tmp_path):
+    folder = tmp_path / "prepared"
+    prepare(tiny(script.kind), real_clips, folder, *image_flags(script.kind))
+    assert len((folder / "data.jsonl").read_text().splitlines()) == 6
+    for run in (train("prepared-run", "--num_train_epochs", "1", data=folder),
+                train("raw-run", "--max_train_steps", "3", data=real_clips, raw=True)):  # fmt: skip
+        assert all(0.1 < loss < 10 for loss in losses(run)) and status(run)["state"] == "complete"

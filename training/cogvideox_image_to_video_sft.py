@@ -1,0 +1,201 @@
+#!/usr/bin/env python
+"""Fine-tune every weight of a CogVideoX image-to-video transformer (SFT) on one or more GPUs.
+
+accelerate launch --config_file accelerate_configs/uncompiled_1.yaml --gpu_ids 0 \\
+    training/cogvideox_image_to_video_sft.py --pretrained_model_name_or_path zai-org/CogVideoX-5b-I2V \\
+    --data_root disney-prepared --load_tensors --mixed_precision bf16 --gradient_checkpointing \\
+    --train_batch_size 1 --learning_rate 1e-5 --max_train_steps 3000 --output_dir cogvideox-i2v-sft
+
+The result loads with `CogVideoXTransformer3DModel.from_pretrained(<output_dir>, subfolder="transformer")`.
+Axes: B batch, F latent frames, C latent channels, H/W latent size, S text tokens, D text width.
+"""
+
+from args import parse_training_args
+
+
+ARGS = parse_training_args("i2v_sft") if __name__ == "__main__" else None  # before the heavy imports: --help is quick
+
+from pathlib import Path
+
+import torch
+
+from buckets import num_batches
+from checkpointing import (
+    find_checkpoint_from_args,
+    finish_run,
+    load_checkpoint,
+    open_output_dir_from_args,
+    record_run_from_args,
+    save_checkpoint_from_args,
+)
+from cogvideox import (
+    IMAGE_NOISE_MEAN,
+    IMAGE_NOISE_STD,
+    check_buckets,
+    check_task,
+    condition_on_first_frame,
+    default_fps,
+    encode_captions,
+    encode_images,
+    encode_videos,
+    latent_shape,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    load_vae_config,
+    num_parameters,
+    ofs_input,
+    pad_frames,
+    pixels_to_unit,
+    read_config,
+    resolve_model_dir,
+    rotary_embeddings,
+    sample_image_latents,
+    sample_latents,
+    stored_dtype,
+    text_length,
+)
+from dataset import BucketSampler, build_dataset_from_args, make_loader
+from engine import build_sft_engine_from_args
+from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
+from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
+from runtime import (
+    BadSteps,
+    StepMeter,
+    check_device_from_args,
+    compute_dtype_from_args,
+    init_accelerator_from_args,
+    learning_rate_from_args,
+    plan_steps_from_args,
+    run_script,
+    sample_positions,
+    shared_seed_from_args,
+)
+from update import TrainingState, make_scaler, update
+
+
+def main(args) -> None:
+    # ---------------------------------------------------------------- run
+    accelerator = init_accelerator_from_args(args)
+    device, num_ranks = accelerator.device, accelerator.num_processes
+    output_dir = Path(args.output_dir)
+    with accelerator.main_process_first():
+        earlier_seed = open_output_dir_from_args(args, accelerator.is_main_process)
+    seed = shared_seed_from_args(args) if earlier_seed is None else earlier_seed
+
+    # ---------------------------------------------------------------- models
+    weights = ["vae/config.json"] if args.load_tensors else ["vae", "text_encoder", "tokenizer"]
+    model_dir = resolve_model_dir(
+        args.pretrained_model_name_or_path, ["transformer", "scheduler", *weights], args.revision, args.cache_dir
+    )
+    config = read_config(model_dir, "transformer")
+    check_task(model_dir, config, image_to_video=True)
+    check_device_from_args(args, num_parameters(config), device)
+    stored = stored_dtype(model_dir, args.variant)
+    dtype = compute_dtype_from_args(args, stored, device)
+    scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+
+    # ---------------------------------------------------------------- data; T5 comes and goes before the transformer
+    dataset = build_dataset_from_args(args, default_fps(config), seed, image_to_video=True)
+    check_buckets(config, dataset.bucket_of, args.drop_learned_positions)
+    batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
+    plan = plan_steps_from_args(args, batches_per_epoch)
+    if args.load_tensors:
+        vae, embeds = None, {"": dataset.empty_prompt_embeds()} if args.text_dropout else {}
+    else:
+        prompts = ["", *dataset.prompts]
+        embeds = encode_captions(model_dir, prompts, dtype, device, text_length(config), args.variant)
+        vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling).to(device)
+
+    # ---------------------------------------------------------------- transformer, optimizer, checkpoint
+    transformer = load_transformer(model_dir, torch.float32, args.variant, args.drop_learned_positions)
+    engine = build_sft_engine_from_args(args, transformer, dtype, stored, device)
+    optimizer = make_optimizer_from_args(args, engine.params, learning_rate_from_args(args, num_ranks))
+    lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
+    state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.copies)
+    facts = {"seed": seed, "data": dataset.fingerprint(), "num_processes": num_ranks}
+    checkpoint = find_checkpoint_from_args(args)
+    first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
+    if accelerator.is_main_process:
+        record_run_from_args(args, seed)
+
+    rank = accelerator.process_index
+    sampler = BucketSampler(
+        dataset.bucket_of, args.train_batch_size, rank=rank, num_ranks=num_ranks, seed=seed, num_epochs=plan.num_epochs
+    )
+    micro_steps = range(first_step * plan.accumulation, plan.num_micro_steps)
+    sampler.set_epoch(*divmod(micro_steps.start, batches_per_epoch))
+    loader = make_loader(dataset, sampler, args.dataloader_num_workers, args.pin_memory)
+    meter = StepMeter(output_dir / "metrics.jsonl", accelerator, first_step, plan.num_steps, args.log_every)
+    num_strata = args.train_batch_size * num_ranks * plan.accumulation if args.stratified_timesteps else None
+    bad_steps = BadSteps(args.max_bad_steps)
+
+    # ---------------------------------------------------------------- loop
+    with meter:
+        for micro_step, batch in zip(micro_steps, loader, strict=False):
+            step = micro_step // plan.accumulation  # updates made before this one
+            positions = sample_positions(micro_step, args.train_batch_size, num_ranks, rank, len(batch["index"]))
+            moments, image_moments, prompt_embeds = encode_batch(batch, vae, embeds, seed, positions)
+            moments, image_moments = moments.to(device), image_moments.to(device)
+            prompt_embeds = prompt_embeds.to(device, dtype)
+            if args.text_dropout:
+                dropped = draw_uniform(seed, "text_dropout", positions) < args.text_dropout
+                prompt_embeds[dropped.to(device)] = embeds[""].to(device, dtype)
+
+            posterior_noise = draw_normal(seed, "posterior", positions, latent_shape(moments)).to(device)
+            latents = pad_frames(sample_latents(moments, posterior_noise, vae_config), config.get("patch_size_t"))
+            image_noise = draw_normal(seed, "image_posterior", positions, latent_shape(image_moments)).to(device)
+            image_latents = sample_image_latents(image_moments, image_noise, vae_config, args.image_latent_scale)
+            dropped = draw_uniform(seed, "image_dropout", positions) < args.noised_image_dropout
+            image_latents[dropped.to(device)] = 0
+
+            noise = draw_normal(seed, "noise", positions, latents.shape[1:]).to(device)  # [B, F, C, H, W]
+            timesteps = draw_timesteps(seed, positions, len(alphas_cumprod), num_strata).to(device)  # [B]
+            noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
+            noisy_latents = condition_on_first_frame(noisy_latents, image_latents)  # [B, F, 2C, H, W]
+
+            velocity = transformer(
+                hidden_states=noisy_latents.to(dtype),
+                encoder_hidden_states=prompt_embeds,  # [B, S, D]
+                timestep=timesteps,
+                ofs=ofs_input(transformer.config, latents),
+                image_rotary_emb=rotary_embeddings(transformer.config, latents),
+                return_dict=False,
+            )[0]
+            losses = v_prediction_loss(velocity, latents, noise, timesteps, alphas_cumprod)  # [B]
+            loss = losses.mean() / plan.micro_steps_in(step)
+            meter.add(loss)
+            result = update(loss, state, plan.is_last_of_update(micro_step), args.max_grad_norm)
+            if not result.stepped:
+                continue
+
+            # Everything below sees one optimizer update
+            step += 1
+            meter.log(step, lr=result.lr, grad_norm=result.grad_norm, skipped=result.skipped)
+            bad_steps.count(step, result.skipped, batch["index"])
+            if step % args.checkpointing_steps == 0 or step == plan.num_steps:
+                meter.flush()
+                save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
+
+    # ---------------------------------------------------------------- finish
+    finish_run(accelerator, output_dir, engine, plan.num_steps)
+
+
+def encode_batch(batch: dict, vae, embeds: dict[str, torch.Tensor], seed: int, positions: list[int]):
+    """(moments [B, 2C, F, H, W], image_moments [B, 2C, 1, H, W], prompt_embeds [B, S, D]): from disk, or encoded.
+
+    The first frame gets noise before the VAE; prepared data holds several such variants of it.
+    """
+    if vae is None:
+        return batch["moments"], batch["image_moments"], batch["prompt_embeds"]
+    pixels = pixels_to_unit(batch["pixels"].to(vae.device))  # [B, F', 3, h, w]
+    images = pixels[:, 0]
+    noise = draw_normal(seed, "image_noise", positions, images.shape[1:]).to(vae.device)
+    log_sigma = IMAGE_NOISE_MEAN + IMAGE_NOISE_STD * draw_normal(seed, "image_sigma", positions, ()).to(vae.device)
+    image_moments = encode_images(vae, images, noise, log_sigma)
+    return encode_videos(vae, pixels), image_moments, torch.stack([embeds[prompt] for prompt in batch["prompt"]])
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(ARGS), ARGS.output_dir)
