@@ -126,6 +126,10 @@ NEW_TRAINING_FLAGS = {
     "allow_cpu": False,
     "overwrite": False,
     "text_dropout": 0.0,
+    "stratified_timesteps": False,
+    "image_latent_scale": "pipeline",
+    "drop_learned_positions": False,
+    "save_dtype": None,
     "log_every": 10,
     "video_backend": "auto",
     "max_bad_steps": 5,
@@ -357,7 +361,7 @@ def test_only_the_first_process_of_a_machine_speaks(monkeypatch, capsys):
 
 def test_every_later_flag_is_tried():
     """noised_image_dropout and validation_images have tests of their own: no meaning in text-to-video."""
-    assert set(LATER) == {*LATER_USES, "noised_image_dropout", "validation_images"}
+    assert set(LATER) == {*LATER_USES, "validation_images"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -368,17 +372,22 @@ def test_later_flag_is_refused_when_used(flag, script, capsys):
     assert f"error: --{flag} " in line and "is not available yet: " in line
 
 
+IMAGE_USES = {"noised_image_dropout": "0.1", "image_latent_scale": "raw", "drop_learned_positions": None}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_of_other_tasks_are_refused_when_used(script, capsys):
-    for flag, value in (("noised_image_dropout", "0.1"), ("validation_images", "a.png")):
-        line = refused_training(capsys, f"--{flag}", value, script=script)
-        assert f"--{flag} " in line and ("has no meaning in cogvideox_text" in line) == script.startswith("t2v")
-    for flag in ("rank", "lora_alpha"):
-        if script.endswith("lora"):
-            assert getattr(parse_training_args(script, [*TRAIN, f"--{flag}", "8"]), flag) == 8
-        else:
-            line = refused_training(capsys, f"--{flag}", "8", script=script)
-            assert f"--{flag} has no meaning in {SCRIPTS[script]}" in line
+    lora_uses, image, lora = {"rank": "8", "lora_alpha": "8"}, script.startswith("i2v"), script.endswith("lora")
+    rows = [(IMAGE_USES, image), (lora_uses, lora), ({"save_dtype": "fp32"}, not lora)]
+    for uses, has_meaning in rows:
+        for flag, value in uses.items():
+            argv = [f"--{flag}", *([value] if value else [])]
+            if has_meaning:
+                args = parse_training_args(script, [*TRAIN, *argv])
+                assert str(getattr(args, flag)) == (value or "True")
+            else:
+                line = refused_training(capsys, *argv, script=script)
+                assert f"--{flag} has no meaning in {SCRIPTS[script]}" in line
 
 
 def test_available_choices_pass():

@@ -564,10 +564,9 @@ def test_training_lowers_the_loss(train, module, monkeypatch):
 
     fix("draw_normal")
     fix("draw_timesteps")
-    out = train("out", "--max_train_steps", "60", "--train_batch_size", "4")
+    out = train("out", "--max_train_steps", "30", "--train_batch_size", "4")
     first, last = losses(out)[0], sum(losses(out)[-4:]) / 4
-    print("LOSS", first, last)
-    assert last < 0.8 * first
+    assert last < 0.6 * first
 
 
 def test_every_kind_of_checkpoint_trains(script, train, tiny, prepared):

@@ -276,3 +276,47 @@ def test_rule_finds_what_it_forbids(rule, source):
 )
 def test_rule_lets_pass_what_is_right(rule, source):
     assert not rule(ast.parse(source))
+
+
+# ---------------------------------------------------------------- the four training scripts
+
+TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]
+# What a task does in its own way: which engine, and image-to-video's first frame.
+OWN_CALLS = {
+    "build_lora_engine_from_args", "build_sft_engine_from_args",
+    "encode_images", "sample_image_latents", "condition_on_first_frame", "ofs_input",
+}  # fmt: skip
+
+
+def project_calls(module: str) -> list[str]:
+    """The project's own functions and classes that main() calls, in the order of the source."""
+    tree = parse(module)
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES
+        for alias in node.names
+    }
+    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    calls = [node for node in ast.walk(main) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    calls.sort(key=lambda node: (node.lineno, node.col_offset))
+    return [node.func.id for node in calls if node.func.id in imported]
+
+
+@pytest.mark.parametrize("module", TRAINING_SCRIPTS)
+def test_scripts_call_the_same_services_in_the_same_order(module):
+    """Each script reads by itself, so that it can be copied; none may miss what another does."""
+    shared = {name: [call for call in project_calls(name) if call not in OWN_CALLS] for name in TRAINING_SCRIPTS}
+    reference = shared["cogvideox_text_to_video_lora"]
+    # Image-to-video draws twice more: the noise of its image latents, and which of them are dropped
+    extra = {"draw_normal": 1, "draw_uniform": 1, "latent_shape": 1} if "image" in module else {}
+    ours = list(shared[module])
+    for call, count in extra.items():
+        for _ in range(count):
+            del ours[ours.index(call, ours.index("sample_latents"))]
+    assert len(reference) > 30
+    assert ours == reference
+
+
+def test_there_are_four_training_scripts():
+    assert len(TRAINING_SCRIPTS) == 4

@@ -344,6 +344,7 @@ def make_training_parser(script: str) -> FlagParser:
     add_training_data_flags(parser)
     add_bucket_flags(parser)
     add_training_flags(parser)
+    add_conditioning_flags(parser)
     add_optimizer_flags(parser)
     add_lr_flags(parser)
     add_checkpoint_flags(parser)
@@ -579,6 +580,10 @@ def add_training_flags(parser: FlagParser):
         default=1,
         help="batches per optimizer update, per process",
     )
+
+
+def add_conditioning_flags(parser: FlagParser):
+    group = parser.add_argument_group("conditioning and noise")
     group.add_argument(
         "--noised_image_dropout",
         type=float,

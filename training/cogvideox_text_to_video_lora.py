@@ -86,7 +86,8 @@ def main(args) -> None:
     config = read_config(model_dir, "transformer")
     check_task(model_dir, config, image_to_video=False)
     check_device_from_args(args, num_parameters(config), device)
-    dtype = compute_dtype_from_args(args, stored_dtype(model_dir, args.variant), device)
+    stored = stored_dtype(model_dir, args.variant)
+    dtype = compute_dtype_from_args(args, stored, device)
     scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 

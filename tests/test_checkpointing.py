@@ -1,0 +1,370 @@
+"""Checkpoints: whole or not there, exact, and refused by any other run."""
+
+import json
+import os
+import shutil
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpointing
+from args import parse_training_args
+from checkpointing import (
+    checkpoint_dirs,
+    find_checkpoint_from_args,
+    join_tensors,
+    load_checkpoint,
+    open_output_dir_from_args,
+    prune_checkpoints,
+    record_run_from_args,
+    save_checkpoint,
+    save_checkpoint_from_args,
+    split_tensors,
+)
+from errors import UsageError
+from runtime import write_status
+from update import TrainingState, update
+
+
+FACTS = {"seed": 1, "data": "abc", "num_processes": 1}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+class OneTensorEngine:
+    """The smallest thing that can be trained and saved."""
+
+    def __init__(self):
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+        self.unused = torch.nn.Parameter(torch.ones(2))  # like the text half of the last block: never a gradient
+        self.params = [self.weight, self.unused]
+
+    def save_state(self, directory):
+        save_file({"weight": self.weight.data}, directory / "weight.safetensors")
+
+    def load_state(self, directory):
+        self.weight.data.copy_(load_file(directory / "weight.safetensors")["weight"])
+
+
+def make_run(optimizer="adamw"):
+    engine = OneTensorEngine()
+    optimizer = OPTIMIZERS[optimizer](engine.params, lr=0.1, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return engine, TrainingState(engine.params, optimizer, schedule)
+
+
+def step(engine, state, count=1):
+    for _ in range(count):
+        target = torch.arange(6.0) / 7
+        assert update((engine.weight - target).square().sum(), state, True, 1.0).stepped
+
+
+@pytest.fixture
+def run():
+    engine, state = make_run()
+    step(engine, state, 3)
+    return engine, state
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """The parsed flags of a run in tmp_path/out, with changes."""
+
+    def make(*more):
+        argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--load_tensors"]
+        return parse_training_args("t2v_lora", [*argv, "--output_dir", str(tmp_path / "out"), *more])
+
+    return make
+
+
+@pytest.fixture
+def out(flags, run, tmp_path):
+    """An output folder as a run of `flags()` left it: seed 5 drawn, checkpoints 2 and 10."""
+    args = flags()
+    assert open_output_dir_from_args(args, True) is None
+    record_run_from_args(args, 5)
+    for number in (2, 10):
+        save_checkpoint(tmp_path / "out", number, *run, FACTS)
+    return tmp_path / "out"
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_continuing_is_bit_exact(name, tmp_path):
+    engine, state = make_run(name)
+    step(engine, state, 3)
+    path = save_checkpoint(tmp_path, 3, engine, state, FACTS)
+    step(engine, state, 2)
+
+    other, other_state = make_run(name)
+    assert load_checkpoint(path, other, other_state, FACTS) == 3
+    assert torch.equal(load_file(path / "weight.safetensors")["weight"], other.weight.data)
+    step(other, other_state, 2)
+    assert torch.equal(engine.weight, other.weight)
+    ours, theirs = split_tensors(state.optimizer.state_dict()), split_tensors(other_state.optimizer.state_dict())
+    assert ours[0].keys() == theirs[0].keys()
+    assert all(torch.equal(ours[0][key], theirs[0][key]) for key in ours[0])
+    assert json.dumps(ours[1]) == json.dumps(theirs[1])
+    assert state.lr_scheduler.get_last_lr() == other_state.lr_scheduler.get_last_lr() == [0.1 / 6]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_survives_files(name, tmp_path):
+    engine, state = make_run(name)
+    step(engine, state, 2)
+    before = state.optimizer.state_dict()
+    tensors, rest = split_tensors(before)
+    save_file(tensors, tmp_path / "x.safetensors")
+    after = join_tensors(load_file(tmp_path / "x.safetensors"), json.loads(json.dumps(rest)))
+    assert after["state"].keys() == before["state"].keys() == {0}  # no state without a gradient
+    for key, value in before["state"][0].items():
+        assert torch.equal(value, after["state"][0][key]) and value.dtype == after["state"][0][key].dtype
+    assert after["param_groups"][0]["lr"] == before["param_groups"][0]["lr"]
+
+
+def test_values_that_are_no_tensors_survive_too():
+    before = {"state": {3: {"step": 7, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [3]}]}
+    tensors, rest = split_tensors(before)
+    assert list(tensors) == ["3.exp_avg"]
+    after = join_tensors(tensors, json.loads(json.dumps(rest)))
+    assert after["state"][3]["step"] == 7 and torch.equal(after["state"][3]["exp_avg"], torch.ones(2))
+
+
+def test_a_gradient_scaler_is_kept(run, tmp_path):
+    engine, state = run
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    state.scaler.scale(torch.ones(()))  # the scale exists from its first use
+    path = save_checkpoint(tmp_path, 1, engine, state, FACTS)
+    other, other_state = make_run()
+    other_state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    load_checkpoint(path, other, other_state, FACTS)
+    assert other_state.scaler.get_scale() == 8.0
+
+
+# ---------------------------------------------------------------- whole or not there
+
+
+@pytest.mark.parametrize("place", ["save_state", "split_tensors", "save_file", "write_json", "rename"])
+def test_an_error_in_a_save_leaves_the_checkpoints_before(place, run, tmp_path, monkeypatch):
+    engine, state = run
+    save_checkpoint(tmp_path, 1, engine, state, FACTS)
+    before = contents(tmp_path)
+
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patches:
+        owner = {"save_state": engine, "rename": Path}.get(place, checkpointing)
+        patches.setattr(owner, place, fail)
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(tmp_path, 2, engine, state, FACTS)
+    assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert save_checkpoint(tmp_path, 2, engine, state, FACTS).name == "checkpoint-2"
+
+
+def test_what_a_killed_save_left_is_not_a_checkpoint(run, tmp_path):
+    engine, state = run
+    path = save_checkpoint(tmp_path, 3, engine, state, FACTS)
+    shutil.copytree(path, tmp_path / ".tmp-checkpoint-4-123")
+    (tmp_path / "checkpoint-5").mkdir()
+    shutil.copytree(path, tmp_path / "checkpoint-old")
+    shutil.copytree(path, tmp_path / "checkpoint-6.bak")
+    (tmp_path / "transformer").mkdir()
+    assert checkpoint_dirs(tmp_path) == [path]
+
+
+def test_the_number_orders_checkpoints_not_the_name(run, tmp_path):
+    for number in (10, 9, 100):
+        save_checkpoint(tmp_path, number, *run, FACTS)
+    assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+def test_pruning_keeps_the_newest_and_everything_else(run, tmp_path):
+    (tmp_path / "checkpoint-mine").mkdir()
+    for number in (8, 9, 10):
+        save_checkpoint(tmp_path, number, *run, FACTS)
+    prune_checkpoints(tmp_path, None)
+    assert len(checkpoint_dirs(tmp_path)) == 3
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9", "checkpoint-mine"]
+
+
+def test_the_old_one_goes_only_when_the_new_one_is_there(run, tmp_path, monkeypatch):
+    args = Namespace(output_dir=str(tmp_path), checkpoints_total_limit=1)
+    accelerator = Namespace(is_main_process=True, wait_for_everyone=lambda: None)
+    save_checkpoint_from_args(args, accelerator, 1, *run, FACTS)
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(checkpointing, "write_json", fail)
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint_from_args(args, accelerator, 2, *run, FACTS)
+    assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-1"]
+    save_checkpoint_from_args(args, accelerator, 2, *run, FACTS)
+    assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-2"]
+
+
+def test_only_the_main_process_writes(run, tmp_path):
+    waited = []
+    accelerator = Namespace(is_main_process=False, wait_for_everyone=lambda: waited.append(True))
+    args = Namespace(output_dir=str(tmp_path), checkpoints_total_limit=1)
+    save_checkpoint_from_args(args, accelerator, 1, *run, FACTS)
+    assert waited and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+@pytest.mark.parametrize("size", [0, 40])
+def test_a_torn_checkpoint_is_named(name, size, run, tmp_path):
+    path = save_checkpoint(tmp_path, 3, *run, FACTS)
+    (path / name).write_bytes((path / name).read_bytes()[:size])
+    engine, state = make_run()
+    with pytest.raises(UsageError, match="checkpoint-3: not a readable checkpoint"):
+        load_checkpoint(path, engine, state, FACTS)
+
+
+# ---------------------------------------------------------------- whose it is
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_a_checkpoint_of_other_facts_is_refused(fact, run, tmp_path):
+    path = save_checkpoint(tmp_path, 3, *run, FACTS)
+    engine, state = make_run()
+    before = engine.weight.clone()
+    with pytest.raises(UsageError, match=f"its {fact} was {FACTS[fact]}, now it is other"):
+        load_checkpoint(path, engine, state, {**FACTS, fact: "other"})
+    assert torch.equal(engine.weight, before) and not state.optimizer.state_dict()["state"]
+
+
+def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
+    assert open_output_dir_from_args(flags(), True) == 5
+    assert find_checkpoint_from_args(flags()).name == "checkpoint-10"
+    assert open_output_dir_from_args(flags("--seed", "5"), True) is None  # the flag gives it
+    with pytest.raises(UsageError, match="--seed None -> 6"):
+        open_output_dir_from_args(flags("--seed", "6"), True)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--checkpointing_steps", "7", "--checkpoints_total_limit", "1", "--log_every", "3"],
+        ["--dataloader_num_workers", "4", "--pin_memory", "--nccl_timeout", "9", "--report_to", "none"],
+        ["--max_train_steps", "20"],
+        ["--num_train_epochs", "20"],
+        ["--hub_token", "secret"],
+    ],
+)
+def test_flags_that_train_nothing_may_change(out, flags, more):
+    assert open_output_dir_from_args(flags(*more), True) == 5
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--learning_rate", "1e-3"], ["--rank", "8"], ["--lora_alpha", "1"], ["--train_batch_size", "2"],
+        ["--gradient_accumulation_steps", "2"], ["--optimizer", "adamw"], ["--mixed_precision", "bf16"],
+        ["--text_dropout", "0.5"], ["--lr_scheduler", "cosine"], ["--pretrained_model_name_or_path", "n"],
+        ["--data_root", "e"],
+    ],
+)  # fmt: skip
+def test_flags_that_train_are_named(out, flags, more):
+    before = contents(out)
+    with pytest.raises(UsageError, match=f"{more[0]} .* -> ") as caught:
+        open_output_dir_from_args(flags(*more), True)
+    assert str(out) in str(caught.value) and "--overwrite" in str(caught.value)
+    assert str(caught.value).count(" -> ") == 1 and contents(out) == before
+
+
+def test_without_a_checkpoint_anything_may_start(out, flags):
+    for path in checkpoint_dirs(out):
+        shutil.rmtree(path)
+    assert open_output_dir_from_args(flags("--rank", "8", "--seed", "3"), True) is None
+    assert find_checkpoint_from_args(flags()) is None
+
+
+def test_checkpoints_of_an_unknown_run_are_refused(out, flags):
+    (out / "args.json").unlink()
+    with pytest.raises(UsageError, match=r"args\.json: missing"):
+        open_output_dir_from_args(flags(), True)
+
+
+@pytest.mark.parametrize(("state", "refused"), [("complete", True), ("interrupted", False), (None, False)])
+def test_a_decaying_schedule_is_stretched_only_if_it_did_not_end(state, refused, flags, run, tmp_path):
+    out, args = tmp_path / "out", flags("--lr_scheduler", "cosine", "--max_train_steps", "10")
+    open_output_dir_from_args(args, True)
+    record_run_from_args(args, 5)
+    save_checkpoint(out, 10, *run, FACTS)
+    if state:
+        write_status(out, state, 0)
+    longer = flags("--lr_scheduler", "cosine", "--max_train_steps", "20")
+    if refused:
+        with pytest.raises(UsageError, match="--max_train_steps 10 -> 20"):
+            open_output_dir_from_args(longer, True)
+    else:
+        assert open_output_dir_from_args(longer, True) == 5
+
+
+def test_overwrite_moves_everything_aside_and_nothing_is_lost(out, flags, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "now")  # twice within a second
+    before = contents(out)
+    assert open_output_dir_from_args(flags("--overwrite"), True) is None
+    assert list(out.iterdir()) == [] and contents(out.with_name("out.now.1")) == before
+    (out / "file").write_text("second")
+    open_output_dir_from_args(flags("--overwrite"), True)
+    assert (out.with_name("out.now.2") / "file").read_text() == "second"
+
+
+def test_only_the_main_process_moves_it(out, flags):
+    before = contents(out)
+    open_output_dir_from_args(flags("--overwrite"), False)
+    assert contents(out) == before
+
+
+def test_a_named_checkpoint_is_a_path_or_a_name(out, flags, tmp_path, monkeypatch):
+    assert find_checkpoint_from_args(flags("--resume_from_checkpoint", "checkpoint-2")) == out / "checkpoint-2"
+    assert find_checkpoint_from_args(flags("--resume_from_checkpoint", f"{out}/checkpoint-2/")).samefile(
+        out / "checkpoint-2"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = find_checkpoint_from_args(flags("--resume_from_checkpoint", os.path.join("out", "checkpoint-2")))
+    assert found.samefile(out / "checkpoint-2")
+    with pytest.raises(UsageError, match="checkpoint-3: no checkpoint there"):
+        find_checkpoint_from_args(flags("--resume_from_checkpoint", f"{tmp_path}/elsewhere/checkpoint-3"))
+
+
+def test_a_checkpoint_of_another_folder_must_be_of_such_a_run(out, flags, tmp_path):
+    path = ["--resume_from_checkpoint", str(out / "checkpoint-2"), "--output_dir", str(tmp_path / "new")]
+    assert find_checkpoint_from_args(flags(*path)) == out / "checkpoint-2"
+    with pytest.raises(UsageError, match="--lora_alpha 64 -> 1"):
+        find_checkpoint_from_args(flags(*path, "--lora_alpha", "1"))
+
+
+def test_a_run_does_not_end_before_its_checkpoint(out, flags):
+    with pytest.raises(UsageError, match="checkpoint-10: already beyond --max_train_steps 9"):
+        find_checkpoint_from_args(flags("--max_train_steps", "9"))
+    assert find_checkpoint_from_args(flags("--max_train_steps", "10")).name == "checkpoint-10"
+
+
+def test_the_record_holds_the_flags_and_no_token(out, flags):
+    record_run_from_args(flags("--hub_token", "hf_canary", "--rank", "8"), 5)
+    text = (out / "args.json").read_text()
+    record = json.loads(text)
+    assert "hf_canary" not in text and record["seed"] == 5 and record["flags"]["rank"] == 8
+    assert record["flags"]["seed"] is None and "rank" in record["given"] and "lora_alpha" not in record["given"]
+    assert record["versions"]["torch"] == torch.__version__
+
+
+def test_a_starting_run_takes_the_status_of_the_one_before(out, flags):
+    write_status(out, "complete", 0)
+    record_run_from_args(flags(), 5)
+    assert not (out / "status.json").exists()

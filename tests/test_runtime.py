@@ -1,0 +1,303 @@
+"""The run around the loop: precision, metrics, exit codes."""
+
+import errno
+import json
+import logging
+import os
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from args import parse_training_args
+from errors import DataError, NumbersError, StorageError, UsageError, UserError
+from runtime import (
+    StepMeter,
+    check_device_from_args,
+    compute_dtype_from_args,
+    learning_rate_from_args,
+    plan_steps_from_args,
+    run_script,
+    shared_seed_from_args,
+    write_json,
+)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def flags(*more):
+    argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--load_tensors"]
+    return parse_training_args("t2v_lora", [*argv, *more])
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(
+    ("flag", "launcher", "stored", "device", "expected"),
+    [
+        (None, None, FP16, CPU, FP32),
+        (None, None, FP16, CUDA, BF16),
+        (None, None, BF16, CUDA, BF16),
+        (None, "no", BF16, CUDA, BF16),  # what the launcher exports for nothing said
+        (None, "bf16", BF16, CPU, BF16),
+        (None, "fp16", FP16, CUDA, FP16),
+        ("no", None, BF16, CUDA, FP32),
+        ("no", "no", FP32, CUDA, FP32),
+        ("bf16", None, FP16, CPU, BF16),
+        ("bf16", "bf16", FP16, CUDA, BF16),
+        ("fp16", "fp16", FP16, CUDA, FP16),
+        ("fp16", None, FP32, CUDA, FP16),
+    ],
+)
+def test_compute_dtype(flag, launcher, stored, device, expected, monkeypatch):
+    set_launcher(monkeypatch, launcher)
+    args = flags(*(["--mixed_precision", flag] if flag else []))
+    assert compute_dtype_from_args(args, stored, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "launcher", "stored", "device", "message"),
+    [
+        ("fp16", None, FP16, CPU, "CUDA only"),
+        (None, "fp16", FP16, CPU, "CUDA only"),
+        ("fp16", None, BF16, CUDA, "overflows in fp16"),
+        ("no", "bf16", FP32, CPU, "--mixed_precision no disagrees with mixed_precision: bf16"),
+        ("bf16", "fp16", FP16, CUDA, "--mixed_precision bf16 disagrees with mixed_precision: fp16"),
+        (None, "fp8", BF16, CUDA, "fp8"),
+    ],
+)
+def test_refused_dtypes(flag, launcher, stored, device, message, monkeypatch):
+    set_launcher(monkeypatch, launcher)
+    with pytest.raises(UsageError, match=message):
+        compute_dtype_from_args(flags(*(["--mixed_precision", flag] if flag else [])), stored, device)
+
+
+def set_launcher(monkeypatch, precision):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if precision:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+
+
+def test_a_conversion_is_said_in_one_line(caplog):
+    with caplog.at_level(logging.INFO):
+        compute_dtype_from_args(flags("--mixed_precision", "bf16"), BF16, CPU)
+        assert not caplog.records
+        compute_dtype_from_args(flags("--mixed_precision", "bf16"), FP16, CPU)
+    assert len(caplog.records) == 1 and "converted once" in caplog.text
+
+
+def test_a_real_model_on_a_cpu_needs_the_flag():
+    with pytest.raises(UsageError, match=r"1\.7 billion.*--allow_cpu"):
+        check_device_from_args(flags(), 1.7e9, CPU)
+    check_device_from_args(flags("--allow_cpu"), 1.7e9, CPU)
+    check_device_from_args(flags(), 1.7e9, CUDA)
+    check_device_from_args(flags(), 1e6, CPU)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_the_plan_of_the_flags():
+    args = flags("--num_train_epochs", "3", "--gradient_accumulation_steps", "4")
+    assert plan_steps_from_args(args, 10) == (8, 3, 30, 4)
+    args = flags("--num_train_epochs", "3", "--gradient_accumulation_steps", "4", "--max_train_steps", "5")
+    assert plan_steps_from_args(args, 10) == (5, 2, 20, 4)
+
+
+def test_scale_lr_counts_the_global_batch():
+    args = ["--learning_rate", "1e-4", "--train_batch_size", "2", "--gradient_accumulation_steps", "3"]
+    assert learning_rate_from_args(flags(*args), 4) == 1e-4
+    assert learning_rate_from_args(flags(*args, "--scale_lr"), 4) == pytest.approx(24e-4)
+
+
+def test_a_given_seed_is_taken_0_included_and_an_unset_one_is_new():
+    assert shared_seed_from_args(flags("--seed", "0")) == 0
+    assert len({shared_seed_from_args(flags()) for _ in range(5)}) > 1
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make_meter(path, first_step=0, log_every=10):
+    return StepMeter(path, Accelerator(cpu=True), first_step, 9, log_every)
+
+
+def log_steps(meter, first, last):
+    for step in range(first, last + 1):
+        meter.add(torch.tensor(step + 0.25))
+        meter.add(torch.tensor(0.5))
+        meter.log(step, lr=0.1 * step, grad_norm=1.0, skipped=step == 3)
+
+
+def test_one_line_per_update_whatever_log_every(tmp_path):
+    runs = []
+    for log_every in (1, 3, 10):
+        path = tmp_path / f"{log_every}.jsonl"
+        with make_meter(path, log_every=log_every) as meter:
+            log_steps(meter, 1, 7)
+        runs.append([{**row, "seconds": 0} for row in rows_of(path)])
+    assert runs[0] == runs[1] == runs[2]
+    assert [row["step"] for row in runs[0]] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["loss"] for row in runs[0]] == [step + 0.75 for step in range(1, 8)]
+    assert [row["skipped"] for row in runs[0]] == [step == 3 for step in range(1, 8)]
+    assert runs[0][1]["lr"] == 0.2 and set(runs[0][0]) == {"step", "lr", "grad_norm", "skipped", "seconds", "loss"}
+
+
+def test_lines_are_fetched_every_log_every(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with make_meter(path, log_every=3) as meter:
+        log_steps(meter, 1, 2)
+        assert not path.exists()
+        log_steps(meter, 3, 4)
+        assert len(rows_of(path)) == 3
+
+
+def test_what_was_logged_before_an_error_is_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(NumbersError), make_meter(path) as meter:
+        log_steps(meter, 1, 2)
+        raise NumbersError("bad")
+    assert [row["step"] for row in rows_of(path)] == [1, 2]
+
+
+def test_a_resumed_run_cuts_what_it_makes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with make_meter(path) as meter:
+        log_steps(meter, 1, 5)
+    kept = path.read_text().splitlines()[:3]
+    with open(path, "a") as file:
+        file.write('{"step": 6, "lo')  # a killed run's last line
+    with make_meter(path, first_step=3) as meter:
+        assert path.read_text().splitlines() == kept
+        log_steps(meter, 4, 6)
+    assert [row["step"] for row in rows_of(path)] == [1, 2, 3, 4, 5, 6]
+    with make_meter(path, first_step=0):
+        assert path.read_text() == ""
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+def leave(main, out, capsys):
+    """(exit code, last line on stderr, status.json or None)"""
+    with pytest.raises(SystemExit) as left:
+        run_script(main, out)
+    status = json.loads((out / "status.json").read_text()) if (out / "status.json").exists() else None
+    return left.value.code, capsys.readouterr().err.splitlines()[-1], status
+
+
+def raiser(error):
+    def main():
+        raise error
+
+    return main
+
+
+OUTCOMES = [
+    (DataError("a.mp4: corrupt"), 65, "failed", "error: a.mp4: corrupt"),
+    (NumbersError("step 3: not finite"), 70, "failed", "error: step 3: not finite"),
+    (UserError("a worker was killed"), 70, "failed", "error: a worker was killed"),
+    (StorageError("disk"), 74, "failed", "error: disk"),
+    (OSError(errno.ENOSPC, "No space left on device", "x"), 74, "failed", "No space left on device"),
+    (OSError(errno.EFBIG, "File too large", "x"), 74, "failed", "File too large"),
+    (OSError(errno.EROFS, "Read-only file system", "x"), 74, "failed", "Read-only file system"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), 74, "failed", "No space left on device"),
+    (KeyboardInterrupt(), 75, "interrupted", "the same command continues"),
+    (
+        torch.cuda.OutOfMemoryError("out of memory\nsecond line"),
+        70,
+        "failed",
+        "the GPU's memory is full: out of memory",
+    ),
+    (RuntimeError("a defect"), 70, "failed", "RuntimeError('a defect')"),
+    (OSError(errno.ENOENT, "No such file or directory", "x"), 70, "failed", "No such file"),
+    (SafetensorError("header too large"), 70, "failed", "header too large"),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "state", "line"), OUTCOMES, ids=[f"{type(row[0]).__name__}-{row[1]}" for row in OUTCOMES]
+)
+def test_each_error_has_its_code_and_line(error, code, state, line, tmp_path, capsys):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-12").mkdir()
+    got_code, got_line, status = leave(raiser(error), tmp_path, capsys)
+    assert (got_code, status["exit_code"], status["state"], status["step"]) == (code, code, state, 12)
+    assert got_line.startswith("error: ") and line in got_line and status["message"] in got_line
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), OSError(errno.ENOENT, "No such file", "x")])
+def test_only_a_defect_shows_a_traceback(error, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_script(raiser(error), tmp_path)
+    assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_script(raiser(DataError("bad")), tmp_path)
+    assert capsys.readouterr().err == "error: bad\n"
+
+
+def test_a_refused_command_leaves_the_status_alone(tmp_path, capsys):
+    code, line, status = leave(raiser(UsageError("other flags")), tmp_path / "new", capsys)
+    assert (code, line, status) == (2, "error: other flags", None)
+    write_json(tmp_path / "status.json", {"state": "complete"})
+    assert leave(raiser(UsageError("other flags")), tmp_path, capsys)[2] == {"state": "complete"}
+
+
+def test_success_just_returns(tmp_path):
+    done = []
+    run_script(lambda: done.append(True), tmp_path)
+    assert done and not list(tmp_path.iterdir())
+
+
+def test_the_first_rank_that_fails_is_heard(tmp_path, capsys, monkeypatch):
+    """A rank with bad data ends; the others then lose their connection, which is no news."""
+    write_json(tmp_path / "status.json", {"state": "complete"})
+    old = time.time() - 60
+    os.utime(tmp_path / "status.json", (old, old))  # of an earlier run
+
+    def others():
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(SystemExit):
+            run_script(raiser(DataError("a.mp4: corrupt")), tmp_path)
+        time.sleep(0.02)  # more than the file system's clock tick
+        raise RuntimeError("connection closed by peer")
+
+    def main():
+        time.sleep(0.02)
+        others()
+
+    code, _, status = leave(main, tmp_path, capsys)
+    assert code == 70 and status["exit_code"] == 65 and status["message"] == "a.mp4: corrupt"
+
+
+def test_a_status_that_cannot_be_written_hides_nothing(tmp_path, capsys):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    with pytest.raises(SystemExit) as left:
+        run_script(raiser(DataError("a.mp4: corrupt")), tmp_path / "out")
+    assert left.value.code == 65
+    error, note = capsys.readouterr().err.splitlines()
+    assert error == "error: a.mp4: corrupt" and "status.json not written" in note
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
