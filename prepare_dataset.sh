@@ -2,6 +2,7 @@
 # Turn videos and captions into what training reads: VAE moments and prompt embeddings.
 #
 #   DATA_ROOT=video-dataset-disney CAPTION_COLUMN=prompt.txt ./prepare_dataset.sh
+#   MODEL=zai-org/CogVideoX-5b-I2V IMAGE_LATENTS=true DATA_ROOT=clips ./prepare_dataset.sh
 #   DATA_ROOT=videos DATASET_FILE=videos/metadata.csv CAPTION_COLUMN=caption VIDEO_COLUMN=path ./prepare_dataset.sh
 #
 # Set the settings below in the environment or here. Arguments of this file end the command. Run again, it does only
@@ -13,33 +14,37 @@ here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ---------------------------------------------------------------- settings
 
-MODEL="${MODEL:-zai-org/CogVideoX-5b}"  # hub id or folder: the model that will be trained
-DATA_ROOT="${DATA_ROOT:-}"              # folder of the two text files and the videos
+MODEL="${MODEL:-zai-org/CogVideoX-5b}"   # hub id or folder: the model that will be trained
+DATA_ROOT="${DATA_ROOT:-}"               # folder of the two text files and the videos
 OUTPUT_ROOT="${OUTPUT_ROOT:-${DATA_ROOT%/}-prepared}"  # DATA_ROOT of the training wrapper
-DATASET_FILE="${DATASET_FILE:-}"        # a CSV in place of the two text files; then the next two name its columns
+DATASET_FILE="${DATASET_FILE:-}"         # a CSV in place of the two text files; then the next two name its columns
 CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
 VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
-ID_TOKEN="${ID_TOKEN:-}"                # put in front of every caption
+ID_TOKEN="${ID_TOKEN:-}"                 # put in front of every caption
+IMAGE_LATENTS="${IMAGE_LATENTS:-false}"  # true: encode noised first frames too, for image-to-video
 
 # Every clip goes to the nearest size. CogVideoX 1.0 was trained at 480x720 with 49 frames, 1.5 at 768x1360 with 81.
 HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
 WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
 FRAME_BUCKETS="${FRAME_BUCKETS:-49}"
 MAX_NUM_FRAMES="${MAX_NUM_FRAMES:-49}"
-TARGET_FPS="${TARGET_FPS:-}"            # empty: the model's own rate, 8 for 1.0, 16 for 1.5
+TARGET_FPS="${TARGET_FPS:-}"             # empty: the model's own rate, 8 for 1.0, 16 for 1.5
 
-DTYPE="${DTYPE:-bf16}"                  # fp32 on a CPU
+DTYPE="${DTYPE:-bf16}"                   # fp32 on a CPU
 BATCH_SIZE="${BATCH_SIZE:-1}"
-NUM_WORKERS="${NUM_WORKERS:-2}"         # processes that decode videos
-GPU_IDS="${GPU_IDS:-0}"                 # "0,1" splits the clips over two GPUs
-DRY_RUN="${DRY_RUN:-0}"                 # 1 prints the command and does not run it
+NUM_WORKERS="${NUM_WORKERS:-2}"          # processes that decode videos
+GPU_IDS="${GPU_IDS:-0}"                  # "0,1" splits the clips over two GPUs
+DRY_RUN="${DRY_RUN:-0}"                  # 1 prints the command and does not run it
 
 # ---------------------------------------------------------------- checks
 
-if [[ -z $DATA_ROOT ]]; then
-    echo "$(basename "$0"): fill in DATA_ROOT: the folder of prompts.txt, videos.txt and the videos" >&2
+refuse() {
+    echo "$(basename "$0"): $*" >&2
     exit 2
-fi
+}
+
+[[ -n $DATA_ROOT ]] || refuse "fill in DATA_ROOT: the folder of prompts.txt, videos.txt and the videos"
+[[ $IMAGE_LATENTS == true || $IMAGE_LATENTS == false ]] || refuse "IMAGE_LATENTS is true or false, not $IMAGE_LATENTS"
 
 # `make install` puts everything into .venv; an active environment goes first.
 if ! command -v accelerate > /dev/null && [[ -x $here/.venv/bin/accelerate ]]; then
@@ -71,6 +76,7 @@ command+=(
     --batch_size "$BATCH_SIZE"
     --dataloader_num_workers "$NUM_WORKERS"
 )
+[[ $IMAGE_LATENTS == false ]] || command+=(--save_image_latents)
 [[ -z $DATASET_FILE ]] || command+=(--dataset_file "$DATASET_FILE")
 [[ -z $ID_TOKEN ]] || command+=(--id_token "$ID_TOKEN")
 [[ -z $TARGET_FPS ]] || command+=(--target_fps "$TARGET_FPS")

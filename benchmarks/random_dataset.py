@@ -32,17 +32,20 @@ def random_moments(size, generator):
 
 
 def write_clip_files(out, stem, size, text_shape, generator):
-    """Write one clip's tensors; returns its manifest fields."""
+    """Write one clip's tensors, a first frame in two variants among them; returns its manifest fields."""
     latent, embed = f"video_latents/{stem}.safetensors", f"prompt_embeds/{stem}.safetensors"
     save_file({"moments": random_moments(size, generator)}, out / latent)
     save_file({"prompt_embeds": torch.randn(text_shape, generator=generator)}, out / embed)
-    return {"prompt_embed": embed, "video": f"videos/{stem}.mp4", "video_latent": latent, "image_latent": None}
+    image = f"image_latents/{stem}.safetensors"
+    variants = [random_moments((1, *size[1:]), generator) for _ in range(2)]
+    save_file({"moments": torch.stack(variants)}, out / image)
+    return {"prompt_embed": embed, "video": f"videos/{stem}.mp4", "video_latent": latent, "image_latent": image}
 
 
 def write_dataset(out, num_clips, frames, height, width, text_shape=(226, 4096), seed=0):
     """Write `num_clips` random clips to the folder `out`; the videos named in the manifest do not exist."""
     out, size = Path(out), latent_size(frames, height, width)
-    for folder in ("video_latents", "prompt_embeds"):
+    for folder in ("video_latents", "prompt_embeds", "image_latents"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     metadata = {"num_frames": frames, "height": height, "width": width}

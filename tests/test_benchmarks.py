@@ -90,7 +90,7 @@ def test_random_dataset_layout(tmp_path):
     assert [row["video"] for row in rows] == (tmp_path / "videos.txt").read_text().splitlines()
     for row in rows:
         assert row["metadata"] == {"num_frames": 9, "height": 64, "width": 96}
-        assert row["image_latent"] is None
+        assert load_file(tmp_path / row["image_latent"])["moments"].shape == (2, 32, 1, 8, 12)
         moments = load_file(tmp_path / row["video_latent"])["moments"]
         assert moments.shape == (32, 3, 8, 12)
         assert load_file(tmp_path / row["prompt_embed"])["prompt_embeds"].shape == (226, 32)

@@ -430,7 +430,7 @@ def test_sampler_runs_on_through_the_epochs():
         ]
 
 
-def test_set_epoch_and_start_at_continue_where_the_loop_stood():
+def test_set_epoch_continues_where_the_loop_stood():
     bucket_of = [Bucket(9, 32, 48)] * 5 + [Bucket(9, 48, 32)] * 3
     batches = list(BucketSampler(bucket_of, 2, seed=4, num_epochs=3))
     sampler = BucketSampler(bucket_of, 2, seed=4, num_epochs=3)
@@ -439,8 +439,6 @@ def test_set_epoch_and_start_at_continue_where_the_loop_stood():
             sampler.set_epoch(epoch, consumed)
             assert list(sampler) == batches[5 * epoch + consumed :]
             assert len(sampler) == len(batches) - 5 * epoch - consumed
-    sampler.start_at(3, 12)
-    assert list(sampler) == batches[3:12] and len(sampler) == 9
 
 
 def test_ranks_share_each_batch_and_repeats_are_logged_once(caplog):

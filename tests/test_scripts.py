@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from args import parse_prepare_args, parse_training_args
+from buckets import pack_batches
 from conftest import write_clip
 from runtime import run_script
 
@@ -200,10 +201,13 @@ def checkpoints(folder):
 
 def same_run(ours, theirs, step):
     """The same result file, the same losses and the same optimizer state, bit for bit."""
-    names = [f"checkpoint-{step}/optimizer.safetensors", f"checkpoint-{step}/state.json"]
-    equal = [(ours / name).read_bytes() == (theirs / name).read_bytes() for name in names]
+    folders = [run / f"checkpoint-{step}" for run in (ours, theirs)]
+    states = [load_file(folder / "optimizer.safetensors") for folder in folders]
+    assert states[0] and states[0].keys() == states[1].keys()
+    equal = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     numbers = [[(row["step"], row["loss"], row["grad_norm"]) for row in metrics(run)] for run in (ours, theirs)]
-    return result_hash(ours) == result_hash(theirs) and all(equal) and numbers[0] == numbers[1]
+    texts = [(folder / "state.json").read_bytes() for folder in folders]
+    return result_hash(ours) == result_hash(theirs) and equal and numbers[0] == numbers[1] and texts[0] == texts[1]
 
 
 def distance(ours, theirs):
@@ -545,7 +549,7 @@ def test_epochs_steps_and_the_last_partial_group(train):
     assert [row["step"] for row in metrics(out)] == [1, 2, 3] and status(out)["step"] == 3
     assert checkpoints(out) == [1, 2, 3]
     assert result_hash(out / "checkpoint-2") != result_hash(out) == result_hash(out / "checkpoint-3")
-    assert metrics(out)[2]["loss"] > 0.5  # the mean over 2 clips, not a fifth of their sum
+    assert losses(out)[2] == pytest.approx(losses(out)[0], rel=0.4)  # the mean over 2 clips, not a fifth of their sum
     steps = train("steps", *flags, "--num_train_epochs", "2", "--max_train_steps", "2", data="two")
     assert result_hash(steps) == result_hash(out / "checkpoint-2") and len(metrics(steps)) == 2
 
@@ -717,10 +721,12 @@ def test_a_usage_error_answers_at_once(script, command):
     assert result.stderr.splitlines() == [f"{path.name}: error: unknown flag --ranc; did you mean --rank?"]
 
 
+@pytest.mark.parametrize("script", ["t2v_lora"], indirect=True)
 def test_launched_processes_leave_the_exit_code_in_the_status(script, command, prepared, own_copy, tmp_path):
-    """Two ranks, and only one of them meets the bad file."""
+    """Two ranks, and only the second, not the one that usually writes, meets the bad file."""
     data = own_copy(prepared(script.kind), "data")
-    bad = sorted((data / "video_latents").iterdir())[0]
+    index = pack_batches(SIZES["one"], batch_size=1, num_ranks=2, seed=1, epoch=0)[0][1][0]
+    bad = data / json.loads((data / "data.jsonl").read_text().splitlines()[index])["video_latent"]
     cut(bad)
     launch = "-m accelerate.commands.launch --quiet --cpu --num_machines 1 --num_processes 2 --main_process_port 0"
     argv = [sys.executable, *launch.split(), str(ROOT / "training" / f"{script.module}.py")]

@@ -6,13 +6,48 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = ROOT / "train_text_to_video_lora.sh"
 PREPARE = ROOT / "prepare_dataset.sh"
+
+
+class Training(NamedTuple):
+    """A training wrapper and what sets it apart."""
+
+    script: str  # of args.SCRIPTS
+    task: str
+    output_name: str
+    model: str
+    learning_rate: str
+
+    @property
+    def wrapper(self):
+        return ROOT / f"train_{self.task}.sh"
+
+    @property
+    def is_lora(self):
+        return self.task.endswith("lora")
+
+    @property
+    def is_image_to_video(self):
+        return self.task.startswith("image")
+
+
+T2V_LORA = Training("t2v_lora", "text_to_video_lora", "cogvideox-lora", "zai-org/CogVideoX-5b", "1e-4")
+TRAININGS = [
+    T2V_LORA,
+    Training("t2v_sft", "text_to_video_sft", "cogvideox-sft", "zai-org/CogVideoX-2b", "1e-5"),
+    Training("i2v_lora", "image_to_video_lora", "cogvideox-i2v-lora", "zai-org/CogVideoX-5b-I2V", "1e-4"),
+    Training("i2v_sft", "image_to_video_sft", "cogvideox-i2v-sft", "zai-org/CogVideoX-5b-I2V", "1e-5"),
+]
+TRAIN = T2V_LORA.wrapper
+WRAPPERS = [*(training.wrapper for training in TRAININGS), PREPARE]
+by_training = pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.script)
+by_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda wrapper: wrapper.stem)
 
 HOSTILE = """  it's "quoted" $(touch pwned) `touch pwned` * \\n %s ${HOME} & ; | > pwned # ~ \u00e9\nsecond line  """
 
@@ -56,24 +91,26 @@ def run_wrapper(tmp_path):
     return run
 
 
-def output_dir_of(lr: str, optimizer: str = "adamw", schedule: str = "cosine_with_restarts") -> str:
-    return f"out/cogvideox-lora__optimizer_{optimizer}__steps_3000__lr-schedule_{schedule}__learning-rate_{lr}"
+def output_dir_of(lr: str, optimizer: str = "adamw", name: str = T2V_LORA.output_name) -> str:
+    return f"out/{name}__optimizer_{optimizer}__steps_3000__lr-schedule_cosine_with_restarts__learning-rate_{lr}"
 
 
-def training_argv(lr: str, optimizer: str) -> list[str]:
+def training_argv(training: Training, lr: str, optimizer: str) -> list[str]:
     return [
         "accelerate", None, "launch", "--quiet",
         "--config_file", str(ROOT / "accelerate_configs/uncompiled_1.yaml"), "--gpu_ids", "0",
-        str(ROOT / "training/cogvideox_text_to_video_lora.py"),
+        str(ROOT / f"training/cogvideox_{training.task}.py"),
         "--pretrained_model_name_or_path", "some/model", "--data_root", "prepared",
         "--caption_column", "prompts.txt", "--video_column", "videos.txt",
-        "--rank", "64", "--lora_alpha", "64", "--mixed_precision", "bf16", "--gradient_checkpointing",
-        "--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_grad_norm", "1.0",
-        "--lr_warmup_steps", "200", "--weight_decay", "0.001", "--text_dropout", "0.1",
+        "--output_dir", output_dir_of(lr, optimizer, training.output_name),
+        *(["--rank", "64", "--lora_alpha", "64"] if training.is_lora else []),
+        "--mixed_precision", "bf16", "--gradient_checkpointing",
+        "--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_train_steps", "3000",
+        "--optimizer", optimizer, "--learning_rate", lr, "--lr_scheduler", "cosine_with_restarts",
+        "--lr_warmup_steps", "200", "--weight_decay", "0.001", "--max_grad_norm", "1.0", "--text_dropout", "0.1",
+        *(["--noised_image_dropout", "0.05"] if training.is_image_to_video else []),
         "--checkpointing_steps", "1000", "--dataloader_num_workers", "2", "--seed", "42",
         "--allow_tf32", "--nccl_timeout", "1800", "--load_tensors",
-        "--learning_rate", lr, "--lr_scheduler", "cosine_with_restarts", "--optimizer", optimizer,
-        "--max_train_steps", "3000", "--output_dir", output_dir_of(lr, optimizer),
         "--checkpoints_total_limit", "2",
     ]  # fmt: skip
 
@@ -88,10 +125,10 @@ SWEEP = {
 SWEEP_RUNS = [("1e-4", "adamw"), ("1e-4", "adam"), ("1e-3", "adamw"), ("1e-3", "adam")]
 
 
-# ---------------------------------------------------------------- both wrappers
+# ---------------------------------------------------------------- all wrappers
 
 
-@pytest.mark.parametrize("wrapper", [TRAIN, PREPARE])
+@by_wrapper
 def test_unedited_names_the_setting_to_fill(run_wrapper, wrapper):
     result, argvs = run_wrapper(wrapper)
     assert (result.returncode, argvs) == (2, [])
@@ -100,14 +137,18 @@ def test_unedited_names_the_setting_to_fill(run_wrapper, wrapper):
     assert "fill in DATA_ROOT" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("wrapper", "settings"),
-    [
-        (TRAIN, {"VALIDATION_PROMPT": "--validation_prompt", "ID_TOKEN": "--id_token", "DATA_ROOT": "--data_root"}),
-        (PREPARE, {"DATA_ROOT": "--data_root", "CAPTION_COLUMN": "--caption_column", "MODEL": "--model_id"}),
-    ],
-)
-def test_hostile_settings_arrive_byte_for_byte(run_wrapper, tmp_path, wrapper, settings):
+HOSTILE_SETTINGS = {"VALIDATION_PROMPT": "--validation_prompt", "ID_TOKEN": "--id_token", "DATA_ROOT": "--data_root"}
+HOSTILE_PREPARE_SETTINGS = {
+    "DATA_ROOT": "--data_root",
+    "CAPTION_COLUMN": "--caption_column",
+    "MODEL": "--model_id",
+    "ID_TOKEN": "--id_token",
+}
+
+
+@by_wrapper
+def test_hostile_settings_arrive_byte_for_byte(run_wrapper, tmp_path, wrapper):
+    settings = HOSTILE_PREPARE_SETTINGS if wrapper == PREPARE else HOSTILE_SETTINGS
     result, [argv] = run_wrapper(wrapper, HOSTILE, OUTPUT_ROOT="out", **dict.fromkeys(settings, HOSTILE))
     assert result.returncode == 0, result.stderr
     for flag in settings.values():
@@ -116,7 +157,7 @@ def test_hostile_settings_arrive_byte_for_byte(run_wrapper, tmp_path, wrapper, s
     assert not list(tmp_path.rglob("pwned"))
 
 
-@pytest.mark.parametrize("wrapper", [TRAIN, PREPARE])
+@by_wrapper
 def test_dry_run_prints_what_a_run_starts_and_starts_nothing(run_wrapper, tmp_path, wrapper):
     settings = {**SWEEP, "ID_TOKEN": HOSTILE}
     dry, none = run_wrapper(wrapper, HOSTILE, DRY_RUN="1", **settings)
@@ -128,17 +169,34 @@ def test_dry_run_prints_what_a_run_starts_and_starts_nothing(run_wrapper, tmp_pa
     shown, replayed = run_wrapper("bash", "-c", dry.stdout)
     assert shown.returncode == 0, shown.stderr
     assert replayed == argvs
-    assert len(argvs) == (4 if wrapper == TRAIN else 1)
+    assert len(argvs) == (1 if wrapper == PREPARE else 4)
     assert len(dry.stdout.splitlines()) == len(argvs)
 
 
 # ---------------------------------------------------------------- training
 
 
-def test_sweep_argv_is_exact(run_wrapper):
-    result, argvs = run_wrapper(TRAIN, "--checkpoints_total_limit", "2", **SWEEP)
+@by_training
+def test_sweep_argv_is_exact(run_wrapper, training):
+    result, argvs = run_wrapper(training.wrapper, "--checkpoints_total_limit", "2", **SWEEP)
     assert result.returncode == 0, result.stderr
-    assert argvs == [training_argv(*run) for run in SWEEP_RUNS]
+    assert argvs == [training_argv(training, *run) for run in SWEEP_RUNS]
+
+
+@by_training
+def test_model_and_learning_rate_of_the_task(run_wrapper, training):
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d")
+    assert argv[argv.index("--pretrained_model_name_or_path") + 1] == training.model
+    assert argv[argv.index("--learning_rate") + 1] == training.learning_rate
+
+
+@by_training
+def test_what_image_to_video_alone_offers(run_wrapper, training):
+    settings = {"NOISED_IMAGE_DROPOUT": "0.5", "DROP_LEARNED_POSITIONS": "true"}
+    result, argvs = run_wrapper(training.wrapper, DATA_ROOT="d", **settings)
+    assert result.returncode == 0, result.stderr
+    assert ("--drop_learned_positions" in argvs[0]) == training.is_image_to_video
+    assert ("0.5" in argvs[0]) == training.is_image_to_video
 
 
 def test_every_swept_setting_is_swept_and_files_are_no_values(run_wrapper, tmp_path):
@@ -153,14 +211,16 @@ def test_every_swept_setting_is_swept_and_files_are_no_values(run_wrapper, tmp_p
     assert len({argv[argv.index("--output_dir") + 1] for argv in argvs}) == len(expected)
 
 
-def test_empty_prompt_and_token_are_not_passed(run_wrapper):
-    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d")
-    assert not {"--validation_prompt", "--id_token", "--dataset_file"} & set(argv)
+@by_training
+def test_empty_prompt_and_token_are_not_passed(run_wrapper, training):
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d")
+    assert not {"--validation_prompt", "--id_token", "--dataset_file", "--drop_learned_positions"} & set(argv)
 
 
-def test_raw_videos_are_trained_at_the_sizes_set(run_wrapper):
+@by_training
+def test_raw_videos_are_trained_at_the_sizes_set(run_wrapper, training):
     settings = {"HEIGHT_BUCKETS": "64 96", "FRAME_BUCKETS": "9 17", "DATASET_FILE": "a b.csv"}
-    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", LOAD_TENSORS="false", **settings)
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d", LOAD_TENSORS="false", **settings)
     assert "--load_tensors" not in argv
     start = argv.index("--height_buckets")
     assert argv[start : start + 9] == [
@@ -211,11 +271,21 @@ def test_an_interrupted_run_ends_the_sweep(run_wrapper):
         ({"LEARNING_RATES": " "}, "LEARNING_RATES"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_in_one_line(run_wrapper, settings, message):
-    result, argvs = run_wrapper(TRAIN, DATA_ROOT="d", **settings)
+@by_training
+def test_settings_that_cannot_work_are_refused_in_one_line(run_wrapper, training, settings, message):
+    result, argvs = run_wrapper(training.wrapper, DATA_ROOT="d", **settings)
     assert (result.returncode, argvs) == (2, [])
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "name"), [(TRAININGS[2].wrapper, "DROP_LEARNED_POSITIONS"), (PREPARE, "IMAGE_LATENTS")]
+)
+def test_a_choice_of_two_is_true_or_false(run_wrapper, wrapper, name):
+    result, argvs = run_wrapper(wrapper, DATA_ROOT="d", **{name: "1"})
+    assert (result.returncode, argvs) == (2, [])
+    assert result.stderr == f"{wrapper.name}: {name} is true or false, not 1\n"
 
 
 def test_two_gpus_are_launched_with_the_config_for_two(run_wrapper):
@@ -226,7 +296,7 @@ def test_two_gpus_are_launched_with_the_config_for_two(run_wrapper):
 
 
 def test_the_environment_of_make_install_is_found(run_wrapper, tmp_path):
-    for name in (TRAIN.name, "accelerate_configs/uncompiled_1.yaml"):
+    for name in (TRAIN.name, "training/sweep.sh", "accelerate_configs/uncompiled_1.yaml"):
         (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / "copy" / name)
     refused, argvs = run_wrapper(tmp_path / "copy" / TRAIN.name, DATA_ROOT="d", PATH=os.defpath)
@@ -243,8 +313,8 @@ def test_the_environment_of_make_install_is_found(run_wrapper, tmp_path):
 
 def test_prepare_argv_is_exact(run_wrapper):
     result, [argv] = run_wrapper(
-        PREPARE, "--save_image_latents", MODEL="some/model", DATA_ROOT="clips/", DATASET_FILE="clips/a.csv",
-        CAPTION_COLUMN="caption", VIDEO_COLUMN="path", HEIGHT_BUCKETS="64 96", TARGET_FPS="16", GPU_IDS="3",
+        PREPARE, "--save_previews", MODEL="some/model", DATA_ROOT="clips/", DATASET_FILE="clips/a.csv", GPU_IDS="3",
+        CAPTION_COLUMN="caption", VIDEO_COLUMN="path", HEIGHT_BUCKETS="64 96", TARGET_FPS="16", IMAGE_LATENTS="true",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert argv == [
@@ -253,8 +323,13 @@ def test_prepare_argv_is_exact(run_wrapper):
         "--output_dir", "clips-prepared", "--save_latents_and_embeddings",
         "--height_buckets", "64", "96", "--width_buckets", "720", "--frame_buckets", "49", "--max_num_frames", "49",
         "--dtype", "bf16", "--batch_size", "1", "--dataloader_num_workers", "2",
-        "--dataset_file", "clips/a.csv", "--target_fps", "16", "--save_image_latents",
+        "--save_image_latents", "--dataset_file", "clips/a.csv", "--target_fps", "16", "--save_previews",
     ]  # fmt: skip
+
+
+def test_image_latents_are_prepared_only_when_asked_for(run_wrapper):
+    _, [argv] = run_wrapper(PREPARE, DATA_ROOT="clips")
+    assert "--save_image_latents" not in argv
 
 
 def test_prepare_splits_over_gpus_and_keeps_the_exit_code(run_wrapper):
@@ -267,20 +342,28 @@ def test_prepare_splits_over_gpus_and_keeps_the_exit_code(run_wrapper):
 # ---------------------------------------------------------------- accelerate itself
 
 
-def test_commands_parse_as_the_scripts_own_flags(run_wrapper):
-    """The wrappers' flags exist, and the prompt survives accelerate's own parser."""
+@by_training
+def test_commands_parse_as_the_scripts_own_flags(run_wrapper, training):
+    """The wrappers' flags exist and work, and the token survives accelerate's own parser."""
     from accelerate.commands.launch import launch_command_parser
 
-    from args import parse_prepare_args, parse_training_args
+    from args import parse_training_args
 
-    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", ID_TOKEN=HOSTILE)
+    settings = {"DROP_LEARNED_POSITIONS": "true"} if training.is_image_to_video else {}
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d", ID_TOKEN=HOSTILE, **settings)
     launched = launch_command_parser().parse_args(argv[3:])
-    assert parse_training_args("t2v_lora", launched.training_script_args).id_token == HOSTILE
-    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", LOAD_TENSORS="false")
+    assert parse_training_args(training.script, launched.training_script_args).id_token == HOSTILE
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d", LOAD_TENSORS="false")
     launched = launch_command_parser().parse_args(argv[3:])
-    assert parse_training_args("t2v_lora", launched.training_script_args).frame_buckets == [49]
-    _, [argv] = run_wrapper(PREPARE, DATA_ROOT="d", TARGET_FPS="16")
-    assert parse_prepare_args(argv[3:]).target_fps == 16
+    assert parse_training_args(training.script, launched.training_script_args).frame_buckets == [49]
+
+
+def test_the_prepare_command_parses_as_the_scripts_own_flags(run_wrapper):
+    from args import parse_prepare_args
+
+    _, [argv] = run_wrapper(PREPARE, DATA_ROOT="d", TARGET_FPS="16", IMAGE_LATENTS="true")
+    args = parse_prepare_args(argv[3:])
+    assert (args.target_fps, args.save_image_latents) == (16, True)
 
 
 @pytest.mark.parametrize("name", ["uncompiled_1.yaml", "uncompiled_2.yaml"])
@@ -302,3 +385,16 @@ def test_make_help_lists_every_target_and_each_parses():
     assert {"help", "install", "quickstart", "test", "test-gpu", "quality", "style", "clean"} <= set(targets)
     for target in targets:
         subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    scripts = [*ROOT.glob("*.sh"), *ROOT.glob("training/*.sh"), ROOT / ".ci/run"]
+    result = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_training_script_has_a_wrapper():
+    from args import SCRIPTS
+
+    assert {training.script: f"cogvideox_{training.task}.py" for training in TRAININGS} == SCRIPTS

@@ -432,7 +432,7 @@ def add_reading_flags(group):
         "--video_backend",
         choices=["auto", "decord", "pyav"],
         default="auto",
-        help="video decoder; auto picks one that is installed and opens the file",
+        help="video decoder; auto is pyav, which was faster on real clips and reports damaged frames",
     )
 
 

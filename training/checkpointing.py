@@ -48,7 +48,7 @@ def open_output_dir_from_args(args, is_main_process: bool) -> int | None:
     if args.overwrite and is_main_process and output_dir.exists() and any(output_dir.iterdir()):
         move_aside(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if args.overwrite or not checkpoint_dirs(output_dir):
+    if args.overwrite or not (checkpoint_dirs(output_dir) or read_state(output_dir) == "complete"):
         return None
     refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
     return read_record(output_dir)["seed"] if args.seed is None else None
@@ -78,7 +78,9 @@ def recorded_flags(args) -> dict:
 
 
 def refuse_other_run(args, output_dir: Path, advice: str) -> None:
-    """UsageError, ending in `advice`, unless the run in `output_dir` had the same flags, but for those that do not touch what was trained."""
+    """UsageError, ending in `advice`, unless the run in `output_dir` had the same flags, save those that do not touch
+    what was trained.
+    """
     record, flags = read_record(output_dir), recorded_flags(args)
     earlier = record["flags"]
     if earlier.get("seed") is None and flags["seed"] == record["seed"]:
@@ -96,6 +98,18 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
 def read_state(output_dir: Path) -> str | None:
     status = output_dir / "status.json"
     return json.loads(status.read_text(encoding="utf-8"))["state"] if status.exists() else None
+
+
+def is_complete_from_args(args, num_steps: int) -> bool:
+    """True if the output folder holds the result of these very steps: the same command again has nothing to do."""
+    status = Path(args.output_dir) / "status.json"
+    if args.resume_from_checkpoint not in (None, "latest") or not status.exists():
+        return False
+    content = json.loads(status.read_text(encoding="utf-8"))
+    complete = content["state"] == "complete" and content["step"] >= num_steps
+    if complete:
+        logger.info("%s is complete at step %d: nothing to do", args.output_dir, content["step"])
+    return complete
 
 
 def record_run_from_args(args, seed: int) -> None:

@@ -23,6 +23,7 @@ from buckets import num_batches
 from checkpointing import (
     find_checkpoint_from_args,
     finish_run,
+    is_complete_from_args,
     load_checkpoint,
     open_output_dir_from_args,
     record_run_from_args,
@@ -102,6 +103,8 @@ def main(args) -> None:
     check_buckets(config, dataset.bucket_of, args.drop_learned_positions)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)
+    if is_complete_from_args(args, plan.num_steps):
+        return
     if args.load_tensors:
         vae, embeds = None, {"": dataset.empty_prompt_embeds()} if args.text_dropout else {}
     else:
@@ -175,7 +178,7 @@ def main(args) -> None:
             step += 1
             meter.log(step, lr=result.lr, grad_norm=result.grad_norm, skipped=result.skipped)
             bad_steps.count(step, result.skipped, batch["index"])
-            if step % args.checkpointing_steps == 0 or step == plan.num_steps:
+            if step % args.checkpointing_steps == 0:
                 meter.flush()
                 save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
 

@@ -502,10 +502,6 @@ class BucketSampler(Sampler):
         """Start at this epoch, after `consumed` batches of it."""
         self.first = epoch * self.per_epoch + consumed
 
-    def start_at(self, first: int, stop: int) -> None:
-        """Yield the batches `first` to `stop` (excluded) of the run, counted from its start."""
-        self.first, self.stop = first, stop
-
     def __len__(self) -> int:
         return max(0, self.stop - self.first)
 

@@ -96,7 +96,6 @@ def build_sft_engine_from_args(
 
     The masters start from the stored weights, not from their rounding to `dtype`.
     """
-    check_sft_fits(sum(param.numel() for param in transformer.parameters()), dtype, device)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     save_dtype = SAVE_DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
@@ -119,8 +118,8 @@ def inference_facts_from_args(args) -> dict:
     return facts
 
 
-def check_sft_fits(num_weights: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse, before anything is moved, what the device cannot hold even without activations."""
+def check_sft_fits(num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse, before anything is loaded, what the device cannot hold even without activations."""
     if device.type != "cuda":
         return
     copy_bytes = 0 if dtype == torch.float32 else dtype.itemsize

@@ -104,7 +104,8 @@ def main(args) -> None:
         logger.warning("left out: %s", line)
     if problems:
         named = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-        raise DataError(f"{len(problems)} clips left out, the other {len(done)} are in {output_dir}: {named}")
+        num_clips = len(plan) + len(videos.problems)
+        raise DataError(f"{len(problems)} of {num_clips} clips left out, the others are in {output_dir}: {named}")
     write_status(output_dir, "complete", 0)
 
 

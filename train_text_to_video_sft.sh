@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Fine-tune every weight of a text-to-video model (SFT): one run for every combination of the swept settings.
+#
+#   DATA_ROOT=disney-prepared ./train_text_to_video_sft.sh
+#   DATA_ROOT=disney-prepared LEARNING_RATES="1e-5 5e-6" DRY_RUN=1 ./train_text_to_video_sft.sh
+#   DATA_ROOT=disney-prepared ./train_text_to_video_sft.sh --checkpoints_total_limit 1
+#
+# Hardware: fp32 weights, gradients and Adam's states and the bf16 copy take 28 GiB of GPU memory for CogVideoX-2b,
+# activations come on top. For a 5b model they take 93 GiB: a GPU without that much free refuses it in one line.
+# A checkpoint of CogVideoX-2b takes 22 GiB of disk, the result 3.2 GiB.
+#
+# Set the settings below in the environment or here. Arguments of this file end every training command.
+# Exit code: 0, or that of the first run that failed, or 75 after an interruption.
+
+# -f: the swept settings are split at white space, never taken for file patterns.
+set -euf -o pipefail
+here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
+
+# ---------------------------------------------------------------- settings
+
+MODEL="${MODEL:-zai-org/CogVideoX-2b}"  # hub id or folder
+DATA_ROOT="${DATA_ROOT:-}"              # what prepare_dataset.sh wrote; with LOAD_TENSORS=false a folder of videos
+LOAD_TENSORS="${LOAD_TENSORS:-true}"    # false: encode the videos in every step, with the VAE in memory
+OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"   # every run gets a folder in it
+ID_TOKEN="${ID_TOKEN:-}"                # put in front of every caption; the one given to prepare_dataset.sh
+VALIDATION_PROMPT="${VALIDATION_PROMPT:-}"  # written here, it goes between single quotes: VALIDATION_PROMPT='A "cat"'
+
+# Swept: several values, separated by spaces, are several runs.
+LEARNING_RATES="${LEARNING_RATES:-1e-5}"
+LR_SCHEDULES="${LR_SCHEDULES:-cosine_with_restarts}"
+OPTIMIZERS="${OPTIMIZERS:-adamw}"
+MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-3000}"
+
+MIXED_PRECISION="${MIXED_PRECISION:-bf16}"  # no on a CPU
+LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
+TEXT_DROPOUT="${TEXT_DROPOUT:-0.1}"
+CHECKPOINTING_STEPS="${CHECKPOINTING_STEPS:-1000}"
+SEED="${SEED:-42}"
+NUM_WORKERS="${NUM_WORKERS:-2}"             # processes that read data
+
+# Videos of LOAD_TENSORS=false only; prepared data keeps the names and sizes it was prepared with.
+DATASET_FILE="${DATASET_FILE:-}"  # a CSV in place of the two text files
+CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
+VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
+HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
+WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
+FRAME_BUCKETS="${FRAME_BUCKETS:-49}"
+MAX_NUM_FRAMES="${MAX_NUM_FRAMES:-49}"
+
+GPU_IDS="${GPU_IDS:-0}"  # "0,1" together with accelerate_configs/uncompiled_2.yaml
+ACCELERATE_CONFIG_FILE="${ACCELERATE_CONFIG_FILE:-$here/accelerate_configs/uncompiled_1.yaml}"
+DRY_RUN="${DRY_RUN:-0}"  # 1 prints the commands and runs none
+
+# export TORCH_LOGS="+dynamo,recompiles,graph_breaks"  # say why torch.compile compiles again or splits a graph
+# export TORCHDYNAMO_VERBOSE=1                # longer errors from torch.compile
+# export WANDB_MODE=offline                   # keep Weights & Biases' records on this machine; `wandb sync` sends them
+# export NCCL_P2P_DISABLE=1                   # GPUs exchange through host memory: where direct access hangs or fails
+# export TORCH_NCCL_ENABLE_MONITORING=0       # no watchdog that ends the process when a collective takes too long
+
+# ---------------------------------------------------------------- command
+
+describe_run() {  # called for every combination of the swept settings
+    local learning_rate="$1" lr_schedule="$2" optimizer="$3" steps="$4"
+    output_dir="$OUTPUT_ROOT/cogvideox-sft__optimizer_${optimizer}__steps_${steps}"
+    output_dir+="__lr-schedule_${lr_schedule}__learning-rate_${learning_rate}"
+    command=(
+        accelerate launch --quiet --config_file "$ACCELERATE_CONFIG_FILE" --gpu_ids "$GPU_IDS"
+        "$here/training/cogvideox_text_to_video_sft.py"
+        --pretrained_model_name_or_path "$MODEL"
+        --data_root "$DATA_ROOT"
+        --caption_column "$CAPTION_COLUMN"
+        --video_column "$VIDEO_COLUMN"
+        --output_dir "$output_dir"
+        --mixed_precision "$MIXED_PRECISION"
+        --gradient_checkpointing
+        --train_batch_size 1
+        --gradient_accumulation_steps 1
+        --max_train_steps "$steps"
+        --optimizer "$optimizer"
+        --learning_rate "$learning_rate"
+        --lr_scheduler "$lr_schedule"
+        --lr_warmup_steps "$LR_WARMUP_STEPS"
+        --weight_decay 0.001
+        --max_grad_norm 1.0
+        --text_dropout "$TEXT_DROPOUT"
+        --checkpointing_steps "$CHECKPOINTING_STEPS"
+        --dataloader_num_workers "$NUM_WORKERS"
+        --seed "$SEED"
+        --allow_tf32
+        --nccl_timeout 1800
+    )
+    if [[ $LOAD_TENSORS == true ]]; then
+        command+=(--load_tensors)
+    else
+        # Unquoted: several sizes are several arguments.
+        # shellcheck disable=SC2206
+        command+=(--height_buckets $HEIGHT_BUCKETS --width_buckets $WIDTH_BUCKETS --frame_buckets $FRAME_BUCKETS)
+        command+=(--max_num_frames "$MAX_NUM_FRAMES")
+        [[ -z $DATASET_FILE ]] || command+=(--dataset_file "$DATASET_FILE")
+    fi
+    [[ -z $ID_TOKEN ]] || command+=(--id_token "$ID_TOKEN")
+    [[ -z $VALIDATION_PROMPT ]] || command+=(--validation_prompt "$VALIDATION_PROMPT")
+}
+
+# shellcheck source=/dev/null
+source "$here/training/sweep.sh"  # checks the settings and runs the combinations
