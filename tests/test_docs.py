@@ -6,12 +6,16 @@ import runpy
 import shlex
 import shutil
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import av
 import pytest
 import torch
 
+import random_dataset
+import random_pipeline
+import step_time
 import test_lora_inference
 from args import (
     AVAILABLE,
@@ -105,30 +109,30 @@ def check_wrapper(settings, words, monkeypatch):
 
 def check_script(script, argv, monkeypatch):
     name = (ROOT / script).resolve().relative_to(ROOT).as_posix()
-    if "--help" in argv:
-        with pytest.raises(SystemExit) as stop:
-            check_script(script, [word for word in argv if word != "--help"] + ["-h"], monkeypatch)
-        assert stop.value.code == 0
-    elif name.startswith("training/cogvideox_"):
-        parse_training_args(SCRIPT_KEYS[Path(name).name], argv)
-    elif name == "training/prepare_dataset.py":
-        parse_prepare_args(argv)
-    elif name == "tests/test_lora_inference.py":
+    if name == "tests/test_lora_inference.py":
         Path(argv[argv.index("--lora_path") + 1]).mkdir()
         test_lora_inference.parse_args(argv)
+    elif name == "benchmarks/step_time.py":
+        measured, *flags = step_time.parse_args(argv).command
+        check_script(measured, flags, monkeypatch)
+    elif name.startswith("benchmarks/"):
+        check_random_writer(name, argv, monkeypatch)
+    elif argv == ["--help"]:
+        with pytest.raises(SystemExit, match="^0$"):
+            parse_flags(name, argv)
     else:
-        check_benchmark(name, argv, monkeypatch)
+        parse_flags(name, argv)
 
 
-def check_benchmark(name, argv, monkeypatch):
-    """What writes gigabytes is only looked at on the way in."""
-    import random_dataset
-    import random_pipeline
-    import step_time
+def parse_flags(name, argv):
+    if name == "training/prepare_dataset.py":
+        return parse_prepare_args(argv)
+    assert name.startswith("training/")
+    return parse_training_args(SCRIPT_KEYS[Path(name).name], argv)
 
-    if name == "benchmarks/step_time.py":
-        check_script(*(lambda script, *flags: (script, flags))(*step_time.parse_args(argv).command), monkeypatch)
-        return
+
+def check_random_writer(name, argv, monkeypatch):
+    """Up to the call that would write gigabytes."""
     module, writer = {
         "benchmarks/random_pipeline.py": (random_pipeline, "write_pipeline"),
         "benchmarks/random_dataset.py": (random_dataset, "write_dataset"),
@@ -290,9 +294,19 @@ def test_exit_codes_are_those_of_the_scripts():
 def test_files_named_in_the_text_exist():
     text = README.read_text(encoding="utf-8")
     folders = "accelerate_configs|assets|benchmarks|tests|training"
-    named = set(re.findall(rf"(?<![\w/.-])(?:(?:{folders})/[\w./-]*\w|\w+\.sh)", text))
+    layout = section("Development").split("```text")[1]
+    pattern = rf"(?<![\w/.-])(?:(?:{folders})/[\w./-]*\w|\w+\.sh)"
+    named = set(re.findall(pattern, text.replace(layout, "")))
     assert len(named) > 15
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_layout_names_every_module():
+    layout = section("Development").split("```text\ntraining/\n")[1].split("```")[0]
+    patterns = [name for line in layout.splitlines() for name in re.findall(r"[\w*]+\.(?:py|sh)", line)]
+    modules = {path.name for path in (ROOT / "training").iterdir() if path.suffix in (".py", ".sh")}
+    assert {name for name in modules if any(fnmatch(name, pattern) for pattern in patterns)} == modules
+    assert all(any(fnmatch(name, pattern) for name in modules) for pattern in patterns)
 
 
 def test_the_wrapper_table_matches_the_wrappers():
@@ -305,9 +319,10 @@ def test_the_wrapper_table_matches_the_wrappers():
 
 
 def test_every_checkpoint_has_its_licence_and_its_tests():
-    assert {cells[0] for cells in table_rows(section("Licences"))} - {"Checkpoint"} == set(KIND_OF_MODEL)
-    compared = table_rows(section("What trains is what diffusers infers"))
-    assert {f"zai-org/{cells[0]}" for cells in compared[1:]} - {"zai-org/Checkpoint"} == set(KIND_OF_MODEL)
+    licensed = [cells[0] for cells in table_rows(section("Licences"))]
+    assert licensed == ["Checkpoint", *KIND_OF_MODEL]
+    compared = [cells[0] for cells in table_rows(section("What trains is what diffusers infers"))]
+    assert compared == ["Checkpoint", *(model.removeprefix("zai-org/") for model in KIND_OF_MODEL)]
 
 
 def test_links_within_the_page_lead_somewhere():

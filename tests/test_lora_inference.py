@@ -1,28 +1,37 @@
 #!/usr/bin/env python
-"""Render a prompt with a trained LoRA; as a test, show that the LoRA changes the video and that weight 0 does not.
+"""Render a prompt with a trained LoRA or transformer; as a test, show that the LoRA changes the video.
 
 python tests/test_lora_inference.py --prompt "a red square moves left" --model_path zai-org/CogVideoX-2b \\
     --lora_path cogvideox-lora --lora_name my-lora --output_file output.mp4 --fps 8
 
-On a GPU the pipeline is offloaded to the CPU part by part and the video decoded in tiles: 5b fits a 24 GB card.
+An image-to-video model also takes --image. What training recorded in its result (dropped learned positions, raw image
+latents) is applied here by itself. On a GPU the pipeline is offloaded to the CPU part by part and the video decoded in
+tiles: 5b fits a 24 GB card.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline
-from diffusers.utils import export_to_video
+from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
+from diffusers.utils import export_to_video, load_image
+from safetensors import safe_open
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", required=True, help="what the video shows")
     parser.add_argument("--model_path", required=True, help="the base model: a folder or a hub id")
+    parser.add_argument("--image", default=None, help="first frame, for an image-to-video model: a path or a URL")
     parser.add_argument("--lora_path", default=None, help="folder or file of the LoRA; none: the base model alone")
     parser.add_argument("--lora_name", default="lora", help="a name for the adapter")
     parser.add_argument("--lora_weight", type=float, default=1.0, help="strength; alpha and rank are in the file")
+    parser.add_argument("--transformer_path", default=None, help="output_dir of a full fine-tuning run")
     parser.add_argument("--output_file", default="output.mp4", help="the video to write")
     parser.add_argument("--fps", type=int, default=8, help="frames per second of the video: 8 (1.0) or 16 (1.5)")
     parser.add_argument("--num_frames", type=int, default=None, help="default: 49 (1.0) or 81 (1.5)")
@@ -33,21 +42,41 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default=None, help="default: bf16, on a CPU fp32")
     args = parser.parse_args(argv)
-    if args.lora_path and not Path(args.lora_path).exists():
-        parser.error(f"--lora_path {args.lora_path}: no such file or folder")
+    for flag in ("lora_path", "transformer_path"):
+        if getattr(args, flag) and not Path(getattr(args, flag)).exists():
+            parser.error(f"--{flag} {getattr(args, flag)}: no such file or folder")
     return args
 
 
-def load_pipeline(args) -> CogVideoXPipeline:
-    """The stock pipeline with the LoRA, arranged so that it fits a small card."""
-    on_gpu = torch.cuda.is_available()
+def recorded_facts(args) -> dict:
+    """What training noted in its result for inference to repeat; {} where a plain load says all."""
+    if args.transformer_path:
+        facts = Path(args.transformer_path, "transformer", "training.json")
+        return json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+    if not args.lora_path:
+        return {}
+    path = Path(args.lora_path)
+    with safe_open(path / LORA_FILE if path.is_dir() else path, framework="pt") as lora:
+        return json.loads((lora.metadata() or {}).get("training", "{}"))
+
+
+def load_pipeline(args) -> DiffusionPipeline:
+    """The stock pipeline with the LoRA or transformer, arranged so that it fits a small card."""
+    on_gpu, facts = torch.cuda.is_available(), recorded_facts(args)
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    pipe = CogVideoXPipeline.from_pretrained(
-        args.model_path, dtype=dtypes[args.dtype or ("bf16" if on_gpu else "fp32")]
-    )
+    dtype = dtypes[args.dtype or ("bf16" if on_gpu else "fp32")]
+    parts = {}
+    if args.transformer_path or facts.get("drop_learned_positions"):
+        changes = {"use_learned_positional_embeddings": False} if facts.get("drop_learned_positions") else {}
+        parts["transformer"] = CogVideoXTransformer3DModel.from_pretrained(
+            args.transformer_path or args.model_path, subfolder="transformer", dtype=dtype, **changes
+        )
+    pipe = DiffusionPipeline.from_pretrained(args.model_path, dtype=dtype, **parts)
     if args.lora_path:
         pipe.load_lora_weights(args.lora_path, adapter_name=args.lora_name)
         pipe.set_adapters([args.lora_name], [args.lora_weight])
+    if facts.get("image_latent_scale") == "raw":
+        use_raw_image_latents(pipe)
     if on_gpu:
         pipe.enable_model_cpu_offload()
     pipe.vae.enable_slicing()
@@ -55,10 +84,23 @@ def load_pipeline(args) -> CogVideoXPipeline:
     return pipe
 
 
+def use_raw_image_latents(pipe) -> None:
+    """Feed the first frame's latents as the VAE gives them: undo the pipeline's scaling of them alone."""
+    prepare_latents, scale = pipe.prepare_latents, pipe.vae.config.scaling_factor
+    undo = scale if pipe.vae.config.invert_scale_latents else 1 / scale
+
+    def prepare_raw(*positional, **named):
+        latents, image_latents = prepare_latents(*positional, **named)
+        return latents, image_latents * undo
+
+    pipe.prepare_latents = prepare_raw
+
+
 @torch.no_grad()
 def render(args, output_type: str = "np"):
     """Frames [F', h, w, 3] of the prompt, in [0, 1]."""
     pipe = load_pipeline(args)
+    more = {"image": load_image(args.image)} if args.image else {}
     new = pipe.transformer.config.patch_size_t is not None  # CogVideoX 1.5, whose configured size is no default
     return pipe(
         prompt=args.prompt,
@@ -69,6 +111,7 @@ def render(args, output_type: str = "np"):
         guidance_scale=args.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(args.seed),
         output_type=output_type,
+        **more,
     ).frames[0]
 
 
@@ -82,10 +125,11 @@ def main(argv=None) -> None:
 def test_the_lora_changes_the_video_and_weight_0_does_not(tiny, tmp_path, capsys):
     import numpy as np
 
+    from cogvideox import TEXT_TO_VIDEO_PIPELINE
     from lora import save_lora
     from test_lora import trained_transformer
 
-    save_lora(trained_transformer(tiny("5b")), tmp_path / "lora", CogVideoXPipeline)
+    save_lora(trained_transformer(tiny("5b")), tmp_path / "lora", TEXT_TO_VIDEO_PIPELINE)
 
     def frames(*flags):
         size = ["--num_frames", "9", "--height", "32", "--width", "48", "--num_inference_steps", "2"]

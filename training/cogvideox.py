@@ -246,19 +246,15 @@ def encode_captions(
     device: torch.device,
     max_length: int,
     variant: str | None = None,
-    batch_size: int = 8,
 ) -> dict[str, torch.Tensor]:
     """Embeddings [S, D] of each different prompt, on the CPU. T5 is loaded, used and freed: it never trains beside
     the transformer (T5-XXL alone takes 9 GiB in bf16). An embedding of 226 x 4096 in bf16 takes 1.8 MiB of host memory.
     """
     tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
     text_encoder.to(device)
-    unique = list(dict.fromkeys(prompts))
-    table = {}
-    for start in tqdm(range(0, len(unique), batch_size), desc="captions", disable=len(unique) <= batch_size):
-        batch = unique[start : start + batch_size]
-        table.update(zip(batch, encode_prompts(tokenizer, text_encoder, batch, max_length).cpu(), strict=True))
-    return table
+    # One by one: a caption's neighbours would change the last bits of its embedding
+    unique = tqdm(dict.fromkeys(prompts), desc="captions", delay=1)
+    return {prompt: encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu() for prompt in unique}
 
 
 # ---------------------------------------------------------------- latents
