@@ -384,6 +384,24 @@ def test_the_empty_prompt(tmp_path):
     assert LatentDataset(tmp_path, text_dropout=True).empty_prompt_embeds().shape == (7, 16)
 
 
+def test_latents_of_another_vae_are_refused(tmp_path):
+    write_prepared(tmp_path)
+    manifest = tmp_path / "data.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows[1]["metadata"]["scaling_factor"] = 1.15258426
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    LatentDataset(tmp_path, scaling_factor=1.15258426)
+    assert "data.jsonl:2: prepared with another model's VAE" in error_of(LatentDataset, tmp_path, scaling_factor=0.7)
+
+
+def test_image_to_video_needs_image_latents(tmp_path, caplog):
+    write_prepared(tmp_path / "with")
+    write_prepared(tmp_path / "without", images=False)
+    LatentDataset(tmp_path / "with").require_image_latents()
+    assert not caplog.records
+    assert "again with --save_image_latents" in error_of(LatentDataset(tmp_path / "without").require_image_latents)
+
+
 def test_another_id_token_is_refused(tmp_path):
     write_prepared(tmp_path, id_token="BW_STYLE")
     LatentDataset(tmp_path, id_token="BW_STYLE")
@@ -551,28 +569,28 @@ def as_data_root(folder, clips):
 def test_training_flags_choose_the_dataset(tmp_path, numbered):
     flags = as_data_root(tmp_path, numbered)
     args = training_args(**flags, id_token="TOK", video_reshape_mode="none")
-    videos = build_dataset_from_args(args, 16, 5)
+    videos = build_dataset_from_args(args, 16, 5, 0.7)
     assert type(videos) is VideoDataset and videos.prompts[0] == "TOK caption 0"
-    videos = build_dataset_from_args(training_args(**flags, video_reshape_mode="random"), 16, 5)
+    videos = build_dataset_from_args(training_args(**flags, video_reshape_mode="random"), 16, 5, 0.7)
     assert type(videos) is VideoDatasetWithResizeAndRectangleCrop and videos.crop == "random" and videos.seed == 5
-    assert build_dataset_from_args(training_args(**flags), 16, 5).crop == "center"
+    assert build_dataset_from_args(training_args(**flags), 16, 5, 0.7).crop == "center"
 
 
 def test_fps_is_the_flag_where_given_and_else_the_checkpoints(tmp_path, numbered, caplog):
     caplog.set_level(logging.INFO)
     flags = as_data_root(tmp_path, numbered)
-    assert build_dataset_from_args(training_args(**flags), 16, 0).fps == 16
+    assert build_dataset_from_args(training_args(**flags), 16, 0, 0.7).fps == 16
     assert [record.levelname for record in caplog.records] == ["INFO"]
     caplog.clear()
-    assert build_dataset_from_args(training_args(**flags, fps=10, frame_buckets=[5]), 16, 0).fps == 10
+    assert build_dataset_from_args(training_args(**flags, fps=10, frame_buckets=[5]), 16, 0, 0.7).fps == 10
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_prepared_data_is_held_against_buckets_only_where_they_are_given(tmp_path):
     write_prepared(tmp_path)
-    assert len(build_dataset_from_args(training_args(data_root=tmp_path, load_tensors=True), 8, 0)) == 3
+    assert len(build_dataset_from_args(training_args(data_root=tmp_path, load_tensors=True), 8, 0, 0.7)) == 3
     args = training_args(data_root=tmp_path, load_tensors=True, frame_buckets=[49])
-    assert "unknown bucket" in error_of(build_dataset_from_args, args, 8, 0)
+    assert "unknown bucket" in error_of(build_dataset_from_args, args, 8, 0, 0.7)
 
 
 def test_prepare_keeps_captions_and_collects_problems(tmp_path, numbered):

@@ -99,7 +99,7 @@ def main(args) -> None:
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
     # ---------------------------------------------------------------- data; T5 comes and goes before the transformer
-    dataset = build_dataset_from_args(args, default_fps(config), seed, image_to_video=True)
+    dataset = build_dataset_from_args(args, default_fps(config), seed, vae_config.scaling_factor, image_to_video=True)
     check_buckets(config, dataset.bucket_of, args.drop_learned_positions)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)

@@ -93,7 +93,7 @@ def main(args) -> None:
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
     # ---------------------------------------------------------------- data; T5 comes and goes before the transformer
-    dataset = build_dataset_from_args(args, default_fps(config), seed)
+    dataset = build_dataset_from_args(args, default_fps(config), seed, vae_config.scaling_factor)
     check_buckets(config, dataset.bucket_of)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)

@@ -299,6 +299,7 @@ class LatentDataset(Dataset):
         seed: int = 0,
         id_token: str | None = None,
         text_dropout: bool = False,
+        scaling_factor: float | None = None,
     ):
         self.root, self.seed = Path(root), seed
         if not self.root.is_dir():
@@ -306,7 +307,7 @@ class LatentDataset(Dataset):
         manifest = self.root / "data.jsonl"
         rows = read_manifest(manifest) if manifest.is_file() else []
         if rows and not all(str(row.get("video_latent")).endswith(".pt") for _, row in rows):
-            self.latents = [manifest_latent(manifest, number, row, id_token) for number, row in rows]
+            self.latents = [manifest_latent(manifest, number, row, id_token, scaling_factor) for number, row in rows]
             refuse_missing(self.root, self.latents)
         else:
             self.latents = original_latents(self.root, caption_column, video_column)
@@ -372,7 +373,9 @@ def read_manifest(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def manifest_latent(manifest: Path, number: int, row: dict, id_token: str | None) -> Latent:
+def manifest_latent(
+    manifest: Path, number: int, row: dict, id_token: str | None, scaling_factor: float | None
+) -> Latent:
     root, place = manifest.parent, f"{manifest}:{number}"
     try:
         files = [row["video_latent"], row["prompt_embed"], row.get("image_latent")]
@@ -388,6 +391,12 @@ def manifest_latent(manifest: Path, number: int, row: dict, id_token: str | None
         raise DataError(
             f"{place}: prepared with --id_token {stored or '(none)'}, not {id_token}; "
             "prepare again with the token, or leave the flag out"
+        )
+    prepared_for = sizes.get("scaling_factor")
+    if scaling_factor and prepared_for and prepared_for != scaling_factor:
+        raise DataError(
+            f"{place}: prepared with another model's VAE (scaling factor {prepared_for}, this model's is "
+            f"{scaling_factor}); prepare the clips with the model that is trained"
         )
     moments, prompt_embeds, image = [inside(root, name, place) if name else None for name in files]
     return Latent(moments, prompt_embeds, image, source, prompt, bucket)
@@ -592,8 +601,13 @@ def tolerant_loader(
 # ---------------------------------------------------------------- from the flags
 
 
-def build_dataset_from_args(args, default_fps: float, seed: int, image_to_video: bool = False) -> Dataset:
-    """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token."""
+def build_dataset_from_args(
+    args, default_fps: float, seed: int, scaling_factor: float, image_to_video: bool = False
+) -> Dataset:
+    """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token.
+
+    `scaling_factor`, the VAE's, tells latents that were prepared for another model.
+    """
     if args.load_tensors:
         given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
         latents = LatentDataset(
@@ -604,6 +618,7 @@ def build_dataset_from_args(args, default_fps: float, seed: int, image_to_video:
             seed=seed,
             id_token=args.id_token,
             text_dropout=args.text_dropout > 0,
+            scaling_factor=scaling_factor,
         )
         if image_to_video:
             latents.require_image_latents()
