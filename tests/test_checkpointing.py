@@ -26,7 +26,7 @@ from checkpointing import (
     split_tensors,
 )
 from errors import UsageError
-from runtime import write_status
+from runtime import STARTED, write_status
 from update import TrainingState, update
 
 
@@ -364,7 +364,10 @@ def test_the_record_holds_the_flags_and_no_token(out, flags):
     assert record["versions"]["torch"] == torch.__version__
 
 
-def test_a_starting_run_takes_the_status_of_the_one_before(out, flags):
-    write_status(out, "complete", 0)
+def test_a_starting_run_removes_the_status_of_the_one_before(out, flags):
+    write_status(out, "failed", 65)  # by another rank of this run
+    record_run_from_args(flags(), 5)
+    assert (out / "status.json").exists()
+    os.utime(out / "status.json", (STARTED - 1, STARTED - 1))
     record_run_from_args(flags(), 5)
     assert not (out / "status.json").exists()

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from args import parse_training_args
 from lora import WEIGHTS_NAME
@@ -54,6 +55,7 @@ def test_every_script_trains_in_bf16_near_fp32(script, train):
 
 def test_the_gpu_trains_what_the_cpu_trains(train, monkeypatch):
     on_gpu = train("t2v_lora", "--mixed_precision", "no", name="gpu")
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the first run's device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert on_gpu == pytest.approx(train("t2v_lora", "--mixed_precision", "no", name="cpu"), rel=1e-4)
 

@@ -85,13 +85,15 @@ def load_pipeline(args) -> DiffusionPipeline:
 
 
 def use_raw_image_latents(pipe) -> None:
-    """Feed the first frame's latents as the VAE gives them: undo the pipeline's scaling of them alone."""
-    prepare_latents, scale = pipe.prepare_latents, pipe.vae.config.scaling_factor
-    undo = scale if pipe.vae.config.invert_scale_latents else 1 / scale
+    """Feed the first frame's latents as the VAE gives them; the pipeline's factor stays for decoding."""
+    prepare_latents, factor = pipe.prepare_latents, pipe.vae_scaling_factor_image
 
     def prepare_raw(*positional, **named):
-        latents, image_latents = prepare_latents(*positional, **named)
-        return latents, image_latents * undo
+        pipe.vae_scaling_factor_image = 1.0
+        try:
+            return prepare_latents(*positional, **named)
+        finally:
+            pipe.vae_scaling_factor_image = factor
 
     pipe.prepare_latents = prepare_raw
 

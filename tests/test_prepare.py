@@ -557,8 +557,8 @@ def test_a_killed_run_leaves_no_half_files_and_is_continued(prepare, prepared, t
         Path.write_bytes = Path.write_text = fatal_write
         prepare(*EVERYTHING[:-1], out="killed")
 
-    child = in_child(run)
-    assert wait_for(child) == -signal.SIGKILL
+    child = in_child(run, tmp_path / "log")
+    assert wait_for(child) == -signal.SIGKILL, (tmp_path / "log").read_text()
     out = tmp_path / "killed"
     left = [path for path in files_of(out) if path.name.startswith(".tmp-")]
     assert len(left) == 1 and not (out / "data.jsonl").exists()
@@ -623,7 +623,7 @@ def test_ranks_share_the_clips_whoever_comes_first(prepare, tmp_path, slow_rank)
         prepare(*EVERYTHING, out="ranks")
 
     children = [in_child(lambda rank=rank: run(rank), tmp_path / f"{rank}.log") for rank in (0, 1)]
-    assert [wait_for(child) for child in children] == [0, 0], (tmp_path / "1.log").read_text()
+    assert [wait_for(child) for child in children] == [0, 0], [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
     assert contents(tmp_path / "ranks") == contents(prepare(*EVERYTHING, out="alone"))
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from errors import UsageError
-from runtime import memory_report, write_json, write_status
+from runtime import memory_report, remove_earlier_status, write_json, write_status
 from update import TrainingState
 
 
@@ -117,8 +117,7 @@ def record_run_from_args(args, seed: int) -> None:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     content = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "versions": versions}
     write_json(Path(args.output_dir) / "args.json", content)
-    # What a killed run leaves must not be the status of the run before it
-    Path(args.output_dir, "status.json").unlink(missing_ok=True)
+    remove_earlier_status(Path(args.output_dir))
 
 
 # ---------------------------------------------------------------- save

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
+STARTED = time.time()  # this process
 INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
 
 
@@ -256,6 +257,13 @@ def write_status(output_dir: Path, state: str, exit_code: int, **more) -> None:
     """`status.json`: what `accelerate launch` hides, since it turns every exit code into 1."""
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "status.json", {"state": state, "exit_code": exit_code, **more})
+
+
+def remove_earlier_status(output_dir: Path) -> None:
+    """What a killed run leaves must not be the status of the run before it. Another rank may have failed already."""
+    status = output_dir / "status.json"
+    if status.exists() and status.stat().st_mtime < STARTED:
+        status.unlink()
 
 
 def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
