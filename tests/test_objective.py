@@ -69,3 +69,14 @@ def test_draws_are_unbiased():
     assert abs(torch.corrcoef(torch.stack([normal[:-1, 0], normal[1:, 0]]))[0, 1]) < 0.08
     uniform = draw_uniform(0, "text_dropout", range(4000))
     assert abs((uniform < 0.1).double().mean() - 0.1) < 0.024
+
+
+def test_strata_spread_each_global_batch_and_stay_uniform():
+    """Every global batch of 8 has one timestep in each eighth; over many, a sample's place does not bias its timestep."""
+    timesteps = draw_timesteps(0, range(8 * 500), 1000, num_strata=8).view(500, 8)
+    shares = (timesteps * 8 // 1000).sort(dim=1).values
+    assert torch.equal(shares, torch.arange(8).expand(500, 8))
+    assert (timesteps.double().mean(0) - 499.5).abs().max() < 5 * 288.7 / 500**0.5
+    assert len({tuple(row) for row in (timesteps * 8 // 1000).tolist()}) > 400  # another permutation each time
+    # However a global batch is cut, its samples draw the same
+    assert torch.equal(draw_timesteps(0, [11, 12], 1000, num_strata=8), timesteps.flatten()[11:13])

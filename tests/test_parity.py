@@ -77,9 +77,8 @@ def record_training(monkeypatch, script, model_dir, root, out, bucket, num_clips
     frames, height, width = map(str, bucket)
     flags = ["--pretrained_model_name_or_path", str(model_dir), "--data_root", str(root), "--output_dir", str(out)]
     flags += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--fps", str(FPS), "--seed", "0"]
-    flags += ["--frame_buckets", frames, "--height_buckets", height, "--width_buckets", width, *more]
-    if "image" in script:
-        flags += ["--noised_image_dropout", "0"]
+    flags += ["--frame_buckets", frames, "--height_buckets", height, "--width_buckets", width]
+    flags += [*(["--noised_image_dropout", "0"] if "image" in script else []), *more]
     module.main(parse_training_args(key, [*flags, "--train_batch_size", str(num_clips), "--max_train_steps", "1"]))
     return recorder.inputs, draws
 

@@ -623,7 +623,9 @@ def test_ranks_share_the_clips_whoever_comes_first(prepare, tmp_path, slow_rank)
         prepare(*EVERYTHING, out="ranks")
 
     children = [in_child(lambda rank=rank: run(rank), tmp_path / f"{rank}.log") for rank in (0, 1)]
-    assert [wait_for(child) for child in children] == [0, 0], [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
+    assert [wait_for(child) for child in children] == [0, 0], [
+        (tmp_path / f"{rank}.log").read_text() for rank in (0, 1)
+    ]
     assert contents(tmp_path / "ranks") == contents(prepare(*EVERYTHING, out="alone"))
 
 
