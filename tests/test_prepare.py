@@ -107,6 +107,7 @@ def in_child(function, log=None):
         with open(log or os.devnull, "w") as file:
             os.dup2(file.fileno(), 2)
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            torch.set_num_threads(1)  # makes torch's pool anew: threads that do so at once get "Invalid thread pool"
             function()
 
     child = multiprocessing.get_context("fork").Process(target=run)

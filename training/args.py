@@ -698,7 +698,7 @@ def add_checkpoint_flags(parser: FlagParser):
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="move an output_dir that belongs to another run aside, instead of refusing it",
+        help="move what lies in output_dir aside and start anew, instead of continuing or refusing",
     )
     group.add_argument(
         "--save_dtype",

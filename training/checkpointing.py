@@ -215,7 +215,7 @@ def find_checkpoint_from_args(args) -> Path | None:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
         newest = (checkpoint_dirs(output_dir) or [None])[-1]
-        if wanted and newest is None:
+        if newest is None and (wanted or read_state(output_dir) == "complete"):
             logger.info("%s holds no checkpoint: starting at step 0", output_dir)
         if newest and (args.max_train_steps or math.inf) < step_of(newest):
             raise UsageError(

@@ -110,13 +110,13 @@ def text_length(transformer_config) -> int:
     return transformer_config.get("max_text_seq_length", 226)
 
 
-def check_task(model_dir: Path, transformer_config, image_to_video: bool) -> None:
+def check_task(model: str, transformer_config, image_to_video: bool) -> None:
     """Refuse a checkpoint of the other task: an image-to-video transformer takes image latents beside the video's."""
     has_image = transformer_config["in_channels"] == 2 * transformer_config.get("out_channels", 16)
     if has_image != image_to_video:
         names = {True: "an image-to-video", False: "a text-to-video"}
         raise UsageError(
-            f"{model_dir}: {names[has_image]} model, and this script trains {names[image_to_video]} model"
+            f"{model}: {names[has_image]} model, and this script trains {names[image_to_video]} model"
         )
 
 

@@ -80,13 +80,12 @@ def main(args) -> None:
     seed = shared_seed_from_args(args) if earlier_seed is None else earlier_seed
 
     # ---------------------------------------------------------------- models
+    model, source = args.pretrained_model_name_or_path, (args.revision, args.cache_dir)
+    config = read_config(resolve_model_dir(model, ["transformer/config.json"], *source), "transformer")
+    check_task(model, config, image_to_video=False)
+    check_device_from_args(args, num_parameters(config), device)  # before gigabytes are downloaded
     weights = ["vae/config.json"] if args.load_tensors else ["vae", "text_encoder", "tokenizer"]
-    model_dir = resolve_model_dir(
-        args.pretrained_model_name_or_path, ["transformer", "scheduler", *weights], args.revision, args.cache_dir
-    )
-    config = read_config(model_dir, "transformer")
-    check_task(model_dir, config, image_to_video=False)
-    check_device_from_args(args, num_parameters(config), device)
+    model_dir = resolve_model_dir(model, ["transformer", "scheduler", *weights], *source)
     stored = stored_dtype(model_dir, args.variant)
     dtype = compute_dtype_from_args(args, stored, device)
     scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
@@ -163,7 +162,7 @@ def main(args) -> None:
             # Everything below sees one optimizer update
             step += 1
             meter.log(step, lr=result.lr, grad_norm=result.grad_norm, skipped=result.skipped)
-            bad_steps.count(step, result.skipped, batch["index"])
+            bad_steps.count(step, result, batch["index"])
             if step % args.checkpointing_steps == 0:
                 meter.flush()
                 save_checkpoint_from_args(args, accelerator, step, engine, state, facts)

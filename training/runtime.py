@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from errors import NumbersError, UsageError, UserError
+from update import Update
 
 
 logger = logging.getLogger(__name__)
@@ -184,11 +185,12 @@ class StepMeter:
         if self.accelerator.num_processes > 1:
             losses = self.accelerator.reduce(losses, reduction="mean")
         for row, loss in zip(self.rows, losses.tolist(), strict=True):
-            row["loss"] = loss
+            row["loss"] = loss if math.isfinite(loss) else None  # JSON knows no NaN
+            row["grad_norm"] = row["grad_norm"] if math.isfinite(row["grad_norm"]) else None
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self.bar.set_postfix(loss=f"{self.rows[-1]['loss']:.4f}", lr=f"{self.rows[-1]['lr']:.2e}")
+        self.bar.set_postfix(loss=f"{losses[-1].item():.4f}", lr=f"{self.rows[-1]['lr']:.2e}")
         self.rows, self.losses = [], []
 
     def __enter__(self) -> "StepMeter":
@@ -216,11 +218,12 @@ class BadSteps:
     def __init__(self, limit: int):
         self.limit, self.in_a_row = limit, 0
 
-    def count(self, step: int, skipped: bool, samples: list[int]) -> None:
-        """Raise NumbersError at the limit."""
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if skipped:
-            logger.warning("step %d skipped: its gradient is not finite (samples %s)", step, samples)
+    def count(self, step: int, update: Update, samples: list[int]) -> None:
+        """Raise NumbersError at the limit; `samples` are the last micro-batch's."""
+        bad = update.skipped and not update.searching
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if bad:
+            logger.warning("step %d skipped: its gradient is not finite (last samples: %s)", step, samples)
         if self.in_a_row >= self.limit:
             raise NumbersError(
                 f"step {step}: {self.in_a_row} updates in a row had non-finite gradients; lower --learning_rate, "

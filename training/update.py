@@ -23,10 +23,14 @@ class TrainingState:
 
 
 class Update(NamedTuple):
-    """`stepped`: an update is complete; `skipped`: it was not applied, its gradients were not finite."""
+    """`stepped`: an update is complete; `skipped`: it was not applied, its gradients were not finite.
+
+    `searching`: the gradient scaler of fp16 had room to lower its scale, which is how it finds it: nothing is wrong.
+    """
 
     stepped: bool
     skipped: bool = False
+    searching: bool = False
     grad_norm: float = math.nan  # before clipping
     lr: float = math.nan  # that this update was made with
 
@@ -51,6 +55,7 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     # After averaging, a non-finite gradient of one rank is non-finite on all: they agree without another message
     grad_norm = float(torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm))
     skipped = not math.isfinite(grad_norm)
+    searching = skipped and state.scaler is not None and state.scaler.get_scale() > 1
     if state.scaler:
         state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -61,7 +66,7 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     lr = state.optimizer.param_groups[0]["lr"]
     state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
     state.optimizer.zero_grad(set_to_none=True)
-    return Update(stepped=True, skipped=skipped, grad_norm=grad_norm, lr=lr)
+    return Update(stepped=True, skipped=skipped, searching=searching, grad_norm=grad_norm, lr=lr)
 
 
 @torch.no_grad()
