@@ -157,8 +157,7 @@ def check_parity(monkeypatch, tiny, clips, tmp_path, kind, script, size, num_cli
 SCRIPT_OF = {kind: "image_to_video_lora" if "i2v" in kind else "text_to_video_lora" for kind in KINDS}
 
 
-@pytest.mark.parametrize("num_clips", [1, 2])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "num_clips"), [("base", 1), ("base", 2), ("square", 2), ("longer", 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_feeds_what_the_pipeline_feeds(monkeypatch, tiny, clips, tmp_path, kind, size, num_clips):
     check_parity(monkeypatch, tiny, clips, tmp_path, kind, SCRIPT_OF[kind], size, num_clips)
