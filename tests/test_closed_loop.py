@@ -2,7 +2,7 @@
 
 Full fine-tuning first, then a LoRA on its result for a second video. Every convention between the data and the loss
 (scaling, padding, positions, schedule, target) must agree with the pipeline's for the sample to come out; the slow tests
-break them one by one. Error: ||sample - target|| / ||target|| of scaled latents [F, C, H, W]; two unrelated videos have 1.4.
+break them one by one. Error: ||sample - target|| / ||target|| of scaled latents [F, C, H, W]; unrelated videos have 1.4.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from args import parse_training_args
+from cogvideox import VaeConfig, rotary_grid
 from tiny_pipeline import is_image_to_video, tiny_sizes, write_pipeline
 
 
@@ -197,3 +199,118 @@ def test_what_is_trained_is_what_the_pipeline_renders(monkeypatch, tmp_path, rec
     assert learned < 0.1
     assert before > 1
     assert after < 0.35
+
+
+# ---------------------------------------------------------------- conventions broken on purpose
+
+
+def do_not_scale(monkeypatch, module):
+    sample_latents = module.sample_latents
+    monkeypatch.setattr(module, "sample_latents", lambda *given: sample_latents(*given[:2], VaeConfig(1.0, False)))
+
+
+def divide_by_the_scale(monkeypatch, module):
+    """What invert_scale_latents seems to ask for; it concerns image latents alone."""
+    sample_latents = module.sample_latents
+
+    def inverted(moments, noise, vae_config):
+        return sample_latents(moments, noise, VaeConfig(1 / vae_config.scaling_factor, False))
+
+    monkeypatch.setattr(module, "sample_latents", inverted)
+
+
+def pad_at_the_end(monkeypatch, module):
+    pad_frames = module.pad_frames
+    monkeypatch.setattr(module, "pad_frames", lambda latents, size: pad_frames(latents.flip(1), size).flip(1))
+
+
+def image_in_the_last_frame(monkeypatch, module):
+    condition = module.condition_on_first_frame
+    monkeypatch.setattr(
+        module, "condition_on_first_frame", lambda latents, image: condition(latents.flip(1), image).flip(1)
+    )
+
+
+def no_positions(monkeypatch, module):
+    monkeypatch.setattr(module, "rotary_embeddings", lambda config, latents: None)
+
+
+def positions_of_the_other_version(monkeypatch, module):
+    """1.0 with a slice of the base grid, 1.5 with the base grid stretched."""
+
+    def other(config, latents):
+        num_frames, _, height, width = latents.shape[1:]
+        grid, base = (height // 2, width // 2), (config.sample_height // 2, config.sample_width // 2)
+        patch_size_t = 1 if config.patch_size_t is None else None
+        num_frames //= config.patch_size_t or 1
+        return rotary_grid(config.attention_head_dim, patch_size_t, num_frames, grid, base, latents.device)
+
+    monkeypatch.setattr(module, "rotary_embeddings", other)
+
+
+def schedule_of_2b(monkeypatch, module):
+    load_scheduler = module.load_scheduler
+
+    def shifted(model_dir):
+        return CogVideoXDPMScheduler.from_config(load_scheduler(model_dir).config, snr_shift_scale=3.0)
+
+    monkeypatch.setattr(module, "load_scheduler", shifted)
+
+
+def predict_x0(monkeypatch, module):
+    def loss(prediction, latents, noise, timesteps, alphas_cumprod):
+        return (prediction - latents).square().flatten(1).mean(1)
+
+    monkeypatch.setattr(module, "v_prediction_loss", loss)
+
+
+def predict_noise(monkeypatch, module):
+    def loss(prediction, latents, noise, timesteps, alphas_cumprod):
+        return (prediction - noise).square().flatten(1).mean(1)
+
+    monkeypatch.setattr(module, "v_prediction_loss", loss)
+
+
+# Error that the break makes at least; measured: 0.45, 1.08, 0.62, 1.03, 1.10, 0.53, 0.93, 2.99, 0.39, 0.17 (whole: 0.07).
+# A model of one video finds it at any noise level: under another schedule only the noise is taken off wrongly, by
+# a - s a'/s' of it (a^2 + s^2 = 1, a' and s' of training), which for the shift of 2b is 0.2 at most.
+BROKEN = [
+    ("5b", do_not_scale, 0.3),
+    ("1.5-5b", divide_by_the_scale, 0.3),
+    ("1.5-5b", pad_at_the_end, 0.3),
+    ("1.5-5b-i2v", image_in_the_last_frame, 0.3),
+    ("5b", no_positions, 0.3),
+    ("5b", positions_of_the_other_version, 0.3),
+    ("1.5-5b", positions_of_the_other_version, 0.3),
+    ("5b", predict_x0, 0.3),
+    ("5b", predict_noise, 0.3),
+    ("5b", schedule_of_2b, 0.12),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "break_it", "at_least"), BROKEN)
+def test_a_broken_convention_shows(monkeypatch, tmp_path, kind, break_it, at_least):
+    model_dir, video = write_model(tmp_path / "model", kind), random_video(1)
+    pipe = load_pipeline(model_dir, kind)
+    data = write_prepared(tmp_path / "data", pipe, [video], RECIPES[kind].sft_batch)
+    with monkeypatch.context() as broken:
+        break_it(broken, script_of(kind, "sft")[0])
+        train_sft(kind, model_dir, data, tmp_path / "out")
+    found = error(render(monkeypatch, with_transformer(pipe, tmp_path / "out"), video), video)
+    print(f"\n{kind}, {break_it.__name__}: {found:.3f}")
+    assert found > at_least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "lower", "upper"), [("pipeline", 0, 0.2), ("raw", 0.3, 1)])
+def test_the_scale_of_image_latents_shows(monkeypatch, tmp_path, scale, lower, upper):
+    """A model of one video hardly looks at its image (raw: 0.28). One of many stills copies it: 0.13, raw 0.48."""
+    kind, stills = "1.5-5b-i2v", [random_video(100 + number, num_frames=1) for number in range(256)]
+    model_dir = write_model(tmp_path / "model", kind)
+    pipe, unseen = load_pipeline(model_dir, kind), random_video(1, num_frames=1)
+    data = write_prepared(tmp_path / "data", pipe, stills, len(stills))
+    train_sft(kind, model_dir, data, tmp_path / "out", "--image_latent_scale", scale)
+    found = error(render(monkeypatch, with_transformer(pipe, tmp_path / "out"), unseen), unseen)
+    print(f"\nstills, {scale}: {found:.3f}")
+    assert lower < found < upper

@@ -264,11 +264,11 @@ def test_damage_inside_says_how_many_frames_are_readable(tmp_path, clip):
 def test_no_decoder_outlives_its_error(tmp_path, clip):
     """A process forked with one alive hangs when it collects it."""
     (tmp_path / "damaged.mp4").write_bytes(damage(tmp_path, clip))
-    before = len(os.listdir("/proc/self/task"))
+    before = set(os.listdir("/proc/self/task"))
     with pytest.raises(DataError) as caught:
         read_frames(tmp_path / "damaged.mp4", frame_times(100, 8), num_threads=3)
     assert "frames readable" in str(caught.value)
-    assert len(os.listdir("/proc/self/task")) == before
+    assert set(os.listdir("/proc/self/task")) <= before  # others may end meanwhile
 
 
 def test_flipped_bits_that_the_decoder_hides_are_refused(tmp_path, real_clips):
