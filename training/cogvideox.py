@@ -115,9 +115,7 @@ def check_task(model: str, transformer_config, image_to_video: bool) -> None:
     has_image = transformer_config["in_channels"] == 2 * transformer_config.get("out_channels", 16)
     if has_image != image_to_video:
         names = {True: "an image-to-video", False: "a text-to-video"}
-        raise UsageError(
-            f"{model}: {names[has_image]} model, and this script trains {names[image_to_video]} model"
-        )
+        raise UsageError(f"{model}: {names[has_image]} model, and this script trains {names[image_to_video]} model")
 
 
 def num_parameters(transformer_config) -> float:
