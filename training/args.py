@@ -5,6 +5,7 @@ Standard library only: `--help` and a mistyped flag answer before torch is impor
 
 import argparse
 import difflib
+import json
 import math
 import os
 import sys
@@ -35,49 +36,49 @@ EPILOG = (
 NO_IMAGE = "a text-to-video model gets no image"
 NO_LORA = "full fine-tuning trains the weights themselves, there is no LoRA"
 NO_DTYPE = "a LoRA is always saved in fp32"
+NO_EMA = "the average is kept of the whole transformer, in full fine-tuning"
 IMAGE_FLAGS = ("noised_image_dropout", "validation_images", "image_latent_scale", "drop_learned_positions")
+LORA_FLAGS = (
+    "rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "lora_init", "init_lora", "export",
+)  # fmt: skip
+NO_SFT = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA}
 NO_MEANING = {
-    "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | {"save_dtype": NO_DTYPE},
-    "t2v_sft": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | dict.fromkeys(("rank", "lora_alpha"), NO_LORA),
-    "i2v_lora": {"save_dtype": NO_DTYPE},
-    "i2v_sft": dict.fromkeys(("rank", "lora_alpha"), NO_LORA),
+    "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | NO_SFT,
+    "t2v_sft": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | dict.fromkeys(LORA_FLAGS, NO_LORA),
+    "i2v_lora": NO_SFT,
+    "i2v_sft": dict.fromkeys(LORA_FLAGS, NO_LORA),
 }
 
-# Flags whose work does not exist yet, with what to do instead. Refused when used, never ignored.
-NO_VALIDATION = "leave it out and render samples from a checkpoint with tests/test_lora_inference.py"
-NO_HUB = "leave it out and upload output_dir with `hf upload`"
-NO_PRODIGY = "leave it out, it belongs to an optimizer that is not available yet"
-NO_OFFLOAD = "leave it out; --gradient_checkpointing and a LoRA need the least GPU memory"
-NO_LOW_BITS = "leave it out; optimizer states are kept in fp32"
-LATER = {
-    "height": NO_VALIDATION + " (--height_buckets sets the training size)",
-    "width": NO_VALIDATION + " (--width_buckets sets the training size)",
-    "validation_prompt": NO_VALIDATION,
-    "validation_images": NO_VALIDATION,
-    "validation_prompt_separator": NO_VALIDATION,
-    "num_validation_videos": NO_VALIDATION,
-    "validation_epochs": NO_VALIDATION,
-    "guidance_scale": NO_VALIDATION,
-    "use_dynamic_cfg": NO_VALIDATION,
-    "enable_model_cpu_offload": NO_VALIDATION,
-    "optimizer": "give adam or adamw",
-    "use_8bit": NO_LOW_BITS,
-    "use_4bit": NO_LOW_BITS,
-    "use_torchao": NO_LOW_BITS,
-    "beta3": NO_PRODIGY,
-    "prodigy_decouple": NO_PRODIGY,
-    "prodigy_use_bias_correction": NO_PRODIGY,
-    "prodigy_safeguard_warmup": NO_PRODIGY,
-    "use_cpu_offload_optimizer": NO_OFFLOAD,
-    "offload_gradients": NO_OFFLOAD,
-    "tracker_name": "leave it out; every update is a line of <output_dir>/metrics.jsonl",
-    "logging_dir": "leave it out; every update is a line of <output_dir>/metrics.jsonl",
-    "report_to": "leave it out or give none; every update is a line of <output_dir>/metrics.jsonl",
-    "push_to_hub": NO_HUB,
-    "hub_model_id": NO_HUB,
-}
-# The values of these that work already, besides the default
-AVAILABLE = {"optimizer": ("adam", "adamw"), "report_to": ("none",)}
+TRACKERS = ("wandb", "tensorboard", "trackio", "all", "none")
+
+# Flags that do nothing without another one: (what they need, is it there, flags). Said in one warning, because the
+# wrappers of the original pass them always.
+IDLE_WITHOUT = (
+    (
+        "--validation_prompt",
+        lambda args: args.validation_prompt is not None,
+        (
+            "validation_images", "validation_prompt_separator", "num_validation_videos", "guidance_scale",
+            "use_dynamic_cfg", "enable_model_cpu_offload", "num_inference_steps", "validation_attention",
+        ),
+    ),
+    (
+        "--validation_prompt or --validation_data_root",
+        lambda args: args.validation_prompt is not None or args.validation_data_root is not None,
+        ("validation_epochs", "validation_steps"),
+    ),
+    ("--validation_data_root", lambda args: args.validation_data_root is not None, ("validation_num_clips",)),
+    ("--report_to", lambda args: args.report_to not in (None, "none"), ("tracker_name", "logging_dir")),
+    ("--push_to_hub", lambda args: args.push_to_hub, ("hub_model_id", "hub_public", "hub_token")),
+    ("--ema", lambda args: args.ema, ("ema_decay",)),
+    ("--use_cpu_offload_optimizer", lambda args: args.use_cpu_offload_optimizer, ("offload_gradients",)),
+    (
+        "--optimizer prodigy",
+        lambda args: args.optimizer == "prodigy",
+        ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
+    ),
+    ("--optimizer prodigy or came", lambda args: args.optimizer in ("prodigy", "came"), ("beta3",)),
+)  # fmt: skip
 
 # What these set was fixed when the data was prepared. Not id_token: the dataset compares it with the manifest.
 RAW_VIDEOS_ONLY = (
@@ -88,8 +89,6 @@ RAW_VIDEOS_ONLY = (
     "skip_frames_start",
     "skip_frames_end",
     "video_backend",
-    "enable_slicing",
-    "enable_tiling",
 )
 
 # Legal values: dest -> (what they are called in the error, test). Unset (None) is always legal.
@@ -111,6 +110,16 @@ TRAINING_RANGES = {
     "skip_frames_end": AT_LEAST_0,
     "rank": AT_LEAST_1,
     "lora_alpha": AT_LEAST_1,
+    "ema_decay": BELOW_1,
+    "beta3": BELOW_1,
+    "height": AT_LEAST_1,
+    "width": AT_LEAST_1,
+    "num_validation_videos": AT_LEAST_1,
+    "validation_epochs": AT_LEAST_1,
+    "validation_steps": AT_LEAST_1,
+    "validation_num_clips": AT_LEAST_1,
+    "num_inference_steps": AT_LEAST_1,
+    "guidance_scale": NOT_NEGATIVE,
     "train_batch_size": AT_LEAST_1,
     "num_train_epochs": AT_LEAST_1,
     "max_train_steps": AT_LEAST_1,
@@ -171,12 +180,45 @@ class FlagParser(argparse.ArgumentParser):
         """The flags' values, and in `given` the sorted names of those on the command line."""
         argv = sys.argv[1:] if argv is None else list(argv)
         self.refuse_unknown(argv)
+        argv = self.with_config(argv)
         args = self.parse_args(argv)
         # argparse fills in defaults only where the namespace has no value: what is still unset was not given.
         unset = object()
         marked = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
         args.given = sorted(dest for dest, value in vars(marked).items() if value is not unset)
         return args
+
+    def with_config(self, argv: list[str]) -> list[str]:
+        """The flags of the run that --config names, then those on the command line, which win."""
+        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        config.add_argument("--config")
+        try:
+            path = config.parse_known_args(argv)[0].config
+        except argparse.ArgumentError:
+            return argv  # --config without a value: the whole parser says so
+        return argv if path is None else self.recorded_argv(path) + argv
+
+    def recorded_argv(self, path: str) -> list[str]:
+        """The command line of the run whose args.json this is, with the seed that it drew."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                record = json.load(file)
+            flags, given, seed = record["flags"], record["given"], record["seed"]
+            flags = {dest: flags[dest] for dest in given if dest != "hub_token"} | {"seed": seed}
+        except OSError as error:
+            self.error(f"--config {path}: {error.strerror}; give the args.json of a run")
+        except (ValueError, KeyError, TypeError):
+            self.error(f"--config {path}: not the args.json of a run")
+        known = {action.dest for action in self._actions}
+        if unknown := sorted(flags.keys() - known):
+            self.error(f"--config {path}: holds unknown flags ({', '.join(unknown)}); it is of another version")
+        argv = []
+        for dest, value in flags.items():
+            if isinstance(value, list):
+                argv += [f"--{dest}", *map(str, value)]
+            elif value is not False:  # True is a flag without a value
+                argv.append(f"--{dest}" if value is True else f"--{dest}={value}")
+        return argv
 
     def refuse_unknown(self, argv: list[str]):
         """Before argparse looks: it would complain of a missing required flag where one is only misspelt."""
@@ -212,16 +254,20 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     """The flags of training script `script` (a key of SCRIPTS), checked; a mistake exits with code 2."""
     parser = make_training_parser(script)
     args = parser.parse_flags(argv)
-    refuse_unavailable(parser, args, script)
+    refuse_meaningless(parser, args, script)
     check_ranges(parser, args, TRAINING_RANGES)
     if args.lr_scheduler not in LR_SCHEDULERS:
         parser.error(f"--lr_scheduler {args.lr_scheduler}: must be one of {', '.join(LR_SCHEDULERS)}")
     check_reshape_mode(parser, args)
+    check_optimizer(parser, args)
+    check_validation(parser, args)
+    check_trackers(parser, args)
     check_data_source(parser, args)
     check_buckets(parser, args)
     # Prepared clips carry their own frame count.
     if not args.load_tensors:
         check_max_num_frames(parser, args)
+    warn_of_idle(parser, args)
     if args.hub_token is not None:
         parser.say(
             "warning",
@@ -249,16 +295,56 @@ def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------- checks
 
 
-def refuse_unavailable(parser: FlagParser, args: argparse.Namespace, script: str):
-    """Refuses what this script has no use for, then what is not available yet."""
+def refuse_meaningless(parser: FlagParser, args: argparse.Namespace, script: str):
+    """Refuses what this script has no use for."""
     for dest, reason in NO_MEANING[script].items():
         if parser.is_used(args, dest):
             parser.error(f"--{dest} has no meaning in {parser.prog}: {reason}; leave it out")
-    for dest, advice in LATER.items():
-        value = getattr(args, dest)
-        if parser.is_used(args, dest) and value not in AVAILABLE.get(dest, ()):
-            name = f"--{dest} {value}" if dest in AVAILABLE else f"--{dest}"
-            parser.error(f"{name} is not available yet: {advice}")
+
+
+def warn_of_idle(parser: FlagParser, args: argparse.Namespace):
+    """One line for the flags that change nothing because another one is missing."""
+    for needed, is_there, dests in IDLE_WITHOUT:
+        idle = [f"--{dest}" for dest in dests if parser.is_used(args, dest)]
+        if idle and not is_there(args):
+            parser.say("warning", f"{', '.join(idle)}: no effect without {needed}")
+
+
+def check_optimizer(parser: FlagParser, args: argparse.Namespace):
+    """Refuses combinations of the optimizer's flags that exist nowhere, or would not do what they say."""
+    bits = [f"--{dest}" for dest in ("use_8bit", "use_4bit", "use_fp8") if getattr(args, dest)]
+    if len(bits) > 1:
+        parser.error(f"{' and '.join(bits)}: the optimizer's states have one precision; give one of them")
+    if bits and args.optimizer not in ("adam", "adamw"):
+        parser.error(f"{bits[0]} --optimizer {args.optimizer}: low-bit states exist for adam and adamw only")
+    if bits and args.use_cpu_offload_optimizer:
+        parser.error(
+            f"{bits[0]} --use_cpu_offload_optimizer: states in host memory take no GPU memory, and low-bit ones are "
+            "computed on the GPU; give one of them"
+        )
+    if args.use_torchao and not bits:
+        parser.error("--use_torchao chooses who makes low-bit states: add --use_8bit, --use_4bit or --use_fp8")
+
+
+def check_validation(parser: FlagParser, args: argparse.Namespace):
+    """Refuses two schedules at once, and sizes that no video can have."""
+    if {"validation_steps", "validation_epochs"} <= set(args.given):
+        parser.error("--validation_steps and --validation_epochs: give one of them")
+    for dest in ("height", "width"):
+        if getattr(args, dest) % 16:
+            parser.error(f"--{dest} {getattr(args, dest)}: must be a multiple of 16")
+
+
+def check_trackers(parser: FlagParser, args: argparse.Namespace):
+    """Refuses unknown trackers; several are separated by commas."""
+    names = (args.report_to or "none").split(",")
+    for name in names:
+        if name not in TRACKERS:
+            nearest_name = difflib.get_close_matches(name, TRACKERS, n=1)
+            hint = f"did you mean {nearest_name[0]}?" if nearest_name else f"give one of {', '.join(TRACKERS)}"
+            parser.error(f"--report_to {name}: {hint}")
+    if len(names) > 1 and {"all", "none"} & set(names):
+        parser.error(f"--report_to {args.report_to}: all and none stand alone")
 
 
 def check_ranges(parser: FlagParser, args: argparse.Namespace, ranges: dict):
@@ -341,6 +427,7 @@ def make_training_parser(script: str) -> FlagParser:
     usage = "--pretrained_model_name_or_path MODEL --data_root FOLDER"
     parser = FlagParser(SCRIPTS[script], usage, DESCRIPTIONS[script])
     add_model_flags(parser)
+    add_lora_flags(parser)
     add_training_data_flags(parser)
     add_bucket_flags(parser)
     add_training_flags(parser)
@@ -352,12 +439,10 @@ def make_training_parser(script: str) -> FlagParser:
     add_memory_flags(parser)
     add_tracking_flags(parser)
     add_other_training_flags(parser)
-    # --help says by itself what the two tables refuse.
+    # --help says by itself what the table refuses.
     for action in parser._actions:
         if action.dest in NO_MEANING[script]:
             action.help += " [no meaning in this script]"
-        elif action.dest in LATER and action.dest not in AVAILABLE:
-            action.help += " [not available yet]"
     return parser
 
 
@@ -488,6 +573,11 @@ FPS_HELP = (
 
 def add_model_flags(parser: FlagParser):
     group = parser.add_argument_group("model")
+    group.add_argument(
+        "--config",
+        metavar="args.json",
+        help="the args.json of a run: its flags and seed are taken over, and those given here win",
+    )
     # A suppressed default keeps "(default: None)" out of the help of a required flag.
     group.add_argument(
         "--pretrained_model_name_or_path",
@@ -497,17 +587,53 @@ def add_model_flags(parser: FlagParser):
         help=f"the model to train: {MODEL_HELP} (required)",
     )
     add_download_flags(group)
-    group.add_argument(
-        "--rank",
-        type=int,
-        default=64,
-        help="rank of the LoRA on to_q, to_k, to_v and to_out.0 of every block; its size grows with it",
-    )
+
+
+def add_lora_flags(parser: FlagParser):
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--rank", type=int, default=64, help="rank of the LoRA; its size grows with it")
     group.add_argument(
         "--lora_alpha",
         type=int,
         default=64,
         help="the LoRA's output is multiplied by lora_alpha / rank; both are saved in its file",
+    )
+    group.add_argument(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="NAME",
+        default=["to_q", "to_k", "to_v", "to_out.0"],
+        help="linear layers that get a LoRA, by the end of their names; ff.net.0.proj and ff.net.2 are the feed-forward",
+    )
+    group.add_argument(
+        "--use_dora",
+        action="store_true",
+        help="DoRA (arXiv 2402.09353): train the length of every weight row beside the LoRA; slower, more memory",
+    )
+    group.add_argument(
+        "--use_rslora",
+        action="store_true",
+        help="rank-stabilised scaling (arXiv 2312.03732): multiply by lora_alpha / sqrt(rank)",
+    )
+    group.add_argument(
+        "--lora_init",
+        metavar="SCHEME",
+        default="default",
+        help="how the LoRA starts, without an effect at first: default (Kaiming uniform), gaussian or orthogonal. "
+        "Schemes of peft that change the base weights too (pissa, olora, ...) are refused: their file fits no other base",
+    )
+    group.add_argument(
+        "--init_lora",
+        metavar="FILE",
+        help="start a new run from this LoRA, a file or the folder of a run; rank, alpha and layers must be the same",
+    )
+    group.add_argument(
+        "--export",
+        nargs="+",
+        choices=["comfyui", "merged"],
+        default=[],
+        help="write the LoRA in further forms: comfyui is pytorch_lora_weights_comfyui.safetensors, in the key layout "
+        "that ComfyUI reads; merged is transformer/, the base model with the LoRA added to its weights",
     )
 
 
@@ -625,11 +751,16 @@ def add_optimizer_flags(parser: FlagParser):
         type=str.lower,
         choices=["adam", "adamw", "prodigy", "came"],
         default="adam",
-        help="adam or adamw; prodigy and came are not available yet",
+        help="prodigy (arXiv 2306.06101) estimates the step size, give it --learning_rate 1; came (arXiv 2307.02047) "
+        "keeps factored states",
     )
     group.add_argument("--beta1", type=float, default=0.9, help="decay of the mean of the gradient")
     group.add_argument("--beta2", type=float, default=0.95, help="decay of the mean of its square")
-    group.add_argument("--beta3", type=float, help="third decay, of prodigy and came")
+    group.add_argument(
+        "--beta3",
+        type=float,
+        help="third decay: of prodigy's step size estimate (unset: sqrt(beta2)), of came's confidence (unset: 0.9999)",
+    )
     group.add_argument(
         "--weight_decay",
         type=float,
@@ -652,9 +783,17 @@ def add_optimizer_flags(parser: FlagParser):
         help="updates in a row with a loss or gradient that is not finite (each is skipped) before the run ends with "
         "exit code 70",
     )
-    group.add_argument("--use_8bit", action="store_true", help="optimizer states in 8 bits")
-    group.add_argument("--use_4bit", action="store_true", help="optimizer states in 4 bits, by torchao")
-    group.add_argument("--use_torchao", action="store_true", help="low-bit optimizers by torchao, not bitsandbytes")
+    group.add_argument(
+        "--use_8bit",
+        action="store_true",
+        help="states of adam and adamw in 8 bits, by bitsandbytes, with --use_torchao by torchao; tensors under 4,096 "
+        "elements stay in fp32",
+    )
+    group.add_argument("--use_4bit", action="store_true", help="states of adam and adamw in 4 bits, by torchao")
+    group.add_argument(
+        "--use_fp8", action="store_true", help="states of adam and adamw in fp8, by torchao, on GPUs since Ada"
+    )
+    group.add_argument("--use_torchao", action="store_true", help="--use_8bit by torchao, not bitsandbytes")
     group.add_argument("--prodigy_decouple", action="store_true", help="weight decay of prodigy as in AdamW")
     group.add_argument("--prodigy_use_bias_correction", action="store_true", help="Adam's bias correction in prodigy")
     group.add_argument(
@@ -706,6 +845,12 @@ def add_checkpoint_flags(parser: FlagParser):
         help="dtype of the transformer that full fine-tuning writes; unset: the checkpoint's own",
     )
     group.add_argument(
+        "--ema",
+        action="store_true",
+        help="full fine-tuning: keep a moving average of the weights in fp32; it is what is validated and written",
+    )
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="weight of the old average in every update")
+    group.add_argument(
         "--checkpointing_steps",
         type=int,
         metavar="UPDATES",
@@ -728,15 +873,36 @@ def add_checkpoint_flags(parser: FlagParser):
 
 def add_validation_flags(parser: FlagParser):
     group = parser.add_argument_group("validation")
-    group.add_argument("--validation_prompt", metavar="TEXT", help="prompts to render, split at the separator")
-    group.add_argument("--validation_images", metavar="PATHS", help="first frames for them, split at the separator")
+    group.add_argument(
+        "--validation_prompt",
+        metavar="TEXT",
+        help="prompts to render before the first step, at every validation and after the last step, split at the "
+        "separator",
+    )
+    group.add_argument(
+        "--validation_images",
+        metavar="PATHS",
+        help="first frames for them, paths or http(s) URLs, split at the separator",
+    )
     group.add_argument(
         "--validation_prompt_separator", metavar="TEXT", default=":::", help="text between prompts and between images"
     )
     group.add_argument("--num_validation_videos", type=int, metavar="N", default=1, help="videos per prompt")
     group.add_argument("--validation_epochs", type=int, metavar="N", default=50, help="epochs between validations")
-    group.add_argument("--height", type=int, metavar="PIXELS", default=480, help="height of validation videos")
-    group.add_argument("--width", type=int, metavar="PIXELS", default=720, help="width of validation videos")
+    group.add_argument(
+        "--validation_steps", type=int, metavar="UPDATES", help="updates between validations, in place of epochs"
+    )
+    group.add_argument(
+        "--height",
+        type=int,
+        metavar="PIXELS",
+        default=480,
+        help="height of validation videos; not given: that of the bucket that most clips use, whatever the default shown",
+    )
+    group.add_argument("--width", type=int, metavar="PIXELS", default=720, help="their width, likewise")
+    group.add_argument(
+        "--num_inference_steps", type=int, metavar="N", default=50, help="denoising steps of validation videos"
+    )
     group.add_argument(
         "--guidance_scale",
         type=float,
@@ -754,6 +920,22 @@ def add_validation_flags(parser: FlagParser):
         action="store_true",
         help="in validation, keep only the model at work on the GPU",
     )
+    group.add_argument(
+        "--validation_attention",
+        choices=["default", "sage"],
+        default="default",
+        help="attention of validation videos: sage is SageAttention, where it is installed; it has no backward pass and "
+        "never trains",
+    )
+    group.add_argument(
+        "--validation_data_root",
+        metavar="FOLDER",
+        help="held-out clips in the form of --data_root: their loss on fixed noise and timesteps is logged at every "
+        "validation",
+    )
+    group.add_argument(
+        "--validation_num_clips", type=int, metavar="CLIPS", default=8, help="held-out clips used, the first ones"
+    )
 
 
 def add_memory_flags(parser: FlagParser):
@@ -764,27 +946,47 @@ def add_memory_flags(parser: FlagParser):
         help="compute activations again in the backward pass instead of keeping them: far less memory, slower",
     )
     group.add_argument(
-        "--enable_slicing", action="store_true", help="encode raw videos one clip at a time: less memory in the VAE"
+        "--compile_blocks",
+        action="store_true",
+        help="torch.compile every transformer block in place: faster steps after a minute of compiling; on with "
+        "accelerate_configs/compiled_1.yaml",
+    )
+    group.add_argument(
+        "--enable_slicing",
+        action="store_true",
+        help="encode raw videos and decode validation videos one at a time: less memory in the VAE",
     )
     group.add_argument(
         "--enable_tiling",
         action="store_true",
-        help="encode raw videos in overlapping tiles: less memory in the VAE, results differ slightly",
+        help="encode and decode in overlapping tiles: less memory in the VAE, results differ slightly",
     )
     group.add_argument(
         "--allow_tf32",
         action="store_true",
         help="TF32 for fp32 matrix products, on GPUs since Ampere: faster, coarser",
     )
-    group.add_argument("--use_cpu_offload_optimizer", action="store_true", help="optimizer states in host memory")
     group.add_argument(
-        "--offload_gradients", action="store_true", help="gradients in host memory too, with the flag above"
+        "--use_cpu_offload_optimizer",
+        action="store_true",
+        help="fp32 weights and optimizer states in host memory, where the optimizer steps: most of full fine-tuning's "
+        "GPU memory is saved, and a step takes longer",
+    )
+    group.add_argument(
+        "--offload_gradients",
+        action="store_true",
+        help="with the flag above: every gradient moves to host memory as soon as it is there",
     )
 
 
 def add_tracking_flags(parser: FlagParser):
     group = parser.add_argument_group("tracking and hub")
-    group.add_argument("--report_to", metavar="TRACKER", help="none; trackers are not available yet")
+    group.add_argument(
+        "--report_to",
+        metavar="TRACKER",
+        help="wandb, tensorboard or trackio, several with commas, all that are installed, or none; metrics.jsonl is "
+        "written in any case",
+    )
     group.add_argument(
         "--log_every",
         type=int,
@@ -793,15 +995,20 @@ def add_tracking_flags(parser: FlagParser):
         help="optimizer updates between transfers of loss and gradient norm from the GPU; each update still has its "
         "own line in metrics.jsonl",
     )
-    group.add_argument("--tracker_name", metavar="NAME", help="project name at the tracker")
+    group.add_argument(
+        "--tracker_name", metavar="NAME", help="project name at the tracker; unset: the name of the task"
+    )
     group.add_argument("--logging_dir", metavar="FOLDER", default="logs", help="the trackers' folder in output_dir")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the result to the hub")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result to the hub, private by default")
+    group.add_argument("--hub_public", action="store_true", help="make a new repository on the hub public")
     group.add_argument(
         "--hub_token",
         metavar="TOKEN",
         help="token for the hub, shown to all users of the machine: prefer HF_TOKEN or `hf auth login`; never written",
     )
-    group.add_argument("--hub_model_id", metavar="ID", help="repository to upload to")
+    group.add_argument(
+        "--hub_model_id", metavar="ID", help="repository to upload to; unset: yours, with the name of output_dir"
+    )
 
 
 def add_other_training_flags(parser: FlagParser):
