@@ -96,7 +96,8 @@ def write_image(path: Path, pixels, key: str) -> None:
 def write_video(path: Path, frames, fps: int) -> None:
     """An mp4 of uint8 frames [F', h, w, 3], hardly compressed; the same frames give the same bytes."""
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    options = {"threads": "1", **({"crf": "16"} if codec == "libx264" else {"qscale": "2"})}
+    # A constant quantizer, not crf: x264's macroblock tree gives other bytes now and then (seen with 32x48 frames)
+    options = {"threads": "1", **({"qp": "16"} if codec == "libx264" else {"qscale": "2"})}
     content = io.BytesIO()  # in memory: an encoder that writes by itself loses the error of a full disk
     with av.open(content, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
