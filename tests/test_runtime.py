@@ -16,6 +16,7 @@ from errors import DataError, NumbersError, StorageError, UsageError, UserError
 from runtime import (
     StepMeter,
     check_device_from_args,
+    check_launcher_from_args,
     compute_dtype_from_args,
     learning_rate_from_args,
     plan_steps_from_args,
@@ -296,3 +297,21 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "flag"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "0.5", "--max_grad_norm"),
+    ],
+)
+def test_a_config_that_disagrees_with_a_flag_stops_the_run(monkeypatch, variable, value, flag):
+    name = variable.removeprefix("ACCELERATE_").lower()
+    for agreeing in ("auto", "none", "1" if "steps" in flag else "1.0"):
+        monkeypatch.setenv(variable, agreeing)
+        check_launcher_from_args(flags())
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=rf"{flag} 1.* disagrees with {name}: {value} of the accelerate config"):
+        check_launcher_from_args(flags())
+    check_launcher_from_args(flags(flag, value))

@@ -21,7 +21,7 @@ PARTS = DATA_ROOMS | {
     "dataset", "cogvideox", "objective", "lora", "sft", "optimizers",
     "memory", "attention", "streaming", "quantization", "offload_optimizer",
 }  # fmt: skip
-SERVICES = {"runtime", "engine", "update", "checkpointing", "validation", "hub"}
+SERVICES = {"runtime", "engine", "update", "checkpointing", "tracking", "validation", "hub"}
 
 
 def is_script(module: str) -> bool:
@@ -157,12 +157,13 @@ def pickle_uses(tree: ast.Module) -> list[int]:
 
 
 def swallowed_errors(tree: ast.Module) -> list[int]:
-    """Handlers name the errors they expect; one for everything ends by raising it again."""
+    """Handlers name the errors they expect; one for everything ends by raising the error again or by reporting it."""
     lines = []
     for handler in (node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)):
         names = re.findall(r"\w+", ast.unparse(handler.type)) if handler.type else ["BaseException"]
         is_broad = {"Exception", "BaseException"} & set(names)
-        if is_broad and not isinstance(handler.body[-1], ast.Raise):
+        reports = [call for call in calls(handler.body[-1]) if handler.name in map(ast.unparse, call.args)]
+        if is_broad and not reports and not isinstance(handler.body[-1], ast.Raise):
             lines.append(handler.lineno)
     return lines
 

@@ -236,6 +236,11 @@ class FlagParser(argparse.ArgumentParser):
         return getattr(args, dest) != self.get_default(dest)
 
 
+def recorded_flags(args: argparse.Namespace) -> dict:
+    """The flags' values as files and trackers may hold them: never a token."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in ("hub_token", "given")}
+
+
 def looks_like_flag(token: str) -> bool:
     """argparse's own rule: a leading dash, no space, and no negative number."""
     if len(token) < 2 or token[0] != "-" or " " in token:
@@ -436,6 +441,7 @@ def make_training_parser(script: str) -> FlagParser:
     add_lr_flags(parser)
     add_checkpoint_flags(parser)
     add_validation_flags(parser)
+    add_sampling_flags(parser)
     add_memory_flags(parser)
     add_tracking_flags(parser)
     add_other_training_flags(parser)
@@ -893,6 +899,19 @@ def add_validation_flags(parser: FlagParser):
         "--validation_steps", type=int, metavar="UPDATES", help="updates between validations, in place of epochs"
     )
     group.add_argument(
+        "--validation_data_root",
+        metavar="FOLDER",
+        help="held-out clips in the form of --data_root: their loss on fixed noise and timesteps is logged at every "
+        "validation",
+    )
+    group.add_argument(
+        "--validation_num_clips", type=int, metavar="CLIPS", default=8, help="held-out clips used, the first ones"
+    )
+
+
+def add_sampling_flags(parser: FlagParser):
+    group = parser.add_argument_group("validation videos")
+    group.add_argument(
         "--height",
         type=int,
         metavar="PIXELS",
@@ -926,15 +945,6 @@ def add_validation_flags(parser: FlagParser):
         default="default",
         help="attention of validation videos: sage is SageAttention, where it is installed; it has no backward pass and "
         "never trains",
-    )
-    group.add_argument(
-        "--validation_data_root",
-        metavar="FOLDER",
-        help="held-out clips in the form of --data_root: their loss on fixed noise and timesteps is logged at every "
-        "validation",
-    )
-    group.add_argument(
-        "--validation_num_clips", type=int, metavar="CLIPS", default=8, help="held-out clips used, the first ones"
     )
 
 

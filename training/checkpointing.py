@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from args import recorded_flags
 from errors import UsageError
 from runtime import memory_report, remove_earlier_status, write_json, write_status
 from update import TrainingState
@@ -70,11 +71,6 @@ def read_record(output_dir: Path) -> dict:
     if not record.exists():
         raise UsageError(f"{record}: missing, so that nothing tells which run made the checkpoints beside it")
     return json.loads(record.read_text(encoding="utf-8"))
-
-
-def recorded_flags(args) -> dict:
-    """The flags as given; never a token."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in ("hub_token", "given")}
 
 
 def refuse_other_run(args, output_dir: Path, advice: str) -> None:

@@ -72,6 +72,7 @@ from runtime import (
     sample_positions,
     shared_seed_from_args,
 )
+from tracking import start_trackers_from_args
 from update import TrainingState, make_scaler, update
 
 
@@ -122,6 +123,7 @@ def main(args) -> None:
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
     if accelerator.is_main_process:
         record_run_from_args(args, seed)
+    start_trackers_from_args(args, accelerator, "cogvideox-image-to-video-sft")
 
     rank = accelerator.process_index
     sampler = BucketSampler(

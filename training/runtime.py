@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from errors import NumbersError, UsageError, UserError
+from tracking import log_values, tracking_options_from_args
 from update import Update
 
 
@@ -31,6 +32,12 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
 STARTED = time.time()  # this process
 INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
+# What the launcher exports of its config, where that sets it
+LAUNCHER_VARIABLES = {
+    "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
+}
+TRACKED = ("loss", "lr", "grad_norm", "seconds")  # what trackers get of a line of metrics.jsonl
 
 
 # ---------------------------------------------------------------- start
@@ -39,10 +46,12 @@ INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
 def init_accelerator_from_args(args) -> Accelerator:
     """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    check_launcher_from_args(args)
     # No backend named: accelerate takes nccl on GPUs and gloo on CPUs, and fails on one process with one named
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group])
+    options = tracking_options_from_args(args)
+    accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.ERROR)
     if args.allow_tf32:
@@ -84,6 +93,20 @@ def compute_dtype_from_args(args, stored: torch.dtype, device: torch.device) -> 
     if stored != DTYPES[name]:
         logger.info("weights stored in %s are converted once and computed in %s", stored, DTYPES[name])
     return DTYPES[name]
+
+
+def check_launcher_from_args(args) -> None:
+    """Refuse an accelerate config whose accumulation or clipping is not the flags': each has one source of truth."""
+    for dest, variable in LAUNCHER_VARIABLES.items():
+        text = os.environ.get(variable, "auto")
+        if text in ("auto", "none"):
+            continue
+        if float(text) != getattr(args, dest):
+            name = variable.removeprefix("ACCELERATE_").lower()
+            raise UsageError(
+                f"--{dest} {getattr(args, dest)} disagrees with {name}: {text} of the accelerate config; remove it "
+                "from the config, or give the same"
+            )
 
 
 def check_device_from_args(args, num_parameters: float, device: torch.device) -> None:
@@ -190,6 +213,8 @@ class StepMeter:
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        for row in self.rows:
+            log_values(self.accelerator, {name: row[name] for name in TRACKED if row[name] is not None}, row["step"])
         self.bar.set_postfix(loss=f"{losses[-1].item():.4f}", lr=f"{self.rows[-1]['lr']:.2e}")
         self.rows, self.losses = [], []
 
