@@ -8,7 +8,8 @@
 # Hardware: with these settings CogVideoX-5b takes 19.1 GiB of GPU memory and CogVideoX-2b 8.1 GiB; on an H100 a step
 # takes 3.5 s and 1.3 s, 3000 steps take 3 hours and 1 hour.
 #
-# Set the settings below in the environment or here. Arguments of this file end every training command.
+# Set the settings below in the environment or here. Arguments of this file end every training command, where they
+# win: --use_8bit, --push_to_hub, --checkpoints_total_limit 2.
 # Exit code: 0, or that of the first run that failed, or 75 after an interruption.
 
 # -f: the swept settings are split at white space, never taken for file patterns.
@@ -22,7 +23,6 @@ DATA_ROOT="${DATA_ROOT:-}"              # what prepare_dataset.sh wrote; with LO
 LOAD_TENSORS="${LOAD_TENSORS:-true}"    # false: encode the videos in every step, with the VAE in memory
 OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"   # every run gets a folder in it
 ID_TOKEN="${ID_TOKEN:-}"                # put in front of every caption; the one given to prepare_dataset.sh
-VALIDATION_PROMPT="${VALIDATION_PROMPT:-}"  # written here, it goes between single quotes: VALIDATION_PROMPT='A "cat"'
 
 # Swept: several values, separated by spaces, are several runs.
 LEARNING_RATES="${LEARNING_RATES:-1e-4}"
@@ -38,6 +38,16 @@ TEXT_DROPOUT="${TEXT_DROPOUT:-0.1}"
 CHECKPOINTING_STEPS="${CHECKPOINTING_STEPS:-1000}"
 SEED="${SEED:-42}"
 NUM_WORKERS="${NUM_WORKERS:-2}"             # processes that read data
+
+# Videos rendered before the first step, at every interval and at the end; none without a prompt. Several prompts are
+# separated by :::. A text with a quote or a dollar sign, written here, goes between single quotes.
+VALIDATION_PROMPT="${VALIDATION_PROMPT:-}"
+VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"         # epochs between validations
+VALIDATION_STEPS="${VALIDATION_STEPS:-}"             # updates between them, in place of epochs
+NUM_VALIDATION_VIDEOS="${NUM_VALIDATION_VIDEOS:-1}"  # of every prompt
+
+REPORT_TO="${REPORT_TO:-}"        # wandb, tensorboard, trackio or all; empty: metrics.jsonl alone
+TRACKER_NAME="${TRACKER_NAME:-}"  # project at the tracker; empty: the name of the task
 
 # Videos of LOAD_TENSORS=false only; prepared data keeps the names and sizes it was prepared with.
 DATASET_FILE="${DATASET_FILE:-}"  # a CSV in place of the two text files
@@ -83,12 +93,18 @@ describe_run() {  # called for every combination of the swept settings
         --learning_rate "$learning_rate"
         --lr_scheduler "$lr_schedule"
         --lr_warmup_steps "$LR_WARMUP_STEPS"
+        --lr_num_cycles 1
+        --beta1 0.9
+        --beta2 0.95
         --weight_decay 0.001
         --max_grad_norm 1.0
         --text_dropout "$TEXT_DROPOUT"
         --checkpointing_steps "$CHECKPOINTING_STEPS"
         --dataloader_num_workers "$NUM_WORKERS"
+        --pin_memory
         --seed "$SEED"
+        --enable_slicing
+        --enable_tiling
         --allow_tf32
         --nccl_timeout 1800
     )
@@ -102,7 +118,19 @@ describe_run() {  # called for every combination of the swept settings
         [[ -z $DATASET_FILE ]] || command+=(--dataset_file "$DATASET_FILE")
     fi
     [[ -z $ID_TOKEN ]] || command+=(--id_token "$ID_TOKEN")
-    [[ -z $VALIDATION_PROMPT ]] || command+=(--validation_prompt "$VALIDATION_PROMPT")
+    if [[ -n $VALIDATION_PROMPT ]]; then
+        command+=(--validation_prompt "$VALIDATION_PROMPT" --validation_prompt_separator ":::")
+        command+=(--num_validation_videos "$NUM_VALIDATION_VIDEOS")
+        if [[ -n $VALIDATION_STEPS ]]; then
+            command+=(--validation_steps "$VALIDATION_STEPS")
+        else
+            command+=(--validation_epochs "$VALIDATION_EPOCHS")
+        fi
+    fi
+    if [[ -n $REPORT_TO ]]; then
+        command+=(--report_to "$REPORT_TO")
+        [[ -z $TRACKER_NAME ]] || command+=(--tracker_name "$TRACKER_NAME")
+    fi
 }
 
 # shellcheck source=/dev/null

@@ -95,6 +95,12 @@ def output_dir_of(lr: str, optimizer: str = "adamw", name: str = T2V_LORA.output
     return f"out/{name}__optimizer_{optimizer}__steps_3000__lr-schedule_cosine_with_restarts__learning-rate_{lr}"
 
 
+VALIDATION_ARGV = [
+    "--validation_prompt", "A \"cat\":::A dog", "--validation_prompt_separator", ":::",
+    "--num_validation_videos", "2", "--validation_epochs", "10",
+]  # fmt: skip
+
+
 def training_argv(training: Training, lr: str, optimizer: str) -> list[str]:
     return [
         "accelerate", None, "launch", "--quiet",
@@ -107,11 +113,13 @@ def training_argv(training: Training, lr: str, optimizer: str) -> list[str]:
         "--mixed_precision", "bf16", "--gradient_checkpointing",
         "--train_batch_size", "1", "--gradient_accumulation_steps", "1", "--max_train_steps", "3000",
         "--optimizer", optimizer, "--learning_rate", lr, "--lr_scheduler", "cosine_with_restarts",
-        "--lr_warmup_steps", "200", "--weight_decay", "0.001", "--max_grad_norm", "1.0", "--text_dropout", "0.1",
+        "--lr_warmup_steps", "200", "--lr_num_cycles", "1", "--beta1", "0.9", "--beta2", "0.95",
+        "--weight_decay", "0.001", "--max_grad_norm", "1.0", "--text_dropout", "0.1",
         *(["--noised_image_dropout", "0.05"] if training.is_image_to_video else []),
-        "--checkpointing_steps", "1000", "--dataloader_num_workers", "2", "--seed", "42",
-        "--allow_tf32", "--nccl_timeout", "1800", "--load_tensors",
-        "--checkpoints_total_limit", "2",
+        "--checkpointing_steps", "1000", "--dataloader_num_workers", "2", "--pin_memory", "--seed", "42",
+        "--enable_slicing", "--enable_tiling", "--allow_tf32", "--nccl_timeout", "1800", "--load_tensors",
+        *VALIDATION_ARGV, *(["--validation_images", "a b.png:::c.png"] if training.is_image_to_video else []),
+        "--report_to", "wandb", "--tracker_name", "my project", "--checkpoints_total_limit", "2",
     ]  # fmt: skip
 
 
@@ -121,6 +129,13 @@ SWEEP = {
     "OUTPUT_ROOT": "out",
     "LEARNING_RATES": "1e-4 1e-3",
     "OPTIMIZERS": "adamw adam",
+}
+REPORTED = {
+    "VALIDATION_PROMPT": 'A "cat":::A dog',
+    "VALIDATION_IMAGES": "a b.png:::c.png",
+    "NUM_VALIDATION_VIDEOS": "2",
+    "REPORT_TO": "wandb",
+    "TRACKER_NAME": "my project",
 }
 SWEEP_RUNS = [("1e-4", "adamw"), ("1e-4", "adam"), ("1e-3", "adamw"), ("1e-3", "adam")]
 
@@ -178,7 +193,7 @@ def test_dry_run_prints_what_a_run_starts_and_starts_nothing(run_wrapper, tmp_pa
 
 @by_training
 def test_sweep_argv_is_exact(run_wrapper, training):
-    result, argvs = run_wrapper(training.wrapper, "--checkpoints_total_limit", "2", **SWEEP)
+    result, argvs = run_wrapper(training.wrapper, "--checkpoints_total_limit", "2", **SWEEP, **REPORTED)
     assert result.returncode == 0, result.stderr
     assert argvs == [training_argv(training, *run) for run in SWEEP_RUNS]
 
@@ -212,9 +227,19 @@ def test_every_swept_setting_is_swept_and_files_are_no_values(run_wrapper, tmp_p
 
 
 @by_training
-def test_empty_prompt_and_token_are_not_passed(run_wrapper, training):
-    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d")
-    assert not {"--validation_prompt", "--id_token", "--dataset_file", "--drop_learned_positions"} & set(argv)
+def test_what_is_not_set_is_not_passed(run_wrapper, training):
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d", TRACKER_NAME="a name without a tracker")
+    optional = {"--id_token", "--dataset_file", "--drop_learned_positions", "--report_to", "--tracker_name"}
+    assert not optional & set(argv)
+    assert not [word for word in argv if word and "validation" in word]
+
+
+@by_training
+def test_validation_by_steps_takes_the_place_of_epochs(run_wrapper, training):
+    settings = {"VALIDATION_PROMPT": "p", "VALIDATION_STEPS": "250", "VALIDATION_EPOCHS": "3"}
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d", **settings)
+    assert argv[argv.index("--validation_steps") + 1] == "250"
+    assert "--validation_epochs" not in argv
 
 
 @by_training
@@ -349,10 +374,11 @@ def test_commands_parse_as_the_scripts_own_flags(run_wrapper, training):
 
     from args import parse_training_args
 
-    settings = {"DROP_LEARNED_POSITIONS": "true"} if training.is_image_to_video else {}
-    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d", ID_TOKEN=HOSTILE, **settings)
+    settings = REPORTED | {"VALIDATION_STEPS": "250", "ID_TOKEN": HOSTILE, "DROP_LEARNED_POSITIONS": "true"}
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d", **settings)
     launched = launch_command_parser().parse_args(argv[3:])
-    assert parse_training_args(training.script, launched.training_script_args).id_token == HOSTILE
+    args = parse_training_args(training.script, launched.training_script_args)
+    assert (args.id_token, args.validation_steps, args.tracker_name) == (HOSTILE, 250, "my project")
     _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="d", LOAD_TENSORS="false")
     launched = launch_command_parser().parse_args(argv[3:])
     assert parse_training_args(training.script, launched.training_script_args).frame_buckets == [49]
@@ -366,15 +392,52 @@ def test_the_prepare_command_parses_as_the_scripts_own_flags(run_wrapper):
     assert (args.target_fps, args.save_image_latents) == (16, True)
 
 
-@pytest.mark.parametrize("name", ["uncompiled_1.yaml", "uncompiled_2.yaml"])
-def test_configs_leave_precision_accumulation_and_gpus_to_the_flags(name):
-    from accelerate.commands.config.config_args import load_config_from_file
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+by_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 
-    config = load_config_from_file(str(ROOT / "accelerate_configs" / name))
-    assert config.mixed_precision is None
-    assert config.gpu_ids is None
-    assert config.num_processes == int(name[-6])
-    assert "gradient_accumulation_steps" not in (ROOT / "accelerate_configs" / name).read_text()
+
+def launcher_environment(config, monkeypatch):
+    """(number of processes, what `accelerate launch` with this config puts into the environment of its processes)."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import launch
+
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    argv = ["--quiet", "--config_file", str(config), "--gpu_ids", "0,1", "script.py"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        return args.num_processes, launch.prepare_deepspeed_cmd_env(args)[1]
+    if args.multi_gpu:
+        return args.num_processes, launch.prepare_multi_gpu_env(args)
+    return args.num_processes, launch.prepare_simple_launcher_cmd_env(args)[1]
+
+
+@by_config
+def test_configs_leave_precision_accumulation_clipping_and_gpus_to_the_flags(config, monkeypatch):
+    num_processes, environment = launcher_environment(config, monkeypatch)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"  # what is exported where nothing is said
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert not {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"} & environment.keys()
+    assert num_processes == (2 if config.stem == "uncompiled_2" else 1)
+    compiled = config.stem.startswith("compiled")
+    assert environment.get("ACCELERATE_DYNAMO_BACKEND", "NO") == ("INDUCTOR" if compiled else "NO")
+    is_deepspeed = config.stem == "deepspeed"
+    assert environment.get("ACCELERATE_USE_DEEPSPEED", "false") == str(is_deepspeed).lower()
+    if is_deepspeed:
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+        assert environment["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] == "cpu"
+
+
+@by_config
+def test_configs_say_hardware_and_effect_and_fit_the_wrappers(config, run_wrapper):
+    header = config.read_text().split("compute_environment")[0]
+    assert header.startswith("# Hardware: ")
+    assert "\n# Effect: " in header
+    gpus = "0,1" if config.stem == "uncompiled_2" else "0"
+    result, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", GPU_IDS=gpus, ACCELERATE_CONFIG_FILE=str(config))
+    assert result.returncode == 0, result.stderr
+    assert argv[5] == str(config)
 
 
 def test_make_help_lists_every_target_and_each_parses():

@@ -580,7 +580,7 @@ def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = 
         Guarded(dataset),
         batch_sampler=sampler,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns where there is no GPU to copy to
         collate_fn=collate_guarded,
     )
 
