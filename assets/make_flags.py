@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Write assets/flags.md: every flag of the scripts with its default and meaning, from training/args.py.
+
+python assets/make_flags.py
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from args import NO_MEANING, SCRIPTS, make_prepare_parser, make_training_parser
+
+
+PAGE = Path(__file__).resolve().with_name("flags.md")
+HEAD = """# Flags
+
+Made from `training/args.py` by `python assets/make_flags.py`; `--help` of each script says the same. A default of
+*unset* is no value, *off* belongs to a flag that takes none.
+"""
+TRAINING = """
+## Training scripts
+
+The four scripts take the same flags. Where a flag has no meaning in some of them, its last words say which have a use
+for it; the others refuse it.
+"""
+PREPARE = """
+## prepare_dataset.py
+"""
+# Scripts that take a flag -> what its row ends with
+TAKEN_BY = {
+    frozenset(SCRIPTS): "",
+    frozenset({"t2v_lora", "i2v_lora"}): "*LoRA only.*",
+    frozenset({"t2v_sft", "i2v_sft"}): "*Full fine-tuning only.*",
+    frozenset({"i2v_lora", "i2v_sft"}): "*Image-to-video only.*",
+}
+
+
+def flags_page() -> str:
+    """The text of the page."""
+    training = make_training_parser(next(iter(SCRIPTS)))
+    return HEAD + TRAINING + tables(training, taken_by) + PREPARE + tables(make_prepare_parser(), lambda dest: "")
+
+
+def tables(parser: argparse.ArgumentParser, ending) -> str:
+    """A heading and a table for each group of flags; `ending` gives the last words on a flag."""
+    text = ""
+    for group in parser._action_groups:
+        actions = [action for action in group._group_actions if action.dest != "help"]
+        if actions:
+            rows = "".join(row(action, ending(action.dest)) for action in actions)
+            text += f"\n### {group.title}\n\n| Flag | Default | Meaning |\n|---|---|---|\n{rows}"
+    return text
+
+
+def row(action: argparse.Action, ending: str) -> str:
+    meaning = action.help.removesuffix(" [no meaning in this script]").removesuffix(" (required)")
+    parts = [sentence(as_markdown(meaning))]
+    if action.choices:
+        some = "Any" if action.nargs else "One"
+        parts.append(f"{some} of {', '.join(f'`{choice}`' for choice in action.choices)}.")
+    parts += [ending] if ending else []
+    return f"| `{action.option_strings[0]}` | {default_of(action)} | {' '.join(parts)} |\n"
+
+
+def default_of(action: argparse.Action) -> str:
+    if action.required:
+        return "*required*"
+    if action.default is False:
+        return "*off*"
+    if action.default is None or action.default == []:
+        return "*unset*"
+    values = action.default if isinstance(action.default, list) else [action.default]
+    return f"`{' '.join(map(str, values))}`"
+
+
+def as_markdown(text: str) -> str:
+    """Flags as code, and nothing else taken for markup."""
+    text = re.sub(r"([<|*])", r"\\\1", text.replace("%%", "%"))
+    return re.sub(r"(?<!\w)--[a-z]\w*", lambda flag: f"`{flag[0]}`", text)
+
+
+def sentence(text: str) -> str:
+    """A capital in front, unless the first word is a name such as fp32, and a full stop."""
+    if re.match(r"(?!wandb|prodigy)[a-z][a-z-]*,? ", text):
+        text = text[0].upper() + text[1:]
+    return text if text.endswith(".") else f"{text}."
+
+
+def taken_by(dest: str) -> str:
+    return TAKEN_BY[frozenset(script for script in SCRIPTS if dest not in NO_MEANING[script])]
+
+
+def main():
+    PAGE.write_text(flags_page(), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
