@@ -1,4 +1,7 @@
-"""What README.md says can be typed: its commands parse, its Python runs, and the flags and files it names exist."""
+"""What the pages say can be typed: their commands parse, their Python runs, the flags and files that they name exist.
+
+README.md and the pages of assets/, each with its Chinese twin: what agrees with English code blocks is checked once.
+"""
 
 import os
 import re
@@ -18,19 +21,23 @@ import random_pipeline
 import step_time
 import test_lora_inference
 from args import (
-    AVAILABLE,
     EPILOG,
-    LATER,
     SCRIPTS,
     make_prepare_parser,
     make_training_parser,
     parse_prepare_args,
     parse_training_args,
 )
+from test_shell import CONFIGS, ORIGINAL_SWEEP
 
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+FLAGS_PAGE = ROOT / "assets/flags.md"
+TRANSLATED = [README, ROOT / "assets/dataset.md", ROOT / "assets/contribute.md"]
+PAGES = [*TRANSLATED, FLAGS_PAGE]
+by_page = pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.stem)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SCRIPT_KEYS = {name: key for key, name in SCRIPTS.items()}
 KIND_OF_MODEL = {
     "zai-org/CogVideoX-2b": "2b",
@@ -41,16 +48,33 @@ KIND_OF_MODEL = {
 }
 
 
+def twin(page):
+    """The same page in Chinese."""
+    return page.with_name(f"{page.stem}_zh.md")
+
+
+def read(page):
+    return page.read_text(encoding="utf-8")
+
+
+def prose(page):
+    """The page without its code blocks."""
+    return FENCE.sub("", read(page))
+
+
 def code_blocks(language):
-    """pytest parameters, one a block of README.md, named after its first line."""
-    text = README.read_text(encoding="utf-8")
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
-    return [pytest.param(match[1], id=f"line{text.count(chr(10), 0, match.start()) + 2}") for match in found]
+    """pytest parameters, one a block of the English pages, named after its first line."""
+    return [
+        pytest.param(match[2], id=f"{page.stem}-line{read(page).count(chr(10), 0, match.start()) + 2}")
+        for page in TRANSLATED
+        for match in FENCE.finditer(read(page))
+        if match[1] == language
+    ]
 
 
 def section(heading):
     """The text below `## heading`, up to the next one."""
-    return README.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return read(README).split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
 def table_rows(text):
@@ -68,12 +92,21 @@ def flags_in(text):
 
 
 def commands_of(block):
-    """(settings in front, words) of each command of a shell block."""
+    """(settings in front, words) of each command of a shell block; loops are unrolled by bash itself."""
+    if re.search("^for ", block, re.M):
+        block = unrolled(block)
     for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         num_settings = next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), 0)
         if words:
             yield dict(word.split("=", 1) for word in words[:num_settings]), words[num_settings:]
+
+
+def unrolled(block):
+    """What the block would launch, one command a line."""
+    stub = """accelerate() { printf '%q ' accelerate "$@"; echo; }\n"""
+    env = {"PATH": os.defpath}
+    return subprocess.run(["bash", "-euc", stub + block], env=env, capture_output=True, text=True, check=True).stdout
 
 
 def check_command(settings, words, monkeypatch):
@@ -87,6 +120,11 @@ def check_command(settings, words, monkeypatch):
         assert rest[0] == "launch"
         launched = launch_command_parser().parse_args(rest[1:])
         assert (ROOT / launched.config_file).is_file()
+        check_script(launched.training_script, launched.training_script_args, monkeypatch)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launched = get_args_parser().parse_args(rest)
         check_script(launched.training_script, launched.training_script_args, monkeypatch)
     elif program == "python":
         check_script(rest[0], rest[1:], monkeypatch)
@@ -115,6 +153,10 @@ def check_script(script, argv, monkeypatch):
     elif name == "benchmarks/step_time.py":
         measured, *flags = step_time.parse_args(argv).command
         check_script(measured, flags, monkeypatch)
+    elif name == "assets/plot_loss.py":
+        assert [word for word in argv if word.endswith("metrics.jsonl")]
+    elif name == "assets/make_flags.py":
+        assert not argv
     elif name.startswith("benchmarks/"):
         check_random_writer(name, argv, monkeypatch)
     elif argv == ["--help"]:
@@ -161,7 +203,8 @@ def test_shell_blocks_can_be_typed(block, monkeypatch, tmp_path):
         "--pretrained_model_name_or_path m --data_root d --learning_rat 1",
         "python training/prepare_dataset.py --data_root d",
         "DATA_ROOT= ./prepare_dataset.sh",
-        "DATA_ROOT=d ./train_text_to_video_sft.sh --use_8bit",
+        "DATA_ROOT=d ./train_text_to_video_sft.sh --rank 4",
+        "torchrun --nproc_per_node 2 training/prepare_dataset.py --data_root d",
         "python benchmarks/random_pipeline.py models/2b --kind 3b",
         "make no-such-target",
         "unknown-program",
@@ -257,33 +300,32 @@ def flags_of_other_scripts():
     return {flag for script in scripts for flag in re.findall(pattern, script.read_text(encoding="utf-8"))}
 
 
-def test_flags_named_in_the_text_exist():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_flags_named_in_the_text_exist(page):
     parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
     known = {flag for parser in parsers for flag in parser._option_string_actions} | flags_of_other_scripts()
-    text = re.sub(r"^```.*?^```$", "", README.read_text(encoding="utf-8"), flags=re.M | re.S)
-    named = {flag for code in re.findall(r"`([^`]+)`", text) for flag in flags_in(code)}
-    assert len(named) > 90
+    named = {flag for code in re.findall(r"`([^`]+)`", prose(page)) for flag in flags_in(code)}
+    assert named
     assert not named - known
 
 
-@pytest.mark.parametrize(
-    ("heading", "parser"), [("Training", make_training_parser("t2v_lora")), ("Preparation", make_prepare_parser())]
-)
-def test_the_flag_tables_are_complete(heading, parser):
-    table = section("Flags").split(f"| {heading} | |\n")[1].split("\n\n")[0]
-    shown = {cells[0]: flags_in(cells[1]) for cells in table_rows(table)}
-    not_yet = {f"--{dest}" for dest in LATER if dest not in AVAILABLE} if heading == "Training" else set()
-    groups = {}
-    for group in parser._action_groups:
-        flags = [flag for action in group._group_actions for flag in action.option_strings if flag.startswith("--")]
-        groups[group.title] = [flag for flag in flags if flag not in not_yet | {"--help"}]
-    assert shown == {title: flags for title, flags in groups.items() if flags}
+def test_the_page_of_flags_is_in_step():
+    make_flags = runpy.run_path(ROOT / "assets/make_flags.py")
+    assert read(FLAGS_PAGE) == make_flags["flags_page"](), "run python assets/make_flags.py"
+    listed = set(re.findall(r"^\| `(--\w+)`", read(FLAGS_PAGE), re.M))
+    parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
+    assert listed == {flag for parser in parsers for flag in parser._option_string_actions} - {"--help", "-h"}
 
 
-def test_the_table_of_refused_flags_is_complete():
-    table = section("Flags").split("| Not available yet | |\n")[1].split("\n\n")[0]
-    shown = [flag for _, flags in table_rows(table) for flag in flags_in(flags)]
-    assert sorted(shown) == sorted(f"--{dest}" for dest in LATER if dest not in AVAILABLE)
+def test_the_sweep_is_the_originals_flag_for_flag():
+    [block] = [param.values[0] for param in code_blocks("bash") if "for learning_rate in" in param.values[0]]
+    commands = [words for _, words in commands_of(block)]
+    assert len(commands) == 4
+    for words in commands:
+        script = words.index("training/cogvideox_text_to_video_lora.py")
+        assert [word for word in words[script:] if word.startswith("--")] == list(ORIGINAL_SWEEP)
+        given = {flag: words[words.index(flag) + 1] for flag, value in ORIGINAL_SWEEP.items() if value is not None}
+        assert given == {flag: value or given[flag] for flag, value in ORIGINAL_SWEEP.items() if value is not None}
 
 
 def test_exit_codes_are_those_of_the_scripts():
@@ -291,19 +333,19 @@ def test_exit_codes_are_those_of_the_scripts():
     assert shown == re.findall(r"\d+", EPILOG)
 
 
-def test_files_named_in_the_text_exist():
-    text = README.read_text(encoding="utf-8")
+@by_page
+def test_files_named_in_the_text_exist(page):
     folders = "accelerate_configs|assets|benchmarks|tests|training"
-    layout = section("Development").split("```text")[1]
     pattern = rf"(?<![\w/.-])(?:(?:{folders})/[\w./-]*\w|\w+\.sh)"
-    named = set(re.findall(pattern, text.replace(layout, "")))
-    assert len(named) > 15
-    assert not [name for name in named if not (ROOT / name).exists()]
+    named = set(re.findall(pattern, read(page)))
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists() and not (ROOT / "training" / name).exists()]
 
 
 def test_the_layout_names_every_module():
-    layout = section("Development").split("```text\ntraining/\n")[1].split("```")[0]
-    patterns = [name for line in layout.splitlines() for name in re.findall(r"[\w*]+\.(?:py|sh)", line)]
+    layout = read(ROOT / "assets/contribute.md").split("\n## Layout\n")[1].split("\n## ")[0]
+    cells = " ".join(cells[0] for cells in table_rows(layout))
+    patterns = re.findall(r"[\w*]+\.(?:py|sh)", cells)
     modules = {path.name for path in (ROOT / "training").iterdir() if path.suffix in (".py", ".sh")}
     assert {name for name in modules if any(fnmatch(name, pattern) for pattern in patterns)} == modules
     assert all(any(fnmatch(name, pattern) for name in modules) for pattern in patterns)
@@ -313,9 +355,39 @@ def test_the_wrapper_table_matches_the_wrappers():
     rows = [cells for cells in table_rows(section("Train")) if cells[0].startswith("`train_")]
     assert len(rows) == len(SCRIPTS)
     for wrapper, script, model in rows:
-        text = (ROOT / wrapper.strip("`")).read_text(encoding="utf-8")
+        text = read(ROOT / wrapper.strip("`"))
         assert f'"$here/{script.strip("`")}"' in text
         assert f'MODEL="${{MODEL:-{model}}}"' in text
+
+
+def test_the_table_of_configs_names_each():
+    rows = [cells[0].strip("`") for cells in table_rows(section("Train")) if cells[0].endswith(".yaml`")]
+    assert sorted(rows) == [config.name for config in CONFIGS]
+
+
+def optimizer_rows():
+    header, *rows = table_rows(section("Optimizers"))
+    return [dict(zip(header, cells, strict=True)) for cells in rows]
+
+
+@pytest.mark.parametrize("row", optimizer_rows(), ids=lambda row: row["Flags"].strip("`"))
+def test_the_table_of_optimizers_says_what_the_flags_accept(row):
+    flags = [] if row["Flags"].endswith(".yaml`") else row["Flags"].strip("`").split()
+    needed = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
+    for script in ("t2v_lora", "t2v_sft"):
+        parse_training_args(script, needed + flags)
+    if row["`--use_cpu_offload_optimizer`"] == "yes":
+        parse_training_args("t2v_sft", [*needed, *flags, "--use_cpu_offload_optimizer"])
+    elif any("bit" in flag or "fp8" in flag for flag in flags):
+        with pytest.raises(SystemExit):
+            parse_training_args("t2v_sft", [*needed, *flags, "--use_cpu_offload_optimizer"])
+
+
+def test_every_recipe_has_its_source():
+    header, *rows = table_rows(section("Recipes"))
+    assert header[-1] == "Source"
+    assert len(rows) > 5
+    assert all("](https://" in cells[-1] for cells in rows)
 
 
 def test_every_checkpoint_has_its_licence_and_its_tests():
@@ -325,7 +397,64 @@ def test_every_checkpoint_has_its_licence_and_its_tests():
     assert compared == ["Checkpoint", *(model.removeprefix("zai-org/") for model in KIND_OF_MODEL)]
 
 
-def test_links_within_the_page_lead_somewhere():
-    text = README.read_text(encoding="utf-8")
-    headings = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in re.findall(r"^#+ (.*)", text, re.M)}
-    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= headings
+# ---------------------------------------------------------------- links and translations
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)", prose(page), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *map(twin, TRANSLATED)], ids=lambda page: page.stem)
+def test_links_within_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https://)([^)]+)\)", prose(page)):
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.is_file(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+@by_page
+def test_both_languages_are_linked_at_the_top(page):
+    assert f"[中文]({twin(page).name})" in read(page).split("\n## ")[0]
+    assert f"[English]({page.name})" in read(twin(page)).split("\n## ")[0]
+
+
+@by_page
+def test_both_languages_have_the_same_code_blocks(page):
+    assert FENCE.findall(read(page)) == FENCE.findall(read(twin(page)))
+
+
+def outline(page):
+    """Levels of the headings and, below each, the number of cells in every row of tables and of list items."""
+    lines = []
+    for line in prose(page).splitlines():
+        if mark := re.match(r"(#+) |([-*]|\d+\.) ", line):
+            lines.append(mark[1] or mark[2])
+        elif line.startswith("|"):
+            lines.append(len(re.findall(r"(?<!\\)\|", line)))
+    return lines
+
+
+@by_page
+def test_both_languages_have_the_same_headings_tables_and_lists(page):
+    assert outline(page) == outline(twin(page))
+
+
+@by_page
+@pytest.mark.parametrize("pattern", [r"`[^`]+`", r"https?://[^)\s]+"], ids=["code", "links"])
+def test_both_languages_name_the_same_code_and_links(page, pattern):
+    def found(text):
+        return {re.sub(r"\s+", " ", item) for item in re.findall(pattern, text)}
+
+    assert found(prose(page)) == found(prose(twin(page)))
+
+
+@by_page
+def test_the_same_figures_stand_in_both_languages(page):
+    """Numbers of the tables, row by row: what was measured is not translated."""
+
+    def figures(text):
+        return [re.findall(r"\d[\d.x]*", line) for line in text.splitlines() if line.startswith("|")]
+
+    assert figures(prose(page)) == figures(prose(twin(page)))

@@ -123,6 +123,23 @@ def training_argv(training: Training, lr: str, optimizer: str) -> list[str]:
     ]  # fmt: skip
 
 
+# The flags of the original scripts' sweep in their order, with their values: None for a flag without one, "" for what
+# each user or run sets.
+ORIGINAL_SWEEP = {
+    "--pretrained_model_name_or_path": "", "--data_root": "", "--caption_column": "prompt.txt",
+    "--video_column": "videos.txt", "--id_token": "BW_STYLE", "--height_buckets": "480", "--width_buckets": "720",
+    "--frame_buckets": "49", "--dataloader_num_workers": "8", "--pin_memory": None, "--validation_prompt": "",
+    "--validation_prompt_separator": ":::", "--num_validation_videos": "1", "--validation_epochs": "10",
+    "--seed": "42", "--rank": "128", "--lora_alpha": "128", "--mixed_precision": "bf16", "--output_dir": "",
+    "--max_num_frames": "49", "--train_batch_size": "1", "--max_train_steps": "3000", "--checkpointing_steps": "1000",
+    "--gradient_accumulation_steps": "1", "--gradient_checkpointing": None, "--learning_rate": "",
+    "--lr_scheduler": "cosine_with_restarts", "--lr_warmup_steps": "400", "--lr_num_cycles": "1",
+    "--enable_slicing": None, "--enable_tiling": None, "--optimizer": "", "--beta1": "0.9", "--beta2": "0.95",
+    "--weight_decay": "0.001", "--max_grad_norm": "1.0", "--allow_tf32": None, "--report_to": "wandb",
+    "--nccl_timeout": "1800",
+}  # fmt: skip
+
+
 SWEEP = {
     "MODEL": "some/model",
     "DATA_ROOT": "prepared",
@@ -232,6 +249,16 @@ def test_what_is_not_set_is_not_passed(run_wrapper, training):
     optional = {"--id_token", "--dataset_file", "--drop_learned_positions", "--report_to", "--tracker_name"}
     assert not optional & set(argv)
     assert not [word for word in argv if word and "validation" in word]
+
+
+@by_training
+def test_every_flag_of_the_originals_sweep_is_passed(run_wrapper, training):
+    _, [argv] = run_wrapper(
+        training.wrapper, DATA_ROOT="d", LOAD_TENSORS="false", ID_TOKEN="BW_STYLE", VALIDATION_PROMPT="p",
+        REPORT_TO="wandb",
+    )  # fmt: skip
+    no_meaning = set() if training.is_lora else {"--rank", "--lora_alpha"}
+    assert not ORIGINAL_SWEEP.keys() - no_meaning - set(argv)
 
 
 @by_training
