@@ -451,10 +451,13 @@ def test_both_languages_name_the_same_code_and_links(page, pattern):
 
 
 @by_page
-def test_the_same_figures_stand_in_both_languages(page):
-    """Numbers of the tables, row by row: what was measured is not translated."""
+def test_the_same_figures_and_verdicts_stand_in_both_languages(page):
+    """Numbers of the tables, row by row, and cells that begin with yes or no."""
+    verdicts = {"是": "yes", "否": "no"}
 
-    def figures(text):
-        return [re.findall(r"\d[\d.x]*", line) for line in text.splitlines() if line.startswith("|")]
+    def facts(page):
+        rows = [line for line in prose(page).splitlines() if line.startswith("|")]
+        found = [re.findall(r"\d[\d.x]*|(?<=\| )(?:yes|no|是|否)(?=[ ;；])", row) for row in rows]
+        return [[verdicts.get(fact, fact) for fact in row] for row in found]
 
-    assert figures(prose(page)) == figures(prose(twin(page)))
+    assert facts(page) == facts(twin(page))
