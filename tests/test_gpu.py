@@ -74,8 +74,9 @@ def test_fp16_scales_its_gradients_and_keeps_fp32_adapters(train, tmp_path):
 
 
 def test_full_fine_tuning_that_cannot_fit_is_refused():
-    from engine import check_sft_fits
+    from engine import check_sft_fits_from_args
     from errors import UsageError
 
+    args = parse_training_args("t2v_sft", ["--pretrained_model_name_or_path", "m", "--data_root", "d"])
     with pytest.raises(UsageError, match="needs .* GiB for fp32 weights"):
-        check_sft_fits(1e12, torch.bfloat16, torch.device("cuda"))
+        check_sft_fits_from_args(args, 1e12, torch.bfloat16, torch.device("cuda"))

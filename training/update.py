@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
+from masters import Masters, group_by_bytes
+
 
 REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory
 
@@ -19,7 +21,8 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None = None  # fp16 only
-    copies: list[torch.nn.Parameter] | None = None  # of params, in the compute dtype, where the model holds those
+    masters: Masters | None = None  # params and the model's copies of them, where the model does not hold params
+    ema: object | None = None  # diffusers' EMAModel of params
 
 
 class Update(NamedTuple):
@@ -49,51 +52,52 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     if not last_micro_step:
         return Update(stepped=False)
 
-    average_gradients(state.params)
+    masters = state.masters
+    average_gradients(masters.gradients() if masters else [p.grad for p in state.params if p.grad is not None])
+    if masters:
+        masters.deliver_gradients()
     if state.scaler:
         state.scaler.unscale_(state.optimizer)
     # After averaging, a non-finite gradient of one rank is non-finite on all: they agree without another message
     grad_norm = float(torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm))
     skipped = not math.isfinite(grad_norm)
     searching = skipped and state.scaler is not None and state.scaler.get_scale() > 1
-    if state.scaler:
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-    elif not skipped:
-        state.optimizer.step()
-    if state.copies:
-        copy_weights(state.params, state.copies)
-    lr = state.optimizer.param_groups[0]["lr"]
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    apply_gradients(state, skipped)
     state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
     state.optimizer.zero_grad(set_to_none=True)
     return Update(stepped=True, skipped=skipped, searching=searching, grad_norm=grad_norm, lr=lr)
 
 
-@torch.no_grad()
-def copy_weights(params: list[torch.nn.Parameter], copies: list[torch.nn.Parameter]) -> None:
-    """Round the fp32 weights to the model's copies."""
-    torch._foreach_copy_(copies, params)
+def apply_gradients(state: TrainingState, skipped: bool) -> None:
+    """Step the optimizer, and what follows its weights, unless the update is skipped."""
+    if state.scaler:
+        state.scaler.step(state.optimizer)  # skips by itself, and must be asked to
+        state.scaler.update()
+    elif not skipped:
+        state.optimizer.step()
+    if skipped:
+        return
+    if state.masters:
+        state.masters.write_copies()
+    if state.ema:
+        state.ema.step(state.params)
 
 
-def average_gradients(params: list[torch.nn.Parameter]) -> None:
+def average_gradients(grads: list[torch.Tensor]) -> None:
     """Replace every gradient by its mean over the ranks. Some parameters never get one, the same on every rank."""
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return
-    grads = [param.grad for param in params if param.grad is not None]
     for group in group_by_bytes(grads, REDUCE_BYTES):
-        flat = torch.cat([grad.flatten() for grad in group])
+        device = reduce_device(group[0])
+        flat = torch.cat([grad.flatten().to(device, non_blocking=True) for grad in group])
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()
         for grad, mean in zip(group, flat.split([grad.numel() for grad in group]), strict=True):
             grad.copy_(mean.view_as(grad))
 
 
-def group_by_bytes(tensors: list[torch.Tensor], limit: int) -> list[list[torch.Tensor]]:
-    groups, size = [[]], 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    return [group for group in groups if group]
+def reduce_device(grad: torch.Tensor) -> torch.device:
+    """Where ranks can add: NCCL on their GPUs only, so that gradients in host memory pass through those."""
+    on_gpu = "nccl" in torch.distributed.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else grad.device
