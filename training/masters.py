@@ -128,9 +128,12 @@ class HostMasters(Masters):
 
     @torch.no_grad()
     def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
-        """Without waiting for the device: the host changes its weights only after the gradients of a later forward came."""
+        """Rounded on the device: torch's own copy would do it on the host, far slower.
+
+        Nothing waits: the host changes its weights only after the gradients of a later forward came.
+        """
         for copy, weight in zip(self.copies, self.params if weights is None else weights, strict=True):
-            copy.copy_(weight, non_blocking=True)
+            copy.copy_(weight.to(self.device, non_blocking=True))
 
 
 def host_memory(like: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:

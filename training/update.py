@@ -13,6 +13,38 @@ from masters import Masters, group_by_bytes
 REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory
 
 
+FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # torch.amp.GradScaler's; powers of two, so that scaling rounds nothing
+
+
+@dataclass
+class LossScaler:
+    """fp16 gradients underflow: the loss is scaled up and the fp32 gradients down again, as far as they stay finite.
+
+    Not torch.amp.GradScaler, which copies its scale from the GPU without waiting, so that gradients in host memory may
+    be multiplied before it is there.
+    """
+
+    scale: float = FIRST_SCALE
+    growth_tracker: int = 0  # finite updates in a row
+
+    def unscale(self, params: list[torch.nn.Parameter]) -> None:
+        torch._foreach_mul_([param.grad for param in params if param.grad is not None], 1 / self.scale)
+
+    def adapt(self, finite: bool) -> None:
+        """Halve the scale after a bad update, double it after many good ones."""
+        self.growth_tracker = self.growth_tracker + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.growth_tracker == GROWTH_INTERVAL:
+            self.scale, self.growth_tracker = self.scale * 2, 0
+
+    def state_dict(self) -> dict:
+        return vars(self).copy()
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.scale, self.growth_tracker = saved["scale"], saved["growth_tracker"]
+
+
 @dataclass
 class TrainingState:
     """What an update changes; also what a checkpoint must hold."""
@@ -20,7 +52,7 @@ class TrainingState:
     params: list[torch.nn.Parameter]  # fp32
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler | None = None  # fp16 only
+    scaler: LossScaler | None = None  # fp16 only
     masters: Masters | None = None  # params and the model's copies of them, where the model does not hold params
     ema: object | None = None  # diffusers' EMAModel of params
 
@@ -28,7 +60,7 @@ class TrainingState:
 class Update(NamedTuple):
     """`stepped`: an update is complete; `skipped`: it was not applied, its gradients were not finite.
 
-    `searching`: the gradient scaler of fp16 had room to lower its scale, which is how it finds it: nothing is wrong.
+    `searching`: the loss scaler of fp16 had room to lower its scale, which is how it finds it: nothing is wrong.
     """
 
     stepped: bool
@@ -38,9 +70,9 @@ class Update(NamedTuple):
     lr: float = math.nan  # that this update was made with
 
 
-def make_scaler(dtype: torch.dtype) -> torch.amp.GradScaler | None:
-    """A gradient scaler where the compute dtype needs one: fp16 gradients underflow without."""
-    return torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
+def make_scaler(dtype: torch.dtype) -> LossScaler | None:
+    """A scaler where the compute dtype needs one."""
+    return LossScaler() if dtype == torch.float16 else None
 
 
 def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_grad_norm: float) -> Update:
@@ -48,7 +80,7 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
 
     `loss` is already divided by the number of micro-steps. Ranks talk once per update, never between micro-steps.
     """
-    (state.scaler.scale(loss) if state.scaler else loss).backward()
+    (loss * state.scaler.scale if state.scaler else loss).backward()
     if not last_micro_step:
         return Update(stepped=False)
 
@@ -57,27 +89,24 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     if masters:
         masters.deliver_gradients()
     if state.scaler:
-        state.scaler.unscale_(state.optimizer)
+        state.scaler.unscale(state.params)
     # After averaging, a non-finite gradient of one rank is non-finite on all: they agree without another message
     grad_norm = float(torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm))
     skipped = not math.isfinite(grad_norm)
-    searching = skipped and state.scaler is not None and state.scaler.get_scale() > 1
+    searching = skipped and state.scaler is not None and state.scaler.scale > 1
     lr = float(state.optimizer.param_groups[0]["lr"])
-    apply_gradients(state, skipped)
+    if not skipped:
+        apply_gradients(state)
+    if state.scaler:
+        state.scaler.adapt(finite=not skipped)
     state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
     state.optimizer.zero_grad(set_to_none=True)
     return Update(stepped=True, skipped=skipped, searching=searching, grad_norm=grad_norm, lr=lr)
 
 
-def apply_gradients(state: TrainingState, skipped: bool) -> None:
-    """Step the optimizer, and what follows its weights, unless the update is skipped."""
-    if state.scaler:
-        state.scaler.step(state.optimizer)  # skips by itself, and must be asked to
-        state.scaler.update()
-    elif not skipped:
-        state.optimizer.step()
-    if skipped:
-        return
+def apply_gradients(state: TrainingState) -> None:
+    """Step the optimizer, and what follows its weights."""
+    state.optimizer.step()
     if state.masters:
         state.masters.write_copies()
     if state.ema:
