@@ -1,18 +1,26 @@
 """What only a CUDA device can show: its precisions, its scaler, and that it trains what the CPU trains."""
 
+import gc
 import importlib
 import json
+import socket
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from args import parse_training_args
+from checkpointing import load_checkpoint, save_checkpoint
 from lora import WEIGHTS_NAME
+from masters import HostMasters, Masters
 from random_dataset import write_dataset
+from test_optimizers import COMBINATIONS, FACTS, PLAIN, ROWS, TinyEngine, grid_loss, make_run, states_of
+from test_optimizers import train as train_tiny
+from update import average_gradients
 
 
 pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
 KINDS = {"t2v_lora": "5b", "t2v_sft": "2b", "i2v_lora": "1.5-5b-i2v", "i2v_sft": "5b-i2v"}
 MODULES = {"t2v": "cogvideox_text_to_video", "i2v": "cogvideox_image_to_video"}
 
@@ -74,8 +82,139 @@ def test_fp16_scales_its_gradients_and_keeps_fp32_adapters(train, tmp_path):
 
 
 def test_full_fine_tuning_that_cannot_fit_is_refused():
-    from engine import check_sft_fits
+    from engine import check_sft_fits_from_args
     from errors import UsageError
 
+    args = parse_training_args("t2v_sft", ["--pretrained_model_name_or_path", "m", "--data_root", "d"])
     with pytest.raises(UsageError, match="needs .* GiB for fp32 weights"):
-        check_sft_fits(1e12, torch.bfloat16, torch.device("cuda"))
+        check_sft_fits_from_args(args, 1e12, torch.bfloat16, torch.device("cuda"))
+
+
+# ---------------------------------------------------------------- optimizers, and masters in host memory
+
+
+@pytest.mark.parametrize(("row", "place"), COMBINATIONS)
+def test_every_optimizer_trains_and_resumes_on_the_gpu(row, place, tmp_path):
+    """As on the CPU: clipping, accumulation 3, a cosine schedule; low-bit states; four updates are two and two."""
+    if row.endswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs Ada or newer")
+    engine, state = make_run(row, place, torch.bfloat16, CUDA)
+    with torch.no_grad():
+        before = grid_loss(engine.transformer)
+    first = train_tiny(engine, state, 0, 2)
+    path = save_checkpoint(tmp_path, 2, TinyEngine(engine), state, FACTS)
+    unbroken = train_tiny(engine, state, 2, 4)
+
+    other, other_state = make_run(row, place, torch.bfloat16, CUDA)
+    load_checkpoint(path, TinyEngine(other), other_state, FACTS)
+    assert train_tiny(other, other_state, 2, 4) == unbroken
+    assert all(torch.equal(a, b) for a, b in zip(engine.params, other.params, strict=True))
+
+    updates = train_tiny(engine, state, 4, ROWS[row].num_steps)
+    assert updates[-1].lr < 0.01 * ROWS[row].learning_rate
+    assert any(made.grad_norm > 0.5 for made in first)
+    with torch.no_grad():
+        assert grid_loss(engine.transformer) < 0.9 * before
+    assert states_of(state.optimizer) == {ROWS[row].state}
+    assert {param.device.type for param in engine.params} == {"cuda" if place == "device" else "cpu"}
+    assert {param.device.type for param in engine.transformer.parameters()} == {"cuda"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("row", PLAIN)
+def test_masters_in_host_memory_train_what_those_on_the_gpu_train(row, dtype):
+    """Two kernels of one optimizer round differently; when gradients travel changes nothing at all."""
+    ends, losses = [], []
+    for place in ("device", "host", "host, gradients too"):
+        engine, state = make_run(row, place, dtype, CUDA)
+        start = torch.cat([param.detach().cpu().flatten() for param in engine.params])
+        updates = train_tiny(engine, state, 0, 10)
+        ends.append(torch.cat([param.detach().cpu().flatten() for param in engine.params]))
+        losses.append([made.grad_norm for made in updates])
+    on_gpu, on_host, gradients_too = ends
+    assert torch.equal(on_host, gradients_too) and losses[1] == losses[2]
+    assert (on_gpu - on_host).norm() < 0.05 * (on_gpu - start).norm()
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_masters_in_host_memory_are_page_locked():
+    engine, _ = make_run("adamw", "host", torch.bfloat16, CUDA)
+    assert all(param.is_pinned() for param in engine.params)
+    assert all(grad.is_pinned() for grad in engine.masters.host_grads)
+
+
+def peak_bytes_per_weight(make_masters):
+    """Of an update of 64 bf16 layers with 2**20 weights each, activations included."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    layers = [torch.nn.Linear(1024, 1024, bias=False) for _ in range(64)]
+    model = torch.nn.Sequential(*layers)
+    masters = make_masters(list(model.parameters()))
+    model.to(CUDA, torch.bfloat16)
+    inputs = torch.randn(8, 1024, device=CUDA, dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        model(inputs).float().square().mean().backward()
+    masters.gradients()
+    masters.deliver_gradients()
+    assert all(master.grad is not None for master in masters.params)
+    return (torch.cuda.max_memory_allocated() - before) / (64 * 2**20)
+
+
+def test_what_lies_on_the_gpu():
+    """Weights 2 bytes, fp32 gradients 4, fp32 masters 4; with gradients on the host a few on their way."""
+    offloaded = peak_bytes_per_weight(lambda copies: HostMasters(copies, CUDA, torch.bfloat16, True))
+    fetched = peak_bytes_per_weight(lambda copies: HostMasters(copies, CUDA, torch.bfloat16))
+    on_gpu = peak_bytes_per_weight(lambda copies: Masters(copies, CUDA))
+    assert 2 <= offloaded < 3 < 6 <= fetched < 7 < 10 <= on_gpu < 11
+
+
+@pytest.mark.parametrize("script", ["t2v_lora", "t2v_sft"])
+@pytest.mark.parametrize("more", [[], ["--offload_gradients"]], ids=["", "gradients"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_scripts_train_with_masters_in_host_memory(script, more, precision, train):
+    """fp16 scales gradients on the GPU and unscales them on the host."""
+    flags = ["--mixed_precision", precision, "--gradient_accumulation_steps", "2"]
+    on_gpu = train(script, *flags, kind="2b", name="gpu")
+    on_host = train(script, *flags, "--use_cpu_offload_optimizer", *more, kind="2b", name="host")
+    assert on_host == pytest.approx(on_gpu, rel=0.02)
+
+
+def test_full_fine_tuning_resumes_from_host_masters_and_their_average(train, tmp_path):
+    from safetensors.torch import load_file
+
+    flags = ["--mixed_precision", "bf16", "--use_cpu_offload_optimizer", "--offload_gradients", "--ema"]
+    train("t2v_sft", *flags, "--checkpointing_steps", "3", name="out")
+    unbroken = load_file(tmp_path / "out" / "checkpoint-6" / "ema.safetensors")
+    train("t2v_sft", *flags, "--resume_from_checkpoint", "checkpoint-3", "--checkpointing_steps", "6", name="out")
+    resumed = load_file(tmp_path / "out" / "checkpoint-6" / "ema.safetensors")
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_dora_trains_in_bf16_near_fp32(train):
+    flags = ["--use_dora", "--use_rslora", "--lora_target_modules", "to_q", "ff.net.0.proj"]
+    exact = train("t2v_lora", *flags, "--mixed_precision", "no", name="fp32")
+    rounded = train("t2v_lora", *flags, "--mixed_precision", "bf16", "--gradient_checkpointing", name="bf16")
+    assert rounded == pytest.approx(exact, rel=0.02)
+
+
+def average_on_rank(rank, port):
+    torch.cuda.set_device(rank)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("nccl", init_method=address, rank=rank, world_size=2)
+    grads = [torch.full((1000,), float(rank + n)).pin_memory() for n in range(3)]
+    on_gpu = torch.full((10,), float(rank), device="cuda")
+    average_gradients(grads)
+    average_gradients([on_gpu])
+    for n, grad in enumerate(grads):
+        assert torch.equal(grad, torch.full((1000,), n + 0.5))
+    assert torch.equal(on_gpu, torch.full_like(on_gpu, 0.5))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.multi_gpu
+def test_nccl_averages_gradients_in_host_memory():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(average_on_rank, (port,), nprocs=2)

@@ -6,18 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from args import parse_training_args
 from cogvideox import load_transformer
-from engine import check_sft_fits
+from engine import check_sft_fits_from_args
 from errors import UsageError
-from sft import (
-    MASTERS_NAME,
-    add_masters,
-    check_saved_transformer,
-    load_masters,
-    save_masters,
-    save_transformer,
-)
-from update import copy_weights
+from masters import HostMasters, Masters
+from sft import check_saved_transformer, load_weights, save_transformer, save_weights
 
 
 CPU = torch.device("cpu")
@@ -28,51 +22,106 @@ def small_model(dtype=torch.bfloat16):
     return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8)).to(dtype)
 
 
-def test_gradients_reach_the_masters_in_fp32_and_leave_the_model():
-    model = small_model()
-    masters = add_masters(model, CPU)
-    inputs = torch.randn(4, 8, dtype=torch.bfloat16)
+def host_masters(model, offload_gradients=False):
+    return HostMasters(list(model.parameters()), CPU, torch.bfloat16, offload_gradients)
+
+
+PLACES = {
+    "device": lambda model: Masters(list(model.parameters()), CPU),
+    "host": host_masters,
+    "host, gradients too": lambda model: host_masters(model, offload_gradients=True),
+}
+
+
+@pytest.fixture(params=PLACES)
+def add_masters(request):
+    return PLACES[request.param]
+
+
+def backward(model, seed=0):
+    inputs = torch.randn(4, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(seed))
     model(inputs).float().square().mean().backward()
+
+
+def test_gradients_reach_the_masters_in_fp32_and_leave_the_model(add_masters):
+    model = small_model()
+    masters = add_masters(model)
+    backward(model)
     assert all(param.grad is None for param in model.parameters())
-    assert all(master.grad.dtype == torch.float32 for master in masters)
+    masters.deliver_gradients()
+    assert all(master.grad.dtype == torch.float32 for master in masters.params)
     reference = small_model()
-    reference(inputs).float().square().mean().backward()
-    for master, param in zip(masters, reference.parameters(), strict=True):
+    backward(reference)
+    for master, param in zip(masters.params, reference.parameters(), strict=True):
         assert torch.equal(master.grad, param.grad.float())
 
 
-def test_small_gradients_are_not_lost_in_accumulation():
+def test_every_update_starts_from_no_gradient_and_gets_all_micro_steps(add_masters):
+    """Two updates of two micro-steps; in the second one a part of the model takes no part."""
+    model = small_model()
+    masters = add_masters(model)
+    sums = []
+    for update, seeds in enumerate([(0, 1), (2, 3)]):
+        for seed in seeds:
+            backward(model[2:] if update else model, seed)
+        averaged = masters.gradients()
+        assert len(averaged) == (2 if update else 4)
+        averaged[0] *= 3  # what averaging over the ranks does, in place
+        masters.deliver_gradients()
+        sums.append([None if master.grad is None else master.grad.clone() for master in masters.params])
+        for master in masters.params:
+            master.grad = None
+    assert sums[1][0] is None and sums[1][1] is None
+    for seed in (0, 1):
+        reference = small_model()
+        backward(reference, seed)
+        for total, param in zip(sums[0], reference.parameters(), strict=True):
+            total -= param.grad.float() * (3 if total is sums[0][0] else 1)
+    assert all(rest.abs().max() < 1e-6 for rest in sums[0])
+
+
+def test_small_gradients_are_not_lost_in_accumulation(add_masters):
     """A bf16 sum of 1 and 300 times 0.001 stays 1; the masters' sum does not."""
     param = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
-    model = torch.nn.ParameterList([param])
-    (master,) = add_masters(model, CPU)
+    masters = add_masters(torch.nn.ParameterList([param]))
     for weight in [1.0] + [0.001] * 300:
         (param * weight).sum().backward()
-    assert torch.allclose(master.grad, torch.full((4,), 1.3), rtol=0.01)
+    masters.deliver_gradients()
+    assert torch.allclose(masters.params[0].grad, torch.full((4,), 1.3), rtol=0.01)
 
 
-def test_copies_are_the_rounded_masters():
+def test_copies_are_the_rounded_masters(add_masters):
     model = small_model()
-    masters = add_masters(model, CPU)
+    masters = add_masters(model)
     with torch.no_grad():
-        for master in masters:
+        for master in masters.params:
             master += 1e-3
-    copy_weights(masters, list(model.parameters()))
-    for master, param in zip(masters, model.parameters(), strict=True):
+    masters.write_copies()
+    for master, param in zip(masters.params, model.parameters(), strict=True):
         assert torch.equal(param, master.bfloat16())
+    masters.read_copies()
+    assert all(torch.equal(a, b.float()) for a, b in zip(masters.params, model.parameters(), strict=True))
 
 
-@pytest.fixture
-def trained(tiny):
+def test_masters_on_the_host_start_from_fp32_and_the_model_moves_on():
+    model = small_model(torch.float32)
+    stored = [param.detach().clone() for param in model.parameters()]
+    masters = host_masters(model)
+    assert all(torch.equal(a, b) for a, b in zip(masters.params, stored, strict=True))
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.fixture(params=["device", "host"])
+def trained(tiny, request):
     """(transformer in bf16, masters that are no longer its stored weights)."""
-    transformer = load_transformer(tiny("5b"), torch.float32)
-    masters = add_masters(transformer, CPU)
+    transformer = load_transformer(tiny("5b"), torch.float32).requires_grad_(True)
+    masters = PLACES[request.param](transformer)
     torch.nn.Module.to(transformer, torch.bfloat16)
     with torch.no_grad():
-        for master in masters:
+        for master in masters.params:
             master *= 1.01
-    copy_weights(masters, list(transformer.parameters()))
-    return transformer, masters
+    masters.write_copies()
+    return transformer, masters.params
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -101,27 +150,60 @@ def test_a_second_save_replaces_the_first_and_notes_facts(trained, tmp_path):
     assert not (tmp_path / "transformer" / "training.json").exists()
 
 
-def test_masters_are_restored_bit_for_bit(trained, tmp_path, tiny):
+def test_masters_are_restored_bit_for_bit(trained, tmp_path):
     transformer, masters = trained
-    save_masters(transformer, masters, tmp_path)
-    assert {tensor.dtype for tensor in load_file(tmp_path / MASTERS_NAME).values()} == {torch.float32}
-    fresh = load_transformer(tiny("5b"), torch.float32)
-    fresh_masters = add_masters(fresh, CPU)
-    torch.nn.Module.to(fresh, torch.bfloat16)
-    load_masters(fresh, fresh_masters, tmp_path)
-    for ours, theirs in zip(fresh_masters, masters, strict=True):
-        assert torch.equal(ours, theirs)
-    for ours, theirs in zip(fresh.parameters(), transformer.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    path = tmp_path / "masters.safetensors"
+    save_weights(transformer, masters, path, {"note": "1"})
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+    fresh = [torch.zeros_like(master) for master in masters]
+    assert load_weights(transformer, fresh, path)["note"] == "1"
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fresh, masters, strict=True))
     other = small_model()
     with pytest.raises(UsageError, match="other weights"):
-        load_masters(other, add_masters(other, CPU), tmp_path)
+        load_weights(other, list(other.parameters()), path)
 
 
-def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch):
-    """A card of 80 GB: 5b in bf16 needs 93 GiB, 2b fits."""
+# ---------------------------------------------------------------- does it fit?
+
+
+def sft_flags(*more):
+    return parse_training_args("t2v_sft", ["--pretrained_model_name_or_path", "m", "--data_root", "d", *more])
+
+
+def fits(*flags, weights=5.57e9, dtype=torch.bfloat16):
+    check_sft_fits_from_args(sft_flags(*flags), weights, dtype, torch.device("cuda"))
+
+
+@pytest.fixture
+def card_of_80_gb(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
-    with pytest.raises(UsageError, match="needs 93 GiB .* 79 GiB are free"):
-        check_sft_fits(5.57e9, torch.bfloat16, torch.device("cuda"))
-    check_sft_fits(1.69e9, torch.bfloat16, torch.device("cuda"))
-    check_sft_fits(5.57e9, torch.bfloat16, CPU)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 120 * 2**30}))
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(card_of_80_gb):
+    """5b in bf16 needs 93 GiB, 2b fits."""
+    with pytest.raises(UsageError, match=r"needs 93 GiB .* 79 GiB are free on the GPU; add --use_cpu_offload_optim"):
+        fits()
+    fits(weights=1.69e9)
+    check_sft_fits_from_args(sft_flags(), 5.57e9, torch.bfloat16, CPU)
+
+
+def test_what_makes_it_fit_is_counted(card_of_80_gb):
+    fits("--use_cpu_offload_optimizer")
+    fits("--optimizer", "adamw", "--use_8bit")
+    fits("--optimizer", "came")
+    fits("--use_cpu_offload_optimizer", dtype=torch.float32)
+    with pytest.raises(UsageError, match=r"needs 93 GiB"):
+        fits("--optimizer", "came", "--ema")
+    with pytest.raises(
+        UsageError, match=r"needs 112 GiB for the weights and fp32 gradients.*; add --offload_gradients"
+    ):
+        fits("--use_cpu_offload_optimizer", weights=20e9)
+    with pytest.raises(UsageError, match=r"needs 93 GiB for the weights, .*GPU; train a LoRA"):
+        fits("--use_cpu_offload_optimizer", "--offload_gradients", weights=50e9)
+
+
+def test_host_memory_is_counted_for_all_processes_of_the_machine(card_of_80_gb, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"needs 166 GiB of host memory .* of 2 process\(es\), and 120 GiB"):
+        fits("--use_cpu_offload_optimizer")

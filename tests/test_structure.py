@@ -19,7 +19,7 @@ PURE = {"args", "buckets", "draws", "errors"}
 DATA_ROOMS = {"formats", "decode", "cache", "report"}
 PARTS = DATA_ROOMS | {
     "dataset", "cogvideox", "objective", "lora", "sft", "optimizers",
-    "memory", "attention", "streaming", "quantization", "offload_optimizer",
+    "memory", "attention", "streaming", "quantization", "masters",
 }  # fmt: skip
 SERVICES = {"runtime", "engine", "update", "checkpointing", "tracking", "validation", "hub"}
 
@@ -284,7 +284,7 @@ def test_rule_lets_pass_what_is_right(rule, source):
 TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]
 # What a task does in its own way: which engine, and image-to-video's first frame.
 OWN_CALLS = {
-    "build_lora_engine_from_args", "build_sft_engine_from_args", "check_sft_fits",
+    "build_lora_engine_from_args", "build_sft_engine_from_args", "check_sft_fits_from_args",
     "encode_images", "sample_image_latents", "condition_on_first_frame", "ofs_input",
 }  # fmt: skip
 

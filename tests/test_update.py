@@ -1,13 +1,15 @@
 """One update: accumulation, clipping, schedule, bad numbers."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from errors import NumbersError
+from masters import group_by_bytes
 from runtime import BadSteps, plan_steps, sample_positions
-from update import TrainingState, Update, group_by_bytes, update
+from update import LossScaler, TrainingState, Update, make_scaler, update
 
 
 def make_state(lr=0.1):
@@ -48,6 +50,39 @@ def test_a_bad_gradient_changes_no_weight_and_does_not_linger(bad):
     assert torch.equal(weight.data, torch.tensor([1.0, 2.0]))
     assert not update(weight.sum(), state, True, 1.0).skipped
     assert torch.isfinite(weight).all()
+
+
+def test_only_fp16_needs_a_scaler():
+    assert isinstance(make_scaler(torch.float16), LossScaler)
+    assert make_scaler(torch.float32) is None and make_scaler(torch.bfloat16) is None
+
+
+def test_scaling_changes_neither_norm_nor_step():
+    results = []
+    for scaler in (None, LossScaler()):
+        weight, state = make_state()
+        state.scaler = scaler
+        seen = []
+        loss = (weight * torch.tensor([3.0, 4.0])).sum()
+        loss.register_hook(lambda grad, seen=seen: seen.append(float(grad)))
+        results.append((update(loss, state, True, 1.0), weight.tolist()))
+        assert seen == [1.0 if scaler is None else 2.0**16]
+    assert results[0] == results[1]
+
+
+def test_the_scale_is_searched_downwards_and_grows_again():
+    """Halved while gradients overflow, which is no bad number before it is 1; doubled after 2,000 good updates."""
+    weight, state = make_state(lr=0.0)
+    state.scaler = LossScaler(scale=2.0, growth_tracker=1999)
+    assert not update(weight.sum(), state, True, 1.0).skipped
+    assert vars(state.scaler) == {"scale": 4.0, "growth_tracker": 0}
+    flags = [update((weight * math.inf).sum(), state, True, 1.0)[1:3] for _ in range(3)]
+    assert flags == [(True, True), (True, True), (True, False)]
+    saved = json.loads(json.dumps(state.scaler.state_dict()))
+    assert saved == {"scale": 0.5, "growth_tracker": 0}
+    other = LossScaler()
+    other.load_state_dict(saved)
+    assert other == state.scaler
 
 
 def test_bad_steps_stop_the_run_only_in_a_row():

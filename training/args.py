@@ -49,6 +49,19 @@ NO_MEANING = {
     "i2v_sft": dict.fromkeys(LORA_FLAGS, NO_LORA),
 }
 
+LORA_INITS = ("default", "gaussian", "orthogonal")
+CHANGES_BASE = "it changes the base weights too, and diffusers would load the LoRA onto the unchanged ones"
+NEEDS_PASS = "it needs the layers' inputs on the data, for which there is no pass here"
+REFUSED_INITS = {
+    "pissa": CHANGES_BASE,
+    "olora": CHANGES_BASE,
+    "corda": CHANGES_BASE,
+    "loftq": CHANGES_BASE,
+    "lora_ga": CHANGES_BASE,
+    "eva": NEEDS_PASS,
+    "mica": "it trains only half of the LoRA",
+}
+
 TRACKERS = ("wandb", "tensorboard", "trackio", "all", "none")
 
 # Flags that do nothing without another one: (what they need, is it there, flags). Said in one warning, because the
@@ -78,6 +91,7 @@ IDLE_WITHOUT = (
         ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
     ),
     ("--optimizer prodigy or came", lambda args: args.optimizer in ("prodigy", "came"), ("beta3",)),
+    ("--optimizer adam, adamw or prodigy", lambda args: args.optimizer != "came", ("epsilon",)),
 )  # fmt: skip
 
 # What these set was fixed when the data was prepared. Not id_token: the dataset compares it with the manifest.
@@ -264,6 +278,7 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     if args.lr_scheduler not in LR_SCHEDULERS:
         parser.error(f"--lr_scheduler {args.lr_scheduler}: must be one of {', '.join(LR_SCHEDULERS)}")
     check_reshape_mode(parser, args)
+    check_lora(parser, args)
     check_optimizer(parser, args)
     check_validation(parser, args)
     check_trackers(parser, args)
@@ -313,6 +328,18 @@ def warn_of_idle(parser: FlagParser, args: argparse.Namespace):
         idle = [f"--{dest}" for dest in dests if parser.is_used(args, dest)]
         if idle and not is_there(args):
             parser.say("warning", f"{', '.join(idle)}: no effect without {needed}")
+
+
+def check_lora(parser: FlagParser, args: argparse.Namespace):
+    """Refuses ways to start a LoRA that diffusers cannot load back, and two of them at once."""
+    if args.lora_init not in LORA_INITS:
+        name = "pissa" if args.lora_init.startswith("pissa") else args.lora_init
+        reason = f"{REFUSED_INITS[name]}; give" if name in REFUSED_INITS else "must be"
+        parser.error(f"--lora_init {args.lora_init}: {reason} one of {', '.join(LORA_INITS)}")
+    if args.lora_init == "orthogonal" and args.rank % 2:
+        parser.error(f"--lora_init orthogonal --rank {args.rank}: needs an even rank")
+    if args.init_lora is not None and parser.is_used(args, "lora_init"):
+        parser.error("--lora_init and --init_lora: the LoRA starts in one way; give one of them")
 
 
 def check_optimizer(parser: FlagParser, args: argparse.Namespace):
@@ -625,13 +652,14 @@ def add_lora_flags(parser: FlagParser):
         "--lora_init",
         metavar="SCHEME",
         default="default",
-        help="how the LoRA starts, without an effect at first: default (Kaiming uniform), gaussian or orthogonal. "
-        "Schemes of peft that change the base weights too (pissa, olora, ...) are refused: their file fits no other base",
+        help="how the LoRA starts, without an effect at first: default (Kaiming uniform), gaussian, or orthogonal, which "
+        "needs an even rank. Schemes of peft that change the base weights too (pissa, olora, ...) are refused: their "
+        "file fits no other base",
     )
     group.add_argument(
         "--init_lora",
         metavar="FILE",
-        help="start a new run from this LoRA, a file or the folder of a run; rank, alpha and layers must be the same",
+        help="start a new run from this LoRA, a file or the folder of a run; rank, alpha, layers and kind must be the same",
     )
     group.add_argument(
         "--export",

@@ -14,12 +14,12 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
 from errors import UsageError
+from optimizers import join_tensors, schedule_state, split_tensors
 from runtime import memory_report, remove_earlier_status, write_json, write_status
 from update import TrainingState
 
@@ -133,7 +133,7 @@ def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, f
             **facts,
             "step": step,
             "optimizer": optimizer,
-            "lr_scheduler": state.lr_scheduler.state_dict(),
+            "lr_scheduler": schedule_state(state.lr_scheduler),
             "scaler": state.scaler.state_dict() if state.scaler else None,
         }
         write_json(temporary / "state.json", content)
@@ -169,27 +169,6 @@ def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is not None:
         for directory in checkpoint_dirs(output_dir)[:-limit]:
             shutil.rmtree(directory)
-
-
-def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors by "<index>.<name>", the rest as JSON) of an optimizer's state_dict."""
-    tensors, values = {}, {}
-    for index, entry in optimizer_state["state"].items():
-        for name, value in entry.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.contiguous()
-            else:
-                values[f"{index}.{name}"] = value
-    return tensors, {"values": values, "param_groups": optimizer_state["param_groups"]}
-
-
-def join_tensors(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
-    """The inverse of `split_tensors`."""
-    state: dict[int, dict] = {}
-    for key, value in {**tensors, **rest["values"]}.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
 
 
 # ---------------------------------------------------------------- load

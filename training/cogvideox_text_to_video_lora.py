@@ -107,13 +107,13 @@ def main(args) -> None:
         vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling).to(device)
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
+    checkpoint = find_checkpoint_from_args(args)
     transformer = load_transformer(model_dir, dtype, args.variant)
-    engine = build_lora_engine_from_args(args, transformer, TEXT_TO_VIDEO_PIPELINE, device, seed)
+    engine = build_lora_engine_from_args(args, transformer, TEXT_TO_VIDEO_PIPELINE, device, seed, bool(checkpoint))
     optimizer = make_optimizer_from_args(args, engine.params, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
-    state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.copies)
+    state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.masters, engine.ema)
     facts = {"seed": seed, "data": dataset.fingerprint(), "num_processes": num_ranks}
-    checkpoint = find_checkpoint_from_args(args)
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
     if accelerator.is_main_process:
         record_run_from_args(args, seed)

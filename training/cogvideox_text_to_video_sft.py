@@ -51,7 +51,7 @@ from cogvideox import (
     text_length,
 )
 from dataset import BucketSampler, build_dataset_from_args, make_loader
-from engine import build_sft_engine_from_args, check_sft_fits
+from engine import build_sft_engine_from_args, check_sft_fits_from_args
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from runtime import (
@@ -88,7 +88,7 @@ def main(args) -> None:
     model_dir = resolve_model_dir(model, ["transformer", "scheduler", *weights], *source)
     stored = stored_dtype(model_dir, args.variant)
     dtype = compute_dtype_from_args(args, stored, device)
-    check_sft_fits(num_parameters(config), dtype, device)
+    check_sft_fits_from_args(args, num_parameters(config), dtype, device)
     scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
@@ -107,13 +107,13 @@ def main(args) -> None:
         vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling).to(device)
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
+    checkpoint = find_checkpoint_from_args(args)
     transformer = load_transformer(model_dir, torch.float32, args.variant)
     engine = build_sft_engine_from_args(args, transformer, dtype, stored, device)
     optimizer = make_optimizer_from_args(args, engine.params, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
-    state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.copies)
+    state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.masters, engine.ema)
     facts = {"seed": seed, "data": dataset.fingerprint(), "num_processes": num_ranks}
-    checkpoint = find_checkpoint_from_args(args)
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
     if accelerator.is_main_process:
         record_run_from_args(args, seed)

@@ -1,23 +1,40 @@
 """The one place where techniques are composed: what is trained, precision, checkpointing, placement, in this order.
 
-Both engines answer alike: `params` (fp32, what the optimizer holds), `copies` (their images in the model, where those
-are others), `save` and `check` (the result), `save_state` and `load_state` (what a run goes on from), `inference`.
+Both engines answer alike: `params` (fp32, what the optimizer holds), `masters` (the same with the model's copies of
+them, where the model holds others), `ema` (their moving average, if one is kept), `save` and `check` (the result),
+`save_state` and `load_state` (what a run goes on from), `inference`.
 """
 
 import contextlib
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from errors import UsageError
-from lora import add_lora, check_saved_lora, load_lora, save_lora
-from sft import add_masters, check_saved_transformer, load_masters, save_masters, save_transformer
+from lora import add_lora, check_saved_lora, load_lora, save_lora, start_from_lora
+from masters import HostMasters, Masters
+from sft import (
+    MASTERS_NAME,
+    check_saved_transformer,
+    exchanged,
+    load_average,
+    load_weights,
+    save_average,
+    save_transformer,
+    save_weights,
+)
 
+
+logger = logging.getLogger(__name__)
 
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-BYTES_PER_WEIGHT = 4 + 4 + 8  # fp32 weight, gradient, and Adam's two moments; the model's copy comes on top
+STATE_BYTES = {"adam": 8, "adamw": 8, "prodigy": 16, "came": 4}  # of the optimizer, per weight
 
 
 @dataclass
@@ -42,7 +59,8 @@ class LoraEngine(Engine):
     """A frozen transformer in the compute dtype with a trainable fp32 adapter."""
 
     pipeline_class: type
-    copies = None
+    masters: Masters | None = None
+    ema = None
 
     def save(self, directory: Path) -> Path:
         return save_lora(self.transformer, directory, self.pipeline_class, self.facts)
@@ -55,6 +73,8 @@ class LoraEngine(Engine):
 
     def load_state(self, directory: Path) -> None:
         load_lora(self.transformer, directory)
+        if self.masters:
+            self.masters.read_copies()
 
 
 @dataclass
@@ -62,31 +82,73 @@ class SftEngine(Engine):
     """A transformer in the compute dtype whose every weight is trained on an fp32 master."""
 
     save_dtype: torch.dtype
-    copies: list[nn.Parameter] | None
+    masters: Masters | None = None
+    ema: EMAModel | None = None
+
+    @property
+    def result(self) -> list[torch.Tensor]:
+        """The weights that are written and rendered."""
+        return self.ema.shadow_params if self.ema else self.params
 
     def save(self, directory: Path) -> Path:
-        return save_transformer(self.transformer, self.params, self.save_dtype, directory, self.facts)
+        return save_transformer(self.transformer, self.result, self.save_dtype, directory, self.facts)
 
     def check(self, directory: Path) -> None:
-        check_saved_transformer(self.transformer, self.params, self.save_dtype, directory)
+        check_saved_transformer(self.transformer, self.result, self.save_dtype, directory)
 
     def save_state(self, directory: Path) -> None:
         self.save(directory)
-        save_masters(self.transformer, self.params, directory)
+        save_weights(self.transformer, self.params, directory / MASTERS_NAME)
+        if self.ema:
+            save_average(self.transformer, self.ema, directory)
 
     def load_state(self, directory: Path) -> None:
-        load_masters(self.transformer, self.params, directory)
+        load_weights(self.transformer, self.params, directory / MASTERS_NAME)
+        if self.masters:
+            self.masters.write_copies()
+        if self.ema:
+            load_average(self.transformer, self.ema, directory)
+
+    @contextlib.contextmanager
+    def inference(self):
+        with self.averaged_weights(), super().inference() as transformer:
+            yield transformer
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """The moving average in the model, and afterwards what is trained, bit for bit."""
+        if self.ema is None:
+            yield
+        elif self.masters is None:
+            with exchanged(self.params, self.ema.shadow_params):
+                yield
+        else:
+            self.masters.write_copies(self.ema.shadow_params)
+            try:
+                yield
+            finally:
+                self.masters.write_copies()
 
 
 def build_lora_engine_from_args(
-    args, transformer: nn.Module, pipeline_class, device: torch.device, seed: int
+    args, transformer: nn.Module, pipeline_class, device: torch.device, seed: int, resumes: bool
 ) -> LoraEngine:
-    """`transformer`, on the CPU in the compute dtype and frozen, made ready to train a LoRA on `device`."""
-    params = add_lora(transformer, args.rank, args.lora_alpha, seed)
+    """`transformer`, on the CPU in the compute dtype and frozen, made ready to train a LoRA on `device`.
+
+    A run that `resumes` has no use for --init_lora.
+    """
+    names, init = args.lora_target_modules, args.lora_init
+    params = add_lora(transformer, args.rank, args.lora_alpha, seed, names, init, args.use_dora, args.use_rslora)
+    if args.init_lora and not resumes:
+        start_from_lora(transformer, Path(args.init_lora))
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    masters = None
+    if args.use_cpu_offload_optimizer:
+        masters = HostMasters(params, device, torch.float32, args.offload_gradients)
     transformer.to(device).train()
-    return LoraEngine(transformer, params, inference_facts_from_args(args), pipeline_class)
+    trained = masters.params if masters else params
+    return LoraEngine(transformer, trained, inference_facts_from_args(args), pipeline_class, masters)
 
 
 def build_sft_engine_from_args(
@@ -98,14 +160,19 @@ def build_sft_engine_from_args(
     """
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    save_dtype = SAVE_DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
-    facts = inference_facts_from_args(args)
-    if dtype == torch.float32:
-        params = list(transformer.requires_grad_(True).to(device).train().parameters())
-        return SftEngine(transformer, params, facts, save_dtype, copies=None)
-    masters = add_masters(transformer, device)
+    weights = list(transformer.requires_grad_(True).parameters())
+    masters = None
+    if args.use_cpu_offload_optimizer:
+        masters = HostMasters(weights, device, dtype, args.offload_gradients)
+    elif dtype != torch.float32:
+        masters = Masters(weights, device)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns of modules that it has none of here
-    return SftEngine(transformer, masters, facts, save_dtype, copies=list(transformer.parameters()))
+    params = masters.params if masters else weights
+    ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
+    if ema:
+        logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
+    save_dtype = SAVE_DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
+    return SftEngine(transformer, params, inference_facts_from_args(args), save_dtype, masters, ema)
 
 
 def inference_facts_from_args(args) -> dict:
@@ -118,15 +185,46 @@ def inference_facts_from_args(args) -> dict:
     return facts
 
 
-def check_sft_fits(num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse, before anything is loaded, what the device cannot hold even without activations."""
+# ---------------------------------------------------------------- does it fit?
+
+
+def check_sft_fits_from_args(args, num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse, before anything is loaded, what GPU or host cannot hold even without activations."""
     if device.type != "cuda":
         return
-    copy_bytes = 0 if dtype == torch.float32 else dtype.itemsize
-    needed = num_weights * (BYTES_PER_WEIGHT + copy_bytes) / 2**30
+    on_device, on_host = sft_bytes_per_weight_from_args(args, dtype)
+    size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"
     free = torch.cuda.mem_get_info(device)[0] / 2**30
-    if needed > free:
+    if on_device * size > free:
         raise UsageError(
-            f"full fine-tuning of {num_weights / 1e9:.1f} billion weights needs {needed:.0f} GiB for fp32 weights, "
-            f"gradients and optimizer states, and {free:.0f} GiB are free on the GPU; train a LoRA, or a smaller model"
+            f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device_from_args(args)}, and {free:.0f} GiB "
+            f"are free on the GPU; {how_to_need_less_from_args(args)}"
         )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, each with masters of its own
+    available = psutil.virtual_memory().available / 2**30
+    if on_host * size * processes > available:
+        raise UsageError(
+            f"--use_cpu_offload_optimizer: {weights} needs {on_host * size * processes:.0f} GiB of host memory for fp32 "
+            f"weights, gradients and optimizer states of {processes} process(es), and {available:.0f} GiB are available"
+        )
+
+
+def sft_bytes_per_weight_from_args(args, dtype: torch.dtype) -> tuple[int, int]:
+    """(on the GPU, on the host) of one trained weight, with its gradient and all that is kept for it."""
+    states = 2 if args.use_8bit or args.use_fp8 else 1 if args.use_4bit else STATE_BYTES[args.optimizer]
+    trained = 4 + states + (4 if args.ema else 0)
+    if args.use_cpu_offload_optimizer:
+        return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4
+    return trained + 4 + (0 if dtype == torch.float32 else dtype.itemsize), 0
+
+
+def what_lies_on_device_from_args(args) -> str:
+    if not args.use_cpu_offload_optimizer:
+        return "fp32 weights, gradients and optimizer states"
+    return "the weights" if args.offload_gradients else "the weights and fp32 gradients"
+
+
+def how_to_need_less_from_args(args) -> str:
+    if not args.use_cpu_offload_optimizer:
+        return "add --use_cpu_offload_optimizer, or train a LoRA, or a smaller model"
+    return ("" if args.offload_gradients else "add --offload_gradients, or ") + "train a LoRA, or a smaller model"

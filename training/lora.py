@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,6 +24,8 @@ TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
 ADAPTER = "default"  # peft's name for the trained adapter
 PREFIX = "transformer."  # diffusers' name for the adapted part of the pipeline
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's configuration, as JSON
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of an adapted layer; the last is DoRA's
 
 
 class ComputeDtypeLinear(nn.Linear):
@@ -34,22 +38,83 @@ class ComputeDtypeLinear(nn.Linear):
         return F.linear(hidden_states, self.weight.to(hidden_states.dtype))
 
 
-def add_lora(transformer: nn.Module, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
-    """Add a trainable fp32 adapter on q, k, v and out of every attention; returns its weights in a fixed order.
+class ComputeDtypeDora(DoraLinearLayer):
+    """DoRA's part of an adapted layer (arXiv 2402.09353), its fp32 magnitudes cast to the input's dtype too.
 
-    A is drawn on the CPU from (seed, "lora_init"), B is zero: the model is unchanged before the first update.
+    Both sides of magnitude / norm are then rounded alike: without an update the quotient is 1, whatever the dtype.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGET_MODULES), init_lora_weights=True)
+
+    def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name="default"):
+        weight = dequantize_module_weight(base_layer).to(x.dtype)
+        with torch.no_grad():  # section 4.3 of the paper: the norm counts as a constant
+            identity = torch.eye(weight.shape[1], device=x.device, dtype=x.dtype)
+            norm = self.get_weight_norm(weight, lora_B(lora_A(identity)).T, scaling)
+        scale = (self.weight.to(x.dtype) / norm).view(1, -1)
+        if base_result is None:
+            base_result = F.linear(x, weight)
+        elif base_layer.bias is not None:
+            base_result = base_result - base_layer.bias
+        return (scale - 1) * base_result + scale * lora_B(lora_A(x)) * scaling
+
+
+def add_lora(
+    transformer: nn.Module,
+    rank: int,
+    alpha: float,
+    seed: int,
+    target_modules: list[str] | tuple[str, ...] = TARGET_MODULES,
+    init: str = "default",
+    use_dora: bool = False,
+    use_rslora: bool = False,
+) -> list[nn.Parameter]:
+    """Add a trainable fp32 adapter on the linear layers whose names end so; returns its weights in a fixed order.
+
+    Drawn on the CPU from (seed, "lora_init"). The model is unchanged before the first update: B is zero, or with
+    `init` "orthogonal" B A is, up to rounding.
+    """
+    check_target_modules(transformer, target_modules)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(target_modules),
+        init_lora_weights=True if init == "default" else init,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(seed, "lora_init"))
         transformer.add_adapter(config, adapter_name=ADAPTER)
-    for module in transformer.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
-            for linear in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
-                linear.__class__ = ComputeDtypeLinear
-                linear.weight.data = linear.weight.data.float()
-    return [param for param in transformer.parameters() if param.requires_grad]
+    for layer in lora_layers(transformer).values():
+        layer.cast_input_dtype_enabled = False
+        layer.lora_A[ADAPTER].__class__ = layer.lora_B[ADAPTER].__class__ = ComputeDtypeLinear
+        if use_dora:
+            layer.lora_magnitude_vector[ADAPTER].__class__ = ComputeDtypeDora
+    params = [param for param in transformer.parameters() if param.requires_grad]
+    for param in params:
+        param.data = param.data.float()
+    return params
+
+
+def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def check_target_modules(transformer: nn.Module, names: list[str] | tuple[str, ...]) -> None:
+    """Each name must be the end of linear layers' names, and of no other layer's."""
+    modules = dict(transformer.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    for wanted in names:
+        found = [name for name in modules if f".{name}".endswith(f".{wanted}")]
+        others = [name for name in found if name not in linear]
+        if others or not found:
+            what = f"{others[0]} is a {type(modules[others[0]]).__name__}" if others else "no layer is called so"
+            choices = ", ".join(dict.fromkeys(name_in_block(name) for name in linear))
+            raise UsageError(f"--lora_target_modules {wanted}: {what}; the linear layers are {choices}")
+
+
+def name_in_block(name: str) -> str:
+    """A layer's name without the number of its block, so that it means that layer of every block."""
+    return re.sub(r"^\w+\.\d+\.", "", name)
 
 
 def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: dict | None = None) -> Path:
@@ -98,18 +163,29 @@ def finish_header(path: Path, more_metadata: dict[str, str]) -> None:
 def load_lora(transformer: nn.Module, directory: Path) -> None:
     """Load a saved adapter into the trained one, bit for bit; any missing, unexpected or misshapen key is an error."""
     path = Path(directory, WEIGHTS_NAME)
+    insert_lora(transformer, read_lora(path)[0], path)
+
+
+def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors by their keys in the transformer, what peft's configuration says in the metadata, empty without)."""
     try:
-        saved = {key.removeprefix(PREFIX): value for key, value in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            config = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(f"{path}: not readable as a LoRA file ({error})") from error
+    return tensors, {key.removeprefix(PREFIX): value for key, value in config.items()}
+
+
+def insert_lora(transformer: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
     current = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-    differing = sorted(current.keys() ^ saved.keys())
-    differing += [key for key in current if key in saved and saved[key].shape != current[key].shape]
+    differing = sorted(current.keys() ^ tensors.keys())
+    differing += [key for key in current if key in tensors and tensors[key].shape != current[key].shape]
     if differing:
         raise UsageError(
             f"{path}: does not fit this model and rank, {len(differing)} keys differ, e.g. {differing[0]}"
         )
-    set_peft_model_state_dict(transformer, saved, adapter_name=ADAPTER)
+    set_peft_model_state_dict(transformer, tensors, adapter_name=ADAPTER)
 
 
 def check_saved_lora(transformer: nn.Module, directory: Path) -> None:
@@ -122,14 +198,71 @@ def check_saved_lora(transformer: nn.Module, directory: Path) -> None:
         warnings.simplefilter("ignore")  # peft warns of a second adapter
         transformer.load_lora_adapter(directory, weight_name=WEIGHTS_NAME, adapter_name=check, prefix="transformer")
     try:
-        for name, module in transformer.named_modules():
-            if isinstance(module, LoraLayer):
-                for part in (module.lora_A, module.lora_B):
-                    loaded = part[check].weight
-                    if not torch.equal(loaded, part[ADAPTER].weight.to(loaded.dtype)):
-                        raise RuntimeError(f"{directory}: {name} differs after saving")
-                if module.scaling[check] != module.scaling[ADAPTER]:
-                    raise RuntimeError(f"{directory}: {name} is scaled differently after saving")
+        for name, layer in lora_layers(transformer).items():
+            for part in (getattr(layer, part) for part in PARTS):
+                if (check in part) != (ADAPTER in part):
+                    raise RuntimeError(f"{directory}: {name} has other parts after saving")
+                if check in part and not torch.equal(part[check].weight, part[ADAPTER].weight.to(part[check].weight)):
+                    raise RuntimeError(f"{directory}: {name} differs after saving")
+            if layer.scaling[check] != layer.scaling[ADAPTER]:
+                raise RuntimeError(f"{directory}: {name} is scaled differently after saving")
     finally:
         transformer.set_adapter(ADAPTER)
         transformer.delete_adapters(check)
+
+
+# ---------------------------------------------------------------- starting from a trained LoRA
+
+
+def start_from_lora(transformer: nn.Module, path: Path) -> None:
+    """Give the fresh adapter the weights of a LoRA file in diffusers' format, or of the one in a run's folder.
+
+    The flags must be those that it was trained with: what differs is refused in one line that says what to give.
+    """
+    path = path / WEIGHTS_NAME if path.is_dir() else path
+    tensors, config = read_lora(path)
+    if config.get("rank_pattern") or config.get("alpha_pattern") or len(ranks_in(tensors)) != 1:
+        raise UsageError(f"{path}: --init_lora needs a LoRA file with one rank and one alpha for all layers")
+    theirs, ours = flags_of_file(tensors, config), flags_of_adapter(transformer)
+    advice = [flag_advice(flag, theirs[flag], ours[flag]) for flag in theirs if theirs[flag] != ours[flag]]
+    if layers_in(tensors) != set(lora_layers(transformer)):
+        names = config.get("target_modules") or {name_in_block(name) for name in layers_in(tensors)}
+        advice.append(f"give --lora_target_modules {' '.join(sorted(names))}")
+    if advice:
+        raise UsageError(f"{path}: --init_lora goes on with a LoRA of other flags; {', '.join(advice)}")
+    insert_lora(transformer, tensors, path)
+
+
+def flags_of_file(tensors: dict[str, torch.Tensor], config: dict) -> dict:
+    """Without metadata alpha is the rank, as diffusers has it."""
+    (rank,) = ranks_in(tensors)
+    return {
+        "rank": rank,
+        "lora_alpha": config.get("lora_alpha", rank),
+        "use_dora": any("lora_magnitude_vector" in key for key in tensors),
+        "use_rslora": config.get("use_rslora", False),
+    }
+
+
+def flags_of_adapter(transformer: nn.Module) -> dict:
+    config = transformer.peft_config[ADAPTER]
+    return {
+        "rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+    }
+
+
+def flag_advice(flag: str, theirs, ours) -> str:
+    if isinstance(theirs, bool):
+        return f"{'give' if theirs else 'leave out'} --{flag}"
+    return f"give --{flag} {theirs} (not {ours})"
+
+
+def ranks_in(tensors: dict[str, torch.Tensor]) -> set[int]:
+    return {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".lora_A.weight")}
+
+
+def layers_in(tensors: dict[str, torch.Tensor]) -> set[str]:
+    return {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}

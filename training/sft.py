@@ -1,7 +1,4 @@
-"""Full weights in, full weights out: supervised fine-tuning of every weight, with fp32 masters (arXiv 1710.03740).
-
-In bf16 an update of 1e-5 is rounded away for every weight above 0.004; on an fp32 master it arrives.
-"""
+"""Full weights in, full weights out: the files of supervised fine-tuning, where every weight is trained in fp32."""
 
 import contextlib
 import json
@@ -19,28 +16,23 @@ from errors import UsageError
 
 SUBFOLDER = "transformer"
 MASTERS_NAME = "masters.safetensors"
+EMA_NAME = "ema.safetensors"
+EMA_STEPS = "optimization_step"  # what EMAModel calls the number of updates that it has averaged
 
 
-def add_masters(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
-    """fp32 masters on `device` of all the model's weights, in order. Gradients reach `master.grad` in fp32 as backward makes them.
-
-    Each gradient is moved at once, so that those in the model's dtype never all exist, and accumulation is in fp32.
-    """
-    model.requires_grad_(True)
-    masters = []
-    for param in model.parameters():
-        master = nn.Parameter(param.detach().to(device, torch.float32, copy=True))
-        param.register_post_accumulate_grad_hook(lambda param, master=master: move_gradient(param, master))
-        masters.append(master)
-    return masters
+@contextlib.contextmanager
+def exchanged(params: list[nn.Parameter], others: list[torch.Tensor]):
+    """`params` hold the numbers of `others`, and those theirs; no memory, and the old ones come back bit for bit."""
+    exchange(params, others)
+    try:
+        yield
+    finally:
+        exchange(params, others)
 
 
-def move_gradient(param: nn.Parameter, master: nn.Parameter) -> None:
-    grad, param.grad = param.grad, None
-    if master.grad is None:
-        master.grad = grad.float()
-    else:
-        master.grad += grad
+def exchange(params: list[nn.Parameter], others: list[torch.Tensor]) -> None:
+    for param, other in zip(params, others, strict=True):
+        param.data, other.data = other.data, param.data
 
 
 @contextlib.contextmanager
@@ -92,24 +84,31 @@ def check_saved_transformer(model: nn.Module, params: list[nn.Parameter], dtype:
         raise RuntimeError(f"{directory}: {len(missing)} weights were not saved, e.g. {sorted(missing)[0]}")
 
 
-def save_masters(model: nn.Module, params: list[nn.Parameter], directory: Path) -> None:
-    """The fp32 weights that a run goes on from."""
+def save_weights(model: nn.Module, weights: list[torch.Tensor], path: Path, metadata: dict | None = None) -> None:
+    """fp32 weights that a run goes on from, by the model's names of them."""
     names = (name for name, _ in model.named_parameters())
-    save_file(
-        {name: param.detach().cpu() for name, param in zip(names, params, strict=True)}, directory / MASTERS_NAME
-    )
+    tensors = {name: weight.detach().cpu() for name, weight in zip(names, weights, strict=True)}
+    save_file(tensors, path, metadata)
 
 
-def load_masters(model: nn.Module, params: list[nn.Parameter], directory: Path) -> None:
-    """Restore them bit for bit into `params` and, rounded, into the model."""
-    path = Path(directory, MASTERS_NAME)
+def load_weights(model: nn.Module, weights: list[torch.Tensor], path: Path) -> dict:
+    """Restore them bit for bit into `weights`; returns the file's metadata."""
     names = [name for name, _ in model.named_parameters()]
     try:
         with safe_open(path, framework="pt") as saved, torch.no_grad():
             if set(saved.keys()) != set(names):
                 raise UsageError(f"{path}: holds other weights than this model; name another checkpoint")
-            for name, copy, param in zip(names, model.parameters(), params, strict=True):
-                param.copy_(saved.get_tensor(name))
-                copy.copy_(param)
+            for name, weight in zip(names, weights, strict=True):
+                weight.copy_(saved.get_tensor(name))
+            return saved.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: not readable ({error}); name an older checkpoint") from error
+
+
+def save_average(model: nn.Module, ema, directory: Path) -> None:
+    """The moving average of the weights (diffusers' EMAModel), and how many updates are in it."""
+    save_weights(model, ema.shadow_params, directory / EMA_NAME, {EMA_STEPS: str(ema.optimization_step)})
+
+
+def load_average(model: nn.Module, ema, directory: Path) -> None:
+    ema.optimization_step = int(load_weights(model, ema.shadow_params, directory / EMA_NAME)[EMA_STEPS])

@@ -7,8 +7,42 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
+from masters import Masters, group_by_bytes
+
 
 REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory
+
+
+FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # torch.amp.GradScaler's; powers of two, so that scaling rounds nothing
+
+
+@dataclass
+class LossScaler:
+    """fp16 gradients underflow: the loss is scaled up and the fp32 gradients down again, as far as they stay finite.
+
+    Not torch.amp.GradScaler, which copies its scale from the GPU without waiting, so that gradients in host memory may
+    be multiplied before it is there.
+    """
+
+    scale: float = FIRST_SCALE
+    growth_tracker: int = 0  # finite updates in a row
+
+    def unscale(self, params: list[torch.nn.Parameter]) -> None:
+        torch._foreach_mul_([param.grad for param in params if param.grad is not None], 1 / self.scale)
+
+    def adapt(self, finite: bool) -> None:
+        """Halve the scale after a bad update, double it after many good ones."""
+        self.growth_tracker = self.growth_tracker + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.growth_tracker == GROWTH_INTERVAL:
+            self.scale, self.growth_tracker = self.scale * 2, 0
+
+    def state_dict(self) -> dict:
+        return vars(self).copy()
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.scale, self.growth_tracker = saved["scale"], saved["growth_tracker"]
 
 
 @dataclass
@@ -18,14 +52,15 @@ class TrainingState:
     params: list[torch.nn.Parameter]  # fp32
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler | None = None  # fp16 only
-    copies: list[torch.nn.Parameter] | None = None  # of params, in the compute dtype, where the model holds those
+    scaler: LossScaler | None = None  # fp16 only
+    masters: Masters | None = None  # params and the model's copies of them, where the model does not hold params
+    ema: object | None = None  # diffusers' EMAModel of params
 
 
 class Update(NamedTuple):
     """`stepped`: an update is complete; `skipped`: it was not applied, its gradients were not finite.
 
-    `searching`: the gradient scaler of fp16 had room to lower its scale, which is how it finds it: nothing is wrong.
+    `searching`: the loss scaler of fp16 had room to lower its scale, which is how it finds it: nothing is wrong.
     """
 
     stepped: bool
@@ -35,9 +70,9 @@ class Update(NamedTuple):
     lr: float = math.nan  # that this update was made with
 
 
-def make_scaler(dtype: torch.dtype) -> torch.amp.GradScaler | None:
-    """A gradient scaler where the compute dtype needs one: fp16 gradients underflow without."""
-    return torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
+def make_scaler(dtype: torch.dtype) -> LossScaler | None:
+    """A scaler where the compute dtype needs one."""
+    return LossScaler() if dtype == torch.float16 else None
 
 
 def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_grad_norm: float) -> Update:
@@ -45,55 +80,53 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
 
     `loss` is already divided by the number of micro-steps. Ranks talk once per update, never between micro-steps.
     """
-    (state.scaler.scale(loss) if state.scaler else loss).backward()
+    (loss * state.scaler.scale if state.scaler else loss).backward()
     if not last_micro_step:
         return Update(stepped=False)
 
-    average_gradients(state.params)
+    masters = state.masters
+    average_gradients(masters.gradients() if masters else [p.grad for p in state.params if p.grad is not None])
+    if masters:
+        masters.deliver_gradients()
     if state.scaler:
-        state.scaler.unscale_(state.optimizer)
+        state.scaler.unscale(state.params)
     # After averaging, a non-finite gradient of one rank is non-finite on all: they agree without another message
     grad_norm = float(torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm))
     skipped = not math.isfinite(grad_norm)
-    searching = skipped and state.scaler is not None and state.scaler.get_scale() > 1
+    searching = skipped and state.scaler is not None and state.scaler.scale > 1
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    if not skipped:
+        apply_gradients(state)
     if state.scaler:
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-    elif not skipped:
-        state.optimizer.step()
-    if state.copies:
-        copy_weights(state.params, state.copies)
-    lr = state.optimizer.param_groups[0]["lr"]
+        state.scaler.adapt(finite=not skipped)
     state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
     state.optimizer.zero_grad(set_to_none=True)
     return Update(stepped=True, skipped=skipped, searching=searching, grad_norm=grad_norm, lr=lr)
 
 
-@torch.no_grad()
-def copy_weights(params: list[torch.nn.Parameter], copies: list[torch.nn.Parameter]) -> None:
-    """Round the fp32 weights to the model's copies."""
-    torch._foreach_copy_(copies, params)
+def apply_gradients(state: TrainingState) -> None:
+    """Step the optimizer, and what follows its weights."""
+    state.optimizer.step()
+    if state.masters:
+        state.masters.write_copies()
+    if state.ema:
+        state.ema.step(state.params)
 
 
-def average_gradients(params: list[torch.nn.Parameter]) -> None:
+def average_gradients(grads: list[torch.Tensor]) -> None:
     """Replace every gradient by its mean over the ranks. Some parameters never get one, the same on every rank."""
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return
-    grads = [param.grad for param in params if param.grad is not None]
     for group in group_by_bytes(grads, REDUCE_BYTES):
-        flat = torch.cat([grad.flatten() for grad in group])
+        device = reduce_device(group[0])
+        flat = torch.cat([grad.flatten().to(device, non_blocking=True) for grad in group])
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()
         for grad, mean in zip(group, flat.split([grad.numel() for grad in group]), strict=True):
             grad.copy_(mean.view_as(grad))
 
 
-def group_by_bytes(tensors: list[torch.Tensor], limit: int) -> list[list[torch.Tensor]]:
-    groups, size = [[]], 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    return [group for group in groups if group]
+def reduce_device(grad: torch.Tensor) -> torch.device:
+    """Where ranks can add: NCCL on their GPUs only, so that gradients in host memory pass through those."""
+    on_gpu = "nccl" in torch.distributed.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else grad.device

@@ -1,0 +1,351 @@
+"""Every optimizer trains, with clipping, accumulation and a schedule, and goes on from a checkpoint bit for bit."""
+
+import contextlib
+import copy
+import json
+import logging
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from args import parse_training_args
+from checkpointing import load_checkpoint, save_checkpoint
+from engine import build_sft_engine_from_args
+from errors import UsageError
+from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, schedule_state
+from update import TrainingState, update
+
+
+MICRO_STEPS, MAX_NORM = 3, 0.5
+NUM_WEIGHTS = 64 * 64  # of each layer: the least that is kept in low bits
+FACTS = {"seed": 0}
+CPU = torch.device("cpu")
+
+
+class Row(NamedTuple):
+    """A row of the README's table: the flags, and the type or dtype of the states where that is the point."""
+
+    flags: str
+    state: str = "float32"
+    learning_rate: float = 3e-3
+    num_steps: int = 20
+
+
+PRODIGY = {"learning_rate": 1.0, "num_steps": 60}  # it starts at a step of 1e-6 and finds its own
+ROWS = {
+    "adam": Row("--optimizer adam"),
+    "adamw": Row("--optimizer adamw"),
+    "prodigy": Row("--optimizer prodigy", **PRODIGY),
+    "prodigy_all": Row(
+        "--optimizer prodigy --prodigy_decouple --prodigy_use_bias_correction --prodigy_safeguard_warmup",
+        **PRODIGY,
+    ),
+    "came": Row("--optimizer came"),
+    "bnb_adam8": Row("--optimizer adam --use_8bit", "uint8"),
+    "bnb_adamw8": Row("--optimizer adamw --use_8bit", "uint8"),
+    "ao_adam8": Row("--optimizer adam --use_8bit --use_torchao", "OptimState8bit"),
+    "ao_adamw8": Row("--optimizer adamw --use_8bit --use_torchao", "OptimState8bit"),
+    "ao_adam4": Row("--optimizer adam --use_4bit", "OptimState4bit"),
+    "ao_adamw4": Row("--optimizer adamw --use_4bit", "OptimState4bit"),
+    "ao_adamfp8": Row("--optimizer adam --use_fp8", "OptimStateFp8"),
+    "ao_adamwfp8": Row("--optimizer adamw --use_fp8", "OptimStateFp8"),
+}
+PLAIN = ("adam", "adamw", "prodigy", "prodigy_all", "came")
+PLACES = {
+    "device": "",
+    "host": "--use_cpu_offload_optimizer",
+    "host, gradients too": "--use_cpu_offload_optimizer --offload_gradients",
+}
+# Every optimizer where it is by default; those whose states need no GPU also in host memory
+COMBINATIONS = [(row, "device") for row in ROWS] + [(row, place) for row in PLAIN for place in list(PLACES)[1:]]
+
+
+@pytest.fixture
+def eager():
+    """torchao compiles its step, 20 s a kind of state on a CPU; the arithmetic is the same without."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+class TinyModel(torch.nn.Module):
+    """Two layers of 4,096 weights; the second of two outputs is never used, so that one weight never gets a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(64, 64, generator=generator) / 8 for _ in range(3)]
+        self.first, self.second, self.unused = (torch.nn.Parameter(weight) for weight in weights)
+
+    def forward(self, noisy, timestep):
+        return torch.tanh((noisy * (1 + timestep)) @ self.first) @ self.second
+
+    def enable_gradient_checkpointing(self):
+        pass
+
+
+class TinyEngine:
+    """What checkpoints need of an engine, around the real engine's weights."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.params = engine.params
+
+    def save_state(self, directory):
+        self.names = [f"{index}.pt" for index in range(len(self.params))]
+        for name, param in zip(self.names, self.params, strict=True):
+            torch.save(param.detach(), directory / name)
+
+    def load_state(self, directory):
+        with torch.no_grad():
+            for index, param in enumerate(self.params):
+                param.copy_(torch.load(directory / f"{index}.pt", weights_only=True))
+        if self.engine.masters:
+            self.engine.masters.write_copies()
+
+
+def parse(row, place="device"):
+    argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", *ROWS[row].flags.split()]
+    argv += [*PLACES[place].split(), "--learning_rate", str(ROWS[row].learning_rate), "--lr_scheduler", "cosine"]
+    return parse_training_args(
+        "t2v_sft", [*argv, "--lr_warmup_steps", "0", "--max_train_steps", str(ROWS[row].num_steps)]
+    )
+
+
+def make_run(row, place="device", dtype=torch.float32, device=CPU):
+    args = parse(row, place)
+    engine = build_sft_engine_from_args(args, TinyModel(), dtype, torch.float32, device)
+    optimizer = make_optimizer_from_args(args, engine.params, args.learning_rate)
+    schedule = make_lr_scheduler_from_args(args, optimizer, args.max_train_steps)
+    return engine, TrainingState(engine.params, optimizer, schedule, masters=engine.masters, ema=engine.ema)
+
+
+def grid_loss(model, timesteps=(0.1, 0.5, 0.9)):
+    """Mean loss on a fixed grid of (noise, timestep)."""
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randn(16, 64, generator=generator)
+    target = clean @ torch.randn(64, 64, generator=generator) / 8
+    device, dtype = model.first.device, model.first.dtype
+    losses = []
+    for timestep in timesteps:
+        noisy = clean + timestep * torch.randn(16, 64, generator=generator)
+        velocity = model(noisy.to(device, dtype), timestep)
+        losses.append((velocity.float() - target.to(device)).square().mean())
+    return torch.stack(losses).mean()
+
+
+def train(engine, state, first, last):
+    """Updates of three micro-steps, one per timestep of the grid; returns them."""
+    updates = []
+    for _ in range(first, last):
+        for micro_step, timestep in enumerate((0.1, 0.5, 0.9)):
+            loss = grid_loss(engine.transformer, (timestep,)) / MICRO_STEPS
+            updates.append(update(loss, state, micro_step == MICRO_STEPS - 1, MAX_NORM))
+    return [made for made in updates if made.stepped]
+
+
+def states_of(optimizer):
+    """Type names of subclasses, else dtypes, of the states as large as a weight."""
+    values = [value for entry in optimizer.state.values() for value in entry.values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor) and value.numel() == NUM_WEIGHTS]
+    return {str(t.dtype).removeprefix("torch.") if type(t) is torch.Tensor else type(t).__name__ for t in tensors}
+
+
+@pytest.mark.parametrize(("row", "place"), COMBINATIONS)
+def test_every_optimizer_lowers_the_loss_with_clipping_accumulation_and_schedule(row, place, eager):
+    engine, state = make_run(row, place)
+    with torch.no_grad():
+        before = grid_loss(engine.transformer)
+    num_steps = ROWS[row].num_steps
+    updates = train(engine, state, 0, num_steps)
+    with torch.no_grad():
+        after = grid_loss(engine.transformer)
+    assert len(updates) == num_steps and not any(made.skipped for made in updates)
+    assert any(made.grad_norm > MAX_NORM for made in updates)
+    assert after < 0.9 * before
+    rates = [made.lr / ROWS[row].learning_rate for made in updates]
+    assert rates[0] == pytest.approx(1) and rates[num_steps // 2] == pytest.approx(0.5) and rates[-1] < 0.01
+    assert states_of(state.optimizer) == {ROWS[row].state}
+    assert len(state.optimizer.state) == 2  # nothing for the weight that has no gradient
+
+
+@pytest.mark.parametrize(
+    ("row", "place"), [(row, "host") for row in PLAIN] + [(row, "host, gradients too") for row in PLAIN]
+)
+def test_masters_in_host_memory_change_nothing(row, place):
+    """Bit for bit, on the CPU; in bf16 there are masters without it too."""
+    for dtype in (torch.float32, torch.bfloat16):
+        runs = [make_run(row, where, dtype) for where in ("device", place)]
+        results = [train(*run, 0, 4) for run in runs]
+        assert results[0] == results[1]
+        for ours, theirs in zip(runs[0][0].params, runs[1][0].params, strict=True):
+            assert torch.equal(ours, theirs)
+        for ours, theirs in zip(*(run[0].transformer.parameters() for run in runs), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("row", "place"), COMBINATIONS)
+def test_four_updates_equal_two_and_a_resumed_two(row, place, eager, tmp_path):
+    engine, state = make_run(row, place)
+    train(engine, state, 0, 2)
+    path = save_checkpoint(tmp_path, 2, TinyEngine(engine), state, FACTS)
+    unbroken = train(engine, state, 2, 4)
+
+    other, other_state = make_run(row, place)
+    assert load_checkpoint(path, TinyEngine(other), other_state, FACTS) == 2
+    assert train(other, other_state, 2, 4) == unbroken
+    for ours, theirs in zip(engine.params, other.params, strict=True):
+        assert torch.equal(ours, theirs)
+    assert states_of(other_state.optimizer) == {ROWS[row].state}
+    first = save_checkpoint(tmp_path, 3, TinyEngine(engine), state, FACTS)
+    second = save_checkpoint(tmp_path, 4, TinyEngine(other), other_state, FACTS)
+    ours, theirs = (load_file(path / "optimizer.safetensors") for path in (first, second))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = (json.loads((path / "state.json").read_text()) for path in (first, second))
+    assert ours | {"step": 4} == theirs
+
+
+@pytest.mark.parametrize("row", ["ao_adamw8", "adamw"])
+@pytest.mark.parametrize(
+    "scheduler", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"]
+)
+def test_a_resumed_schedule_is_the_same_to_the_last_bit(row, scheduler):
+    """torchao's learning rate is an fp32 tensor that the schedule fills."""
+    args = parse(row)
+    args = type(args)(**vars(args) | {"lr_scheduler": scheduler, "lr_warmup_steps": 3, "learning_rate": 1.7e-4})
+    rates, weights = [], [torch.nn.Parameter(torch.zeros(2))]
+    for resume_at in (None, 5):
+        optimizer = make_optimizer_from_args(args, weights, args.learning_rate)
+        schedule = make_lr_scheduler_from_args(args, optimizer, args.max_train_steps)
+        seen = []
+        for step in range(args.max_train_steps):
+            if step == resume_at:
+                saved, group = schedule_state(schedule), copy.deepcopy(optimizer.param_groups[0]["lr"])
+                optimizer = make_optimizer_from_args(args, weights, args.learning_rate)
+                schedule = make_lr_scheduler_from_args(args, optimizer, args.max_train_steps)
+                schedule.load_state_dict(saved)
+                optimizer.param_groups[0]["lr"] = group
+            seen.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            schedule.step()
+        rates.append(seen)
+    assert rates[0] == rates[1] and len(set(rates[0])) > 2
+
+
+def test_adam_adds_its_decay_to_the_gradient_also_in_8_bits():
+    """bitsandbytes' own Adam decays the weights as AdamW does: 0.9 of them would be left without any gradient."""
+    for row, decoupled in (("bnb_adam8", False), ("bnb_adamw8", True)):
+        args = parse(row)
+        args = type(args)(**vars(args) | {"weight_decay": 1.0})
+        weight = torch.nn.Parameter(torch.linspace(1, 2, NUM_WEIGHTS).view(64, 64))
+        optimizer = make_optimizer_from_args(args, [weight], 0.1)
+        weight.grad = torch.zeros_like(weight)
+        start = weight.detach().clone()
+        optimizer.step()
+        # Adam's first step is the learning rate, however large the gradient
+        torch.testing.assert_close(weight.data, start * 0.9 if decoupled else start - 0.1, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("row", "beta3", "expected"),
+    [
+        ("prodigy", None, None),
+        ("prodigy", 0.5, 0.5),
+        ("came", None, (0.9, 0.95, 0.9999)),
+        ("came", 0.5, (0.9, 0.95, 0.5)),
+    ],
+)
+def test_the_third_beta(row, beta3, expected):
+    """Prodigy takes sqrt(beta2) for None."""
+    args = parse(row)
+    args = type(args)(**vars(args) | {"beta3": beta3})
+    (group,) = make_optimizer_from_args(args, [torch.nn.Parameter(torch.ones(2))], 1.0).param_groups
+    assert group["beta3" if row == "prodigy" else "betas"] == expected
+
+
+def test_prodigy_warns_of_a_learning_rate_that_is_meant_for_adam(caplog):
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    with caplog.at_level(logging.WARNING):
+        make_optimizer_from_args(parse("prodigy"), weights, 1.0)
+        assert not caplog.records
+        make_optimizer_from_args(parse("prodigy"), weights, 1e-4)
+    assert len(caplog.records) == 1 and "give 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "module", "line"),
+    [
+        ("prodigy", "prodigyopt", "--optimizer prodigy: needs prodigyopt .*pip install prodigyopt"),
+        ("came", "came_pytorch", "--optimizer came: needs came-pytorch .*pip install came-pytorch"),
+        ("bnb_adam8", "bitsandbytes", "--use_8bit: needs bitsandbytes .*pip install bitsandbytes"),
+        ("ao_adamw4", "torchao.optim", "needs torchao .*pip install torchao"),
+    ],
+)
+def test_a_missing_package_is_one_line(row, module, line, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError, match=line):
+        make_optimizer_from_args(parse(row), [torch.nn.Parameter(torch.ones(2))], 1.0)
+
+
+def test_fp8_is_refused_on_a_gpu_before_ada(monkeypatch):
+    class OnGpu(torch.nn.Parameter):
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UsageError, match=r"--use_fp8 needs .* 8\.9 .* this one has 8\.0; use --use_8bit"):
+        make_optimizer_from_args(parse("ao_adamwfp8"), [OnGpu(torch.ones(2))], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--optimizer came --use_8bit", "low-bit states exist for adam and adamw only"),
+        ("--optimizer adamw --use_8bit --use_4bit", "give one of them"),
+        ("--optimizer adamw --use_8bit --use_cpu_offload_optimizer", "give one of them"),
+        ("--optimizer adamw --use_torchao", "add --use_8bit"),
+    ],
+)
+def test_combinations_that_do_not_exist_are_refused_before_anything_is_loaded(flags, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_training_args("t2v_sft", ["--pretrained_model_name_or_path", "m", "--data_root", "d", *flags.split()])
+    assert ended.value.code == 2 and line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"), [("--optimizer came --epsilon 1e-6", "--epsilon"), ("--beta3 0.9", "--beta3")]
+)
+def test_flags_that_an_optimizer_does_not_read_are_named(flags, idle, capsys):
+    parse_training_args("t2v_sft", ["--pretrained_model_name_or_path", "m", "--data_root", "d", *flags.split()])
+    assert f"warning: {idle}: no effect" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["ao_adamw8", "ao_adam4", "ao_adamwfp8"])
+def test_the_compiled_step_follows_the_schedule(row, tmp_path):
+    """As without compiling; a learning rate that were frozen or rounded at compile time would show, as would a resume."""
+    torch.compiler.reset()
+    runs = []
+    for stance in ("default", "force_eager"):
+        with set_stance(stance):
+            engine, state = make_run(row)
+            train(engine, state, 0, 10)
+            path = save_checkpoint(tmp_path, 10 if stance == "default" else 11, TinyEngine(engine), state, FACTS)
+            train(engine, state, 10, 20)
+            resumed, resumed_state = make_run(row)
+            load_checkpoint(path, TinyEngine(resumed), resumed_state, FACTS)
+            train(resumed, resumed_state, 10, 20)
+        assert all(torch.equal(a, b) for a, b in zip(engine.params, resumed.params, strict=True))
+        runs.append(engine.params)
+    moved = [(a - b).abs().max() for a, b in zip(runs[0], TinyModel().parameters(), strict=True)]
+    for ours, theirs, distance in zip(*runs, moved, strict=True):
+        assert (ours - theirs).abs().max() <= 0.02 * distance
+
+
+@contextlib.contextmanager
+def set_stance(stance):
+    torch.compiler.set_stance(stance)
+    yield
+    torch.compiler.set_stance("default")

@@ -1,0 +1,157 @@
+"""fp32 masters (arXiv 1710.03740): the weights that the optimizer holds, where the model computes with copies of them.
+
+In bf16 an update of 1e-5 is rounded away for every weight above 0.004; on an fp32 master it arrives. Masters lie on the
+device, or in host memory, where the optimizer then steps and keeps its states: of the GPU's memory that leaves the
+copies, and gradients unless these go to the host as well.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+SLAB_BYTES = 2**30  # page-locked memory comes in powers of two: single tensors would take up to twice their size
+MOST_IN_FLIGHT = 8  # gradients on their way to the host; each is kept on the device until it is there
+
+
+class Masters:
+    """fp32 masters of `copies` on `device`. Gradients reach `master.grad` in fp32 as backward makes them.
+
+    Each gradient is moved at once, so that those in the model's dtype never all exist, and accumulation is in fp32.
+    """
+
+    def __init__(self, copies: list[nn.Parameter], device: torch.device):
+        self.copies = copies
+        self.params = [nn.Parameter(copy.detach().to(device, torch.float32, copy=True)) for copy in copies]
+        for copy, master in zip(copies, self.params, strict=True):
+            copy.register_post_accumulate_grad_hook(lambda copy, master=master: move_gradient(copy, master))
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The accumulated gradients, wherever they lie: for averaging over the ranks, in place."""
+        return [master.grad for master in self.params if master.grad is not None]
+
+    def deliver_gradients(self) -> None:
+        """Bring them to `master.grad`."""
+
+    @torch.no_grad()
+    def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
+        """Round `weights`, by default the masters, to the model's copies."""
+        torch._foreach_copy_(self.copies, self.params if weights is None else weights)
+
+    @torch.no_grad()
+    def read_copies(self) -> None:
+        """Take the weights that were loaded into the model."""
+        torch._foreach_copy_(self.params, self.copies)
+
+
+def move_gradient(copy: nn.Parameter, master: nn.Parameter) -> None:
+    grad, copy.grad = copy.grad, None
+    if master.grad is None:
+        master.grad = grad.float()
+    else:
+        master.grad += grad
+
+
+class HostMasters(Masters):
+    """fp32 masters in host memory of `copies`, which move to `device` in `dtype`: one by one, so that memory holds few twice.
+
+    Gradients are accumulated in fp32 on the device and fetched once per update. With `offload_gradients` each goes to
+    the host as soon as backward has made it, while backward goes on; a second one is added on the device to what the
+    host has, so that the sums are the same.
+    """
+
+    def __init__(
+        self, copies: list[nn.Parameter], device: torch.device, dtype: torch.dtype, offload_gradients: bool = False
+    ):
+        self.copies, self.device, self.offload_gradients = copies, device, offload_gradients
+        self.params = []
+        for copy, memory in zip(copies, host_memory(copies, device), strict=True):
+            memory.copy_(copy.detach())
+            copy.data = copy.data.to(device, dtype)
+            self.params.append(nn.Parameter(memory))
+        self.host_grads = list(host_memory(copies, device))
+        self.device_grads: dict[int, torch.Tensor] = {}
+        self.arrived: set[int] = set()  # which of host_grads hold something
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.in_flight: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        for index, copy in enumerate(copies):
+            copy.register_post_accumulate_grad_hook(lambda copy, index=index: self.take_gradient(index, copy))
+
+    def take_gradient(self, index: int, copy: nn.Parameter) -> None:
+        grad, copy.grad = copy.grad, None
+        if self.offload_gradients:
+            self.send_gradient(index, grad)
+        elif index in self.device_grads:
+            self.device_grads[index] += grad
+        else:
+            self.device_grads[index] = grad.float()
+
+    def send_gradient(self, index: int, grad: torch.Tensor) -> None:
+        """Add `grad` to the host's, on a stream of its own."""
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+            total = grad.float()
+            if index in self.arrived:
+                total = total + self.host_grads[index].to(self.device, non_blocking=True)
+            self.host_grads[index].copy_(total, non_blocking=True)
+        self.arrived.add(index)
+        if self.stream:
+            self.in_flight.append((self.stream.record_event(), grad))
+            self.wait_for_gradients(MOST_IN_FLIGHT)
+
+    def wait_for_gradients(self, most: int = 0) -> None:
+        """Until at most so many are on their way."""
+        while len(self.in_flight) > most:
+            self.in_flight.popleft()[0].synchronize()
+
+    def gradients(self) -> list[torch.Tensor]:
+        self.wait_for_gradients()
+        if self.offload_gradients:
+            return [self.host_grads[index] for index in sorted(self.arrived)]
+        return [grad for _, grad in sorted(self.device_grads.items())]
+
+    def deliver_gradients(self) -> None:
+        self.wait_for_gradients()
+        for index, grad in self.device_grads.items():
+            self.host_grads[index].copy_(grad, non_blocking=True)
+            self.arrived.add(index)
+        if self.stream:
+            torch.cuda.current_stream(self.device).synchronize()
+        self.device_grads.clear()
+        for index in self.arrived:
+            self.params[index].grad = self.host_grads[index]
+        self.arrived.clear()
+
+    @torch.no_grad()
+    def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
+        """Rounded on the device: torch's own copy would do it on the host, far slower.
+
+        Nothing waits: the host changes its weights only after the gradients of a later forward came.
+        """
+        for copy, weight in zip(self.copies, self.params if weights is None else weights, strict=True):
+            copy.copy_(weight.to(self.device, non_blocking=True))
+
+
+def host_memory(like: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """fp32 tensors on the host, shaped as `like`, page-locked where `device` is a GPU; made as they are taken."""
+    shapes = [torch.empty_like(tensor, dtype=torch.float32, device="meta") for tensor in like]
+    for group in group_by_bytes(shapes, SLAB_BYTES):
+        sizes = [tensor.numel() for tensor in group]
+        slab = torch.empty(sum(sizes), pin_memory=device.type == "cuda")
+        for piece, tensor in zip(slab.split(sizes), group, strict=True):
+            yield piece.view(tensor.shape)
+
+
+def group_by_bytes(tensors: list[torch.Tensor], limit: int) -> list[list[torch.Tensor]]:
+    groups, size = [[]], 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    return [group for group in groups if group]
