@@ -213,7 +213,8 @@ def encode_batch(
     if "moments" in batch:
         moments, prompt_embeds = batch["moments"], batch["prompt_embeds"]
     else:
-        moments = encode_videos(vae, pixels_to_unit(batch["pixels"]))  # [B, 2C, F, H, W] of [B, F', 3, h, w]
+        pixels = pixels_to_unit(batch["pixels"])  # [B, F', 3, h, w]
+        moments = encode_videos(vae, pixels)  # [B, 2C, F, H, W]
         prompt_embeds = torch.stack([embeds[prompt] for prompt in batch["prompt"]]).to(moments.device)
     noise = draw_normal(seed, "posterior", positions, latent_shape(moments)).to(moments.device)
     return pad_frames(sample_latents(moments, noise, vae_config), patch_size_t), prompt_embeds

@@ -90,8 +90,7 @@ def open_image(source: str) -> Image.Image:
         with Image.open(io.BytesIO(fetch(source)) if protocol else source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, http.client.HTTPException, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"--validation_images {source}: cannot be read ({reason})") from error
+        raise UsageError(f"--validation_images {source}: cannot be read ({one_line(error)})") from error
 
 
 def fetch(url: str) -> bytes:
@@ -171,8 +170,12 @@ def attempt(work: Callable) -> tuple:
     try:
         return work(), ""
     except Exception as error:
-        text = str(error).strip()
-        return None, f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+        return None, one_line(error)
+
+
+def one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def warn_of(step: int, what: str, problems: list[str]) -> None:
