@@ -38,9 +38,9 @@ def main():
 
 
 def read_losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Update numbers and losses [N] of one metrics.jsonl; updates whose loss was not finite are left out."""
+    """Update numbers and losses [N] of one metrics.jsonl; events and updates whose loss was not finite are left out."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["loss"] is not None]
+    rows = [row for row in rows if "event" not in row and row["loss"] is not None]
     return np.array([row["step"] for row in rows]), np.array([row["loss"] for row in rows])
 
 

@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from args import parse_training_args
 from checkpointing import load_checkpoint, save_checkpoint
@@ -46,8 +47,8 @@ def train(tiny, tmp_path):
         ]
         argv += ["--lr_warmup_steps", "0", "--seed", "0", *flags]
         importlib.import_module(f"{MODULES[task]}_{form}").main(parse_training_args(script, argv))
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "event" not in row]
 
     return run
 
@@ -218,3 +219,48 @@ def test_nccl_averages_gradients_in_host_memory():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(average_on_rank, (port,), nprocs=2)
+
+
+OFFLOADS = {"resident": [], "offloaded": ["--enable_model_cpu_offload", "--enable_tiling", "--enable_slicing"]}
+
+
+@pytest.mark.parametrize("script", ["t2v_lora", "i2v_lora", "t2v_sft", "i2v_sft"])
+def test_validation_leaves_the_models_where_they_were(script, train, tmp_path, monkeypatch):
+    """The transformer back on the GPU, its parameters the same objects, the VAE on the CPU; and training goes on alike."""
+    import validation
+
+    seen = []
+
+    def watched(args, accelerator, meter, engine, samples, *rest):
+        params = list(engine.transformer.parameters())
+        validation.validate_from_args(args, accelerator, meter, engine, samples, *rest)
+        assert all(a is b for a, b in zip(params, engine.transformer.parameters(), strict=True))
+        assert not [part for part in engine.transformer.modules() if hasattr(part, "_hf_hook")]
+        vae = samples.make_pipeline(engine.transformer).vae
+        seen.append(({param.device.type for param in params}, vae.device.type))
+
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(tmp_path / "first.png")
+    flags = ["--validation_prompt", "a red square", "--validation_steps", "2", "--num_inference_steps", "2"]
+    flags += ["--validation_images", str(tmp_path / "first.png")] if script.startswith("i2v") else []
+    plain = train(script, "--mixed_precision", "bf16", name="plain")
+    task, form = script.split("_")
+    monkeypatch.setattr(importlib.import_module(f"{MODULES[task]}_{form}"), "validate_from_args", watched)
+    for name, offload in OFFLOADS.items():
+        assert train(script, "--mixed_precision", "bf16", *flags, *offload, name=name) == pytest.approx(
+            plain, rel=1e-3
+        )
+        videos = sorted(str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*.mp4"))
+        assert videos == [f"samples/step_{step}/0_0.mp4" for step in (0, 2, 4, 6)]
+    assert seen == [({"cuda"}, "cpu")] * 8
+    rows = [json.loads(line) for line in (tmp_path / "offloaded" / "metrics.jsonl").read_text().splitlines()]
+    assert all(
+        row["peak_reserved_gib"] >= row["peak_allocated_gib"] > 0 for row in rows if row.get("event") == "memory"
+    )
+
+
+def test_validation_videos_do_not_depend_on_the_offload(train, tmp_path):
+    flags = ["--validation_prompt", "a red square", "--num_inference_steps", "2", "--mixed_precision", "no"]
+    for name, offload in (("resident", []), ("offloaded", ["--enable_model_cpu_offload"])):
+        train("t2v_lora", *flags, *offload, name=name)
+    first, second = ((tmp_path / name / "samples/step_0/0_0.mp4").read_bytes() for name in ("resident", "offloaded"))
+    assert first == second

@@ -20,6 +20,11 @@ from diffusers.utils import export_to_video, load_image
 from safetensors import safe_open
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from cogvideox import use_raw_image_latents
+
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -82,20 +87,6 @@ def load_pipeline(args) -> DiffusionPipeline:
     pipe.vae.enable_slicing()
     pipe.vae.enable_tiling()
     return pipe
-
-
-def use_raw_image_latents(pipe) -> None:
-    """Feed the first frame's latents as the VAE gives them; the pipeline's factor stays for decoding."""
-    prepare_latents, factor = pipe.prepare_latents, pipe.vae_scaling_factor_image
-
-    def prepare_raw(*positional, **named):
-        pipe.vae_scaling_factor_image = 1.0
-        try:
-            return prepare_latents(*positional, **named)
-        finally:
-            pipe.vae_scaling_factor_image = factor
-
-    pipe.prepare_latents = prepare_raw
 
 
 @torch.no_grad()

@@ -178,7 +178,9 @@ def result_hash(folder):
 
 
 def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of updates, without those of events."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "event" not in row]
 
 
 def losses(folder):

@@ -359,9 +359,11 @@ def check_optimizer(parser: FlagParser, args: argparse.Namespace):
 
 
 def check_validation(parser: FlagParser, args: argparse.Namespace):
-    """Refuses two schedules at once, and sizes that no video can have."""
+    """Refuses two schedules at once, sizes that no video can have, and splitting at nothing."""
     if {"validation_steps", "validation_epochs"} <= set(args.given):
         parser.error("--validation_steps and --validation_epochs: give one of them")
+    if not args.validation_prompt_separator:
+        parser.error("--validation_prompt_separator: is empty; give a text that no prompt holds")
     for dest in ("height", "width"):
         if getattr(args, dest) % 16:
             parser.error(f"--{dest} {getattr(args, dest)}: must be a multiple of 16")
@@ -929,8 +931,8 @@ def add_validation_flags(parser: FlagParser):
     group.add_argument(
         "--validation_data_root",
         metavar="FOLDER",
-        help="held-out clips in the form of --data_root: their loss on fixed noise and timesteps is logged at every "
-        "validation",
+        help="held-out clips in the form of --data_root (with --dataset_file, a CSV of that name in the folder): "
+        "their loss on fixed noise and timesteps is logged at every validation",
     )
     group.add_argument(
         "--validation_num_clips", type=int, metavar="CLIPS", default=8, help="held-out clips used, the first ones"

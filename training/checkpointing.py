@@ -28,9 +28,12 @@ logger = logging.getLogger(__name__)
 
 # Flags that do not touch what is trained: they may differ when a run goes on
 FREE_FLAGS = {
-    "allow_cpu", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "hub_token",
-    "log_every", "max_bad_steps", "nccl_timeout", "output_dir", "overwrite", "pin_memory", "report_to",
-    "resume_from_checkpoint",
+    "allow_cpu", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers",
+    "enable_model_cpu_offload", "guidance_scale", "height", "hub_token", "log_every", "max_bad_steps", "nccl_timeout",
+    "num_inference_steps", "num_validation_videos", "output_dir", "overwrite", "pin_memory", "report_to",
+    "resume_from_checkpoint", "use_dynamic_cfg", "validation_attention", "validation_data_root", "validation_epochs",
+    "validation_images", "validation_num_clips", "validation_prompt", "validation_prompt_separator",
+    "validation_steps", "width",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -153,13 +156,20 @@ def save_checkpoint_from_args(args, accelerator, step: int, engine, state: Train
     accelerator.wait_for_everyone()
 
 
-def finish_run(accelerator, output_dir: Path, engine, num_steps: int) -> None:
-    """Write the result, check it as diffusers loads it, and say so in status.json."""
+def save_result(accelerator, output_dir: Path, engine) -> None:
+    """Write the result and check it as diffusers loads it: before the last test, whatever becomes of that."""
     if accelerator.is_main_process:
         result = engine.save(output_dir)
         engine.check(output_dir)
+        logger.info("the result: %s", result)
+    accelerator.wait_for_everyone()
+
+
+def finish_run(accelerator, output_dir: Path, num_steps: int) -> None:
+    """Say in status.json that all is done."""
+    if accelerator.is_main_process:
         write_status(output_dir, "complete", 0, step=num_steps, **memory_report(accelerator.device))
-        logger.info("complete at step %d: %s", num_steps, result)
+        logger.info("complete at step %d: %s", num_steps, output_dir)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -19,6 +19,7 @@ from diffusers import (
     CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    DiffusionPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -144,7 +145,7 @@ def check_buckets(transformer_config, buckets, drop_learned_positions: bool = Fa
     learned = config.get("use_learned_positional_embeddings", False)
     if drop_learned_positions and not learned:
         raise UsageError("--drop_learned_positions: this checkpoint has no learned positions; leave it out")
-    base = (config["sample_frames"], config["sample_height"] * SPATIAL_FACTOR, config["sample_width"] * SPATIAL_FACTOR)
+    base = base_size(config)
     other = sorted({tuple(bucket) for bucket in buckets} - {base})
     if learned and not drop_learned_positions and other:
         raise UsageError(
@@ -159,6 +160,30 @@ def check_buckets(transformer_config, buckets, drop_learned_positions: bool = Fa
             ", ".join(map(str, odd)),
             period,
         )
+
+
+def check_sample_size(transformer_config, size, drop_learned_positions: bool = False) -> None:
+    """Refuse a video `size` (frames, height, width in pixels) that the pipelines cannot render with this checkpoint."""
+    config, base = transformer_config, base_size(transformer_config)
+    unit = SPATIAL_FACTOR * config.get("patch_size", 2)
+    reason = None
+    if size[1] % unit or size[2] % unit:
+        reason = f"height and width must be multiples of {unit}"
+    elif config.get("use_learned_positional_embeddings", False) and not drop_learned_positions and size != base:
+        reason = f"this checkpoint's learned positions fit {shape_text(base)} only"
+    elif is_version_1_5(config) and (size[1] > base[1] or size[2] > base[2]):
+        reason = f"this checkpoint has positions up to {base[1]}x{base[2]}"
+    if reason:
+        raise UsageError(
+            f"validation videos of {shape_text(size)}: {reason}; choose another size by --max_num_frames, --height "
+            "and --width"
+        )
+
+
+def base_size(transformer_config) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels that the checkpoint's position embeddings were made for."""
+    config = transformer_config
+    return config["sample_frames"], config["sample_height"] * SPATIAL_FACTOR, config["sample_width"] * SPATIAL_FACTOR
 
 
 def shape_text(bucket) -> str:
@@ -249,10 +274,25 @@ def encode_captions(
     the transformer (T5-XXL alone takes 9 GiB in bf16). An embedding of 226 x 4096 in bf16 takes 1.8 MiB of host memory.
     """
     tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
-    text_encoder.to(device)
+    if fits(text_encoder, device):
+        text_encoder.to(device)
+    else:
+        logger.warning("T5 does not fit into what is free on the GPU and encodes on the CPU, seconds per caption")
     # One by one: a caption's neighbours would change the last bits of its embedding
     unique = tqdm(dict.fromkeys(prompts), desc="captions", delay=1)
-    return {prompt: encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu() for prompt in unique}
+    embeds = {prompt: encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu() for prompt in unique}
+    del text_encoder
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return embeds
+
+
+def fits(model: torch.nn.Module, device: torch.device) -> bool:
+    """True unless `device` is a GPU without room for the weights of `model`, and a GiB to compute with."""
+    if device.type != "cuda":
+        return True
+    needed = sum(param.nbytes for param in model.parameters()) + 2**30
+    return needed <= torch.cuda.mem_get_info(device)[0]
 
 
 # ---------------------------------------------------------------- latents
@@ -345,3 +385,32 @@ def rotary_grid(
         max_size=base,
         device=device,
     )
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def make_pipeline(pipeline_class, vae, scheduler, image_latent_scale: str, transformer) -> DiffusionPipeline:
+    """The stock pipeline around models that exist already, for prompts given as embeddings: it gets no T5.
+
+    The schedule is a new one of the checkpoint's class and configuration: sampling changes its state.
+    """
+    scheduler = type(scheduler).from_config(scheduler.config)
+    pipe = pipeline_class(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    if image_latent_scale == "raw":
+        use_raw_image_latents(pipe)
+    return pipe
+
+
+def use_raw_image_latents(pipe) -> None:
+    """Feed the first frame's latents as the VAE gives them; the pipeline's factor stays for decoding."""
+    prepare_latents, factor = pipe.prepare_latents, pipe.vae_scaling_factor_image
+
+    def prepare_raw(*positional, **named):
+        pipe.vae_scaling_factor_image = 1.0
+        try:
+            return prepare_latents(*positional, **named)
+        finally:
+            pipe.vae_scaling_factor_image = factor
+
+    pipe.prepare_latents = prepare_raw

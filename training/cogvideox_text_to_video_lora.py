@@ -15,9 +15,11 @@ from args import parse_training_args
 
 ARGS = parse_training_args("t2v_lora") if __name__ == "__main__" else None  # before the heavy imports: --help is quick
 
+import functools
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 
 from buckets import num_batches
 from checkpointing import (
@@ -28,10 +30,12 @@ from checkpointing import (
     open_output_dir_from_args,
     record_run_from_args,
     save_checkpoint_from_args,
+    save_result,
 )
 from cogvideox import (
     TEXT_TO_VIDEO_PIPELINE,
     check_buckets,
+    check_sample_size,
     check_task,
     default_fps,
     encode_captions,
@@ -41,6 +45,7 @@ from cogvideox import (
     load_transformer,
     load_vae,
     load_vae_config,
+    make_pipeline,
     num_parameters,
     pad_frames,
     pixels_to_unit,
@@ -53,6 +58,7 @@ from cogvideox import (
 )
 from dataset import BucketSampler, build_dataset_from_args, make_loader
 from engine import build_lora_engine_from_args
+from held_out import build_held_out_from_args, encode_held_out
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from runtime import (
@@ -63,12 +69,21 @@ from runtime import (
     init_accelerator_from_args,
     learning_rate_from_args,
     plan_steps_from_args,
+    report_memory,
     run_script,
     sample_positions,
     shared_seed_from_args,
 )
 from tracking import start_trackers_from_args
 from update import TrainingState, make_scaler, update
+from validation import (
+    Samples,
+    check_attention_from_args,
+    is_due_from_args,
+    read_prompts_from_args,
+    sample_size_from_args,
+    validate_from_args,
+)
 
 
 def main(args) -> None:
@@ -81,30 +96,41 @@ def main(args) -> None:
     seed = shared_seed_from_args(args) if earlier_seed is None else earlier_seed
 
     # ---------------------------------------------------------------- models
+    prompts, images = read_prompts_from_args(args, image_to_video=False)  # to be rendered in validation
     model, source = args.pretrained_model_name_or_path, (args.revision, args.cache_dir)
     config = read_config(resolve_model_dir(model, ["transformer/config.json"], *source), "transformer")
     check_task(model, config, image_to_video=False)
     check_device_from_args(args, num_parameters(config), device)  # before gigabytes are downloaded
-    weights = ["vae/config.json"] if args.load_tensors else ["vae", "text_encoder", "tokenizer"]
+    needs_encoders = bool(prompts) or not args.load_tensors
+    weights = ["vae", "text_encoder", "tokenizer"] if needs_encoders else ["vae/config.json"]
     model_dir = resolve_model_dir(model, ["transformer", "scheduler", *weights], *source)
     stored = stored_dtype(model_dir, args.variant)
     dtype = compute_dtype_from_args(args, stored, device)
+    check_attention_from_args(args, dtype, device)
     scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
     # ---------------------------------------------------------------- data; T5 comes and goes before the transformer
-    dataset = build_dataset_from_args(args, default_fps(config), seed, vae_config.scaling_factor)
-    check_buckets(config, dataset.bucket_of)
+    reading = (args, default_fps(config), seed, vae_config.scaling_factor)
+    dataset = build_dataset_from_args(*reading)
+    held_out_clips = build_held_out_from_args(*reading)
+    check_buckets(config, [*dataset.bucket_of, *held_out_clips.bucket_of])
+    size = sample_size_from_args(args, dataset.bucket_of)
+    if prompts:
+        check_sample_size(config, size)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)
     if is_complete_from_args(args, plan.num_steps):
         return
-    if args.load_tensors:
-        vae, embeds = None, {"": dataset.empty_prompt_embeds()} if args.text_dropout else {}
-    else:
-        prompts = ["", *dataset.prompts]
-        embeds = encode_captions(model_dir, prompts, dtype, device, text_length(config), args.variant)
-        vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling).to(device)
+    vae, embeds = None, {}
+    if needs_encoders:
+        captions = [] if args.load_tensors else [*dataset.prompts, *held_out_clips.prompts]
+        texts = ["", *captions, *prompts]
+        embeds = encode_captions(model_dir, texts, dtype, device, text_length(config), args.variant)
+        vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling)
+        vae.to("cpu" if args.load_tensors else device)  # prepared data needs it in validation alone
+    if args.text_dropout:
+        empty_embeds = dataset.empty_prompt_embeds() if args.load_tensors else embeds[""]
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
     checkpoint = find_checkpoint_from_args(args)
@@ -130,31 +156,33 @@ def main(args) -> None:
     num_strata = args.train_batch_size * num_ranks * plan.accumulation if args.stratified_timesteps else None
     bad_steps = BadSteps(args.max_bad_steps)
 
+    # ---------------------------------------------------------------- validation, by the same two functions as the loop
+    encode = functools.partial(
+        encode_batch, vae=vae, embeds=embeds, vae_config=vae_config, patch_size_t=config.get("patch_size_t")
+    )
+    losses_of = functools.partial(compute_losses, transformer, alphas_cumprod=alphas_cumprod, dtype=dtype)
+    held_out = encode_held_out(accelerator, held_out_clips, encode, losses_of, seed, len(alphas_cumprod))
+    pipeline = functools.partial(make_pipeline, TEXT_TO_VIDEO_PIPELINE, vae, scheduler, args.image_latent_scale)
+    fps = args.fps if "fps" in args.given else default_fps(config)
+    samples = Samples(prompts, images, size, fps, seed, embeds, pipeline)
+    validate = functools.partial(validate_from_args, args, accelerator, meter, engine, samples, held_out)
+    report_memory(meter, first_step, "before_training")
+    if first_step == 0:
+        validate(0)
+
     # ---------------------------------------------------------------- loop
     with meter:
         for micro_step, batch in zip(micro_steps, loader, strict=False):
             step = micro_step // plan.accumulation  # updates made before this one
             positions = sample_positions(micro_step, args.train_batch_size, num_ranks, rank, len(batch["index"]))
-            moments, prompt_embeds = encode_batch(batch, vae, embeds)
-            moments, prompt_embeds = moments.to(device), prompt_embeds.to(device, dtype)
+            latents, prompt_embeds = encode(send_to_device(batch, device), seed, positions)
             if args.text_dropout:
                 dropped = draw_uniform(seed, "text_dropout", positions) < args.text_dropout
-                prompt_embeds[dropped.to(device)] = embeds[""].to(device, dtype)
+                prompt_embeds[dropped.to(device)] = empty_embeds.to(prompt_embeds)
 
-            posterior_noise = draw_normal(seed, "posterior", positions, latent_shape(moments)).to(device)
-            latents = pad_frames(sample_latents(moments, posterior_noise, vae_config), config.get("patch_size_t"))
             noise = draw_normal(seed, "noise", positions, latents.shape[1:]).to(device)  # [B, F, C, H, W]
             timesteps = draw_timesteps(seed, positions, len(alphas_cumprod), num_strata).to(device)  # [B]
-            noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
-
-            velocity = transformer(
-                hidden_states=noisy_latents.to(dtype),
-                encoder_hidden_states=prompt_embeds,  # [B, S, D]
-                timestep=timesteps,
-                image_rotary_emb=rotary_embeddings(transformer.config, latents),
-                return_dict=False,
-            )[0]
-            losses = v_prediction_loss(velocity, latents, noise, timesteps, alphas_cumprod)  # [B]
+            losses = losses_of(latents, prompt_embeds, noise, timesteps)  # [B]
             loss = losses.mean() / plan.micro_steps_in(step)
             meter.add(loss)
             result = update(loss, state, plan.is_last_of_update(micro_step), args.max_grad_norm)
@@ -168,17 +196,41 @@ def main(args) -> None:
             if step % args.checkpointing_steps == 0:
                 meter.flush()
                 save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
+            if is_due_from_args(args, plan, batches_per_epoch, step):
+                validate(step)
 
     # ---------------------------------------------------------------- finish
-    finish_run(accelerator, output_dir, engine, plan.num_steps)
+    save_result(accelerator, output_dir, engine)
+    validate(plan.num_steps)
+    report_memory(meter, plan.num_steps, "after_testing")
+    finish_run(accelerator, output_dir, plan.num_steps)
 
 
-def encode_batch(batch: dict, vae, embeds: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(moments [B, 2C, F, H, W], prompt_embeds [B, S, D]): as they lie on disk, or encoded from the clips."""
-    if vae is None:
-        return batch["moments"], batch["prompt_embeds"]
-    pixels = pixels_to_unit(batch["pixels"].to(vae.device))  # [B, F', 3, h, w]
-    return encode_videos(vae, pixels), torch.stack([embeds[prompt] for prompt in batch["prompt"]])
+def encode_batch(
+    batch: dict, seed: int, positions: list[int], vae, embeds: dict[str, torch.Tensor], vae_config, patch_size_t
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents [B, F, C, H, W], prompt_embeds [B, S, D]): from moments on disk, or of clips."""
+    if "moments" in batch:
+        moments, prompt_embeds = batch["moments"], batch["prompt_embeds"]
+    else:
+        pixels = pixels_to_unit(batch["pixels"])  # [B, F', 3, h, w]
+        moments = encode_videos(vae, pixels)  # [B, 2C, F, H, W]
+        prompt_embeds = torch.stack([embeds[prompt] for prompt in batch["prompt"]]).to(moments.device)
+    noise = draw_normal(seed, "posterior", positions, latent_shape(moments)).to(moments.device)
+    return pad_frames(sample_latents(moments, noise, vae_config), patch_size_t), prompt_embeds
+
+
+def compute_losses(transformer, latents, prompt_embeds, noise, timesteps, alphas_cumprod, dtype) -> torch.Tensor:
+    """Loss [B] of the velocity that the transformer predicts at `timesteps` [B]."""
+    noisy_latents = add_noise(latents, noise, timesteps, alphas_cumprod)
+    velocity = transformer(
+        hidden_states=noisy_latents.to(dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype),  # [B, S, D]
+        timestep=timesteps,
+        image_rotary_emb=rotary_embeddings(transformer.config, latents),
+        return_dict=False,
+    )[0]
+    return v_prediction_loss(velocity, latents, noise, timesteps, alphas_cumprod)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import resource
 import secrets
 import sys
 import time
@@ -38,6 +39,7 @@ LAUNCHER_VARIABLES = {
     "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
 }
 TRACKED = ("loss", "lr", "grad_norm", "seconds")  # what trackers get of a line of metrics.jsonl
+MEETING_SECONDS = 24 * 3600  # longest that ranks wait for one another outside of collectives
 
 
 # ---------------------------------------------------------------- start
@@ -116,6 +118,24 @@ def check_device_from_args(args, num_parameters: float, device: torch.device) ->
             f"no GPU found and the model has {num_parameters / 1e9:.1f} billion parameters: a step would take many "
             "minutes; pass --allow_cpu to try all the same"
         )
+
+
+def meet(name: str, message: str = "") -> list[str]:
+    """Wait until every rank has come to `name`, a name used once a run; returns their messages, in order.
+
+    Through the process group's store: a collective would end the run where one rank takes longer than --nccl_timeout.
+    """
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return [message]
+    store = torch.distributed.distributed_c10d._get_default_store()
+    keys = [f"{name}/{rank}" for rank in range(torch.distributed.get_world_size())]
+    store.set(keys[torch.distributed.get_rank()], message)
+    deadline = time.monotonic() + MEETING_SECONDS
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            raise UserError(f"{name}: another process did not come within {MEETING_SECONDS // 3600} hours")
+        time.sleep(0.1)  # in slices, so that Ctrl-C is heard
+    return [store.get(key).decode() for key in keys]
 
 
 # ---------------------------------------------------------------- plan
@@ -218,6 +238,17 @@ class StepMeter:
         self.bar.set_postfix(loss=f"{losses[-1].item():.4f}", lr=f"{self.rows[-1]['lr']:.2e}")
         self.rows, self.losses = [], []
 
+    def write_event(self, step: int, event: str, **values) -> None:
+        """A line of its own, {"step", "event", ...}, for what happened after update `step`; all ranks call it.
+
+        The time until here is no part of the next update's seconds.
+        """
+        self.flush()
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "event": event, **values}) + "\n")
+        self.last_time = time.perf_counter()
+
     def __enter__(self) -> "StepMeter":
         return self
 
@@ -229,10 +260,10 @@ class StepMeter:
 
 
 def keep_lines_before(path: Path, first_step: int) -> None:
-    """Cut the lines of updates that a resumed run will make again."""
+    """Cut the lines of updates, and of events after them, that a resumed run will make again; from the start all."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
     write_text(path, "".join(kept))
 
@@ -257,11 +288,25 @@ class BadSteps:
 
 
 def memory_report(device: torch.device) -> dict[str, float]:
-    """Peaks of this process so far, in GiB: torch's allocated and reserved memory."""
-    if device.type != "cuda":
-        return {}
-    stats = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
-    return {f"peak_{name}_gib": round(value / 2**30, 3) for name, value in stats.items()}
+    """Memory of this process in GiB: the host's peak, and on CUDA torch's allocated and reserved, now and at their peak."""
+    unit = 2**10 if sys.platform == "darwin" else 1  # ru_maxrss: KiB, on macOS bytes
+    figures = {"host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 / unit}
+    if device.type == "cuda":
+        figures |= {
+            "allocated": torch.cuda.memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+            "peak_allocated": torch.cuda.max_memory_allocated(device),
+            "peak_reserved": torch.cuda.max_memory_reserved(device),
+        }
+    return {f"{name}_gib": round(value / 2**30, 3) for name, value in figures.items()}
+
+
+def report_memory(meter: StepMeter, step: int, when: str) -> None:
+    """One line for people and one in metrics.jsonl; `when` is "before_training" and the like. All ranks call it."""
+    figures = memory_report(meter.accelerator.device)
+    meter.write_event(step, "memory", when=when, **figures)
+    texts = [f"{name.removesuffix('_gib').replace('_', ' ')} {value:.2f}" for name, value in figures.items()]
+    logger.info("memory %s, GiB: %s", when.replace("_", " "), ", ".join(texts))
 
 
 # ---------------------------------------------------------------- finish
