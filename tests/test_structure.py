@@ -18,10 +18,10 @@ MODULES = sorted(path.stem for path in (ROOT / "training").glob("*.py"))
 PURE = {"args", "buckets", "draws", "errors"}
 DATA_ROOMS = {"formats", "decode", "cache", "report"}
 PARTS = DATA_ROOMS | {
-    "dataset", "cogvideox", "objective", "lora", "sft", "optimizers",
+    "dataset", "cogvideox", "objective", "lora", "sft", "optimizers", "curves",
     "memory", "attention", "streaming", "quantization", "offload_optimizer",
 }  # fmt: skip
-SERVICES = {"runtime", "engine", "update", "checkpointing", "tracking", "validation", "hub"}
+SERVICES = {"runtime", "engine", "update", "checkpointing", "tracking", "validation", "hub", "export"}
 
 
 def is_script(module: str) -> bool:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
-from errors import UsageError
+from errors import StorageError, UsageError
+from hub import RunFacts, push_from_args, write_outputs_from_args
 from runtime import memory_report, remove_earlier_status, write_json, write_status
 from update import TrainingState
 
@@ -28,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 # Flags that do not touch what is trained: they may differ when a run goes on
 FREE_FLAGS = {
-    "allow_cpu", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "hub_token",
-    "log_every", "max_bad_steps", "nccl_timeout", "output_dir", "overwrite", "pin_memory", "report_to",
-    "resume_from_checkpoint",
+    "allow_cpu", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "export",
+    "hub_model_id", "hub_public", "hub_token", "log_every", "max_bad_steps", "nccl_timeout", "output_dir", "overwrite",
+    "pin_memory", "push_to_hub", "report_to", "resume_from_checkpoint",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -153,15 +154,40 @@ def save_checkpoint_from_args(args, accelerator, step: int, engine, state: Train
     accelerator.wait_for_everyone()
 
 
-def finish_run(accelerator, output_dir: Path, engine, num_steps: int) -> None:
-    """Write the result, check it as diffusers loads it, and say so in status.json."""
+def finish_run_from_args(args, accelerator, engine, about: RunFacts) -> None:
+    """Write the result, check it as diffusers loads it, and what belongs beside it; say so in status.json; upload."""
+    output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         result = engine.save(output_dir)
         engine.check(output_dir)
-        write_status(output_dir, "complete", 0, step=num_steps, **memory_report(accelerator.device))
-        logger.info("complete at step %d: %s", num_steps, result)
+        write_outputs_from_args(args, about)
+        write_status(output_dir, "complete", 0, step=about.num_steps, **memory_report(accelerator.device))
+        logger.info("complete at step %d: %s", about.num_steps, result)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    accelerator.end_training()  # an upload may outlast every timeout: nobody waits for it
+    upload_from_args(args, about)
+
+
+def finish_again_from_args(args, accelerator, about: RunFacts) -> None:
+    """A complete run's forms that --export asks for and that are not there yet, and its upload."""
+    if accelerator.is_main_process and (args.export or about.hub_repo):
+        write_outputs_from_args(args, about, only_missing=True)
+    upload_from_args(args, about)
+
+
+def upload_from_args(args, about: RunFacts) -> None:
+    """Upload a complete run where that was asked for; status.json tells of a failure and stays complete."""
+    if about.hub_repo is None:
+        return
+    output_dir = Path(args.output_dir)
+    earlier = json.loads((output_dir / "status.json").read_text(encoding="utf-8"))
+    rest = {name: value for name, value in earlier.items() if name not in ("state", "exit_code", "message")}
+    try:
+        push_from_args(args, about.hub_repo)
+    except StorageError as error:
+        write_status(output_dir, "complete", error.exit_code, message=str(error), **rest)
+        raise
+    write_status(output_dir, "complete", 0, **rest)
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None) -> None:

@@ -22,7 +22,8 @@ import torch
 from buckets import num_batches
 from checkpointing import (
     find_checkpoint_from_args,
-    finish_run,
+    finish_again_from_args,
+    finish_run_from_args,
     is_complete_from_args,
     load_checkpoint,
     open_output_dir_from_args,
@@ -33,6 +34,7 @@ from cogvideox import (
     check_buckets,
     check_task,
     default_fps,
+    describe_model,
     encode_captions,
     encode_videos,
     latent_shape,
@@ -52,6 +54,7 @@ from cogvideox import (
 )
 from dataset import BucketSampler, build_dataset_from_args, make_loader
 from engine import build_sft_engine_from_args, check_sft_fits
+from hub import RunFacts, check_hub_from_args
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from runtime import (
@@ -75,6 +78,7 @@ def main(args) -> None:
     accelerator = init_accelerator_from_args(args)
     device, num_ranks = accelerator.device, accelerator.num_processes
     output_dir = Path(args.output_dir)
+    hub_repo = check_hub_from_args(args, accelerator.is_main_process)
     with accelerator.main_process_first():
         earlier_seed = open_output_dir_from_args(args, accelerator.is_main_process)
     seed = shared_seed_from_args(args) if earlier_seed is None else earlier_seed
@@ -97,8 +101,11 @@ def main(args) -> None:
     check_buckets(config, dataset.bucket_of)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)
+    about = RunFacts(
+        describe_model(config), model_dir, dataset.bucket_of, dtype, seed, num_ranks, plan.num_steps, False, hub_repo
+    )
     if is_complete_from_args(args, plan.num_steps):
-        return
+        return finish_again_from_args(args, accelerator, about)
     if args.load_tensors:
         vae, embeds = None, {"": dataset.empty_prompt_embeds()} if args.text_dropout else {}
     else:
@@ -170,7 +177,7 @@ def main(args) -> None:
                 save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
 
     # ---------------------------------------------------------------- finish
-    finish_run(accelerator, output_dir, engine, plan.num_steps)
+    finish_run_from_args(args, accelerator, engine, about)
 
 
 def encode_batch(batch: dict, vae, embeds: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
