@@ -528,7 +528,7 @@ def test_no_file_of_a_run_holds_a_secret(command, tmp_path):
     assert result.returncode == 0, result.stderr
     assert status(tmp_path / "my-run")["state"] == "complete"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    for tracker_file in ("events.out.tfevents", ".wandb", "wandb-metadata.json"):
+    for tracker_file in ("events.out.tfevents", ".wandb"):
         assert any(tracker_file in path.name for path in files)
     secrets = [*canaries.values(), "hf_canaryINflag"]
     assert {(path, secret) for path in files for secret in secrets if secret.encode() in path.read_bytes()} == set()
