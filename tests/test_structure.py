@@ -25,7 +25,7 @@ SERVICES = {"runtime", "engine", "update", "checkpointing", "tracking", "validat
 
 
 def is_script(module: str) -> bool:
-    return module == "prepare_dataset" or module.startswith("cogvideox_")
+    return module in ("prepare_dataset", "doctor") or module.startswith("cogvideox_")
 
 
 SCRIPTS = {module for module in MODULES if is_script(module)}
