@@ -217,8 +217,8 @@ def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
     }  # fmt: skip
     assert 'base_model = "zai-org/CogVideoX-2b"\n' in snippet(folder)
     assert "Apache License 2.0" in text and "inherit" in text and "`BW_STYLE`" in text
-    for row in ("| Rank, alpha | 4, 2 |", "| Updates | 2 of 1 clips |", "| Optimizer | adamw |", "| Seed | 1 |",
-                "| Clips | 6, most of 9 frames of 64x96 |", "| Learning rate | 0.01, constant |"):  # fmt: skip
+    for row in ("| Rank, alpha | 4, 2 |", "| Updates | 2, of 1 clips each |", "| Optimizer | adamw |", "| Seed | 1 |",
+                "| Clips | 6, of 9 frames of 64x96 |", "| Learning rate | 0.01, constant |"):  # fmt: skip
         assert row in text
 
 

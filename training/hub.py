@@ -141,22 +141,25 @@ def introduction_from_args(args, facts: RunFacts) -> str:
 
 def training_table_from_args(args, facts: RunFacts) -> str:
     """What was trained, one row a fact."""
-    sizes = Counter(map(tuple, facts.bucket_of))
-    others = f", and {len(sizes) - 1} other sizes" if len(sizes) > 1 else ""
+    num_sizes = len(set(map(tuple, facts.bucket_of)))
+    others = f", in {num_sizes} sizes" if num_sizes > 1 else ""
     clips_per_update = args.train_batch_size * args.gradient_accumulation_steps * facts.num_ranks
     schedule = f"{learning_rate_from_args(args, facts.num_ranks):g}, {args.lr_scheduler}"
+    has_warmup = args.lr_warmup_steps and args.lr_scheduler != "constant"
     rows = {
         "Task": f"{task_of(facts)}, {'LoRA' if facts.is_lora else 'every weight'}",
-        "Clips": f"{len(facts.bucket_of)}, most of {size_text(most_used(facts.bucket_of))}{others}",
-        "Updates": f"{facts.num_steps} of {clips_per_update} clips",
+        "Clips": f"{len(facts.bucket_of)}, {'most ' if others else ''}of {size_text(most_used(facts.bucket_of))}{others}",
+        "Updates": f"{facts.num_steps}, of {clips_per_update} clips each",
     }
     if facts.is_lora:
         variants = (" (DoRA)" if args.use_dora else "") + (" (rank-stabilised)" if args.use_rslora else "")
         rows["Rank, alpha"] = f"{args.rank}, {args.lora_alpha}{variants}"
         rows["Layers"] = " ".join(f"`{name}`" for name in args.lora_target_modules)
+    if args.ema:
+        rows["Weights"] = f"their moving average, decay {args.ema_decay}"
     rows |= {
         "Optimizer": optimizer_text_from_args(args),
-        "Learning rate": schedule + (f", warm-up of {args.lr_warmup_steps} updates" if args.lr_warmup_steps else ""),
+        "Learning rate": schedule + (f", warm-up of {args.lr_warmup_steps} updates" if has_warmup else ""),
         "Precision": f"computed in {dtype_name(facts.dtype)}, trained weights in float32",
         "Seed": str(facts.seed),
     }
@@ -223,7 +226,7 @@ def usage_from_args(args, facts: RunFacts, name: str) -> str:
     hint = "" if base else "  # fill in: the model that was fine-tuned"
     lines += ["", f'base_model = "{base or "path/to/base_model"}"{hint}']
     if own_transformer:
-        source = "base_model" if facts.is_lora else f'"{name}"'
+        source = "base_model" if facts.is_lora else json.dumps(name, ensure_ascii=False)
         positions = ", use_learned_positional_embeddings=False" if facts.is_lora else ""
         lines += [
             f"transformer = {model.transformer}.from_pretrained(",
@@ -233,7 +236,7 @@ def usage_from_args(args, facts: RunFacts, name: str) -> str:
     part = ", transformer=transformer" if own_transformer else ""
     lines.append(f"pipe = {pipeline}.from_pretrained(base_model{part}, dtype={dtype})")
     if facts.is_lora:
-        lines.append(f'pipe.load_lora_weights("{name}")')
+        lines.append(f"pipe.load_lora_weights({json.dumps(name, ensure_ascii=False)})")
     lines += ["pipe.enable_model_cpu_offload()", "pipe.vae.enable_slicing()", "pipe.vae.enable_tiling()"]
     return "\n".join(lines) + "\n\n" + rendering_from_args(args, facts)
 
