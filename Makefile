@@ -13,7 +13,7 @@ checksum = $(shell (cat $(REQUIREMENTS); echo '$(1)') | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(call checksum,)
 TORCH_STAMP := $(if $(filter file,$(origin TORCH)),$(STAMP),$(VENV)/.installed-$(call checksum,$(TORCH)))
 
-.PHONY: help install quickstart test test-gpu quality style clean
+.PHONY: help install quickstart test test-gpu quality style doctor clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -48,6 +48,9 @@ quality: install  ## Check style: ruff, the shell scripts' syntax, shellcheck wh
 style: install  ## Format the code
 	ruff check --fix .
 	ruff format .
+
+doctor:  ## Say what this machine lacks for training, with the fix; needs nothing installed
+	@python3 training/doctor.py
 
 clean:  ## Remove caches and the quickstart's output; keeps VENV and outputs/
 	rm -rf quickstart-output .pytest_cache .ruff_cache

@@ -18,14 +18,16 @@ MODULES = sorted(path.stem for path in (ROOT / "training").glob("*.py"))
 PURE = {"args", "buckets", "draws", "errors"}
 DATA_ROOMS = {"formats", "decode", "cache", "report"}
 PARTS = DATA_ROOMS | {
-    "dataset", "cogvideox", "objective", "lora", "sft", "optimizers",
+    "dataset", "cogvideox", "objective", "lora", "sft", "optimizers", "curves",
     "memory", "attention", "streaming", "quantization", "masters", "zero",
 }  # fmt: skip
-SERVICES = {"runtime", "engine", "update", "checkpointing", "tracking", "held_out", "validation", "hub"}
+SERVICES = {
+    "runtime", "engine", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",
+}  # fmt: skip
 
 
 def is_script(module: str) -> bool:
-    return module == "prepare_dataset" or module.startswith("cogvideox_")
+    return module in ("prepare_dataset", "doctor") or module.startswith("cogvideox_")
 
 
 SCRIPTS = {module for module in MODULES if is_script(module)}

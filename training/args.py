@@ -273,6 +273,9 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     """The flags of training script `script` (a key of SCRIPTS), checked; a mistake exits with code 2."""
     parser = make_training_parser(script)
     args = parser.parse_flags(argv)
+    if argv is None:
+        hide_token(sys.argv)
+        hide_token(sys.orig_argv)
     refuse_meaningless(parser, args, script)
     check_ranges(parser, args, TRAINING_RANGES)
     if args.lr_scheduler not in LR_SCHEDULERS:
@@ -280,6 +283,7 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     check_reshape_mode(parser, args)
     check_lora(parser, args)
     check_optimizer(parser, args)
+    check_export(parser, args)
     check_validation(parser, args)
     check_trackers(parser, args)
     check_data_source(parser, args)
@@ -295,6 +299,15 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
             "Set HF_TOKEN or run `hf auth login` instead",
         )
     return args
+
+
+def hide_token(words: list[str]):
+    """Overwrite the value of --hub_token in a command line: trackers write down the one that started the process."""
+    for index, word in enumerate(words):
+        if word == "--hub_token" and index + 1 < len(words):
+            words[index + 1] = "hidden"
+        elif word.startswith("--hub_token="):
+            words[index] = "--hub_token=hidden"
 
 
 def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -356,6 +369,15 @@ def check_optimizer(parser: FlagParser, args: argparse.Namespace):
         )
     if args.use_torchao and not bits:
         parser.error("--use_torchao chooses who makes low-bit states: add --use_8bit, --use_4bit or --use_fp8")
+
+
+def check_export(parser: FlagParser, args: argparse.Namespace):
+    """Refuses a form that could not hold what is trained."""
+    if "comfyui" in args.export and args.use_dora:
+        parser.error(
+            "--use_dora --export comfyui: ComfyUI divides by the norm of the base's rows, DoRA by that of the sum's, "
+            "so that the file would not be what was trained; use --export merged"
+        )
 
 
 def check_validation(parser: FlagParser, args: argparse.Namespace):

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
-from errors import UsageError
+from errors import StorageError, UsageError
+from hub import RunFacts, push_from_args, write_outputs_from_args
 from optimizers import join_tensors, schedule_state, split_tensors
 from runtime import memory_report, remove_earlier_status, write_json, write_status
 from update import TrainingState
@@ -29,11 +30,11 @@ logger = logging.getLogger(__name__)
 # Flags that do not touch what is trained: they may differ when a run goes on
 FREE_FLAGS = {
     "allow_cpu", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers",
-    "enable_model_cpu_offload", "guidance_scale", "height", "hub_token", "log_every", "max_bad_steps", "nccl_timeout",
-    "num_inference_steps", "num_validation_videos", "output_dir", "overwrite", "pin_memory", "report_to",
-    "resume_from_checkpoint", "use_dynamic_cfg", "validation_attention", "validation_data_root", "validation_epochs",
-    "validation_images", "validation_num_clips", "validation_prompt", "validation_prompt_separator",
-    "validation_steps", "width",
+    "enable_model_cpu_offload", "export", "guidance_scale", "height", "hub_model_id", "hub_public", "hub_token",
+    "log_every", "max_bad_steps", "nccl_timeout", "num_inference_steps", "num_validation_videos", "output_dir",
+    "overwrite", "pin_memory", "push_to_hub", "report_to", "resume_from_checkpoint", "use_dynamic_cfg",
+    "validation_attention", "validation_data_root", "validation_epochs", "validation_images", "validation_num_clips",
+    "validation_prompt", "validation_prompt_separator", "validation_steps", "width",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -165,13 +166,38 @@ def save_result(accelerator, output_dir: Path, engine) -> None:
     accelerator.wait_for_everyone()
 
 
-def finish_run(accelerator, output_dir: Path, num_steps: int) -> None:
-    """Say in status.json that all is done."""
+def finish_run_from_args(args, accelerator, about: RunFacts) -> None:
+    """Write what belongs beside the result, say in status.json that all is done, upload."""
+    output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
-        write_status(output_dir, "complete", 0, step=num_steps, **memory_report(accelerator.device))
-        logger.info("complete at step %d: %s", num_steps, output_dir)
+        write_outputs_from_args(args, about)
+        write_status(output_dir, "complete", 0, step=about.num_steps, **memory_report(accelerator.device))
+        logger.info("complete at step %d: %s", about.num_steps, output_dir)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    accelerator.end_training()  # an upload may outlast every timeout: nobody waits for it
+    upload_from_args(args, about)
+
+
+def finish_again_from_args(args, accelerator, about: RunFacts) -> None:
+    """A complete run's forms that --export asks for and that are not there yet, and its upload."""
+    if accelerator.is_main_process and (args.export or about.hub_repo):
+        write_outputs_from_args(args, about, only_missing=True)
+    upload_from_args(args, about)
+
+
+def upload_from_args(args, about: RunFacts) -> None:
+    """Upload a complete run where that was asked for; status.json tells of a failure and stays complete."""
+    if about.hub_repo is None:
+        return
+    output_dir = Path(args.output_dir)
+    earlier = json.loads((output_dir / "status.json").read_text(encoding="utf-8"))
+    rest = {name: value for name, value in earlier.items() if name not in ("state", "exit_code", "message")}
+    try:
+        push_from_args(args, about.hub_repo)
+    except StorageError as error:
+        write_status(output_dir, "complete", error.exit_code, message=str(error), **rest)
+        raise
+    write_status(output_dir, "complete", 0, **rest)
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None) -> None:

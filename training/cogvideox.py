@@ -47,6 +47,16 @@ class VaeConfig(NamedTuple):
     invert_scale_latents: bool
 
 
+class ModelFacts(NamedTuple):
+    """What a model card must know of the base model."""
+
+    pipeline: str  # diffusers' classes
+    transformer: str
+    image_to_video: bool
+    apache_licence: bool  # else the CogVideoX LICENSE
+    fps: int
+
+
 # ---------------------------------------------------------------- loading
 
 
@@ -106,14 +116,31 @@ def default_fps(transformer_config) -> int:
     return 16 if is_version_1_5(transformer_config) else 8
 
 
+def describe_model(transformer_config) -> ModelFacts:
+    """2b, the one without rotary positions, is under Apache-2.0; all others are under the CogVideoX LICENSE."""
+    image_to_video = takes_image(transformer_config)
+    return ModelFacts(
+        pipeline=(IMAGE_TO_VIDEO_PIPELINE if image_to_video else TEXT_TO_VIDEO_PIPELINE).__name__,
+        transformer=CogVideoXTransformer3DModel.__name__,
+        image_to_video=image_to_video,
+        apache_licence=not transformer_config.get("use_rotary_positional_embeddings", False),
+        fps=default_fps(transformer_config),
+    )
+
+
+def takes_image(transformer_config) -> bool:
+    """True for an image-to-video transformer, which takes image latents beside the video's."""
+    return transformer_config["in_channels"] == 2 * transformer_config.get("out_channels", 16)
+
+
 def text_length(transformer_config) -> int:
     """Text tokens that the checkpoint was trained with."""
     return transformer_config.get("max_text_seq_length", 226)
 
 
 def check_task(model: str, transformer_config, image_to_video: bool) -> None:
-    """Refuse a checkpoint of the other task: an image-to-video transformer takes image latents beside the video's."""
-    has_image = transformer_config["in_channels"] == 2 * transformer_config.get("out_channels", 16)
+    """Refuse a checkpoint of the other task."""
+    has_image = takes_image(transformer_config)
     if has_image != image_to_video:
         names = {True: "an image-to-video", False: "a text-to-video"}
         raise UsageError(f"{model}: {names[has_image]} model, and this script trains {names[image_to_video]} model")

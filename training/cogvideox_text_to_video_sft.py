@@ -24,7 +24,8 @@ from accelerate.utils import send_to_device
 from buckets import num_batches
 from checkpointing import (
     find_checkpoint_from_args,
-    finish_run,
+    finish_again_from_args,
+    finish_run_from_args,
     is_complete_from_args,
     load_checkpoint,
     open_output_dir_from_args,
@@ -38,6 +39,7 @@ from cogvideox import (
     check_sample_size,
     check_task,
     default_fps,
+    describe_model,
     encode_captions,
     encode_videos,
     latent_shape,
@@ -59,6 +61,7 @@ from cogvideox import (
 from dataset import BucketSampler, build_dataset_from_args, make_loader
 from engine import build_sft_engine_from_args, check_sft_fits_from_args
 from held_out import build_held_out_from_args, encode_held_out
+from hub import RunFacts, check_hub_from_args
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from runtime import (
@@ -91,6 +94,7 @@ def main(args) -> None:
     accelerator = init_accelerator_from_args(args)
     device, num_ranks = accelerator.device, accelerator.num_processes
     output_dir = Path(args.output_dir)
+    hub_repo = check_hub_from_args(args, accelerator.is_main_process)
     with accelerator.main_process_first():
         earlier_seed = open_output_dir_from_args(args, accelerator.is_main_process)
     seed = shared_seed_from_args(args) if earlier_seed is None else earlier_seed
@@ -121,8 +125,11 @@ def main(args) -> None:
         check_sample_size(config, size)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)
+    about = RunFacts(
+        describe_model(config), model_dir, dataset.bucket_of, dtype, seed, num_ranks, plan.num_steps, False, hub_repo
+    )
     if is_complete_from_args(args, plan.num_steps):
-        return
+        return finish_again_from_args(args, accelerator, about)
     vae, embeds = None, {}
     if needs_encoders:
         captions = [] if args.load_tensors else [*dataset.prompts, *held_out_clips.prompts]
@@ -204,7 +211,7 @@ def main(args) -> None:
     save_result(accelerator, output_dir, engine)
     validate(plan.num_steps)
     report_memory(meter, plan.num_steps, "after_testing")
-    finish_run(accelerator, output_dir, plan.num_steps)
+    finish_run_from_args(args, accelerator, about)
 
 
 def encode_batch(

@@ -64,10 +64,18 @@ def save_transformer(
     shutil.rmtree(temporary, ignore_errors=True)
     with weights_in(model, params, dtype):
         model.save_pretrained(temporary)
+    forget_source(temporary / "config.json")
     if facts:
         (temporary / "training.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     return temporary.rename(target)
+
+
+def forget_source(config_path: Path) -> None:
+    """Take out the folder that the base was loaded from: it tells of the machine, and results are shared."""
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_saved_transformer(model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype, directory: Path) -> None:

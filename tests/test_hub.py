@@ -1,0 +1,546 @@
+"""The model card says what was trained and how to use it; an upload sends what it should, where it should."""
+
+import importlib
+import json
+import logging
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from PIL import Image
+
+import curves
+import hub
+from args import parse_prepare_args, parse_training_args
+from cogvideox import describe_model, read_config
+from runtime import run_script
+from tiny_pipeline import KINDS
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {
+    "t2v_lora": "cogvideox_text_to_video_lora",
+    "t2v_sft": "cogvideox_text_to_video_sft",
+    "i2v_lora": "cogvideox_image_to_video_lora",
+    "i2v_sft": "cogvideox_image_to_video_sft",
+}
+FLAGS = ["--train_batch_size", "1", "--optimizer", "adamw", "--learning_rate", "1e-2", "--lr_warmup_steps", "0"]
+FLAGS += ["--max_train_steps", "2", "--checkpointing_steps", "9"]
+LORA_FLAGS = ["--rank", "4", "--lora_alpha", "2"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny, sample_data, tmp_path_factory):
+    """(kind, width) -> a prepared folder of the sample clips, 9 frames of height 64; read-only."""
+    import prepare_dataset
+
+    folders = {}
+
+    def folder_of(kind, width=96):
+        if (kind, width) not in folders:
+            folders[kind, width] = out = tmp_path_factory.mktemp(f"prepared-{kind}")
+            flags = ["--model_id", str(tiny(kind)), "--data_root", str(sample_data), "--output_dir", str(out)]
+            flags += [
+                "--caption_column",
+                "prompts.txt",
+                "--video_column",
+                "videos.txt",
+                "--save_latents_and_embeddings",
+            ]
+            flags += ["--height_buckets", "64", "--width_buckets", str(width), "--frame_buckets", "9"]
+            if kind.endswith("i2v"):
+                flags += ["--save_image_latents", "--num_image_variants", "1"]
+            prepare_dataset.main(parse_prepare_args(flags))
+        return folders[kind, width]
+
+    return folder_of
+
+
+@pytest.fixture
+def command(tiny, prepared, tmp_path):
+    """(script, flags) -> argv of two updates on the tiny pipeline of `kind`."""
+
+    def make(script, *flags, kind=None, name="my-run", width=96):
+        kind = kind or ("5b-i2v" if script.startswith("i2v") else "2b")
+        argv = ["--pretrained_model_name_or_path", str(tiny(kind)), "--data_root", str(prepared(kind, width))]
+        argv += ["--load_tensors", "--output_dir", str(tmp_path / name), "--seed", "1", *FLAGS]
+        return [*argv, *(LORA_FLAGS if script.endswith("lora") else []), *flags]
+
+    return make
+
+
+@pytest.fixture
+def train(command, tmp_path):
+    """Run a script in this process; returns its output folder."""
+
+    def run(script, *flags, name="my-run", **where):
+        module = importlib.import_module(MODULES[script])
+        module.main(parse_training_args(script, command(script, *flags, name=name, **where)))
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def stops(train, tmp_path, capsys):
+    """Run a script that is expected to end with an exit code; returns its last line on stderr."""
+
+    def run(code, script, *flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            run_script(lambda: train(script, *flags), tmp_path / "my-run")
+        assert left.value.code == code
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def card_of(folder):
+    return ModelCard.load(folder / "README.md")
+
+
+# ---------------------------------------------------------------- the card
+
+
+def snippet(folder):
+    [code] = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.M | re.S)
+    return code
+
+
+@pytest.fixture
+def run_snippet(tiny, tmp_path, monkeypatch):
+    """Run the Python of a card, beside the output folder that it names; returns its variables."""
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    def run(folder, kind):
+        monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", lambda pipe: None)  # needs a GPU
+        monkeypatch.chdir(folder.parent)
+        Image.linear_gradient("L").convert("RGB").save("first_frame.png")
+        code = snippet(folder).replace('"path/to/base_model"', repr(str(tiny(kind))))
+        code = re.sub(r'base_model = "zai-org/[^"]*"', f"base_model = {str(tiny(kind))!r}", code)
+        code = re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", code)
+        Path("snippet.py").write_text(code)
+        return runpy.run_path("snippet.py")
+
+    return run
+
+
+def trained_weights(folder):
+    from safetensors.torch import load_file
+
+    files = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("transformer/*.safetensors")]
+    return {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_the_example_of_the_card_runs_and_uses_what_was_trained(script, train, run_snippet):
+    folder = train(script)
+    values = run_snippet(folder, "5b-i2v" if script.startswith("i2v") else "2b")
+    with av.open(folder.parent / "output.mp4") as video:
+        stream = video.streams.video[0]
+        assert (stream.frames, stream.height, stream.width, stream.average_rate) == (9, 64, 96, 8)
+    weights = values["pipe"].transformer.state_dict()
+    for name, trained in trained_weights(folder).items():
+        name = name.removeprefix("transformer.")
+        name = name.replace(".lora_A.", ".lora_A.default_0.").replace(".lora_B.", ".lora_B.default_0.")
+        assert torch.equal(weights[name].float(), trained), name
+    if script.endswith("lora"):
+        assert values["pipe"].transformer.transformer_blocks[0].attn1.to_q.scaling == {"default_0": 0.5}
+
+
+def test_the_example_drops_learned_positions_as_training_did(train, run_snippet):
+    folder = train("i2v_lora", "--drop_learned_positions", width=64)
+    values = run_snippet(folder, "5b-i2v")
+    assert not values["pipe"].transformer.config.use_learned_positional_embeddings
+    with av.open(folder.parent / "output.mp4") as video:
+        assert video.streams.video[0].width == 64
+    folder = train("i2v_sft", "--drop_learned_positions", width=64, name="sft")
+    assert not run_snippet(folder, "5b-i2v")["pipe"].transformer.config.use_learned_positional_embeddings
+
+
+@pytest.mark.parametrize("script", ["i2v_lora", "i2v_sft"])
+def test_the_example_leaves_raw_first_frames_alone(script, train, run_snippet):
+    from diffusers import CogVideoXImageToVideoPipeline
+
+    pipe = run_snippet(train(script, "--image_latent_scale", "raw"), "5b-i2v")["pipe"]
+
+    def image_latents(pipeline_class):
+        image = torch.linspace(-1, 1, 3 * 64 * 96).view(1, 3, 64, 96)
+        inputs = (image, 1, 16, 9, 64, 96, torch.float32, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        return pipeline_class.prepare_latents(pipe, *inputs, generator=generator)[1]
+
+    stock = image_latents(CogVideoXImageToVideoPipeline)
+    torch.testing.assert_close(image_latents(type(pipe)) * pipe.vae.config.scaling_factor, stock)
+    assert stock.abs().max() > 0.1
+
+
+def test_both_facts_at_once_run_too(train, run_snippet):
+    folder = train("i2v_lora", "--drop_learned_positions", "--image_latent_scale", "raw", width=64)
+    pipe = run_snippet(folder, "5b-i2v")["pipe"]
+    assert type(pipe).__name__ == "RawFirstFramePipeline"
+    assert not pipe.transformer.config.use_learned_positional_embeddings
+
+
+def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
+    module = importlib.import_module(MODULES["t2v_lora"])
+    monkeypatch.setattr(module, "resolve_model_dir", lambda *given: tiny("2b"))
+    flags = ["--pretrained_model_name_or_path", "zai-org/CogVideoX-2b", "--id_token", "BW_STYLE"]
+    monkeypatch.setattr(module, "build_dataset_from_args", without_id_token(module.build_dataset_from_args))
+    flags += ["--validation_prompt", 'A "kite": {red}\\n # ```', "--num_inference_steps", "2"]
+    folder = train("t2v_lora", *flags)
+    card, text = card_of(folder), (folder / "README.md").read_text()
+    assert card.data.to_dict() == {
+        "base_model": "zai-org/CogVideoX-2b",
+        "base_model_relation": "adapter",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video",
+        "license": "apache-2.0",
+        "tags": [
+            "text-to-video", "diffusers", "diffusers-training", "cogvideox", "cogvideox-diffusers", "lora",
+            "template:diffusion-lora",
+        ],
+        "instance_prompt": "BW_STYLE",
+        "widget": [{"text": 'A "kite": {red}\\n # ```', "output": {"url": "samples/step_2/0_0.mp4"}}],
+    }  # fmt: skip
+    assert 'base_model = "zai-org/CogVideoX-2b"\n' in snippet(folder)
+    assert "Apache License 2.0" in text and "inherit" in text and "`BW_STYLE`" in text
+    for row in ("| Rank, alpha | 4, 2 |", "| Updates | 2, of 1 clips each |", "| Optimizer | adamw |", "| Seed | 1 |",
+                "| Clips | 6, of 9 frames of 64x96 |", "| Learning rate | 0.01, constant |"):  # fmt: skip
+        assert row in text
+
+
+def without_id_token(build):
+    """The prepared folders of these tests hold no token."""
+    return lambda args, *rest, **named: build(SimpleNamespace(**{**vars(args), "id_token": None}), *rest, **named)
+
+
+def test_the_card_of_a_local_model_names_no_place(train, tiny, tmp_path):
+    Image.new("RGB", (96, 64)).save(tmp_path / "first.png")
+    image = str(tmp_path / "first.png")
+    flags = ["--validation_prompt", "a kite:::a boat", "--validation_images", f"{image}:::{image}"]
+    folder = train("i2v_sft", *flags, "--num_inference_steps", "2")
+    card, text = card_of(folder), (folder / "README.md").read_text()
+    assert card.data.base_model is None and card.data.pipeline_tag == "image-to-video"
+    assert card.data.license == "other" and card.data.license_name == "cogvideox-license"
+    assert card.data.license_link == "https://huggingface.co/zai-org/CogVideoX-5b/blob/main/LICENSE"
+    assert "lora" not in card.data.tags and "every weight" in text and "inherit" in text
+    assert 'prompt="a kite",' in text and "# my-run\n" in text
+    for place in (str(tmp_path), str(tiny("5b-i2v")), str(Path.home()), os.uname().nodename):
+        assert place not in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_2b_is_under_the_apache_licence(kind, tiny):
+    model = describe_model(read_config(tiny(kind), "transformer"))
+    assert model.apache_licence == (kind == "2b") and model.image_to_video == kind.endswith("i2v")
+    assert model.fps == (16 if kind.startswith("1.5") else 8)
+
+
+def test_equal_runs_write_equal_cards(train, tmp_path):
+    first = train("t2v_lora", name="one/run")
+    second = train("t2v_lora", name="two/run")
+    assert (first / "README.md").read_bytes() == (second / "README.md").read_bytes()
+    assert (first / "loss.png").read_bytes() == (second / "loss.png").read_bytes()
+    assert (first / "README.md").read_text() != (train("t2v_sft", name="three/run") / "README.md").read_text()
+
+
+def write_samples(folder):
+    """Videos as validation leaves them, those of an earlier step and one without its prompt too."""
+    for name in ("step_2/old_0.mp4", "step_2/old_0.txt", "step_10/a_kite_0.mp4", "step_10/a_kite_1.mp4",
+                 "step_10/nameless_0.mp4", "step_10/prompts.json"):  # fmt: skip
+        path = folder / "samples" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("old")
+    for number in range(2):
+        (folder / f"samples/step_10/a_kite_{number}.txt").write_text("a kite: 'red'\n")
+
+
+def test_videos_of_the_last_validation_are_shown(train):
+    folder = train("t2v_lora")
+    assert card_of(folder).data.get("widget") is None and "<Gallery />" not in (folder / "README.md").read_text()
+    write_samples(folder)
+    (folder / "status.json").unlink()
+    train("t2v_lora")
+    paths = [f"samples/step_10/a_kite_{number}.mp4" for number in range(2)]
+    assert card_of(folder).data.widget == [{"text": "a kite: 'red'", "output": {"url": path}} for path in paths]
+    assert "<Gallery />" in (folder / "README.md").read_text()
+
+
+def test_exports_are_made_and_named(train):
+    folder = train("t2v_lora", "--export", "comfyui", "merged")
+    assert (folder / "pytorch_lora_weights_comfyui.safetensors").exists()
+    assert (folder / "transformer/config.json").exists()
+    text = (folder / "README.md").read_text()
+    assert "ComfyUI" in text and 'subfolder="transformer"' in text
+    other = train("t2v_lora", name="other")
+    assert "ComfyUI" not in (other / "README.md").read_text() and not (other / "transformer").exists()
+    metrics = (other / "metrics.jsonl").read_text()
+    train("t2v_lora", "--export", "comfyui", name="other")  # complete: only the export is missing
+    assert (other / "pytorch_lora_weights_comfyui.safetensors").exists()
+    assert (other / "metrics.jsonl").read_text() == metrics
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def write_metrics(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_picture_shows_updates_mean_and_held_out_loss(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    rows = [{"step": step, "loss": None if step == 2 else float(step)} for step in range(1, 5)]
+    rows[2:2] = [{"event": "memory", "step": 2}, {"event": "held_out_loss", "step": 2, "loss": 7.0}]
+    write_metrics(tmp_path, rows)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    assert curves.draw_losses({"run": tmp_path / "metrics.jsonl"}, tmp_path / "loss.png", window=2) == []
+    [axes] = figures[0].axes
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    assert lines == [([1, 3, 4], [1, 3, 4]), ([1, 3, 4], [1, 2, 3.5]), ([2], [7])]
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    write_metrics(tmp_path, [{"step": 1, "loss": None}])
+    hub.draw_loss(tmp_path)
+    assert not (tmp_path / "loss.png").exists() and "no update had a finite loss" in caplog.text
+    write_metrics(tmp_path, [{"step": 1, "loss": 1.0}])
+    hub.draw_loss(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    hub.draw_loss(tmp_path)
+    assert [record.levelname for record in caplog.records][-1] == "WARNING"
+
+
+def test_the_script_draws_several_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_metrics(tmp_path / name, [{"step": 1, "loss": 1.0}])
+    paths = [str(tmp_path / name / "metrics.jsonl") for name in ("a", "b")]
+    argv = [sys.executable, str(ROOT / "assets/plot_loss.py"), *paths, str(tmp_path / "loss.png")]
+    subprocess.run(argv, check=True)
+    assert (tmp_path / "loss.png").exists()
+    write_metrics(tmp_path / "b", [])
+    result = subprocess.run(argv, capture_output=True, text=True)
+    assert result.returncode == 2 and "b/metrics.jsonl: holds no update yet" in result.stderr
+
+
+# ---------------------------------------------------------------- upload
+
+
+class FakeHub:
+    """The hub as HfApi shows it: repositories, uploads, and errors on demand."""
+
+    def __init__(self):
+        self.tokens, self.private, self.uploaded, self.errors = [], {}, {}, {}
+
+    def __call__(self, token=None):
+        self.tokens.append(token)
+        return self
+
+    def answer(self, call):
+        if call in self.errors:
+            raise self.errors[call]
+
+    def whoami(self):
+        self.answer("whoami")
+        return {"name": "me"}
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.answer("create_repo")
+        validate_repo_id(repo_id)
+        assert exist_ok
+        self.private[repo_id] = private
+
+    def auth_check(self, repo_id, write):
+        self.answer("auth_check")
+        assert write
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+        self.answer("upload_folder")
+        folder = Path(folder_path)
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        chosen = sorted(filter_repo_objects(files, allow_patterns=allow_patterns))
+        self.uploaded[repo_id] = {path: (folder / path).read_bytes() for path in chosen}
+
+
+@pytest.fixture
+def fake_hub(monkeypatch):
+    fake = FakeHub()
+    monkeypatch.setattr(hub, "HfApi", fake)
+    return fake
+
+
+RESULT = ["README.md", "loss.png"]
+SAMPLES = [f"samples/step_10/a_kite_{number}.{kind}" for number in range(2) for kind in ("mp4", "txt")]
+SAMPLES += ["samples/step_10/nameless_0.mp4", "samples/step_2/old_0.mp4", "samples/step_2/old_0.txt"]
+
+
+@pytest.mark.parametrize("script", ["t2v_lora", "t2v_sft"])
+def test_the_result_is_uploaded_and_nothing_else(script, train, fake_hub, tiny, tmp_path):
+    write_samples(tmp_path / "my-run")
+    for name in ("logs/events.bin", "notes.txt", "transformer.old/x.json", "checkpoint-7/README.md"):
+        path = tmp_path / "my-run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("private")
+    flags = ["--push_to_hub", "--hub_token", "hf_canary", "--checkpointing_steps", "1"]
+    export = ["--export", "comfyui"] if script == "t2v_lora" else []
+    folder = train(script, *flags, *export)
+    weights = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+    if script == "t2v_lora":
+        weights = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_comfyui.safetensors"]
+    assert sorted(fake_hub.uploaded["me/my-run"]) == sorted([*RESULT, *SAMPLES, *weights])
+    assert fake_hub.private == {"me/my-run": True} and set(fake_hub.tokens) == {"hf_canary"}
+    assert (folder / "checkpoint-2").is_dir() and (folder / "args.json").exists()
+    assert "# my-run\n" in (folder / "README.md").read_text() and '"me/my-run"' in snippet(folder)
+    assert status(folder)["state"] == "complete" and status(folder)["exit_code"] == 0
+    for name, content in fake_hub.uploaded["me/my-run"].items():
+        for secret in (str(tmp_path), str(tiny("2b")), "hf_canary"):
+            assert secret.encode() not in content, name
+
+
+def test_repository_and_visibility_by_flag(train, fake_hub):
+    train("t2v_lora", "--push_to_hub", "--hub_model_id", "team/kites", "--hub_public", "--max_train_steps", "1")
+    assert fake_hub.private == {"team/kites": False} and fake_hub.tokens == [None, None]
+
+
+def test_without_the_flag_nothing_asks_the_hub(train, fake_hub):
+    folder = train("t2v_lora", "--max_train_steps", "1")
+    assert fake_hub.tokens == [] and (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("call", ["whoami", "create_repo", "auth_check"])
+def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, stops, fake_hub, monkeypatch, tmp_path):
+    module = importlib.import_module(MODULES["t2v_lora"])
+    monkeypatch.setattr(module, "resolve_model_dir", lambda *given: pytest.fail("too late"))
+    fake_hub.errors[call] = OSError("403 Forbidden\nrequest id abc")
+    line = stops(2, "t2v_lora", "--push_to_hub", "--hub_token", "hf_canary")
+    assert line.startswith(
+        "error: --push_to_hub: my-run cannot be written (403 Forbidden); log in with `hf auth login`"
+    )
+    assert not (tmp_path / "my-run").exists() and "hf_canary" not in line
+
+
+def test_without_a_network_the_real_client_is_refused_in_one_line(stops, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")  # HF_HUB_OFFLINE is set for all tests
+    assert "error: --push_to_hub: my-run cannot be written (" in stops(2, "t2v_lora", "--push_to_hub")
+
+
+def test_a_failing_upload_keeps_everything_and_is_tried_again(stops, train, fake_hub, tmp_path, monkeypatch):
+    folder = tmp_path / "my-run"
+    fake_hub.errors["upload_folder"] = ConnectionError("the line is cut")
+    line = stops(74, "t2v_lora", "--push_to_hub")
+    assert "the line is cut" in line and hub.upload_command("me/my-run", str(folder)) in line
+    assert status(folder)["state"] == "complete" and status(folder)["exit_code"] == 74 and status(folder)["step"] == 2
+    assert status(folder)["message"] in line
+    before = {path: path.read_bytes() for path in folder.glob("*") if path.is_file() and path.name != "status.json"}
+    assert {"pytorch_lora_weights.safetensors", "README.md", "loss.png"} <= {path.name for path in before}
+
+    module = importlib.import_module(MODULES["t2v_lora"])
+    monkeypatch.setattr(module, "load_transformer", lambda *given: pytest.fail("trains again"))
+    assert "the line is cut" in stops(74, "t2v_lora", "--push_to_hub") and status(folder)["exit_code"] == 74
+    fake_hub.errors.clear()
+    train("t2v_lora", "--push_to_hub")
+    assert "pytorch_lora_weights.safetensors" in fake_hub.uploaded["me/my-run"]
+    assert status(folder) | {"host_peak_gib": 0} == {
+        "state": "complete",
+        "exit_code": 0,
+        "step": 2,
+        "host_peak_gib": 0,
+    }
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_the_command_by_hand_uploads_the_same(train, fake_hub, tmp_path, monkeypatch):
+    """Parsed by the hub's own command line."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.cli.hf import main
+
+    folder = train("t2v_lora", "--push_to_hub", name="a run")
+    ours = fake_hub.uploaded.pop("me/a-run")
+
+    def upload(api, *, repo_id, folder_path, allow_patterns, **options):
+        fake_hub.upload_folder(repo_id, folder_path, allow_patterns, "")
+        assert options["path_in_repo"] == "."
+        return SimpleNamespace(commit_url="url", pr_url=None)
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(sys, "argv", shlex.split(hub.upload_command("me/a-run", str(folder))))
+    try:
+        main()
+    except SystemExit as left:
+        assert not left.code
+    assert fake_hub.uploaded["me/a-run"] == ours
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("my run", "my-run"),
+        ("a--b..c", "a-b.c"),
+        (".hidden-", "hidden"),
+        ("x" * 120, "x" * 96),
+        ("日本", "cogvideox-finetune"),
+        ("cogvideox-lora__optimizer_adamw__learning-rate_1e-4", "cogvideox-lora__optimizer_adamw__learning-rate_1e-4"),
+    ],
+)
+def test_every_folder_has_a_name_that_the_hub_takes(folder, name):
+    assert hub.default_repo_name(folder) == name
+    validate_repo_id(f"me/{name}")
+
+
+# ---------------------------------------------------------------- secrets
+
+
+def test_the_token_leaves_the_command_line(monkeypatch):
+    flags = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
+    for given in (["--hub_token", "hf_canary"], ["--hub_token=hf_canary"]):
+        monkeypatch.setattr(sys, "argv", ["script.py", *flags, *given, "--push_to_hub"])
+        monkeypatch.setattr(sys, "orig_argv", ["python", *sys.argv])
+        args = parse_training_args("t2v_lora")
+        assert args.hub_token == "hf_canary" and args.push_to_hub
+        assert not any("hf_canary" in word for word in [*sys.argv, *sys.orig_argv])
+        assert sys.argv[:5] == ["script.py", *flags] and sys.argv[-1] == "--push_to_hub"
+
+
+def test_no_file_of_a_run_holds_a_secret(command, tmp_path):
+    """A real process, launched, with two trackers; every file that it leaves anywhere is read."""
+    pytest.importorskip("tensorboard"), pytest.importorskip("wandb")
+    canaries = {"HF_TOKEN": "hf_canaryINhfTOKEN", "WANDB_API_KEY": "canary" * 6 + "aaaa"}
+    places = {name: str(tmp_path / name) for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME")}
+    for place in places.values():
+        Path(place).mkdir()
+    env = {**os.environ, **canaries, **places, "WANDB_MODE": "offline", "TMPDIR": str(tmp_path)}
+    flags = ["--report_to", "tensorboard,wandb", "--hub_token", "hf_canaryINflag", "--export", "comfyui", "merged"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    config = ["--config_file", str(ROOT / "accelerate_configs/uncompiled_1.yaml")]
+    script = str(ROOT / "training" / f"{MODULES['t2v_lora']}.py")
+    argv = [*launch, *config, script, *command("t2v_lora", *flags)]
+    result = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert status(tmp_path / "my-run")["state"] == "complete"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    for tracker_file in ("events.out.tfevents", ".wandb"):
+        assert any(tracker_file in path.name for path in files)
+    secrets = [*canaries.values(), "hf_canaryINflag"]
+    assert {(path, secret) for path in files for secret in secrets if secret.encode() in path.read_bytes()} == set()
+    assert not any(secret in result.stderr + result.stdout for secret in secrets)

@@ -1,0 +1,326 @@
+#!/usr/bin/env python
+"""Look at this machine and say what would keep training from working: one line each, with the fix.
+
+python training/doctor.py
+
+Exit code 0 unless something required is broken. Standard library only, so that it runs before anything is installed;
+nothing asks the network.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "assets" / "tests" / "videos" / "circle_right.mp4"
+GIB = 2**30
+MODEL_DISK = 20e9  # bytes: what a model takes, T5-XXL included
+HOST_MEMORY = 32  # GiB: T5-XXL in fp32 takes 18 while the data is prepared
+SMALLEST_GPU = 9  # GiB: a LoRA of 2b, the least of the README's table
+# PyTorch's builds by the major CUDA that a driver must support: any driver of that major runs them
+TORCH_BUILDS = {12: "cu126", 13: "cu130"}
+
+# Back ends that a flag asks for: package -> (flag, or None, and what pip is asked for)
+OPTIONAL = {
+    "bitsandbytes": ("--use_8bit", "bitsandbytes"),
+    "torchao": ("--use_torchao and --use_cpu_offload_optimizer", "torchao"),
+    "prodigyopt": ("--optimizer prodigy", "prodigyopt"),
+    "came_pytorch": ("--optimizer came", "came_pytorch"),
+    "wandb": ("--report_to wandb", "wandb"),
+    "tensorboard": ("--report_to tensorboard", "tensorboard"),
+    "trackio": ("--report_to trackio", "trackio"),
+    "deepspeed": ("accelerate_configs/deepspeed.yaml", "deepspeed, which builds itself with the CUDA toolkit"),
+    "sageattention": ("--validation_attention sage", "sageattention"),
+    "flash-attn": (None, "flash-attn"),
+}
+
+
+class Finding(NamedTuple):
+    state: str  # OK, WARN or FAIL; only FAIL is an error
+    text: str  # what there is and, unless OK, what to do
+
+
+class Gpu(NamedTuple):
+    name: str
+    memory: float  # GiB
+    capability: tuple[int, int]
+
+
+def main() -> int:
+    findings = [check_python(sys.version_info[:3])]
+    findings += check_packages(read_requirements(ROOT / "requirements.txt"), installed_version)
+    findings += check_gpus(*probe_driver(), probe_torch())
+    findings.append(check_memory(host_memory()))
+    findings += [check_disk(name, place, free_bytes(place)) for name, place in disk_places()]
+    findings += check_decoders({name: probe_decoder(name) for name in ("av", "decord") if installed_version(name)})
+    findings += [check_optional(name, installed_version(name)) for name in OPTIONAL]
+    findings += [check_login(hub_token()), Finding("OK", "ffmpeg: not needed")]
+    for finding in findings:
+        print(f"{finding.state:<4}  {finding.text}")
+    return int(any(finding.state == "FAIL" for finding in findings))
+
+
+# ---------------------------------------------------------------- Python and packages
+
+
+def check_python(version: tuple[int, ...]) -> Finding:
+    text = f"Python {'.'.join(map(str, version))}"
+    if (3, 11) <= version[:2] <= (3, 13):
+        return Finding("OK", text)
+    return Finding("FAIL", f"{text}: 3.11, 3.12 or 3.13 is needed; make install PYTHON=python3.12")
+
+
+class Requirement(NamedTuple):
+    name: str
+    bounds: str  # >=1,<2
+    optional: bool
+    marker: str | None  # the platform_machine that alone has a wheel
+
+
+def read_requirements(path: Path) -> list[Requirement]:
+    """The lines of requirements.txt; those below its heading "Optional back ends" are not required."""
+    found, optional = [], False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            optional = optional or line.startswith("# Optional")
+            continue
+        requirement, _, marker = line.partition("#")[0].partition(";")
+        if match := re.match(r"\s*([\w.-]+)\s*(\S*)\s*$", requirement):
+            machine = re.search(r'platform_machine == "(\w+)"', marker)
+            found.append(Requirement(match[1], match[2], optional, machine[1] if machine else None))
+    return found
+
+
+def check_packages(requirements: list[Requirement], version_of) -> list[Finding]:
+    """A line for each package that is required, and for an optional one that is there in a version out of range."""
+    findings = []
+    for name, bounds, optional, marker in requirements:
+        if marker and marker != platform.machine():
+            continue
+        version, wanted = version_of(name), f'pip install "{name}{bounds}"'
+        if version is None:
+            if not optional:
+                findings.append(Finding("FAIL", f"{name}: not installed; make install, or {wanted}"))
+        elif not within(version, bounds):
+            state = "WARN" if optional else "FAIL"
+            findings.append(Finding(state, f"{name} {version}: {bounds} is needed; {wanted}"))
+        elif not optional:
+            findings.append(Finding("OK", f"{name} {version}"))
+    return findings
+
+
+def within(version: str, bounds: str) -> bool:
+    """Whether a version meets bounds such as >=1.2,<2; what follows its numbers (rc1, +cu130) does not count."""
+    tests = {">=": lambda a, b: a >= b, "<": lambda a, b: a < b, "==": lambda a, b: a == b}
+    number = numbers(version)
+    pairs = re.findall(r"(>=|==|<)([\d.]+)", bounds)
+    return all(tests[sign](number, numbers(bound)) for sign, bound in pairs)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """(1, 2) of 1.2.0+cu130: without zeros at the end, so that 1.2 is 1.2.0."""
+    parts = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_optional(name: str, version: str | None) -> Finding:
+    flag, package = OPTIONAL[name]
+    if flag is None:
+        return Finding("OK", f"{name}: {version or 'not installed'}; not needed, PyTorch brings the same attention")
+    if version:
+        return Finding("OK", f"{name} {version}, for {flag}")
+    return Finding("OK", f"{name}: not installed, and needed for {flag} only; pip install {package}")
+
+
+# ---------------------------------------------------------------- GPU
+
+
+class TorchProbe(NamedTuple):
+    """What torch says of itself; `error` where it cannot even be imported."""
+
+    cuda: str | None = None  # the CUDA it was built for; None is a build for the CPU
+    available: bool = False
+    gpus: tuple[Gpu, ...] = ()
+    error: str | None = None
+
+
+def probe_driver() -> tuple[str | None, str | None, int]:
+    """(driver, highest CUDA that it supports, number of GPUs) by nvidia-smi; (None, None, 0) without one."""
+    try:
+        shown = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30).stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None, None, 0
+    driver, cuda = re.search(r"Driver Version: *([\d.]+)", shown), re.search(r"CUDA Version: *([\d.]+)", shown)
+    return driver and driver[1], cuda and cuda[1], len(re.findall(r"^GPU \d+:", listed, re.M))
+
+
+def probe_torch() -> TorchProbe | None:
+    """None where torch is not installed."""
+    if installed_version("torch") is None:
+        return None
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return TorchProbe(error=str(error).splitlines()[0])
+    if not torch.cuda.is_available():
+        return TorchProbe(torch.version.cuda)
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = tuple(Gpu(device.name, device.total_memory / GIB, (device.major, device.minor)) for device in devices)
+    return TorchProbe(torch.version.cuda, True, gpus)
+
+
+def check_gpus(driver: str | None, cuda: str | None, num_gpus: int, torch: TorchProbe | None) -> list[Finding]:
+    """Driver against torch's CUDA, then a line for each GPU."""
+    if torch is None:
+        return [Finding("FAIL", "GPU: not looked at, because torch is not installed; make install")]
+    if torch.error:
+        return [Finding("FAIL", f"torch cannot be imported ({torch.error}); install it again: make install")]
+    if torch.gpus:
+        text = f"driver {driver or 'unknown'} for CUDA {cuda or 'unknown'}, torch built for CUDA {torch.cuda}"
+        return [Finding("OK", text), *(check_gpu(index, gpu) for index, gpu in enumerate(torch.gpus))]
+    if not num_gpus:
+        return [Finding("WARN", "GPU: none found by nvidia-smi; only tiny models train on a CPU")]
+    if torch.cuda is None:
+        return [Finding("FAIL", f"torch is built for the CPU, and there are {num_gpus} GPUs; {install_torch(cuda)}")]
+    if cuda and major(cuda) < major(torch.cuda):
+        text = f"driver {driver} supports CUDA {cuda}, torch is built for {torch.cuda}"
+        return [Finding("FAIL", f"{text}; update the driver, or {install_torch(cuda)}")]
+    fix = "look at CUDA_VISIBLE_DEVICES, and start a container with --gpus all"
+    return [Finding("FAIL", f"torch sees none of the {num_gpus} GPUs; {fix}")]
+
+
+def major(cuda: str) -> int:
+    return int(cuda.split(".")[0])
+
+
+def install_torch(cuda: str | None) -> str:
+    """The line that installs a torch which runs on a driver for this CUDA."""
+    build = TORCH_BUILDS.get(min(major(cuda), max(TORCH_BUILDS)) if cuda else max(TORCH_BUILDS))
+    if build is None:
+        return "update the driver: no torch of these releases supports it"
+    return f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
+
+
+def check_gpu(index: int, gpu: Gpu) -> Finding:
+    bf16 = gpu.capability >= (8, 0)
+    capability = ".".join(map(str, gpu.capability))
+    text = f"GPU {index}: {gpu.name}, {gpu.memory:.0f} GiB, compute capability {capability}, bf16 {'yes' if bf16 else 'no'}"
+    if not bf16:
+        return Finding("WARN", f"{text}; train CogVideoX-2b with --mixed_precision fp16, the other models need bf16")
+    if gpu.memory < SMALLEST_GPU:
+        return Finding(
+            "WARN", f"{text}; a LoRA of CogVideoX-2b at full size takes {SMALLEST_GPU} GiB: smaller buckets"
+        )
+    return Finding("OK", text)
+
+
+# ---------------------------------------------------------------- memory and disk
+
+
+def host_memory() -> float:
+    """GiB of this machine or, where it is less, of this container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(total, int(text) if text.isdigit() else total) / GIB
+
+
+def check_memory(gib: float) -> Finding:
+    text = f"host memory: {gib:.0f} GiB"
+    if gib < HOST_MEMORY:
+        return Finding(
+            "WARN", f"{text}; the 5b models want {HOST_MEMORY}: prepare with --dtype bf16, close other programs"
+        )
+    return Finding("OK", text)
+
+
+def disk_places() -> list[tuple[str, Path]]:
+    cache = os.environ.get("HF_HUB_CACHE") or Path(
+        os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface", "hub"
+    )
+    return [("models from the hub (HF_HOME)", Path(cache)), ("the working directory", Path.cwd())]
+
+
+def free_bytes(place: Path) -> int:
+    """Free on the disk where `place` is or will be."""
+    existing = next(path for path in (place, *place.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(name: str, place: Path, free: int) -> Finding:
+    text = f"disk for {name}, {place}: {free / 1e9:.0f} GB free"
+    if free < MODEL_DISK:
+        return Finding("WARN", f"{text}; a model takes {MODEL_DISK / 1e9:.0f} GB: make room, or choose another disk")
+    return Finding("OK", text)
+
+
+# ---------------------------------------------------------------- videos and the hub
+
+
+def probe_decoder(name: str) -> str | None:
+    """None if the installed package decodes the sample clip, else why not."""
+    try:
+        {"av": decode_by_av, "decord": decode_by_decord}[name](str(SAMPLE))
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def decode_by_av(path: str) -> None:
+    import av
+
+    with av.open(path) as video:
+        next(video.decode(video=0))
+
+
+def decode_by_decord(path: str) -> None:
+    import decord
+
+    try:
+        decord.VideoReader(path)[0]
+    except decord.DECORDError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def check_decoders(problems: dict[str, str | None]) -> list[Finding]:
+    """A line for each that is installed."""
+    findings = []
+    for name, problem in problems.items():
+        fix = f"({problem}); pip install --force-reinstall {name}"
+        failed = Finding("FAIL", f"{name} cannot decode a sample clip {fix}")
+        findings.append(failed if problem else Finding("OK", f"{name} decodes a sample clip"))
+    return findings
+
+
+def hub_token() -> bool:
+    """Whether there is a token: in the environment, or from an earlier `hf auth login`. It is not tried."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    stored = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
+    return any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or stored.exists()
+
+
+def check_login(logged_in: bool) -> Finding:
+    if logged_in:
+        return Finding("OK", "hub: there is a token (not tried), for --push_to_hub")
+    return Finding("OK", "hub: not logged in, and needed for --push_to_hub only; hf auth login")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

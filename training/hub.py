@@ -1,0 +1,338 @@
+"""The model card that every run writes, and the upload of its result."""
+
+import importlib.metadata
+import json
+import logging
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import HfApi, ModelCardData
+
+from curves import draw_losses
+from errors import StorageError, UsageError
+from export import COMFYUI_NAME, export_lora_from_args
+from runtime import learning_rate_from_args, write_text
+from sft import SUBFOLDER
+
+
+logger = logging.getLogger(__name__)
+
+LOSS_NAME, CARD_NAME = "loss.png", "README.md"
+# All that is ever uploaded: no args.json, which may name local paths, no checkpoints, logs or optimizer states
+UPLOADED = (
+    CARD_NAME, LOSS_NAME, "pytorch_lora_weights*.safetensors", f"{SUBFOLDER}/*", "samples/*.mp4", "samples/*.txt",
+)  # fmt: skip
+APACHE = {"license": "apache-2.0"}
+MODEL_LICENCE = {
+    "license": "other",
+    "license_name": "cogvideox-license",
+    "license_link": "https://huggingface.co/zai-org/CogVideoX-5b/blob/main/LICENSE",
+}
+PACKAGES = ("torch", "diffusers", "transformers", "peft")
+NO_PROMPT = "A lighthouse stands in the rain."  # of the example, where the run had none
+
+
+class RunFacts(NamedTuple):
+    """What the outputs of a run must know besides its flags. Only `model_dir` and the repository name a place."""
+
+    model: NamedTuple  # of the family: classes, task, licence, frames per second
+    model_dir: Path
+    bucket_of: list  # of every clip: (frames, height, width)
+    dtype: torch.dtype
+    seed: int
+    num_ranks: int
+    num_steps: int
+    is_lora: bool
+    hub_repo: str | None  # to upload to; None on the other ranks
+
+
+def write_outputs_from_args(args, facts: RunFacts, only_missing: bool = False) -> None:
+    """Beside the result: the exports that were asked for, the loss as a picture, the model card."""
+    export_lora_from_args(args, facts.model_dir, only_missing)
+    draw_loss(Path(args.output_dir))
+    write_card_from_args(args, facts)
+
+
+def draw_loss(output_dir: Path) -> None:
+    """`loss.png`; a picture that cannot be drawn is a warning."""
+    name = output_dir.resolve().name
+    try:
+        if draw_losses({name: output_dir / "metrics.jsonl"}, output_dir / LOSS_NAME):
+            logger.info("no update had a finite loss: %s is not drawn", LOSS_NAME)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        logger.warning("%s not drawn: %r", output_dir / LOSS_NAME, error)
+
+
+# ---------------------------------------------------------------- model card
+
+
+def write_card_from_args(args, facts: RunFacts) -> None:
+    """`README.md`: equal runs write equal cards but for the versions; never a path, date or host."""
+    output_dir = Path(args.output_dir)
+    samples = last_samples(output_dir)
+    data = ModelCardData(**card_data_from_args(args, facts, samples))
+    name = facts.hub_repo or output_dir.resolve().name
+    parts = [
+        f"# {name.split('/')[-1]}",
+        *(["<Gallery />"] if samples else []),
+        introduction_from_args(args, facts),
+        training_table_from_args(args, facts),
+        *([f"![Training loss]({LOSS_NAME})"] if (output_dir / LOSS_NAME).exists() else []),
+        "## Use",
+        f"```python\n{usage_from_args(args, facts, name)}```",
+        *usage_notes_from_args(args, facts),
+        "## Licence",
+        licence_text(facts),
+        "## Versions",
+        ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES),
+    ]
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    write_text(output_dir / CARD_NAME, text)
+
+
+def hub_base_from_args(args) -> str | None:
+    """The base model where it is one of the hub; a local folder is nobody's business."""
+    model = args.pretrained_model_name_or_path
+    return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).is_dir() else None
+
+
+def card_data_from_args(args, facts: RunFacts, samples: list[tuple[str, str]]) -> dict:
+    """The card's metadata; `samples` are (prompt, path in the repository)."""
+    base, task = hub_base_from_args(args), task_of(facts)
+    data = {"base_model": base, "base_model_relation": "adapter" if facts.is_lora else "finetune"} if base else {}
+    data |= {"library_name": "diffusers", "pipeline_tag": task}
+    data |= APACHE if facts.model.apache_licence else MODEL_LICENCE
+    data["tags"] = [task, "diffusers", "diffusers-training", "cogvideox", "cogvideox-diffusers"]
+    if facts.is_lora:
+        data["tags"] += ["lora", "template:diffusion-lora"]
+    if args.id_token:
+        data["instance_prompt"] = args.id_token
+    if samples:
+        data["widget"] = [{"text": prompt, "output": {"url": path}} for prompt, path in samples]
+    return data
+
+
+def task_of(facts: RunFacts) -> str:
+    return "image-to-video" if facts.model.image_to_video else "text-to-video"
+
+
+def last_samples(output_dir: Path) -> list[tuple[str, str]]:
+    """(prompt, path in output_dir) of the newest validation's videos whose prompt lies beside them."""
+    steps = [path for path in output_dir.glob("samples/step_*") if path.name.removeprefix("step_").isdigit()]
+    if not steps:
+        return []
+    newest = max(steps, key=lambda path: int(path.name.removeprefix("step_")))
+    videos = [path for path in sorted(newest.glob("*.mp4")) if path.with_suffix(".txt").exists()]
+    texts = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in videos]
+    return [(text, path.relative_to(output_dir).as_posix()) for text, path in zip(texts, videos, strict=True)]
+
+
+def introduction_from_args(args, facts: RunFacts) -> str:
+    what = "A LoRA for" if facts.is_lora else "Full fine-tuning of"
+    base = hub_base_from_args(args)
+    model = f"[{base}](https://huggingface.co/{base})" if base else f"a CogVideoX {task_of(facts)} model"
+    token = f" Every caption began with `{args.id_token}`: begin prompts with it." if args.id_token else ""
+    return f"{what} {model}.{token}"
+
+
+def training_table_from_args(args, facts: RunFacts) -> str:
+    """What was trained, one row a fact."""
+    num_sizes = len(set(map(tuple, facts.bucket_of)))
+    others = f", in {num_sizes} sizes" if num_sizes > 1 else ""
+    clips_per_update = args.train_batch_size * args.gradient_accumulation_steps * facts.num_ranks
+    schedule = f"{learning_rate_from_args(args, facts.num_ranks):g}, {args.lr_scheduler}"
+    has_warmup = args.lr_warmup_steps and args.lr_scheduler != "constant"
+    rows = {
+        "Task": f"{task_of(facts)}, {'LoRA' if facts.is_lora else 'every weight'}",
+        "Clips": f"{len(facts.bucket_of)}, {'most ' if others else ''}of {size_text(most_used(facts.bucket_of))}{others}",
+        "Updates": f"{facts.num_steps}, of {clips_per_update} clips each",
+    }
+    if facts.is_lora:
+        variants = (" (DoRA)" if args.use_dora else "") + (" (rank-stabilised)" if args.use_rslora else "")
+        rows["Rank, alpha"] = f"{args.rank}, {args.lora_alpha}{variants}"
+        rows["Layers"] = " ".join(f"`{name}`" for name in args.lora_target_modules)
+    if args.ema:
+        rows["Weights"] = f"their moving average, decay {args.ema_decay}"
+    rows |= {
+        "Optimizer": optimizer_text_from_args(args),
+        "Learning rate": schedule + (f", warm-up of {args.lr_warmup_steps} updates" if has_warmup else ""),
+        "Precision": f"computed in {dtype_name(facts.dtype)}, trained weights in float32",
+        "Seed": str(facts.seed),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def optimizer_text_from_args(args) -> str:
+    bits = {"use_8bit": "8-bit", "use_4bit": "4-bit", "use_fp8": "fp8"}
+    states = [f", {name} states" for flag, name in bits.items() if getattr(args, flag)]
+    return args.optimizer + "".join(states) + (", on the CPU" if args.use_cpu_offload_optimizer else "")
+
+
+def most_used(bucket_of: list) -> tuple[int, int, int]:
+    """The size that most clips have, of several the largest."""
+    counts = Counter(map(tuple, bucket_of))
+    return max(counts, key=lambda bucket: (counts[bucket], bucket))
+
+
+def size_text(bucket: tuple[int, int, int]) -> str:
+    return f"{bucket[0]} frames of {bucket[1]}x{bucket[2]}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def licence_text(facts: RunFacts) -> str:
+    licence = "the Apache License 2.0"
+    if not facts.model.apache_licence:
+        licence = f"the [CogVideoX LICENSE]({MODEL_LICENCE['license_link']})"
+    return f"The base model is under {licence}. Fine-tuned weights inherit it."
+
+
+# ---------------------------------------------------------------- how to use the result
+
+RAW_FIRST_FRAME = '''
+class RawFirstFramePipeline({pipeline}):
+    """Trained with --image_latent_scale raw: the first frame's latents are used as the VAE gives them."""
+
+    def prepare_latents(self, *args, **kwargs):
+        factor, self.vae_scaling_factor_image = self.vae_scaling_factor_image, 1.0
+        try:
+            return super().prepare_latents(*args, **kwargs)
+        finally:
+            self.vae_scaling_factor_image = factor  # decoding needs it
+
+'''
+
+
+def usage_from_args(args, facts: RunFacts, name: str) -> str:
+    """Python that renders a video with the result called `name`: a repository, or a folder."""
+    model, own_transformer = facts.model, not facts.is_lora or args.drop_learned_positions
+    dtype = f"torch.{dtype_name(facts.dtype)}"
+    lines = [
+        "import torch",
+        f"from diffusers import {model.pipeline}{f', {model.transformer}' if own_transformer else ''}",
+        f"from diffusers.utils import export_to_video{', load_image' if model.image_to_video else ''}",
+    ]
+    pipeline = model.pipeline
+    if args.image_latent_scale == "raw":
+        lines += ["", *RAW_FIRST_FRAME.format(pipeline=pipeline).splitlines()]
+        pipeline = "RawFirstFramePipeline"
+    base = hub_base_from_args(args)
+    hint = "" if base else "  # fill in: the model that was fine-tuned"
+    lines += ["", f'base_model = "{base or "path/to/base_model"}"{hint}']
+    if own_transformer:
+        source = "base_model" if facts.is_lora else json.dumps(name, ensure_ascii=False)
+        positions = ", use_learned_positional_embeddings=False" if facts.is_lora else ""
+        lines += [
+            f"transformer = {model.transformer}.from_pretrained(",
+            f'    {source}, subfolder="transformer", dtype={dtype}{positions}',
+            ")",
+        ]
+    part = ", transformer=transformer" if own_transformer else ""
+    lines.append(f"pipe = {pipeline}.from_pretrained(base_model{part}, dtype={dtype})")
+    if facts.is_lora:
+        lines.append(f"pipe.load_lora_weights({json.dumps(name, ensure_ascii=False)})")
+    lines += ["pipe.enable_model_cpu_offload()", "pipe.vae.enable_slicing()", "pipe.vae.enable_tiling()"]
+    return "\n".join(lines) + "\n\n" + rendering_from_args(args, facts)
+
+
+def rendering_from_args(args, facts: RunFacts) -> str:
+    """The call of `pipe`, at the size that most clips had."""
+    frames, height, width = most_used(facts.bucket_of)
+    own_prompt = f"{args.id_token} {NO_PROMPT}" if args.id_token else NO_PROMPT
+    prompts = (args.validation_prompt or own_prompt).split(args.validation_prompt_separator)
+    values = [
+        *(['image=load_image("first_frame.png")'] if facts.model.image_to_video else []),
+        f"prompt={json.dumps(prompts[0].strip(), ensure_ascii=False)}",
+        f"num_frames={frames}",
+        f"height={height}",
+        f"width={width}",
+        f"num_inference_steps={args.num_inference_steps}",
+        f"guidance_scale={args.guidance_scale}",
+        *(["use_dynamic_cfg=True"] if args.use_dynamic_cfg else []),
+        'generator=torch.Generator("cpu").manual_seed(42)',
+    ]
+    call = "".join(f"    {value},\n" for value in values)
+    return f'video = pipe(\n{call}).frames[0]\nexport_to_video(video, "output.mp4", fps={facts.model.fps})\n'
+
+
+def usage_notes_from_args(args, facts: RunFacts) -> list[str]:
+    """Paragraphs below the example."""
+    notes = []
+    if facts.is_lora:
+        notes.append("Alpha and rank are in the file: a weight of 1.0, the default, is the strength that was trained.")
+    if args.drop_learned_positions and facts.is_lora:
+        notes.append("It was trained without the base model's learned positions, hence the transformer above.")
+    if "comfyui" in args.export:
+        notes.append(f"`{COMFYUI_NAME}` is the same LoRA for ComfyUI's own nodes, at strength 1.0.")
+    if "merged" in args.export:
+        notes.append(
+            f"`{SUBFOLDER}/` is the base model's transformer with the LoRA added, for "
+            f'`{facts.model.transformer}.from_pretrained(..., subfolder="{SUBFOLDER}")`; it needs no LoRA file.'
+        )
+    return notes
+
+
+# ---------------------------------------------------------------- upload
+
+
+def check_hub_from_args(args, is_main_process: bool) -> str | None:
+    """The repository to upload to, made if it is not there; UsageError now, not after training, if it cannot be.
+
+    Without --push_to_hub, and on the other processes, None, and nothing asks the network.
+    """
+    if not (args.push_to_hub and is_main_process):
+        return None
+    api = HfApi(token=args.hub_token)
+    wanted = args.hub_model_id or default_repo_name(Path(args.output_dir).resolve().name)
+    try:
+        repo = wanted if "/" in wanted else f"{api.whoami()['name']}/{wanted}"
+        api.create_repo(repo, private=not args.hub_public, exist_ok=True)
+        api.auth_check(repo, write=True)  # an existing one may be another's, or the token for reading only
+    except Exception as error:
+        raise UsageError(
+            f"--push_to_hub: {wanted} cannot be written ({first_line(error)}); log in with `hf auth login`, set "
+            "HF_TOKEN to a token that may write, or leave the flag out and upload later"
+        ) from error
+    logger.info("the result will be uploaded to https://huggingface.co/%s", repo)
+    return repo
+
+
+def default_repo_name(folder: str) -> str:
+    """A name that the hub takes: at most 96 letters, digits, - _ and ., no -- or .. in it."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder)[:96]
+    name = re.sub(r"--+", "-", re.sub(r"\.\.+", ".", name)).removesuffix(".git").strip("-._")
+    return name or "cogvideox-finetune"
+
+
+def push_from_args(args, repo: str) -> None:
+    """Upload what is on the list; StorageError, with the command to do it by hand, if that fails."""
+    try:
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=repo,
+            folder_path=args.output_dir,
+            allow_patterns=list(UPLOADED),
+            commit_message="Upload the result of training",
+        )
+    except Exception as error:
+        raise StorageError(
+            f"the run is complete and kept in {args.output_dir}, but its upload failed ({first_line(error)}); run the "
+            f"same command again, or: {upload_command(repo, args.output_dir)}"
+        ) from error
+    logger.info("uploaded to https://huggingface.co/%s", repo)
+
+
+def upload_command(repo: str, output_dir: str) -> str:
+    """The same upload by hand."""
+    includes = [word for pattern in UPLOADED for word in ("--include", pattern)]
+    return shlex.join(["hf", "upload", repo, str(output_dir), ".", *includes])
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
