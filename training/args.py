@@ -91,7 +91,6 @@ IDLE_WITHOUT = (
         ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
     ),
     ("--optimizer prodigy or came", lambda args: args.optimizer in ("prodigy", "came"), ("beta3",)),
-    ("--optimizer adam, adamw or prodigy", lambda args: args.optimizer != "came", ("epsilon",)),
 )  # fmt: skip
 
 # What these set was fixed when the data was prepared. Not id_token: the dataset compares it with the manifest.
@@ -367,6 +366,8 @@ def check_optimizer(parser: FlagParser, args: argparse.Namespace):
             f"{bits[0]} --use_cpu_offload_optimizer: states in host memory take no GPU memory, and low-bit ones are "
             "computed on the GPU; give one of them"
         )
+    if args.optimizer == "came" and parser.is_used(args, "epsilon"):
+        parser.say("warning", "--epsilon: no effect with --optimizer came, which has two of its own")
     if args.use_torchao and not bits:
         parser.error("--use_torchao chooses who makes low-bit states: add --use_8bit, --use_4bit or --use_fp8")
 
