@@ -151,6 +151,7 @@ def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, f
 def save_checkpoint_from_args(args, accelerator, step: int, engine, state: TrainingState, facts: dict) -> None:
     """A checkpoint by the main process, the oldest removed after it is complete; the other ranks wait."""
     output_dir = Path(args.output_dir)
+    state.gather()
     if accelerator.is_main_process:
         save_checkpoint(output_dir, step, engine, state, facts)
         prune_checkpoints(output_dir, args.checkpoints_total_limit)
@@ -159,6 +160,7 @@ def save_checkpoint_from_args(args, accelerator, step: int, engine, state: Train
 
 def save_result(accelerator, output_dir: Path, engine) -> None:
     """Write the result and check it as diffusers loads it: before the last test, whatever becomes of that."""
+    engine.gather()
     if accelerator.is_main_process:
         result = engine.save(output_dir)
         engine.check(output_dir)

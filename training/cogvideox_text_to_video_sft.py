@@ -59,11 +59,11 @@ from cogvideox import (
     text_length,
 )
 from dataset import BucketSampler, build_dataset_from_args, make_loader
-from engine import build_sft_engine_from_args, check_sft_fits_from_args
+from engine import build_optimizer_from_args, build_sft_engine_from_args, check_sft_fits_from_args
 from held_out import build_held_out_from_args, encode_held_out
 from hub import RunFacts, check_hub_from_args
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
-from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
+from optimizers import make_lr_scheduler_from_args
 from runtime import (
     BadSteps,
     StepMeter,
@@ -144,7 +144,7 @@ def main(args) -> None:
     checkpoint = find_checkpoint_from_args(args)
     transformer = load_transformer(model_dir, torch.float32, args.variant)
     engine = build_sft_engine_from_args(args, transformer, dtype, stored, device)
-    optimizer = make_optimizer_from_args(args, engine.params, learning_rate_from_args(args, num_ranks))
+    optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
     state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.masters, engine.ema)
     facts = {"seed": seed, "data": dataset.fingerprint(), "num_processes": num_ranks}

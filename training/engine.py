@@ -19,6 +19,7 @@ from torch import nn
 from errors import UsageError
 from lora import add_lora, check_saved_lora, load_lora, save_lora, start_from_lora
 from masters import HostMasters, Masters
+from optimizers import make_optimizer_from_args
 from sft import (
     MASTERS_NAME,
     check_saved_transformer,
@@ -29,11 +30,13 @@ from sft import (
     save_transformer,
     save_weights,
 )
+from zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 
 
 logger = logging.getLogger(__name__)
 
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MOST_GRAPHS = 64  # of a block, one a bucket; torch gives up compiling after 8
 STATE_BYTES = {"adam": 8, "adamw": 8, "prodigy": 16, "came": 4}  # of the optimizer, per weight
 
 
@@ -42,6 +45,11 @@ class Engine:
     transformer: nn.Module
     params: list[nn.Parameter]
     facts: dict  # what inference must do as training did, beyond a plain load; written beside the result
+
+    def gather(self) -> None:
+        """Fill `params` in before they are written, where ranks share them. All ranks must call it."""
+        if self.masters:
+            self.masters.gather()
 
     @contextlib.contextmanager
     def inference(self):
@@ -144,8 +152,11 @@ def build_lora_engine_from_args(
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     masters = None
-    if args.use_cpu_offload_optimizer:
+    if uses_deepspeed():
+        masters = ZeroMasters(params, device, torch.float32)
+    elif args.use_cpu_offload_optimizer:
         masters = HostMasters(params, device, torch.float32, args.offload_gradients)
+    compile_blocks_from_args(args, transformer)
     transformer.to(device).train()
     trained = masters.params if masters else params
     return LoraEngine(transformer, trained, inference_facts_from_args(args), pipeline_class, masters)
@@ -162,10 +173,13 @@ def build_sft_engine_from_args(
         transformer.enable_gradient_checkpointing()
     weights = list(transformer.requires_grad_(True).parameters())
     masters = None
-    if args.use_cpu_offload_optimizer:
+    if uses_deepspeed():
+        masters = ZeroMasters(weights, device, dtype)
+    elif args.use_cpu_offload_optimizer:
         masters = HostMasters(weights, device, dtype, args.offload_gradients)
     elif dtype != torch.float32:
         masters = Masters(weights, device)
+    compile_blocks_from_args(args, transformer)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns of modules that it has none of here
     params = masters.params if masters else weights
     ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
@@ -173,6 +187,27 @@ def build_sft_engine_from_args(
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
     save_dtype = SAVE_DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
     return SftEngine(transformer, params, inference_facts_from_args(args), save_dtype, masters, ema)
+
+
+def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
+    """The optimizer on the engine's weights; where the accelerate config turns DeepSpeed on, DeepSpeed itself."""
+    if not uses_deepspeed():
+        return make_optimizer_from_args(args, engine.params, learning_rate)
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    return start_deepspeed_from_args(args, config, engine.masters, accelerator.num_processes, learning_rate)
+
+
+def compile_blocks_from_args(args, transformer: nn.Module) -> None:
+    """torch.compile every block in place, keys unchanged: by --compile_blocks, or by the accelerate config's dynamo_backend.
+
+    One graph serves all blocks, and a further one each bucket; checkpointing stays outside of it.
+    """
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if not args.compile_blocks and backend == "no":
+        return
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    for block in transformer.transformer_blocks:
+        block.compile(backend="inductor" if backend == "no" else backend, dynamic=False)
 
 
 def inference_facts_from_args(args) -> dict:
@@ -190,7 +225,7 @@ def inference_facts_from_args(args) -> dict:
 
 def check_sft_fits_from_args(args, num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse, before anything is loaded, what GPU or host cannot hold even without activations."""
-    if device.type != "cuda":
+    if device.type != "cuda" or uses_deepspeed():  # which shares out what it can
         return
     on_device, on_host = sft_bytes_per_weight_from_args(args, dtype)
     size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"

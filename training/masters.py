@@ -36,6 +36,9 @@ class Masters:
     def deliver_gradients(self) -> None:
         """Bring them to `master.grad`."""
 
+    def gather(self) -> None:
+        """Nothing to do: every rank holds all masters."""
+
     @torch.no_grad()
     def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
         """Round `weights`, by default the masters, to the model's copies."""

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from errors import NumbersError, UsageError, UserError
 from tracking import log_values, tracking_options_from_args
 from update import Update
+from zero import check_deepspeed_from_args, uses_deepspeed
 
 
 logger = logging.getLogger(__name__)
@@ -49,9 +50,10 @@ def init_accelerator_from_args(args) -> Accelerator:
     """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     check_launcher_from_args(args)
+    check_deepspeed_from_args(args)
     # No backend named: accelerate takes nccl on GPUs and gloo on CPUs, and fails on one process with one named
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
-    cpu = not torch.cuda.is_available()
+    cpu = not torch.cuda.is_available() and not uses_deepspeed()  # accelerate would leave DeepSpeed out
     options = tracking_options_from_args(args)
     accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
     if not accelerator.is_main_process:

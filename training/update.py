@@ -8,6 +8,7 @@ import torch
 import torch.distributed
 
 from masters import Masters, group_by_bytes
+from zero import ZeroOptimizer
 
 
 REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory
@@ -56,6 +57,13 @@ class TrainingState:
     masters: Masters | None = None  # params and the model's copies of them, where the model does not hold params
     ema: object | None = None  # diffusers' EMAModel of params
 
+    def gather(self) -> None:
+        """Bring to this rank what ranks share, before a checkpoint is written. All ranks must call it."""
+        if self.masters:
+            self.masters.gather()
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.gather()
+
 
 class Update(NamedTuple):
     """`stepped`: an update is complete; `skipped`: it was not applied, its gradients were not finite.
@@ -80,6 +88,8 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
 
     `loss` is already divided by the number of micro-steps. Ranks talk once per update, never between micro-steps.
     """
+    if isinstance(state.optimizer, ZeroOptimizer):
+        return zero_update(loss, state, last_micro_step)
     (loss * state.scaler.scale if state.scaler else loss).backward()
     if not last_micro_step:
         return Update(stepped=False)
@@ -102,6 +112,17 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
     state.optimizer.zero_grad(set_to_none=True)
     return Update(stepped=True, skipped=skipped, searching=searching, grad_norm=grad_norm, lr=lr)
+
+
+def zero_update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool) -> Update:
+    """The same under DeepSpeed, which averages, clips and skips by itself."""
+    state.optimizer.backward(loss, last_micro_step)
+    if not last_micro_step:
+        return Update(stepped=False)
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    grad_norm = state.optimizer.step()
+    state.lr_scheduler.step()
+    return Update(stepped=True, skipped=not math.isfinite(grad_norm), grad_norm=grad_norm, lr=lr)
 
 
 def apply_gradients(state: TrainingState) -> None:

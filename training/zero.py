@@ -6,7 +6,9 @@ flags. Stages 1 and 2: what stage 3 shares out besides, frozen weights, is a thi
 """
 
 import copy
+import importlib.util
 import math
+import os
 
 import torch
 import torch.distributed
@@ -59,7 +61,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def __init__(self, engine, weights: list[nn.Parameter]):
         # Not Optimizer's own: it would make groups of the whole weights
-        self.engine, self.weights = engine, weights
+        self.engine, self.weights, self.gathered = engine, weights, {}
 
     @property
     def param_groups(self) -> list[dict]:
@@ -78,15 +80,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """DeepSpeed has done it."""
 
-    def state_dict(self) -> dict:
-        """As torch's, whole on every rank. All ranks must call it."""
+    def gather(self) -> None:
+        """Fetch what `state_dict` returns. All ranks must call it."""
         steps = [entry["step"] for entry in self.engine.optimizer.optimizer.state.values()]
         state = {
             index: {"step": float(steps[0])} | {name: full(weight, name).clone() for name in MOMENTS}
             for index, weight in enumerate(self.weights)
         }
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
-        return {"state": state, "param_groups": groups}
+        self.gathered = {"state": state, "param_groups": groups}
+
+    def state_dict(self) -> dict:
+        """As torch's, of the last `gather`."""
+        return self.gathered
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -100,9 +106,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 entry["step"] = torch.tensor(float(step)) if isinstance(zero.optimizer, TORCH_ADAMS) else int(step)
                 zero.optimizer.state[piece] = entry
         zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed does after its first step
-        for weight, entry in zip(self.weights, state_dict["state"].values(), strict=True):
+        for index, weight in enumerate(self.weights):
             for name in MOMENTS:
-                set_full(weight, entry[name], name)
+                set_full(weight, state_dict["state"][index][name], name)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 
@@ -128,12 +134,17 @@ def set_full(weight: nn.Parameter, value: torch.Tensor, name: str | None = None)
 # ---------------------------------------------------------------- start
 
 
-def start_deepspeed_from_args(args, plugin, masters: ZeroMasters, num_ranks: int, learning_rate: float):
-    """DeepSpeed's engine on the masters' weights, with the flags' Adam; `plugin` is accelerate's."""
+def uses_deepspeed() -> bool:
+    """True where the launcher says so; it is how accelerate knows too."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_ranks: int, learning_rate: float):
+    """DeepSpeed on the masters' weights, with the flags' Adam; `config` is what the accelerate config says."""
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    config = deepspeed_config_from_args(args, plugin.deepspeed_config, masters.copies[0].dtype, num_ranks)
+    config = deepspeed_config_from_args(args, config, masters.copies[0].dtype, num_ranks)
     settings = {
         "lr": learning_rate,
         "betas": (args.beta1, args.beta2),
@@ -178,8 +189,14 @@ def deepspeed_config_from_args(args, config: dict, dtype: torch.dtype, num_ranks
     return config
 
 
-def check_deepspeed_from_args(args, dtype: torch.dtype) -> None:
+def check_deepspeed_from_args(args) -> None:
     """Refuse what does not work together with DeepSpeed, which brings an optimizer of its own."""
+    if not uses_deepspeed():
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            'DeepSpeed, which the accelerate config asks for, is not installed; pip install "deepspeed>=0.18"'
+        )
     bits = [f"--{name}" for name in ("use_8bit", "use_4bit", "use_fp8") if getattr(args, name)]
     refused = [
         (bits, "DeepSpeed keeps Adam's states in fp32", "leave it out"),
@@ -195,7 +212,7 @@ def check_deepspeed_from_args(args, dtype: torch.dtype) -> None:
         ),
         (["--ema"] if args.ema else [], "the weights to average are shared out", "leave it out"),
         (
-            ["--mixed_precision fp16"] if dtype == torch.float16 else [],
+            ["fp16"] if "fp16" in (args.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")) else [],
             "fp32 adapters would get no loss scaling",
             "use bf16",
         ),

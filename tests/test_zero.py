@@ -1,0 +1,169 @@
+"""DeepSpeed trains what is trained without it. It is no requirement: without it these tests are skipped."""
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import zero
+from args import parse_prepare_args, parse_training_args
+from errors import UsageError
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {
+    "t2v_lora": ("cogvideox_text_to_video_lora", ["--rank", "4", "--lora_alpha", "4"]),
+    "t2v_sft": ("cogvideox_text_to_video_sft", ["--save_dtype", "fp32"]),
+}
+FLAGS = ["--optimizer", "adamw", "--learning_rate", "1e-3", "--lr_warmup_steps", "0", "--seed", "0"]
+FLAGS += ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--checkpointing_steps", "2"]
+
+
+def flags(*more):
+    return parse_training_args("t2v_lora", ["--pretrained_model_name_or_path", "m", "--data_root", "d", *more])
+
+
+# ---------------------------------------------------------------- settings
+
+
+def config_of(args, **settings):
+    config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", **settings}
+    return zero.deepspeed_config_from_args(args, config, torch.bfloat16, num_ranks=2)
+
+
+def test_the_flags_fill_in_what_the_config_leaves_open():
+    args = flags("--train_batch_size", "3", "--gradient_accumulation_steps", "4", "--max_grad_norm", "0.5")
+    config = config_of(
+        args, zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}, "overlap_comm": "auto"}
+    )
+    assert config["train_batch_size"] == 24 and config["gradient_accumulation_steps"] == 4
+    assert config["gradient_clipping"] == 0.5 and config["bf16"] == {"enabled": True}
+    assert config["zero_optimization"] == {"stage": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4 disagrees with the flags, which say 1"),
+        ({"gradient_clipping": 0.1}, "gradient_clipping: 0.1 disagrees with the flags, which say 1.0"),
+        ({"optimizer": {"type": "AdamW"}}, "a block 'optimizer'"),
+        ({"zero_optimization": {"stage": 3}}, "zero_stage: 3 is not supported; use 2"),
+    ],
+)
+def test_a_config_that_disagrees_is_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        config_of(flags(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (["--use_8bit"], "--use_8bit under DeepSpeed"),
+        (["--use_cpu_offload_optimizer"], "offload_optimizer_device: cpu"),
+        (["--optimizer", "came"], "--optimizer came under DeepSpeed: DeepSpeed runs adam and adamw"),
+        (["--mixed_precision", "fp16"], "use bf16"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(use, message, monkeypatch):
+    zero.check_deepspeed_from_args(flags(*use))  # without DeepSpeed all is well
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UsageError, match=message):
+        zero.check_deepspeed_from_args(flags(*use))
+    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install"):
+        zero.check_deepspeed_from_args(flags())
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny, sample_data, tmp_path_factory):
+    import prepare_dataset
+
+    out = tmp_path_factory.mktemp("prepared")
+    argv = ["--model_id", str(tiny("5b")), "--data_root", str(sample_data), "--output_dir", str(out)]
+    argv += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--save_latents_and_embeddings"]
+    prepare_dataset.main(
+        parse_prepare_args([*argv, "--height_buckets", "64", "--width_buckets", "64", "--frame_buckets", "9"])
+    )
+    return out
+
+
+@pytest.fixture
+def launch(tiny, prepared, tmp_path):
+    """Run a script by `accelerate launch`, under DeepSpeed or not; returns its folder."""
+
+    def run(script, name, *more, deepspeed=True, num_processes=1, offload="cpu"):
+        module, own = SCRIPTS[script]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+        command += ["--main_process_port", str(port)]
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        if deepspeed:
+            command += ["--use_deepspeed", "--zero_stage", "2", "--offload_optimizer_device", offload]
+        elif num_processes == 1:
+            command += ["--cpu"]
+        command += [str(ROOT / "training" / f"{module}.py"), "--pretrained_model_name_or_path", str(tiny("5b"))]
+        command += ["--data_root", str(prepared), "--load_tensors", "--output_dir", str(tmp_path / name)]
+        done = subprocess.run([*command, *FLAGS, *own, *more], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return tmp_path / name
+
+    return run
+
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "event" not in row]
+
+
+def weights(folder):
+    (path,) = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("transformer/*.safetensors")]
+    return load_file(path)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("offload", ["cpu", "none"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_deepspeed_trains_what_is_trained_without(script, offload, launch):
+    plain = launch(script, "plain", "--mixed_precision", "no", "--max_train_steps", "4", deepspeed=False)
+    under = launch(script, "under", "--mixed_precision", "no", "--max_train_steps", "4", offload=offload)
+    assert losses(under) == pytest.approx(losses(plain), rel=1e-4)
+    ours, theirs = weights(plain), weights(under)
+    assert ours.keys() == theirs.keys()
+    # Adam divides by tiny second moments: where a gradient is rounding alone, so is the update
+    difference = sum(float((ours[name] - theirs[name]).abs().sum()) for name in ours)
+    assert difference < 1e-3 * sum(float(tensor.abs().sum()) for tensor in ours.values())
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.multi_gpu)])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_interrupted_run_continues_bit_for_bit(script, num_processes, launch, tmp_path):
+    run = ["--mixed_precision", "bf16", "--max_train_steps", "4"]
+    unbroken = launch(script, "unbroken", *run, num_processes=num_processes)
+    assert losses(unbroken)[-1] != losses(unbroken)[0]
+    shutil.copytree(unbroken, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-4")
+    (tmp_path / "again" / "status.json").unlink()
+    resumed = launch(script, "again", *run, num_processes=num_processes)
+    assert losses(resumed) == losses(unbroken)
+    ours, theirs = weights(unbroken), weights(resumed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
