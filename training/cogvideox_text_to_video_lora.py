@@ -124,8 +124,9 @@ def main(args) -> None:
         check_sample_size(config, size)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)
+    base = (describe_model(config), model_dir)
     about = RunFacts(
-        describe_model(config), model_dir, dataset.bucket_of, dtype, seed, num_ranks, plan.num_steps, True, hub_repo
+        *base, dataset.bucket_of, size, dtype, seed, num_ranks, plan.num_steps, is_lora=True, hub_repo=hub_repo
     )
     if is_complete_from_args(args, plan.num_steps):
         return finish_again_from_args(args, accelerator, about)

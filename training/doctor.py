@@ -30,9 +30,9 @@ TORCH_BUILDS = {12: "cu126", 13: "cu130"}
 # Back ends that a flag asks for: package -> (flag, or None, and what pip is asked for)
 OPTIONAL = {
     "bitsandbytes": ("--use_8bit", "bitsandbytes"),
-    "torchao": ("--use_torchao and --use_cpu_offload_optimizer", "torchao"),
+    "torchao": ("--use_torchao, --use_4bit and --use_fp8", "torchao"),
     "prodigyopt": ("--optimizer prodigy", "prodigyopt"),
-    "came_pytorch": ("--optimizer came", "came_pytorch"),
+    "came-pytorch": ("--optimizer came", "came-pytorch"),
     "wandb": ("--report_to wandb", "wandb"),
     "tensorboard": ("--report_to tensorboard", "tensorboard"),
     "trackio": ("--report_to trackio", "trackio"),

@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import shlex
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +41,7 @@ class RunFacts(NamedTuple):
     model: NamedTuple  # of the family: classes, task, licence, frames per second
     model_dir: Path
     bucket_of: list  # of every clip: (frames, height, width)
+    size: tuple  # that videos are rendered at
     dtype: torch.dtype
     seed: int
     num_ranks: int
@@ -141,14 +141,14 @@ def introduction_from_args(args, facts: RunFacts) -> str:
 
 def training_table_from_args(args, facts: RunFacts) -> str:
     """What was trained, one row a fact."""
-    num_sizes = len(set(map(tuple, facts.bucket_of)))
-    others = f", in {num_sizes} sizes" if num_sizes > 1 else ""
+    sizes = sorted(set(map(tuple, facts.bucket_of)))
+    texts = [f"{frames} frames of {height}x{width}" for frames, height, width in sizes]
     clips_per_update = args.train_batch_size * args.gradient_accumulation_steps * facts.num_ranks
     schedule = f"{learning_rate_from_args(args, facts.num_ranks):g}, {args.lr_scheduler}"
     has_warmup = args.lr_warmup_steps and args.lr_scheduler != "constant"
     rows = {
         "Task": f"{task_of(facts)}, {'LoRA' if facts.is_lora else 'every weight'}",
-        "Clips": f"{len(facts.bucket_of)}, {'most ' if others else ''}of {size_text(most_used(facts.bucket_of))}{others}",
+        "Clips": f"{len(facts.bucket_of)}, of {texts[0] if len(texts) == 1 else f'{len(texts)} sizes'}",
         "Updates": f"{facts.num_steps}, of {clips_per_update} clips each",
     }
     if facts.is_lora:
@@ -170,16 +170,6 @@ def optimizer_text_from_args(args) -> str:
     bits = {"use_8bit": "8-bit", "use_4bit": "4-bit", "use_fp8": "fp8"}
     states = [f", {name} states" for flag, name in bits.items() if getattr(args, flag)]
     return args.optimizer + "".join(states) + (", on the CPU" if args.use_cpu_offload_optimizer else "")
-
-
-def most_used(bucket_of: list) -> tuple[int, int, int]:
-    """The size that most clips have, of several the largest."""
-    counts = Counter(map(tuple, bucket_of))
-    return max(counts, key=lambda bucket: (counts[bucket], bucket))
-
-
-def size_text(bucket: tuple[int, int, int]) -> str:
-    return f"{bucket[0]} frames of {bucket[1]}x{bucket[2]}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -242,8 +232,8 @@ def usage_from_args(args, facts: RunFacts, name: str) -> str:
 
 
 def rendering_from_args(args, facts: RunFacts) -> str:
-    """The call of `pipe`, at the size that most clips had."""
-    frames, height, width = most_used(facts.bucket_of)
+    """The call of `pipe`, as validation renders."""
+    frames, height, width = facts.size
     own_prompt = f"{args.id_token} {NO_PROMPT}" if args.id_token else NO_PROMPT
     prompts = (args.validation_prompt or own_prompt).split(args.validation_prompt_separator)
     values = [
