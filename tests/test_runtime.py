@@ -20,6 +20,7 @@ from runtime import (
     compute_dtype_from_args,
     learning_rate_from_args,
     plan_steps_from_args,
+    report_memory,
     run_script,
     shared_seed_from_args,
     write_json,
@@ -160,6 +161,30 @@ def test_lines_are_fetched_every_log_every(tmp_path):
         assert not path.exists()
         log_steps(meter, 3, 4)
         assert len(rows_of(path)) == 3
+
+
+def test_events_stand_between_updates_and_take_no_time_of_theirs(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with make_meter(path) as meter:
+        report_memory(meter, 0, "before_training")
+        log_steps(meter, 1, 2)
+        time.sleep(0.3)
+        meter.write_event(2, "rest", value=1.5)
+        log_steps(meter, 3, 3)
+    rows = rows_of(path)
+    assert [(row["step"], row.get("event")) for row in rows] == [
+        (0, "memory"),
+        (1, None),
+        (2, None),
+        (2, "rest"),
+        (3, None),
+    ]
+    assert rows[3] == {"step": 2, "event": "rest", "value": 1.5} and rows[4]["seconds"] < 0.2
+    assert rows[0]["when"] == "before_training" and rows[0]["host_peak_gib"] > 0.1
+    with make_meter(path, first_step=2):
+        assert rows_of(path) == rows[:4]
+    with make_meter(path, first_step=0):  # a run that starts again has none of the earlier events either
+        assert path.read_text() == ""
 
 
 def test_what_was_logged_before_an_error_is_written(tmp_path):

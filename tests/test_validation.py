@@ -446,6 +446,25 @@ def test_cpu_offload_leaves_no_hook(train, module, sampling, monkeypatch):
     assert video_bytes(out, 1) == video_bytes(plain, 1)
 
 
+def test_weights_that_are_parts_of_a_buffer_stay_where_they_are(tiny, caplog):
+    """As DeepSpeed lays them out: moved away and back they would no longer be what it updates."""
+    transformer = cogvideox.load_transformer(tiny("5b"), torch.float32)
+    vae = cogvideox.load_vae(tiny("5b"), torch.float32)
+    scheduler = cogvideox.load_scheduler(tiny("5b"))
+    pipe = cogvideox.make_pipeline(cogvideox.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
+    frozen, trained = list(transformer.parameters())[:2]
+    frozen.data = torch.zeros(2 * frozen.numel())[: frozen.numel()].view_as(frozen)
+    trained.requires_grad_(True)
+    trained.data = trained.data.clone()
+    with validation.placed(pipe, CPU, offload=True):
+        assert hasattr(transformer, "_hf_hook")
+    buffer = torch.zeros(2 * trained.numel())
+    trained.data = buffer[: trained.numel()].view_as(trained)
+    with validation.placed(pipe, CPU, offload=True):
+        assert not hasattr(transformer, "_hf_hook")
+    assert "the transformer stays" in caplog.text
+
+
 # ---------------------------------------------------------------- SageAttention
 
 

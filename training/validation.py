@@ -255,6 +255,11 @@ def render_one_from_args(args, pipe, samples: Samples, device: torch.device, num
 def placed(pipe, device: torch.device, offload: bool):
     """The VAE on `device`, or with `offload` each model only while it works; all where they were afterwards."""
     vae_home = pipe.vae.device
+    if offload and not may_move(pipe.transformer):
+        logger.warning(
+            "--enable_model_cpu_offload: the transformer stays, the optimizer holds its weights in one piece"
+        )
+        offload = False
     try:
         if offload:
             pipe.enable_model_cpu_offload(device=device)  # no .to() after this: it would load all at once again
@@ -266,6 +271,12 @@ def placed(pipe, device: torch.device, offload: bool):
             pipe.remove_all_hooks()
             nn.Module.to(pipe.transformer, device)  # the parameters stay the same objects: the optimizer holds them
         pipe.vae.to(vae_home)
+
+
+def may_move(model: nn.Module) -> bool:
+    """False if trained weights are parts of a buffer, as DeepSpeed makes them: elsewhere they would be copies of it."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    return all(param.untyped_storage().nbytes() == param.nbytes for param in trained)
 
 
 # ---------------------------------------------------------------- trackers
