@@ -546,7 +546,7 @@ def test_a_failing_validation_is_one_warning(error, train, sampling, monkeypatch
 @only_t2v_lora
 def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampling, script, tmp_path, monkeypatch):
     """The second rank is slow, longer than collectives may take, then fails: the first waits and both train on."""
-    render_one = validation.render_one_from_args
+    render_one, slept = validation.render_one_from_args, []
 
     def slow(args, pipe, samples, device, number, video):
         if number == 1:
