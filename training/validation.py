@@ -30,6 +30,7 @@ from errors import UsageError
 from held_out import HeldOut, mean_losses, sum_losses
 from objective import draw_generator
 from runtime import StepMeter, StepPlan, meet, report_memory, write_text
+from signals import INTERRUPTION
 from tracking import log_values
 
 
@@ -166,9 +167,15 @@ def validate_from_args(
 
 
 def attempt(work: Callable) -> tuple:
-    """(what it returned, "") or (None, why it failed, in one line): a sample is never worth a run."""
+    """(what it returned, "") or (None, why it failed, in one line): a sample is never worth a run.
+
+    A signal ends it: the ranks leave together, which is for the loop to do.
+    """
     try:
-        return work(), ""
+        with INTERRUPTION.ending_body():
+            if INTERRUPTION.reason is None:
+                return work(), ""
+        return None, f"ended by {INTERRUPTION.reason}"
     except Exception as error:
         return None, one_line(error)
 
