@@ -143,7 +143,9 @@ def final_files(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     kept = [path for path in files if path.name not in (".lock", "args.json", "status.json", "metrics.jsonl")]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "event" not in row]  # memory in use, at moments of one process
     content = {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+    content = {name: data.replace(folder.name.encode(), b"run") for name, data in content.items()}  # the model card's
     return content | {"metrics": [{name: row[name] for name in row if name != "seconds"} for row in rows]}
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import time
@@ -21,7 +22,7 @@ import torch.distributed
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
-from durable import clean_up, damage, lock_folder, remove, written_folder
+from durable import TEMPORARY, clean_up, damage, lock_folder, remove, written_folder
 from engine import STATE_BYTES
 from errors import Interrupted, NumbersError, StorageError, UsageError, UserError
 from hub import RunFacts, push_from_args, write_outputs_from_args
@@ -150,10 +151,31 @@ def is_complete_from_args(args, num_steps: int) -> bool:
 
 
 def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int) -> None:
-    """Before the first step, the main process: check the disk, write args.json, drop the status of an earlier run."""
+    """Before the first step, the main process: check the disk, rehearse the end, write args.json, drop the status of an
+    earlier run.
+    """
     on_main_process(accelerator, lambda: check_disk_from_args(args, engine, first_step, num_steps))
+    if first_step == 0:
+        rehearse_end(accelerator, Path(args.output_dir), engine)
     if accelerator.is_main_process:
         write_record_from_args(args, seed)
+
+
+def rehearse_end(accelerator, output_dir: Path, engine) -> None:
+    """Write the untrained result, check it as at the end, and remove it: what would fail there fails here.
+
+    Nothing is loaded twice: the check compares file and weights. Validation has its rehearsal in that of step 0.
+    """
+    engine.gather()
+    if accelerator.is_main_process:
+        folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsal"
+        folder.mkdir()
+        try:
+            engine.save(folder)
+            engine.check(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
 
 
 def write_record_from_args(args, seed: int) -> None:
