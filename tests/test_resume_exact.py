@@ -55,13 +55,13 @@ SETTINGS = [
     Setting("t2v_lora", 2, 1, "two", "raw", 1, ("--video_reshape_mode", "random")),
     Setting("t2v_sft", 0, 1, "two", "raw", 2),
     Setting("t2v_sft", 2, 3, "one", "prepared", 1, ("--mixed_precision", "bf16")),
-    Setting("t2v_sft", 0, 3, "two", "prepared", 1, ("--checkpoints_total_limit", "1")),
+    Setting("t2v_sft", 0, 3, "two", "prepared", 1, ("--checkpoints_total_limit", "1", "--ema")),
     Setting("i2v_lora", 0, 1, "two", "prepared", 1, ("--stratified_timesteps",)),
     Setting("i2v_lora", 2, 3, "one", "raw", 2),
-    Setting("i2v_lora", 2, 1, "two", "prepared", 2, ("--noised_image_dropout", "0.5")),
-    Setting("i2v_sft", 0, 3, "one", "prepared", 2),
+    Setting("i2v_lora", 2, 1, "two", "prepared", 2, ("--optimizer", "prodigy", "--learning_rate", "1")),
+    Setting("i2v_sft", 0, 3, "one", "prepared", 2, ("--use_cpu_offload_optimizer",)),
     Setting("i2v_sft", 2, 1, "two", "raw", 1, ("--mixed_precision", "bf16")),
-    Setting("i2v_sft", 0, 3, "two", "prepared", 1, ("--lr_scheduler", "linear")),
+    Setting("i2v_sft", 0, 3, "two", "prepared", 1, ("--lr_scheduler", "linear", "--optimizer", "came")),
 ]
 QUICK = [SETTINGS[n] for n in (1, 5, 6, 10)]  # each script, workers, accumulation, both forms, two processes
 
@@ -139,9 +139,11 @@ def kill_after(processes, seconds, rank):
 
 
 def final_files(folder):
-    """All that a run leaves, without what tells the time of day or the folder's name."""
+    """All that a run leaves, without what tells the time of day or, as the loss picture, the folder's name."""
     files = [path for path in folder.rglob("*") if path.is_file()]
-    kept = [path for path in files if path.name not in (".lock", "args.json", "status.json", "metrics.jsonl")]
+    kept = [
+        path for path in files if path.name not in (".lock", "args.json", "status.json", "metrics.jsonl", "loss.png")
+    ]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "event" not in row]  # memory in use, at moments of one process
     content = {str(path.relative_to(folder)): path.read_bytes() for path in kept}
