@@ -146,7 +146,7 @@ def test_a_real_sweep_reruns_what_failed(tiny, clips, prepared, tmp_path):  # no
     shutil.rmtree(folder)
     bad.write_bytes(whole[:100])
     code, table, errors = sweep()
-    assert (code, table) == (65, [["complete", "0", "4"], ["failed", "65", "0"]]) and "damaged" in errors
+    assert (code, table[0], table[1][:2]) == (65, ["complete", "0", "4"], ["failed", "65"]) and "damaged" in errors
     bad.write_bytes(whole)
     assert sweep()[:2] == (0, [["complete", "0", "4"]] * 2)
     assert status(folder)["state"] == "complete" and json.loads((folder / "args.json").read_text())
