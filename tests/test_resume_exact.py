@@ -17,6 +17,7 @@ import time
 from typing import NamedTuple
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from args import parse_training_args
@@ -96,6 +97,7 @@ def start(setting, script, module, command, tmp_path):
             if setting.ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(setting.ranks)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            torch.set_num_threads(1)  # renews the thread pool, which several threads may not do at once after a fork
             tqdm.set_lock(threading.RLock())  # its own is shared by all forks of this process, killed ones too
             log = os.open(tmp_path / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)

@@ -144,6 +144,30 @@ def test_a_run_that_waits_for_data_saves_and_leaves(workers, command, script, mo
     assert step >= 1 and checkpoints(tmp_path / "out") == [step]
 
 
+def test_a_killed_data_worker_is_one_line_and_the_same_command_continues(
+    command, script, module, monkeypatch, tmp_path
+):
+    """As the system kills it for lack of memory."""
+    read, reads = dataset.read_tensor, multiprocessing.Value("i", 0, lock=False)
+
+    def killed(path, name):
+        reads.value += name == "moments"
+        if reads.value == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, name)
+
+    flags = ["--max_train_steps", "6", "--checkpointing_steps", "1", "--dataloader_num_workers", "1"]
+    argv = command("out", *flags)
+
+    def main():
+        monkeypatch.setattr(dataset, "read_tensor", killed)
+        run_script(lambda: module.main(parse_training_args(script.key, argv)), tmp_path / "out")
+
+    assert in_child(main) == 75
+    assert status(tmp_path / "out")["state"] == "interrupted" and "killed" in status(tmp_path / "out")["message"]
+    assert in_child(main) == 0 and status(tmp_path / "out")["step"] == 6
+
+
 def test_a_second_ctrl_c_ends_the_process_even_in_a_call_that_never_returns(tmp_path):
     def hang():
         pid = os.getpid()

@@ -37,7 +37,7 @@ from buckets import (
 )
 from decode import VideoInfo, import_decord, probe, read_frames
 from draws import draw_seed
-from errors import DataError, UsageError, UserError
+from errors import DataError, Interrupted, UsageError, UserError
 from formats import NAMED, Clip, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
 from signals import shield_worker
 
@@ -579,7 +579,7 @@ class ClipLoader(DataLoader):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise UserError(
+            raise Interrupted(
                 "a data worker was killed, most likely for lack of memory; lower --dataloader_num_workers or the batch "
                 f"size and run the same command again ({str(error).splitlines()[0]})"
             ) from error

@@ -437,14 +437,22 @@ def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
         except torch.cuda.OutOfMemoryError as error:
             code, line = INTERNAL, f"the GPU's memory is full: {str(error).splitlines()[0]}"
         except Exception as error:
-            is_storage = is_storage_error(error)
-            code, line = (STORAGE, storage_line(error, output_dir)) if is_storage else (INTERNAL, repr(error))
+            code, line = explain(error, output_dir)
             if code == INTERNAL:
                 traceback.print_exc()
             note_failure(output_dir, code, line, started)
             raise SystemExit(code) from error
         note_failure(output_dir, code, line, started)
     sys.exit(code)  # at once: the other ranks may wait in a collective that will never come
+
+
+def explain(error: Exception, output_dir: Path) -> tuple[int, str]:
+    """(exit code, line) of an error of a library."""
+    if is_storage_error(error):
+        return STORAGE, storage_line(error, output_dir)
+    if "DataLoader worker" in str(error):  # torch raises it at any place, as soon as the worker has died
+        return INTERRUPTED, f"a data worker was killed, most likely for lack of memory; {GO_ON}"
+    return INTERNAL, repr(error)
 
 
 def is_storage_error(error: Exception) -> bool:
