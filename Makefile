@@ -13,7 +13,7 @@ checksum = $(shell (cat $(REQUIREMENTS); echo '$(1)') | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(call checksum,)
 TORCH_STAMP := $(if $(filter file,$(origin TORCH)),$(STAMP),$(VENV)/.installed-$(call checksum,$(TORCH)))
 
-.PHONY: help install quickstart test test-gpu quality style doctor clean
+.PHONY: help install quickstart test test-faults test-gpu quality style doctor clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -35,6 +35,9 @@ quickstart: install  ## Prepare, train and sample with a tiny model on the CPU: 
 
 test: install  ## Run the tests that need neither a GPU nor minutes
 	OMP_NUM_THREADS=1 pytest -n 2 -m "not (slow or gpu or multi_gpu)"
+
+test-faults: install  ## Kill, corrupt and starve real runs at random moments: 20 minutes
+	OMP_NUM_THREADS=1 pytest -s -m "faults and not (gpu or multi_gpu)"
 
 test-gpu: install  ## Run the tests that need a CUDA device
 	pytest -m "gpu or multi_gpu"

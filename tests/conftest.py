@@ -43,6 +43,14 @@ def reset_accelerate():
         GradientState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def release_locks():
+    """A run holds its output folder until its process ends; tests run several in one process."""
+    yield
+    if "durable" in sys.modules:
+        sys.modules["durable"].release_locks()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """kind -> folder of a tiny pipeline, made once per session; treat it as read-only."""

@@ -133,6 +133,7 @@ num_artifact_workers | int | 4 |
 """
 NEW_TRAINING_FLAGS = {
     "allow_cpu": False,
+    "allow_outside_root": False,
     "overwrite": False,
     "text_dropout": 0.0,
     "stratified_timesteps": False,
@@ -162,6 +163,7 @@ NEW_TRAINING_FLAGS = {
 }
 NEW_PREPARE_FLAGS = {
     "allow_cpu": False,
+    "allow_outside_root": False,
     "revision": None,
     "variant": None,
     "cache_dir": None,

@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 
 import numpy as np
@@ -551,7 +552,7 @@ def test_the_real_clips_load(real_clips):
 def training_args(**changes):
     values = {
         "data_root": None, "dataset_file": None, "caption_column": "text", "video_column": "video", "id_token": None,
-        "load_tensors": False, "text_dropout": 0.0, "frame_buckets": [9], "height_buckets": [32],
+        "load_tensors": False, "allow_outside_root": False, "text_dropout": 0.0, "frame_buckets": [9], "height_buckets": [32],
         "width_buckets": [128], "fps": 8, "skip_frames_start": 0, "skip_frames_end": 0, "random_flip": None,
         "max_num_frames": 49, "video_backend": "auto", "video_reshape_mode": None, "num_decode_threads": 0, "seed": 0,
     }  # fmt: skip
@@ -562,7 +563,7 @@ def as_data_root(folder, clips):
     (folder / "prompts.txt").write_text("".join(f"{clip.prompt}\n" for clip in clips))
     (folder / "videos.txt").write_text("".join(f"{clip.video.name}\n" for clip in clips))
     for clip in clips:
-        (folder / clip.video.name).symlink_to(clip.video)
+        shutil.copy(clip.video, folder / clip.video.name)
     return {"data_root": str(folder), "caption_column": "prompts.txt", "video_column": "videos.txt"}
 
 

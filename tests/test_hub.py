@@ -401,7 +401,7 @@ SAMPLES += ["samples/step_10/nameless_0.mp4", "samples/step_2/old_0.mp4", "sampl
 @pytest.mark.parametrize("script", ["t2v_lora", "t2v_sft"])
 def test_the_result_is_uploaded_and_nothing_else(script, train, fake_hub, tiny, tmp_path):
     write_samples(tmp_path / "my-run")
-    for name in ("logs/events.bin", "notes.txt", "transformer.old/x.json", "checkpoint-7/README.md"):
+    for name in ("logs/events.bin", "notes.txt", "transformer.old/x.json", "checkpoint-old/README.md"):
         path = tmp_path / "my-run" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("private")

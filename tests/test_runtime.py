@@ -244,6 +244,12 @@ OUTCOMES = [
         "failed",
         "the GPU's memory is full: out of memory",
     ),
+    (
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        75,
+        "interrupted",
+        "a data worker was killed",
+    ),
     (RuntimeError("a defect"), 70, "failed", "RuntimeError('a defect')"),
     (OSError(errno.ENOENT, "No such file or directory", "x"), 70, "failed", "No such file"),
     (SafetensorError("header too large"), 70, "failed", "header too large"),

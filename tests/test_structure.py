@@ -15,7 +15,7 @@ MODULES = sorted(path.stem for path in (ROOT / "training").glob("*.py"))
 
 # Layers: each imports only what lies below it. L0 is the standard library alone; the parts of L1 do not import one
 # another, except that dataset has rooms of its own; only L2 and L3 know accelerate and the flags.
-PURE = {"args", "buckets", "draws", "errors"}
+PURE = {"args", "buckets", "draws", "durable", "errors", "signals"}
 DATA_ROOMS = {"formats", "decode", "cache", "report"}
 PARTS = DATA_ROOMS | {
     "dataset", "cogvideox", "objective", "lora", "sft", "optimizers", "curves",

@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 
-from errors import NumbersError
 from masters import group_by_bytes
-from runtime import BadSteps, plan_steps, sample_positions
-from update import LossScaler, TrainingState, Update, make_scaler, update
+from runtime import plan_steps, sample_positions
+from update import LossScaler, TrainingState, make_scaler, update
 
 
 def make_state(lr=0.1):
@@ -40,16 +39,6 @@ def test_the_reported_learning_rate_is_the_one_used():
     weight, state = make_state()
     assert update(weight.sum(), state, True, 1.0).lr == pytest.approx(0.1)
     assert update(weight.sum(), state, True, 1.0).lr == pytest.approx(0.05)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_gradient_changes_no_weight_and_does_not_linger(bad):
-    weight, state = make_state()
-    result = update((weight * bad).sum(), state, True, 1.0)
-    assert result.stepped and result.skipped
-    assert torch.equal(weight.data, torch.tensor([1.0, 2.0]))
-    assert not update(weight.sum(), state, True, 1.0).skipped
-    assert torch.isfinite(weight).all()
 
 
 def test_only_fp16_needs_a_scaler():
@@ -83,18 +72,6 @@ def test_the_scale_is_searched_downwards_and_grows_again():
     other = LossScaler()
     other.load_state_dict(saved)
     assert other == state.scaler
-
-
-def test_bad_steps_stop_the_run_only_in_a_row():
-    good, bad, searching = Update(True), Update(True, skipped=True), Update(True, skipped=True, searching=True)
-    bad_steps = BadSteps(2)
-    bad_steps.count(1, bad, [7])
-    bad_steps.count(2, good, [])
-    bad_steps.count(3, bad, [7])
-    bad_steps.count(4, searching, [7])  # fp16's scaler lowers its scale: nothing is wrong
-    bad_steps.count(5, bad, [7])
-    with pytest.raises(NumbersError, match="step 6"):
-        bad_steps.count(6, bad, [7])
 
 
 def test_groups_keep_order_and_limit():

@@ -537,6 +537,7 @@ def test_a_failing_validation_is_one_warning(error, train, sampling, monkeypatch
     caplog.clear()
     out = train("out", *sampling(*PROMPTS), "--max_train_steps", "2", "--validation_steps", "1")
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [text for text in warnings if "tried again" not in text]  # a full GPU is given a second chance
     assert [text.split(":")[0] for text in warnings] == ["step 0", "step 1", "step 2"]
     assert all(type(error).__name__ in text and len(text.splitlines()) == 1 for text in warnings)
     assert result_hash(out) == result_hash(plain)

@@ -551,6 +551,11 @@ def add_clip_list_flags(group, caption_column: str):
         default=caption_column,
         help="file in --data_root with one caption per line, or the CSV's column of captions",
     )
+    group.add_argument(
+        "--allow_outside_root",
+        action="store_true",
+        help="read videos and prepared files that lie outside of the data's folder too: by .., absolute paths or links",
+    )
     group.add_argument("--id_token", metavar="TOKEN", help="put in front of every caption, with a space between")
 
 

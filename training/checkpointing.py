@@ -1,7 +1,8 @@
 """Checkpoints that continue exactly where the data stood, and the folder they live in.
 
-A checkpoint is the adapter's file beside `optimizer.safetensors` and `state.json`; nothing is pickled. Random state
-need not be kept: every draw is a function of the seed and of the sample's position in the run.
+A checkpoint is the adapter's file beside `optimizer.safetensors`, `state.json` and `manifest.json`, which holds every
+file's size and hash; nothing is pickled. Random state need not be kept: every draw is a function of the seed and of the
+sample's position in the run.
 """
 
 import importlib.metadata
@@ -10,18 +11,24 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+import torch.distributed
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
-from errors import StorageError, UsageError
+from durable import TEMPORARY, clean_up, damage, lock_folder, remove, written_folder
+from engine import STATE_BYTES
+from errors import Interrupted, NumbersError, StorageError, UsageError, UserError
 from hub import RunFacts, push_from_args, write_outputs_from_args
 from optimizers import join_tensors, schedule_state, split_tensors
 from runtime import memory_report, remove_earlier_status, write_json, write_status
+from signals import INTERRUPTION
 from update import TrainingState
 
 
@@ -29,34 +36,65 @@ logger = logging.getLogger(__name__)
 
 # Flags that do not touch what is trained: they may differ when a run goes on
 FREE_FLAGS = {
-    "allow_cpu", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers",
+    "allow_cpu", "allow_outside_root", "cache_dir", "checkpointing_steps", "checkpoints_total_limit",
+    "dataloader_num_workers",
     "enable_model_cpu_offload", "export", "guidance_scale", "height", "hub_model_id", "hub_public", "hub_token",
     "log_every", "max_bad_steps", "nccl_timeout", "num_inference_steps", "num_validation_videos", "output_dir",
     "overwrite", "pin_memory", "push_to_hub", "report_to", "resume_from_checkpoint", "use_dynamic_cfg",
     "validation_attention", "validation_data_root", "validation_epochs", "validation_images", "validation_num_clips",
     "validation_prompt", "validation_prompt_separator", "validation_steps", "width",
 }  # fmt: skip
+# These change memory and time, not what is computed: what ran out of memory may go on with them
+MEMORY_FLAGS = {"gradient_checkpointing", "compile_blocks", "enable_slicing", "offload_gradients"}
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup"}
+LOW_BIT_STATE_BYTES = 2  # of the optimizer, per weight
 
 
 # ---------------------------------------------------------------- the output folder
 
 
-def open_output_dir_from_args(args, is_main_process: bool) -> int | None:
+def open_output_dir_from_args(args, accelerator) -> int | None:
     """Make or re-open `output_dir`. Returns the seed that a run to go on with there had drawn, else None.
 
-    Refuses, with UsageError, a folder that holds another run, unless --overwrite moves it aside.
+    Refuses, with UsageError on all ranks, a folder that another process writes, or that holds another run, unless
+    --overwrite moves it aside.
     """
+    return on_main_process(accelerator, lambda: claim_output_dir_from_args(args))
+
+
+def claim_output_dir_from_args(args) -> int | None:
     output_dir = Path(args.output_dir)
-    if args.overwrite and is_main_process and output_dir.exists() and any(output_dir.iterdir()):
-        move_aside(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    lock_folder(output_dir)
+    if args.overwrite and any(path.name != ".lock" for path in output_dir.iterdir()):
+        move_aside(output_dir)
+        output_dir.mkdir()
+        lock_folder(output_dir)
+    clean_up(output_dir)
     if args.overwrite or not (checkpoint_dirs(output_dir) or read_state(output_dir) == "complete"):
         return None
     refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
     return read_record(output_dir)["seed"] if args.seed is None else None
+
+
+def on_main_process(accelerator, function: Callable):
+    """What `function()` returns on the main process, for all ranks. A UserError there is raised on all of them.
+
+    Else the others would wait for a process that is gone, and say something else in its place.
+    """
+    outcome = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def move_aside(output_dir: Path) -> None:
@@ -87,7 +125,7 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
         earlier = earlier | {"seed": record["seed"]}  # the seed it drew, now named
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
     may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or read_state(output_dir) != "complete"
-    free = FREE_FLAGS | (LENGTH_FLAGS if may_extend else set())
+    free = FREE_FLAGS | MEMORY_FLAGS | (LENGTH_FLAGS if may_extend else set())
     refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
     if refused:
         raise UsageError(f"{output_dir}: holds a run with other flags ({', '.join(refused)}); {advice}")
@@ -112,8 +150,36 @@ def is_complete_from_args(args, num_steps: int) -> bool:
     return complete
 
 
-def record_run_from_args(args, seed: int) -> None:
-    """Write args.json: the flags as given, which of them were given, the seed in force, the packages."""
+def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int) -> None:
+    """Before the first step, the main process: check the disk, rehearse the end, write args.json, drop the status of an
+    earlier run.
+    """
+    on_main_process(accelerator, lambda: check_disk_from_args(args, engine, first_step, num_steps))
+    if first_step == 0:
+        rehearse_end(accelerator, Path(args.output_dir), engine)
+    if accelerator.is_main_process:
+        write_record_from_args(args, seed)
+
+
+def rehearse_end(accelerator, output_dir: Path, engine) -> None:
+    """Write the untrained result, check it as at the end, and remove it: what would fail there fails here.
+
+    Nothing is loaded twice: the check compares file and weights. Validation has its rehearsal in that of step 0.
+    """
+    engine.gather()
+    if accelerator.is_main_process:
+        folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsal"
+        folder.mkdir()
+        try:
+            engine.save(folder)
+            engine.check(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def write_record_from_args(args, seed: int) -> None:
+    """args.json: the flags as given, which of them were given, the seed in force, the packages."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     content = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "versions": versions}
     write_json(Path(args.output_dir) / "args.json", content)
@@ -124,15 +190,13 @@ def record_run_from_args(args, seed: int) -> None:
 
 
 def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, facts: dict) -> Path:
-    """Write `checkpoint-<step>/` beside and rename it: what has that name is complete."""
+    """Write `checkpoint-<step>/`: what has that name is complete, an earlier one of that name included."""
+    tensors, optimizer = split_tensors(state.optimizer.state_dict())
+    refuse_bad_numbers([*engine.params, *tensors.values()])
     target = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".tmp-checkpoint-{step}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        engine.save_state(temporary)
-        tensors, optimizer = split_tensors(state.optimizer.state_dict())
-        save_file(tensors, temporary / "optimizer.safetensors")
+    with written_folder(target) as folder:
+        engine.save_state(folder)
+        save_file(tensors, folder / "optimizer.safetensors")
         content = {
             **facts,
             "step": step,
@@ -140,12 +204,54 @@ def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, f
             "lr_scheduler": schedule_state(state.lr_scheduler),
             "scaler": state.scaler.state_dict() if state.scaler else None,
         }
-        write_json(temporary / "state.json", content)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(folder / "state.json", content)
     return target
+
+
+def refuse_bad_numbers(tensors: list[torch.Tensor]) -> None:
+    """NumbersError if a value is not finite: such weights are written nowhere."""
+    checked = [
+        torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1
+    ]
+    if not all(torch.stack([flag.cpu() for flag in checked]) if checked else ()):
+        raise NumbersError(
+            "weights or optimizer states are no longer finite, so that nothing is written; lower --learning_rate, and "
+            "name the last checkpoint with --resume_from_checkpoint"
+        )
+
+
+def check_disk_from_args(args, engine, first_step: int, num_steps: int) -> None:
+    """StorageError if the checkpoints and the result cannot fit on the disk.
+
+    Where no limit is set and only the later ones do not fit, a warning: the user may delete some.
+    """
+    output_dir, limit = Path(args.output_dir), args.checkpoints_total_limit
+    checkpoint, result = file_bytes_from_args(args, engine)
+    saves = num_steps // args.checkpointing_steps - first_step // args.checkpointing_steps
+    # The newest is written before the oldest goes; those that lie there already take no more room
+    together = saves if limit is None else min(saves, limit + 1 - min(limit, len(checkpoint_dirs(output_dir))))
+    needed, free = checkpoint * together + result, shutil.disk_usage(output_dir).free
+    if needed <= free:
+        return
+    line = (
+        f"{output_dir}: {together} checkpoints of {checkpoint / 2**30:.1f} GiB and the result of {result / 2**30:.1f} "
+        f"GiB need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+    )
+    if limit is None and checkpoint + result <= free:
+        logger.warning("%s; --checkpoints_total_limit keeps fewer", line)
+    else:
+        raise StorageError(f"{line}; free some, or lower --checkpoints_total_limit")
+
+
+def file_bytes_from_args(args, engine) -> tuple[int, int]:
+    """(bytes of a checkpoint, of the result), estimated from above."""
+    weights = sum(param.numel() for param in engine.params)
+    is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
+    states = weights * (LOW_BIT_STATE_BYTES if is_low_bit else STATE_BYTES[args.optimizer])
+    copies = weights * 4 * (1 + args.ema)  # fp32 weights, and their average
+    save_dtype = getattr(engine, "save_dtype", None)  # full fine-tuning writes the model too
+    result = weights * (save_dtype.itemsize if save_dtype else 4)
+    return states + copies + (result if save_dtype else 0), result
 
 
 def save_checkpoint_from_args(args, accelerator, step: int, engine, state: TrainingState, facts: dict) -> None:
@@ -154,14 +260,27 @@ def save_checkpoint_from_args(args, accelerator, step: int, engine, state: Train
     state.gather()
     if accelerator.is_main_process:
         save_checkpoint(output_dir, step, engine, state, facts)
-        prune_checkpoints(output_dir, args.checkpoints_total_limit)
+        prune_checkpoints(output_dir, args.checkpoints_total_limit, step)
     accelerator.wait_for_everyone()
+
+
+def leave_if_interrupted_from_args(
+    args, accelerator, first_step: int, step: int, num_steps: int, engine, state: TrainingState, facts: dict
+) -> None:
+    """After the loop: where it ended early, all ranks leave with a checkpoint of the last update, exit code 75."""
+    if step == num_steps:
+        return
+    if step > first_step and step % args.checkpointing_steps:
+        save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
+    reason = INTERRUPTION.reason or "a signal to another process"
+    raise Interrupted(f"stopped by {reason} after step {step} of {num_steps}; the same command continues from there")
 
 
 def save_result(accelerator, output_dir: Path, engine) -> None:
     """Write the result and check it as diffusers loads it: before the last test, whatever becomes of that."""
     engine.gather()
     if accelerator.is_main_process:
+        refuse_bad_numbers(engine.params)
         result = engine.save(output_dir)
         engine.check(output_dir)
         logger.info("the result: %s", result)
@@ -202,32 +321,41 @@ def upload_from_args(args, about: RunFacts) -> None:
     write_status(output_dir, "complete", 0, **rest)
 
 
-def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints over `limit`; called after the newest is complete."""
+def prune_checkpoints(output_dir: Path, limit: int | None, newest: int) -> None:
+    """Remove the oldest checkpoints over `limit`; called after the one of step `newest` is complete.
+
+    Later ones do not count: damaged, or left by a run that an older checkpoint was named to replace.
+    """
     if limit is not None:
-        for directory in checkpoint_dirs(output_dir)[:-limit]:
-            shutil.rmtree(directory)
+        for directory in [path for path in checkpoint_dirs(output_dir) if step_of(path) <= newest][:-limit]:
+            remove(directory)
 
 
 # ---------------------------------------------------------------- load
 
 
 def checkpoint_dirs(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; other folders are ignored."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    complete = [path for path in found if (path / "state.json").exists()]
-    return sorted(complete, key=step_of)
+    """Folders named checkpoint-<step>, oldest first, whole or not; others are ignored."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def find_checkpoint_from_args(args) -> Path | None:
-    """The checkpoint to go on from: a path as written, a name in output_dir, or the newest there; None to start."""
+def find_checkpoint_from_args(args, accelerator) -> Path | None:
+    """The checkpoint to go on from: a path as written, a name or step in output_dir, or the newest whole one there.
+
+    None: start at step 0, because there is none. The main process looks, and hashes, for all.
+    """
+    return on_main_process(accelerator, lambda: choose_checkpoint_from_args(args))
+
+
+def choose_checkpoint_from_args(args) -> Path | None:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
-        newest = (checkpoint_dirs(output_dir) or [None])[-1]
+        newest = newest_whole(output_dir)
         if newest is None and (wanted or read_state(output_dir) == "complete"):
             logger.info("%s holds no checkpoint: starting at step 0", output_dir)
         if newest and (args.max_train_steps or math.inf) < step_of(newest):
@@ -236,30 +364,59 @@ def find_checkpoint_from_args(args) -> Path | None:
                 "--resume_from_checkpoint"
             )
         return newest
-    for path in (Path(wanted), output_dir / wanted):
-        if (path / "state.json").exists():
-            if path.resolve().parent != output_dir.resolve():
-                refuse_other_run(args, path.resolve().parent, "give the same, or name a checkpoint of a run like this")
+    path = named_checkpoint(output_dir, wanted)
+    if reason := damage(path):
+        raise UsageError(
+            f"--resume_from_checkpoint {wanted}: {reason}; name another, or latest for the newest whole one"
+        )
+    folder = path.resolve().parent
+    if folder != output_dir.resolve():
+        refuse_other_run(args, folder, "give the same, or name a checkpoint of a run like this")
+    return path
+
+
+def named_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The folder that --resume_from_checkpoint names; UsageError if there is none."""
+    for path in (Path(wanted), output_dir / wanted, output_dir / f"checkpoint-{wanted}"):
+        if (path / "state.json").exists() or (path / "manifest.json").exists():
             return path
     raise UsageError(
-        f"--resume_from_checkpoint {wanted}: no checkpoint there (no state.json); give a path, a name or latest"
+        f"--resume_from_checkpoint {wanted}: no checkpoint there (no state.json); give a path, a name, a step or latest"
     )
 
 
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is as it was written, a line for each newer one that is not; None without any.
+
+    UsageError if there are some, but none is whole: starting anew is for the user to say.
+    """
+    directories = checkpoint_dirs(output_dir)[::-1]
+    for directory in directories:
+        reason = damage(directory)
+        if reason is None:
+            return directory
+        logger.warning("%s cannot be used: %s", directory, reason)
+    if directories:
+        raise UsageError(
+            f"{output_dir}: none of its {len(directories)} checkpoints is whole (the newest: {reason}); restore one, or "
+            "pass --overwrite to move the folder aside and start anew"
+        )
+    return None
+
+
 def load_checkpoint(path: Path, engine, state: TrainingState, facts: dict) -> int:
-    """Restore weights, optimizer, schedule and scaler; returns the step. `facts` must equal those saved."""
-    try:
-        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{path}: not a readable checkpoint ({error}); name an older one") from error
+    """Restore weights, optimizer, schedule and scaler of a whole checkpoint; returns the step.
+
+    `facts` must equal those saved.
+    """
+    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for name, value in facts.items():
         if saved.get(name) != value:
             raise UsageError(
                 f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
             )
     engine.load_state(path)
-    state.optimizer.load_state_dict(join_tensors(tensors, saved["optimizer"]))
+    state.optimizer.load_state_dict(join_tensors(load_file(path / "optimizer.safetensors"), saved["optimizer"]))
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler:
         state.scaler.load_state_dict(saved["scaler"])

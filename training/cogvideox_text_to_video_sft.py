@@ -27,6 +27,7 @@ from checkpointing import (
     finish_again_from_args,
     finish_run_from_args,
     is_complete_from_args,
+    leave_if_interrupted_from_args,
     load_checkpoint,
     open_output_dir_from_args,
     record_run_from_args,
@@ -69,6 +70,7 @@ from runtime import (
     StepMeter,
     check_device_from_args,
     compute_dtype_from_args,
+    explained_oom_from_args,
     init_accelerator_from_args,
     learning_rate_from_args,
     plan_steps_from_args,
@@ -76,7 +78,9 @@ from runtime import (
     run_script,
     sample_positions,
     shared_seed_from_args,
+    stop_is_due,
 )
+from signals import INTERRUPTION
 from tracking import start_trackers_from_args
 from update import TrainingState, make_scaler, update
 from validation import (
@@ -95,8 +99,7 @@ def main(args) -> None:
     device, num_ranks = accelerator.device, accelerator.num_processes
     output_dir = Path(args.output_dir)
     hub_repo = check_hub_from_args(args, accelerator.is_main_process)
-    with accelerator.main_process_first():
-        earlier_seed = open_output_dir_from_args(args, accelerator.is_main_process)
+    earlier_seed = open_output_dir_from_args(args, accelerator)
     seed = shared_seed_from_args(args) if earlier_seed is None else earlier_seed
 
     # ---------------------------------------------------------------- models
@@ -142,7 +145,7 @@ def main(args) -> None:
         empty_embeds = dataset.empty_prompt_embeds() if args.load_tensors else embeds[""]
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
-    checkpoint = find_checkpoint_from_args(args)
+    checkpoint = find_checkpoint_from_args(args, accelerator)
     transformer = load_transformer(model_dir, torch.float32, args.variant)
     engine = build_sft_engine_from_args(args, transformer, dtype, stored, device)
     optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))
@@ -150,8 +153,7 @@ def main(args) -> None:
     state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.masters, engine.ema)
     facts = {"seed": seed, "data": dataset.fingerprint(), "num_processes": num_ranks}
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
-    if accelerator.is_main_process:
-        record_run_from_args(args, seed)
+    record_run_from_args(args, accelerator, engine, seed, first_step, plan.num_steps)
     start_trackers_from_args(args, accelerator, "cogvideox-text-to-video-sft")
 
     rank = accelerator.process_index
@@ -163,7 +165,7 @@ def main(args) -> None:
     loader = make_loader(dataset, sampler, args.dataloader_num_workers, args.pin_memory)
     meter = StepMeter(output_dir / "metrics.jsonl", accelerator, first_step, plan.num_steps, args.log_every)
     num_strata = args.train_batch_size * num_ranks * plan.accumulation if args.stratified_timesteps else None
-    bad_steps = BadSteps(args.max_bad_steps)
+    bad_steps = BadSteps(args.max_bad_steps, dataset.sources)
 
     # ---------------------------------------------------------------- validation, by the same two functions as the loop
     encode = functools.partial(
@@ -180,8 +182,9 @@ def main(args) -> None:
         validate(0)
 
     # ---------------------------------------------------------------- loop
-    with meter:
-        for micro_step, batch in zip(micro_steps, loader, strict=False):
+    step, batches = first_step, INTERRUPTION.until_asked(loader, alone=num_ranks == 1)
+    with explained_oom_from_args(args, device, dataset.bucket_of), meter:
+        for micro_step, batch in zip(micro_steps, batches, strict=False):
             step = micro_step // plan.accumulation  # updates made before this one
             positions = sample_positions(micro_step, args.train_batch_size, num_ranks, rank, len(batch["index"]))
             latents, prompt_embeds = encode(send_to_device(batch, device), seed, positions)
@@ -192,6 +195,7 @@ def main(args) -> None:
             noise = draw_normal(seed, "noise", positions, latents.shape[1:]).to(device)  # [B, F, C, H, W]
             timesteps = draw_timesteps(seed, positions, len(alphas_cumprod), num_strata).to(device)  # [B]
             losses = losses_of(latents, prompt_embeds, noise, timesteps)  # [B]
+            bad_steps.add(batch["index"], losses)
             loss = losses.mean() / plan.micro_steps_in(step)
             meter.add(loss)
             result = update(loss, state, plan.is_last_of_update(micro_step), args.max_grad_norm)
@@ -201,14 +205,17 @@ def main(args) -> None:
             # Everything below sees one optimizer update
             step += 1
             meter.log(step, lr=result.lr, grad_norm=result.grad_norm, skipped=result.skipped)
-            bad_steps.count(step, result, batch["index"])
+            bad_steps.count(step, result)
             if step % args.checkpointing_steps == 0:
                 meter.flush()
                 save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
+            if stop_is_due(accelerator):
+                break
             if is_due_from_args(args, plan, batches_per_epoch, step):
                 validate(step)
 
     # ---------------------------------------------------------------- finish
+    leave_if_interrupted_from_args(args, accelerator, first_step, step, plan.num_steps, engine, state, facts)
     save_result(accelerator, output_dir, engine)
     validate(plan.num_steps)
     report_memory(meter, plan.num_steps, "after_testing")

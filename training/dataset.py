@@ -37,8 +37,9 @@ from buckets import (
 )
 from decode import VideoInfo, import_decord, probe, read_frames
 from draws import draw_seed
-from errors import DataError, UsageError, UserError
+from errors import DataError, Interrupted, UsageError, UserError
 from formats import NAMED, Clip, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+from signals import shield_worker
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ PREPARE_AGAIN = "run prepare_dataset.py --save_latents_and_embeddings --output_d
 class VideoDataset(Dataset):
     """Clips that already have the height and width of a bucket; nothing is resized.
 
-    `clips`, `bucket_of`, `prompts` and `problems` hold what the headers said: bad clips raise one DataError, or with
+    `clips`, `bucket_of`, `prompts`, `sources` and `problems` hold what the headers said: bad clips raise one DataError, or with
     on_problem="collect" are left out and described in `problems`, a line each.
     """
 
@@ -104,6 +105,7 @@ class VideoDataset(Dataset):
         self.infos = [info for _, info, _ in good]
         self.bucket_of = [bucket for _, _, bucket in good]
         self.prompts = [clip.prompt for clip in self.clips]
+        self.sources = [clip.source for clip in self.clips]
 
     def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
         """The clip's bucket; DataError if it is too short or fits none."""
@@ -300,6 +302,7 @@ class LatentDataset(Dataset):
         id_token: str | None = None,
         text_dropout: bool = False,
         scaling_factor: float | None = None,
+        allow_outside: bool = False,
     ):
         self.root, self.seed = Path(root), seed
         if not self.root.is_dir():
@@ -307,12 +310,14 @@ class LatentDataset(Dataset):
         manifest = self.root / "data.jsonl"
         rows = read_manifest(manifest) if manifest.is_file() else []
         if rows and not all(str(row.get("video_latent")).endswith(".pt") for _, row in rows):
-            self.latents = [manifest_latent(manifest, number, row, id_token, scaling_factor) for number, row in rows]
+            prepared_for = id_token, scaling_factor, allow_outside
+            self.latents = [manifest_latent(manifest, number, row, *prepared_for) for number, row in rows]
             refuse_missing(self.root, self.latents)
         else:
-            self.latents = original_latents(self.root, caption_column, video_column)
+            self.latents = original_latents(self.root, caption_column, video_column, allow_outside)
         self.bucket_of = [latent.bucket for latent in self.latents]
         self.prompts = [latent.prompt for latent in self.latents]
+        self.sources = [latent.source for latent in self.latents]
         self.has_image_latents = all(latent.image_moments for latent in self.latents)
         refuse_unknown_buckets(self.latents, buckets)
         if text_dropout:
@@ -374,7 +379,7 @@ def read_manifest(path: Path) -> list[tuple[int, dict]]:
 
 
 def manifest_latent(
-    manifest: Path, number: int, row: dict, id_token: str | None, scaling_factor: float | None
+    manifest: Path, number: int, row: dict, id_token: str | None, scaling_factor: float | None, allow_outside: bool
 ) -> Latent:
     root, place = manifest.parent, f"{manifest}:{number}"
     try:
@@ -398,7 +403,7 @@ def manifest_latent(
             f"{place}: prepared with another model's VAE (scaling factor {prepared_for}, this model's is "
             f"{scaling_factor}); prepare the clips with the model that is trained"
         )
-    moments, prompt_embeds, image = [inside(root, name, place) if name else None for name in files]
+    moments, prompt_embeds, image = [inside(root, name, place, allow_outside) if name else None for name in files]
     return Latent(moments, prompt_embeds, image, source, prompt, bucket)
 
 
@@ -409,7 +414,7 @@ def refuse_missing(root: Path, latents: list[Latent]) -> None:
         raise DataError(f"{root}: {first_few(missing)} not found; {PREPARE_AGAIN.format(root)}")
 
 
-def original_latents(root: Path, caption_column: str, video_column: str) -> list[Latent]:
+def original_latents(root: Path, caption_column: str, video_column: str, allow_outside: bool) -> list[Latent]:
     """Clips of the original's layout: text files, and .pt files named after the videos."""
     if not (root / caption_column).is_file() and not (root / video_column).is_file():
         caption_column, video_column = "prompts.txt", "videos.txt"
@@ -425,6 +430,8 @@ def original_latents(root: Path, caption_column: str, video_column: str) -> list
     latents = []
     for row, (moments, prompt_embeds) in zip(rows, files, strict=True):
         image = find_pt(root / "image_latents", row.source)
+        for path in (moments, prompt_embeds, image):
+            inside(root, str(path.relative_to(root)), f"{video_column}:{row.row}", allow_outside)
         _, frames, height, width = read_pt(moments, 4).shape
         bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)  # the VAE's factors: 4 in time, 8 in space
         image = image if image.is_file() else None
@@ -455,14 +462,18 @@ def refuse_unknown_buckets(latents: list[Latent], buckets: Sequence[Bucket] | No
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """The tensor `name` of a .safetensors file, or the one tensor of a .pt file."""
+    """The tensor `name` of a .safetensors file, or the one tensor of a .pt file; DataError if it is not finite."""
     if path.suffix == ".pt":
-        return read_pt(path).clone()  # off the file's memory map
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); delete it and run prepare_dataset.py again") from error
+        tensor = read_pt(path).clone()  # off the file's memory map
+    else:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                tensor = tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path}: damaged ({error}); delete it and run prepare_dataset.py again") from error
+    if not torch.isfinite(tensor).all():
+        raise DataError(f"{path}: holds values that are not finite; delete it and run prepare_dataset.py again")
+    return tensor
 
 
 def read_pt(path: Path, ndim: int | None = None) -> torch.Tensor:
@@ -568,7 +579,7 @@ class ClipLoader(DataLoader):
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise UserError(
+            raise Interrupted(
                 "a data worker was killed, most likely for lack of memory; lower --dataloader_num_workers or the batch "
                 f"size and run the same command again ({str(error).splitlines()[0]})"
             ) from error
@@ -582,6 +593,7 @@ def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = 
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns where there is no GPU to copy to
         collate_fn=collate_guarded,
+        worker_init_fn=shield_worker,
     )
 
 
@@ -619,11 +631,12 @@ def build_dataset_from_args(
             id_token=args.id_token,
             text_dropout=args.text_dropout > 0,
             scaling_factor=scaling_factor,
+            allow_outside=args.allow_outside_root,
         )
         if image_to_video:
             latents.require_image_latents()
         return latents
-    clips = read_clips(args.data_root, args.dataset_file, args.caption_column, args.video_column)
+    clips = read_clips_from_args(args)
     clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
     return make_videos_from_args(
         args,
@@ -635,9 +648,14 @@ def build_dataset_from_args(
     )
 
 
+def read_clips_from_args(args) -> list[Clip]:
+    columns = args.caption_column, args.video_column
+    return read_clips(args.data_root, args.dataset_file, *columns, allow_outside=args.allow_outside_root)
+
+
 def build_videos_from_args(args, fps: float) -> VideoDataset:
     """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
-    clips = read_clips(args.data_root, args.dataset_file, args.caption_column, args.video_column)
+    clips = read_clips_from_args(args)
     return make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect"
     )

@@ -22,6 +22,12 @@ TIE = 1e-3  # seconds; a time midway between two frames takes the earlier one, a
 SEEK_AFTER = 2.0  # seconds; nearer starts are decoded up to
 SEEK_MARGIN = 1.0  # seconds; seeking goes by decode times, which run ahead of display times
 UPRIGHT = (1, 0, 0, 1)
+# Containers that hold their frames themselves. Playlists and lists (hls, dash, concat, sdp, image2) name other files or
+# addresses, and what is a list is told by content: a list may call itself .mp4
+CONTAINERS = (
+    "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "av1", "obu", "ivf", "gif",
+    "apng", "png_pipe", "webp_pipe", "ogg", "flv", "asf", "mxf", "nut", "dv", "rm", "swf", "wtv", "yuv4mpegpipe",
+)  # fmt: skip
 
 
 class VideoInfo(NamedTuple):
@@ -71,10 +77,13 @@ def opened(path):
         raise DataError(f"{path}: no such file")
     if os.path.getsize(path) == 0:
         raise DataError(f"{path}: empty file; download or export it again")
-    # Only files: a playlist that calls itself .mp4 must not reach the network. Tags may be in any encoding.
-    options = {"protocol_whitelist": "file"}
+    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
     try:
-        container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")
+        container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")  # tags in any encoding
+    except av.ArgumentError as error:  # what a format that is not listed gives
+        raise DataError(
+            f"{path}: a playlist, a list of files, or no video; only files that hold their frames are read"
+        ) from error
     except (av.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: not a readable video (no index: truncated download? {reason})") from error

@@ -25,7 +25,19 @@ class NumbersError(UserError):
     exit_code = 70
 
 
+class MemoryFullError(UserError):
+    """The GPU's memory does not hold the run."""
+
+    exit_code = 70
+
+
 class StorageError(UserError):
     """The disk is full or cannot be written."""
 
     exit_code = 74
+
+
+class Interrupted(UserError):
+    """Asked to stop, and stopped where the same command continues."""
+
+    exit_code = 75

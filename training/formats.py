@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import functools
 import hashlib
 import io
 import os
@@ -37,7 +38,9 @@ class Row(NamedTuple):
     source: str
 
 
-def read_clips(data_root, dataset_file, caption_column: str, video_column: str) -> list[Clip]:
+def read_clips(
+    data_root, dataset_file, caption_column: str, video_column: str, allow_outside: bool = False
+) -> list[Clip]:
     """The clips of `<data_root>/<caption_column>` and `<video_column>`, or of the CSV `dataset_file`.
 
     Raises DataError for whatever does not match; missing videos are all named in one error.
@@ -47,7 +50,10 @@ def read_clips(data_root, dataset_file, caption_column: str, video_column: str) 
         listing, rows = root / video_column, read_text_rows(root, caption_column, video_column)
     else:
         listing, rows = dataset_file, read_csv_rows(dataset_file, caption_column, video_column)
-    clips = [Clip(inside(root, source, f"{listing}:{row}"), prompt, row, source) for row, prompt, source in rows]
+    clips = [
+        Clip(inside(root, source, f"{listing}:{row}", allow_outside), prompt, row, source)
+        for row, prompt, source in rows
+    ]
     missing = [f"'{clip.source}' (row {clip.row})" for clip in clips if not os.path.isfile(clip.video)]
     if missing:
         raise DataError(f"{listing}: {first_few(missing)} not found in {root}; paths are relative to that folder")
@@ -71,18 +77,34 @@ def first_few(items: list[str]) -> str:
     return f"{', '.join(items[:NAMED])} and {len(items) - NAMED} more ({len(items)} in all)"
 
 
-def inside(root, source: str, place: str) -> Path:
-    """The file that `source` names below `root`; DataError, starting with `place`, for URLs and paths out of it.
+def inside(root, source: str, place: str, allow_outside: bool = False) -> Path:
+    """The file that `source` names below `root`; DataError, starting with `place`, for URLs and for what leads out of it.
 
-    Links are followed: a folder of links to another disk is the user's own choice.
+    By `..`, by an absolute path or by a link: a downloaded folder must not choose which files of this machine are read.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source) and not os.path.isfile(os.path.join(root, source)):
         raise DataError(f"{place}: '{source}' is a URL or protocol; only files inside {root} are read")
     base = os.path.abspath(root)
     path = os.path.normpath(os.path.join(base, source))
-    if any(Path(path).is_relative_to(parent) for parent in (base, os.path.realpath(base))):
+    if allow_outside:
         return Path(path)
-    raise DataError(f"{place}: '{source}' is outside of {root}; move the file inside or set --data_root above it")
+    advice = "move the file inside, set --data_root above it, or pass --allow_outside_root"
+    if not any(is_below(path, parent) for parent in (base, real_path(base))):
+        raise DataError(f"{place}: '{source}' is outside of {root}; {advice}")
+    # Folders repeat: 100,000 clips of one folder are resolved in a second
+    real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_path(os.path.dirname(path)), "file")
+    if not is_below(real, real_path(base)):
+        raise DataError(f"{place}: '{source}' is a link to {os.path.realpath(path)}, outside of {root}; {advice}")
+    return Path(path)
+
+
+@functools.lru_cache
+def real_path(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def is_below(path: str, folder: str) -> bool:
+    return Path(path).is_relative_to(folder)
 
 
 # ---------------------------------------------------------------- two text files

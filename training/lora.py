@@ -126,7 +126,7 @@ def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: di
     and renamed: a reader sees the old file or the new one.
     """
     metadata = {key: plain(value) for key, value in transformer.peft_config[ADAPTER].to_dict().items()}
-    temporary_name = f".{os.getpid()}-{WEIGHTS_NAME}"
+    temporary_name = f".tmp-{os.getpid()}-{WEIGHTS_NAME}"
     pipeline_class.save_lora_weights(
         save_directory=directory,
         transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),

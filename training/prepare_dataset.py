@@ -53,10 +53,12 @@ from cogvideox import (
     text_length,
 )
 from dataset import build_videos_from_args, tolerant_loader
-from errors import DataError, UsageError
+from durable import TEMPORARY, lock_folder
+from errors import DataError, Interrupted, UsageError
 from formats import unique_stems, with_id_token
 from objective import draw_generator
 from runtime import check_device_from_args, run_script, write_status
+from signals import INTERRUPTION
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
-    output_dir = output_dir_from_args(args)
+    output_dir = output_dir_from_args(args, rank)
     model_dir = resolve_model_dir(args.model_id, components_from_args(args), args.revision, args.cache_dir)
     config = read_config(model_dir, "transformer")
     if args.save_latents_and_embeddings:
@@ -122,13 +124,18 @@ def init_processes() -> tuple[int, int, torch.device]:
     return rank, num_ranks, torch.device(device)
 
 
-def output_dir_from_args(args) -> Path:
+def output_dir_from_args(args, rank: int) -> Path:
+    """The folder, held by rank 0 until it ends, without what killed processes left unfinished."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir}: is a file; give a folder")
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
     output_dir.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        lock_folder(output_dir)
+        for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
+            left.unlink()
     return output_dir
 
 
@@ -259,7 +266,7 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
     problems = []
     bar = tqdm(total=len(pending), desc="clips", disable=rank > 0)
     with bar, Writer(args.num_artifact_workers) as writer:
-        for batch in loader:
+        for batch in INTERRUPTION.until_asked(loader):
             problems += batch["problems"]
             batch_items = [pending[index] for index in batch["index"]]
             if batch_items:
@@ -269,6 +276,8 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
                     if f"images/{item['stem']}.png" in item["missing"]:
                         writer.submit(write_preview, output_dir, item, pixels)
             bar.update(len(batch_items) + len(batch["problems"]))
+    if INTERRUPTION.reason:
+        raise Interrupted(f"stopped by {INTERRUPTION.reason}; the same command does what is missing")
     return problems
 
 

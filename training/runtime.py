@@ -1,5 +1,6 @@
 """The run around the loop: process set-up, precision, step plan, metrics, exit codes."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -8,10 +9,11 @@ import os
 import re
 import resource
 import secrets
+import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +24,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from errors import NumbersError, UsageError, UserError
+from buckets import Bucket
+from errors import MemoryFullError, NumbersError, UsageError, UserError
+from formats import first_few
+from signals import INTERRUPTION, caught_signals
 from tracking import log_values, tracking_options_from_args
 from update import Update
 from zero import check_deepspeed_from_args, uses_deepspeed
@@ -40,6 +45,7 @@ LAUNCHER_VARIABLES = {
     "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
 }
 TRACKED = ("loss", "lr", "grad_norm", "seconds")  # what trackers get of a line of metrics.jsonl
+GO_ON = "the same command continues from the last checkpoint"
 MEETING_SECONDS = 24 * 3600  # longest that ranks wait for one another outside of collectives
 
 
@@ -271,22 +277,62 @@ def keep_lines_before(path: Path, first_step: int) -> None:
 
 
 class BadSteps:
-    """Counts updates in a row that were skipped for non-finite gradients and stops the run at the limit."""
+    """Counts updates in a row that were skipped because their loss or gradient was not finite, and names the samples.
 
-    def __init__(self, limit: int):
-        self.limit, self.in_a_row = limit, 0
+    `sources` are the paths of all samples, by index.
+    """
 
-    def count(self, step: int, update: Update, samples: list[int]) -> None:
-        """Raise NumbersError at the limit; `samples` are the last micro-batch's."""
+    def __init__(self, limit: int, sources: list[str]):
+        self.limit, self.sources, self.in_a_row = limit, sources, 0
+        self.seen: list[tuple[list[int], torch.Tensor]] = []  # of the update being made
+
+    def add(self, samples: list[int], losses: torch.Tensor) -> None:
+        """A micro-step's samples and their losses [B], which stay on the device."""
+        self.seen.append((samples, losses.detach()))
+
+    def count(self, step: int, update: Update) -> None:
+        """After every update, on all ranks. Raises NumbersError at the limit."""
+        seen, self.seen = self.seen, []
         bad = update.skipped and not update.searching
         self.in_a_row = self.in_a_row + 1 if bad else 0
-        if bad:
-            logger.warning("step %d skipped: its gradient is not finite (last samples: %s)", step, samples)
+        if not bad:
+            return
+        logger.warning("step %d skipped, gradient norm %g: %s", step, update.grad_norm, self.describe(seen))
         if self.in_a_row >= self.limit:
             raise NumbersError(
-                f"step {step}: {self.in_a_row} updates in a row had non-finite gradients; lower --learning_rate, "
-                "train in bf16, or look at the samples named above"
+                f"step {step}: {self.in_a_row} updates in a row had a loss or gradient that is not finite; lower "
+                "--learning_rate, train in bf16, or look at the samples named above"
             )
+
+    def describe(self, seen: list[tuple[list[int], torch.Tensor]]) -> str:
+        """The samples whose loss was not finite, on any rank; without one, all samples of the update."""
+        pairs = [
+            (index, loss) for samples, losses in seen for index, loss in zip(samples, losses.tolist(), strict=True)
+        ]
+        pairs = [pair for pairs_of_rank in gather_objects(pairs) for pair in pairs_of_rank]
+        bad = [index for index, loss in pairs if not math.isfinite(loss)]
+        names = [f"{index} ({self.sources[index]})" for index in sorted(set(bad or (index for index, _ in pairs)))]
+        what = "loss is not finite for" if bad else "gradient is not finite, among"
+        return f"the {what} {'sample' if len(names) == 1 else 'samples'} {first_few(names)}"
+
+
+def gather_objects(value) -> list:
+    """`value` of every rank, by rank."""
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def stop_is_due(accelerator: Accelerator) -> bool:
+    """True on all ranks at the same step if any was asked to stop: one number a step between ranks, none on one."""
+    asked = INTERRUPTION.reason is not None
+    if accelerator.num_processes == 1:
+        return asked
+    flag = torch.tensor(float(asked), device=accelerator.device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 def memory_report(device: torch.device) -> dict[str, float]:
@@ -311,12 +357,45 @@ def report_memory(meter: StepMeter, step: int, when: str) -> None:
     logger.info("memory %s, GiB: %s", when.replace("_", " "), ", ".join(texts))
 
 
+@contextlib.contextmanager
+def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket]):
+    """Within, a GPU whose memory is full is one line: peak, largest batch, and the flags that would make it fit."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        largest = max(buckets, key=math.prod)
+        peak = memory_report(device).get("peak_allocated_gib")
+        raise MemoryFullError(
+            f"the GPU's memory is full{f' (peak {peak:.1f} GiB)' if peak else ''}: batches of {args.train_batch_size} "
+            f"with up to {largest.frames} frames of {largest.height}x{largest.width} (height x width). To make it fit, "
+            f"the cheapest first: {'; '.join(memory_savers_from_args(args))}. {str(error).splitlines()[0]}"
+        ) from error
+
+
+def memory_savers_from_args(args) -> list[str]:
+    """Flags not in use that lower the peak, by what they cost in speed and quality."""
+    is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
+    batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    savers = {
+        "--gradient_checkpointing": not args.gradient_checkpointing,
+        "--mixed_precision bf16": args.mixed_precision == "no",
+        "--load_tensors on data of prepare_dataset.py, which needs no VAE here": not args.load_tensors,
+        "--enable_slicing --enable_tiling": not (args.load_tensors or args.enable_tiling),
+        f"--train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}": batch > 1,
+        "--use_8bit": args.optimizer in ("adam", "adamw") and not (is_low_bit or args.use_cpu_offload_optimizer),
+        "--use_cpu_offload_optimizer": not (is_low_bit or args.use_cpu_offload_optimizer),
+        "--offload_gradients": args.use_cpu_offload_optimizer and not args.offload_gradients,
+        "smaller --frame_buckets, --height_buckets, --width_buckets": True,
+    }
+    return [flags for flags, helps in savers.items() if helps]
+
+
 # ---------------------------------------------------------------- finish
 
 
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -344,26 +423,36 @@ def remove_earlier_status(output_dir: Path) -> None:
 def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
     """Run `main` and leave: every error that a user can mend is one line, its exit code also in status.json.
 
-    Any other error is a defect: exit code 70 too, after its traceback.
+    Any other error is a defect: exit code 70 too, after its traceback. A signal is 75, see signals.py.
     """
-    started = time.time()
-    try:
-        main()
-        return
-    except UserError as error:
-        code, line = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, line = INTERRUPTED, "interrupted; the same command continues from the last checkpoint"
-    except torch.cuda.OutOfMemoryError as error:
-        code, line = INTERNAL, f"the GPU's memory is full: {str(error).splitlines()[0]}"
-    except Exception as error:
-        code, line = (STORAGE, f"cannot write: {error}") if is_storage_error(error) else (INTERNAL, repr(error))
-        if code == INTERNAL:
-            traceback.print_exc()
-        note_failure(Path(output_dir), code, line, started)
-        raise SystemExit(code) from error
-    note_failure(Path(output_dir), code, line, started)
+    started, output_dir = time.time(), Path(output_dir)
+    with caught_signals(lambda: note_failure(output_dir, INTERRUPTED, "stopped at once; " + GO_ON, started)):
+        try:
+            main()
+            return
+        except UserError as error:
+            code, line = error.exit_code, str(error)
+        except KeyboardInterrupt:
+            code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {GO_ON}"
+        except torch.cuda.OutOfMemoryError as error:
+            code, line = INTERNAL, f"the GPU's memory is full: {str(error).splitlines()[0]}"
+        except Exception as error:
+            code, line = explain(error, output_dir)
+            if code == INTERNAL:
+                traceback.print_exc()
+            note_failure(output_dir, code, line, started)
+            raise SystemExit(code) from error
+        note_failure(output_dir, code, line, started)
     sys.exit(code)  # at once: the other ranks may wait in a collective that will never come
+
+
+def explain(error: Exception, output_dir: Path) -> tuple[int, str]:
+    """(exit code, line) of an error of a library."""
+    if is_storage_error(error):
+        return STORAGE, storage_line(error, output_dir)
+    if "DataLoader worker" in str(error):  # torch raises it at any place, as soon as the worker has died
+        return INTERRUPTED, f"a data worker was killed, most likely for lack of memory; {GO_ON}"
+    return INTERNAL, repr(error)
 
 
 def is_storage_error(error: Exception) -> bool:
@@ -371,6 +460,14 @@ def is_storage_error(error: Exception) -> bool:
     in_text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     number = int(in_text[1]) if in_text else getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def storage_line(error: Exception, output_dir: str | Path) -> str:
+    folder = next(
+        path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(folder).free / 2**30
+    return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"
 
 
 def note_failure(output_dir: Path, code: int, line: str, started: float) -> None:

@@ -60,7 +60,7 @@ def save_transformer(
     one is removed only then.
     """
     target = Path(directory, SUBFOLDER)
-    temporary = target.with_name(f".{os.getpid()}-{SUBFOLDER}")
+    temporary = target.with_name(f".tmp-{os.getpid()}-{SUBFOLDER}")
     shutil.rmtree(temporary, ignore_errors=True)
     with weights_in(model, params, dtype):
         model.save_pretrained(temporary)

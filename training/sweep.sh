@@ -38,8 +38,14 @@ fi
 table=()
 exit_code=0
 interrupted=
-# Ctrl-C reaches the training script too; after it no other run is started.
-trap 'interrupted=1' INT TERM
+child=
+# A signal is passed on to the launcher's children, which save and leave; after it no other run is started. The launcher
+# itself would die of it at once, and this script then end before the checkpoint is written.
+pass_on() {
+    interrupted=1
+    [[ -z $child ]] || pkill -TERM -P "$child" 2> /dev/null || kill -TERM "$child" 2> /dev/null || true
+}
+trap pass_on INT TERM USR1
 started="$(mktemp)"
 trap 'rm -f "$started"' EXIT
 
@@ -51,10 +57,18 @@ run() {  # the arguments are the command
     local state=complete code=0 step=-
     printf '\n== %s\n' "$output_dir"
     touch "$started"
-    "$@" || { code=$?; state=failed; }
+    "$@" & child=$!  # not in the foreground: bash would look at a signal only after the run
+    while :; do
+        wait "$child" && code=0 || code=$?
+        kill -0 "$child" 2> /dev/null || break  # it was a signal that ended the wait
+    done
+    child=
+    [[ $code == 0 ]] || state=failed
     # The launcher turns every exit code into 1; the real one is in status.json, unless that is of an earlier run.
     if [[ $output_dir/status.json -nt $started ]]; then
         state="$(read_status state)" code="$(read_status exit_code)" step="$(read_status step)"
+    elif [[ $code == 0 && -r $output_dir/status.json ]]; then
+        step="$(read_status step)"  # it was complete: nothing was done
     elif [[ -n $interrupted ]]; then
         state=interrupted code=75
     fi

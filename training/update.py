@@ -88,6 +88,8 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
 
     `loss` is already divided by the number of micro-steps. Ranks talk once per update, never between micro-steps.
     """
+    # Times 1, or NaN: a loss that is not finite spoils every gradient, also where those would have been finite
+    loss = loss * (1 + 0 * loss.detach())
     if isinstance(state.optimizer, ZeroOptimizer):
         return zero_update(loss, state, last_micro_step)
     (loss * state.scaler.scale if state.scaler else loss).backward()

@@ -30,6 +30,7 @@ from errors import UsageError
 from held_out import HeldOut, mean_losses, sum_losses
 from objective import draw_generator
 from runtime import StepMeter, StepPlan, meet, report_memory, write_text
+from signals import INTERRUPTION
 from tracking import log_values
 
 
@@ -166,9 +167,15 @@ def validate_from_args(
 
 
 def attempt(work: Callable) -> tuple:
-    """(what it returned, "") or (None, why it failed, in one line): a sample is never worth a run."""
+    """(what it returned, "") or (None, why it failed, in one line): a sample is never worth a run.
+
+    A signal ends it: the ranks leave together, which is for the loop to do.
+    """
     try:
-        return work(), ""
+        with INTERRUPTION.ending_body():
+            if INTERRUPTION.reason is None:
+                return work(), ""
+        return None, f"ended by {INTERRUPTION.reason}"
     except Exception as error:
         return None, one_line(error)
 
@@ -216,15 +223,45 @@ def render_from_args(args, accelerator, samples: Samples, transformer: nn.Module
     pipe = samples.make_pipeline(transformer)
     pipe.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False, desc="validation")
     sage = args.validation_attention == "sage"
-    with (
-        placed(pipe, accelerator.device, args.enable_model_cpu_offload),
-        sage_attention(transformer) if sage else contextlib.nullcontext(),
-    ):
-        for number, video in own_jobs:
-            frames = render_one_from_args(args, pipe, samples, accelerator.device, number, video)
+    offload, device = args.enable_model_cpu_offload, accelerator.device
+    with sage_attention(transformer) if sage else contextlib.nullcontext():
+        try:
+            render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
+            return
+        except torch.cuda.OutOfMemoryError as error:
+            logger.warning(
+                "validation: %s; tried again in tiles, with one model at a time on the GPU", one_line(error)
+            )
+        with tiled(pipe.vae, args.enable_slicing, args.enable_tiling):
+            offload = offload or device.type == "cuda"
+            render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
+
+
+def render_jobs_from_args(
+    args, pipe, samples: Samples, device: torch.device, directory: Path, jobs: list[tuple[int, int]], offload: bool
+) -> None:
+    with placed(pipe, device, offload):
+        for number, video in jobs:
+            frames = render_one_from_args(args, pipe, samples, device, number, video)
             path = directory / f"{number}_{video}.mp4"
             write_video(path, frames, samples.fps)
             write_text(path.with_suffix(".txt"), samples.prompts[number] + "\n")
+
+
+@contextlib.contextmanager
+def tiled(vae, slicing: bool, tiling: bool):
+    """A VAE that works on small pieces, and as the flags said again afterwards: training may encode with it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    vae.enable_slicing()
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        if not slicing:
+            vae.disable_slicing()
+        if not tiling:
+            vae.disable_tiling()
 
 
 def render_one_from_args(args, pipe, samples: Samples, device: torch.device, number: int, video: int) -> np.ndarray:

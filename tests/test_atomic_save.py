@@ -1,0 +1,396 @@
+"""Checkpoints that survive: killed at every file operation, torn in every way, on a full disk, beside another run."""
+
+import builtins
+import io
+import json
+import logging
+import os
+import resource
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+import durable
+from args import parse_training_args
+from checkpointing import (
+    check_disk_from_args,
+    checkpoint_dirs,
+    find_checkpoint_from_args,
+    load_checkpoint,
+    open_output_dir_from_args,
+    save_checkpoint,
+    save_checkpoint_from_args,
+    write_record_from_args,
+)
+from durable import damage, release_locks, write_manifest, written_folder
+from errors import NumbersError, StorageError, UsageError
+from runtime import run_script
+from test_checkpointing import FACTS, MAIN, OneTensorEngine, make_run, step
+
+
+KILLED = 77
+ARGV = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--load_tensors", "--output_dir"]
+
+
+class FolderEngine(OneTensorEngine):
+    """Saves a folder beside a file, as full fine-tuning does."""
+
+    def save_state(self, directory):
+        super().save_state(directory)
+        (directory / "transformer").mkdir()
+        (directory / "transformer/config.json").write_text("{}")
+        safetensors.torch.save_file({"weight": self.weight.data}, directory / "transformer/model.safetensors")
+
+
+def flags(out, *more):
+    return parse_training_args("t2v_lora", [*ARGV, str(out), *more])
+
+
+@pytest.fixture
+def run():
+    engine, state = make_run()
+    engine.__class__ = FolderEngine
+    step(engine, state, 3)
+    return engine, state
+
+
+@pytest.fixture
+def out(run, tmp_path):
+    """The folder of a run killed after its checkpoints 1 and 2."""
+    folder = tmp_path / "out"
+    open_output_dir_from_args(flags(folder), MAIN)
+    write_record_from_args(flags(folder), 5)
+    for number in (1, 2):
+        save_checkpoint(folder, number, *run, FACTS)
+    release_locks()
+    return folder
+
+
+def continued(out, *more):
+    """The checkpoint that the same command goes on from."""
+    open_output_dir_from_args(flags(out, *more), MAIN)
+    path = find_checkpoint_from_args(flags(out, *more), MAIN)
+    release_locks()
+    return path
+
+
+def partial(out):
+    return [path.name for path in checkpoint_dirs(out) if damage(path)]
+
+
+# ---------------------------------------------------------------- killed at every file operation
+
+
+def in_child(function) -> int:
+    """The exit code of `function` in a forked process."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException as error:  # nothing of pytest may go on in the child
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+OPERATIONS = [
+    (os, "open"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "fsync"),
+    (os, "write"), (os, "ftruncate"), (builtins, "open"), (io, "open"), (safetensors.torch, "serialize_file"),
+]  # fmt: skip
+
+
+def at_each_operation(act):
+    """Replace every function that changes files by one that first calls `act(number, name, arguments)`."""
+    count = 0
+
+    def watched(name, original):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            act(count, name, arguments)
+            return original(*arguments, **options)
+
+        return call
+
+    for module, name in OPERATIONS:
+        setattr(module, name, watched(name, getattr(module, name)))
+
+
+def kill_at(last):
+    """Die before operation `last`; of a file of tensors, half is written."""
+    serialize = safetensors.torch.serialize_file
+
+    def act(number, name, arguments):
+        if number == last:
+            if name == "serialize_file":
+                serialize(*arguments)
+                os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+            os._exit(KILLED)
+
+    at_each_operation(act)
+
+
+def count_operations(function, folder):
+    log = folder / "operations"
+
+    def counted():
+        names = []
+        at_each_operation(lambda number, name, arguments: names.append(name))
+        function()
+        os._exit(log.write_text(" ".join(names)) < 0)
+
+    assert in_child(counted) == 0
+    return log.read_text().split()
+
+
+@pytest.mark.parametrize("number", [3, 2], ids=["a new one, the oldest goes", "one again under its name"])
+def test_a_save_killed_at_every_file_operation_loses_nothing(number, run, out, tmp_path):
+    args = Namespace(output_dir=str(tmp_path / "copy"), checkpoints_total_limit=2)
+
+    def save():
+        save_checkpoint_from_args(args, MAIN, number, *run, FACTS)
+
+    def copy():
+        shutil.rmtree(args.output_dir, ignore_errors=True)
+        return Path(shutil.copytree(out, args.output_dir))
+
+    folder = copy()
+    operations = count_operations(save, tmp_path)
+    assert len(operations) > 30 and {"fsync", "rename", "mkdir", "serialize_file", "rmdir"} <= set(operations)
+    reached = set()
+    for last in range(1, len(operations) + 1):
+        folder = copy()
+        assert in_child(lambda last=last: (kill_at(last), save())) == KILLED
+        assert not partial(folder), f"killed at operation {last}, {operations[last - 1]}"
+        path = continued(folder)
+        assert int(path.name.removeprefix("checkpoint-")) >= 2, f"killed at operation {last}, {operations[last - 1]}"
+        assert not [left for left in folder.iterdir() if left.name.startswith((".tmp", ".old"))]
+        engine, state = make_run()
+        reached.add(load_checkpoint(path, engine, state, FACTS))
+        assert torch.equal(engine.weight, run[0].weight)
+    assert reached == {2, number}
+
+
+def test_everything_is_on_the_disk_before_the_rename(run, tmp_path, monkeypatch):
+    """A power cut keeps the order of what was flushed: all files, then the manifest, then the folders, then the name."""
+    events = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+    )
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
+    path = save_checkpoint(tmp_path, 3, *run, FACTS)
+    place = events.index("rename", len(events) - 2)
+    flushed = [event.name for event in events[:place]]
+    files = {file.name for file in path.rglob("*") if file.is_file()}
+    assert set(flushed[: len(files) - 1]) == files - {"manifest.json"} and flushed[len(files) - 1] == "manifest.json"
+    assert len(flushed) == len(files) + 2  # the folder and its subfolder
+    assert events[place + 1 :] == [tmp_path]
+
+
+# ---------------------------------------------------------------- torn in every way
+
+
+def cut(share):
+    def damage_file(path):
+        os.truncate(path, int(path.stat().st_size * share))
+
+    return damage_file
+
+
+def flip(path):
+    """A byte of the last quarter: of tensors, a value that loads without a word."""
+    data = bytearray(path.read_bytes())
+    data[len(data) * 7 // 8] ^= 1
+    path.write_bytes(data)
+
+
+FILES = [
+    "optimizer.safetensors", "state.json", "weight.safetensors", "transformer/config.json",
+    "transformer/model.safetensors", "manifest.json",
+]  # fmt: skip
+DAMAGES = {"empty": cut(0), "half": cut(0.5), "almost whole": cut(0.99), "one bit": flip, "gone": Path.unlink}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_newest_falls_back_to_the_one_before(kind, name, out, caplog):
+    newest = out / "checkpoint-2"
+    DAMAGES[kind](newest / name)
+    with caplog.at_level(logging.WARNING):
+        assert continued(out) == out / "checkpoint-1"
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{newest} cannot be used: ") and (name in line or name == "manifest.json")
+    with pytest.raises(UsageError, match="--resume_from_checkpoint checkpoint-2: "):
+        continued(out, "--resume_from_checkpoint", "checkpoint-2")
+
+
+def test_without_a_whole_checkpoint_nothing_starts_anew(out):
+    for number in (1, 2):
+        flip(out / f"checkpoint-{number}/weight.safetensors")
+    for more in ([], ["--resume_from_checkpoint", "latest"]):
+        with pytest.raises(UsageError, match=r"none of its 2 checkpoints is whole .*weight\.safetensors.*--overwrite"):
+            continued(out, *more)
+    (out / "checkpoint-3").mkdir()  # made by hand, or by a tool that copies folder by folder
+    with pytest.raises(UsageError, match="none of its 3"):
+        continued(out)
+    assert continued(out, "--overwrite") is None
+
+
+def test_a_file_beside_those_of_the_checkpoint_does_no_harm(out):
+    (out / "checkpoint-2/notes.txt").write_text("the best so far")
+    assert continued(out) == out / "checkpoint-2"
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_good_ones(run, out):
+    """After a fall back the next saves are older than the damaged one: with a limit of 1 it must not be what is kept."""
+    save_checkpoint(out, 20, *run, FACTS)
+    flip(out / "checkpoint-20/weight.safetensors")
+    args = Namespace(output_dir=str(out), checkpoints_total_limit=1)
+    save_checkpoint_from_args(args, MAIN, 3, *run, FACTS)
+    assert continued(out) == out / "checkpoint-3"
+    save_checkpoint_from_args(args, MAIN, 20, *run, FACTS)
+    assert [path.name for path in checkpoint_dirs(out)] == ["checkpoint-20"] and not partial(out)
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(run, out, monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    args = Namespace(output_dir=str(out), checkpoints_total_limit=1)
+    with monkeypatch.context() as patches:
+        patches.setattr(durable.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail())
+        save_checkpoint_from_args(args, MAIN, 3, *run, FACTS)
+    assert "checkpoint-1: cannot be removed (Permission denied)" in caplog.text
+    assert continued(out) == out / "checkpoint-3"
+
+
+# ---------------------------------------------------------------- bad numbers, full disk
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["weight", "state"])
+def test_numbers_that_are_not_finite_are_written_nowhere(place, value, run, out):
+    engine, state = run
+    tensor = engine.weight.data if place == "weight" else state.optimizer.state[engine.weight]["exp_avg"]
+    tensor[2] = value
+    with pytest.raises(NumbersError, match="weights or optimizer states are no longer finite"):
+        save_checkpoint(out, 3, *run, FACTS)
+    assert [path.name for path in checkpoint_dirs(out)] == ["checkpoint-1", "checkpoint-2"]
+    assert not list(out.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("limit", [0, 100, 300, 500, 800])
+def test_a_full_disk_leaves_the_checkpoints_before(limit, run, out, capsys):
+    """Files may not grow beyond `limit` bytes: whichever file is the first to be too large."""
+    before = {path: damage(path) for path in checkpoint_dirs(out)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            save_checkpoint_from_args(Namespace(output_dir=str(out), checkpoints_total_limit=1), MAIN, 3, *run, FACTS)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.raises(SystemExit) as left:
+        run_script(save, out)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code == 74 and "cannot write" in line and "GiB are free" in line
+    assert {path: damage(path) for path in checkpoint_dirs(out)} == before and set(before.values()) == {None}
+    assert not list(out.glob(".tmp-*")) and json.loads((out / "status.json").read_text())["exit_code"] == 74
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "free", "expected"),
+    [
+        (1000, [], 10**9, None),
+        # 5 checkpoints of 12 bytes a weight and 4 of the result
+        (1000, ["--max_train_steps", "50", "--checkpointing_steps", "10"], 64_000, None),
+        (1000, ["--max_train_steps", "50", "--checkpointing_steps", "10"], 63_000, "warning"),
+        (1000, ["--max_train_steps", "50", "--checkpointing_steps", "10"], 15_000, "error"),
+        (1000, ["--checkpoints_total_limit", "2", "--checkpointing_steps", "10"], 40_000, None),
+        (1000, ["--checkpoints_total_limit", "2", "--checkpointing_steps", "10"], 39_000, "error"),
+        (1000, ["--use_8bit", "--max_train_steps", "50", "--checkpointing_steps", "50"], 10_000, None),
+    ],
+)
+def test_the_disk_is_measured_before_the_first_step(weights, more, free, expected, tmp_path, monkeypatch, caplog):
+    engine = Namespace(params=[torch.zeros(weights)])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=free))
+    args = flags(tmp_path, *more)
+    if expected == "error":
+        with pytest.raises(StorageError, match=r"checkpoints of .* need .* GiB are free"):
+            check_disk_from_args(args, engine, 0, args.max_train_steps or 50)
+        return
+    check_disk_from_args(args, engine, 0, args.max_train_steps or 50)
+    assert ("--checkpoints_total_limit keeps fewer" in caplog.text) == (expected == "warning")
+
+
+# ---------------------------------------------------------------- two runs in one folder
+
+
+def test_a_second_run_in_the_same_folder_is_refused_with_the_firsts_pid(out):
+    open_output_dir_from_args(flags(out), MAIN)
+    before = sorted(out.iterdir())
+
+    def second(*more):
+        with pytest.raises(UsageError, match=f"process {os.getppid()} is writing there"):
+            open_output_dir_from_args(flags(out, *more), MAIN)
+
+    assert in_child(second) == 0
+    assert in_child(lambda: second("--overwrite")) == 0  # nor is a running run moved aside
+    assert sorted(out.iterdir()) == before
+
+
+def test_the_lock_of_a_killed_run_does_not_count(out):
+    def killed():
+        open_output_dir_from_args(flags(out), MAIN)
+        os.kill(os.getpid(), 9)
+
+    assert in_child(killed) == -9
+    assert continued(out) == out / "checkpoint-2"
+
+
+def test_a_forked_worker_does_not_keep_the_lock(out):
+    """Data workers outlive a killed run for some seconds."""
+    read, write = os.pipe()
+
+    def run_with_worker():
+        open_output_dir_from_args(flags(out), MAIN)
+        if os.fork() == 0:
+            os.read(read, 1)
+            os._exit(0)
+        os.kill(os.getpid(), 9)
+
+    assert in_child(run_with_worker) == -9
+    assert continued(out) == out / "checkpoint-2"
+    os.write(write, b"x")
+
+
+# ---------------------------------------------------------------- the folder as such
+
+
+def test_a_failing_body_leaves_nothing(tmp_path):
+    with pytest.raises(SafetensorError), written_folder(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+        raise SafetensorError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_says_what_is_there(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    write_manifest(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["files"] == {
+        "a": {"size": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+    }
+    assert damage(tmp_path) is None
+    for text in ("", "[]", "{}", '{"files": 3}', '{"files": {"a": {}}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        assert "manifest.json is damaged" in damage(tmp_path)

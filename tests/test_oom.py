@@ -1,0 +1,92 @@
+# ruff: noqa: F811 - fixtures of test_scripts are arguments here
+"""A full GPU: one line that says what was tried and what to do, the cheapest first; the last checkpoint stays."""
+
+import pytest
+import torch
+
+from args import parse_training_args
+from runtime import memory_savers_from_args
+from test_scripts import SCRIPTS, checkpoints, clips, command, module, own_copy, prepared, status, stops, train  # noqa: F401
+
+
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB\nsecond line"
+ARGV = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
+SMALLER = "smaller --frame_buckets, --height_buckets, --width_buckets"
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return SCRIPTS[request.param]
+
+
+def fill_memory(monkeypatch, module, call):
+    calls, add_noise = [], module.add_noise
+
+    def full(*arguments):
+        calls.append(None)
+        if len(calls) == call:
+            raise torch.cuda.OutOfMemoryError(MESSAGE)
+        return add_noise(*arguments)
+
+    monkeypatch.setattr(module, "add_noise", full)
+
+
+def test_one_line_says_peak_shape_and_flags(stops, module, monkeypatch, tmp_path):
+    fill_memory(monkeypatch, module, 3)
+    monkeypatch.setattr("runtime.memory_report", lambda device: {"peak_allocated_gib": 78.9})
+    line = stops(70, "out", "--max_train_steps", "4", "--train_batch_size", "2", data="two")
+    assert "the GPU's memory is full (peak 78.9 GiB): batches of 2 with up to 9 frames of 64x96" in line
+    assert "cheapest first: --gradient_checkpointing; --train_batch_size 1 --gradient_accumulation_steps 2;" in line
+    assert "Tried to allocate 2.00 GiB" in line and "second line" not in line
+    assert status(tmp_path / "out")["message"] in line and checkpoints(tmp_path / "out") == [1, 2]
+
+
+@pytest.mark.parametrize("script", ["t2v_lora"], indirect=True)
+def test_outside_of_the_loop_it_is_one_line_too(stops, module, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.cuda.OutOfMemoryError(MESSAGE)
+
+    monkeypatch.setattr(module, "load_transformer", full)
+    assert "the GPU's memory is full: CUDA out of memory" in stops(70, "out")
+
+
+def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops, train, module, monkeypatch):
+    """Flags that change memory alone may change when a run goes on."""
+    with monkeypatch.context() as patches:
+        fill_memory(patches, module, 3)
+        stops(70, "out", "--max_train_steps", "4")
+    out = train("out", "--max_train_steps", "4", "--gradient_checkpointing")
+    assert status(out)["state"] == "complete" and checkpoints(out) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (
+            [],
+            ["--gradient_checkpointing", "--load_tensors", "--enable_slicing", "--train_batch_size 1", "--use_8bit",
+             "--use_cpu_offload_optimizer", SMALLER],
+        ),
+        (
+            ["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--mixed_precision", "no"],
+            ["--mixed_precision bf16", "--use_8bit", "--use_cpu_offload_optimizer", SMALLER],
+        ),
+        (["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--use_8bit"], [SMALLER]),
+        (
+            ["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--use_cpu_offload_optimizer"],
+            ["--offload_gradients", SMALLER],
+        ),
+    ],
+)  # fmt: skip
+def test_only_flags_not_in_use_and_that_go_together_are_named(more, expected):
+    savers = memory_savers_from_args(parse_training_args("t2v_sft", [*ARGV, *more]))
+    assert len(savers) == len(expected)
+    assert all(saver.startswith(start) for saver, start in zip(savers, expected, strict=True)), savers
+
+
+def test_every_flag_named_exists():
+    args = parse_training_args("t2v_sft", ARGV)
+    named = [
+        word for saver in memory_savers_from_args(args) for word in saver.replace(",", "").split() if "--" in word
+    ]
+    assert {word.removeprefix("--") for word in named} <= vars(args).keys()
