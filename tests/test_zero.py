@@ -110,11 +110,10 @@ def launch(tiny, prepared, tmp_path):
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
         command += ["--main_process_port", str(port)]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        on_gpu = torch.cuda.is_available()
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"DS_ACCELERATOR": "cpu"})
         if deepspeed:
             command += ["--use_deepspeed", "--zero_stage", "2", "--offload_optimizer_device", offload]
-        elif num_processes == 1:
-            command += ["--cpu"]
         command += [str(ROOT / "training" / f"{module}.py"), "--pretrained_model_name_or_path", str(tiny("5b"))]
         command += ["--data_root", str(prepared), "--load_tensors", "--output_dir", str(tmp_path / name)]
         done = subprocess.run([*command, *FLAGS, *own, *more], capture_output=True, text=True, env=environment)
