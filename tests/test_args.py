@@ -197,7 +197,6 @@ IDLE_USES = {
     "prodigy_use_bias_correction": None,
     "prodigy_safeguard_warmup": None,
     "beta3": "0.5",
-    "epsilon": "1e-7",
 }
 
 
@@ -395,10 +394,14 @@ def test_every_idle_flag_is_tried():
 def test_a_flag_without_what_it_needs_is_warned_of(flag, capsys):
     """Not refused: the original's wrappers pass them always."""
     value, script = IDLE_USES[flag], "t2v_sft" if flag == "ema_decay" else "i2v_lora"
-    argv = [*TRAIN, f"--{flag}", *([] if value is None else [value])]
-    parse_training_args(script, argv + (["--optimizer", "came"] if flag == "epsilon" else []))
+    parse_training_args(script, [*TRAIN, f"--{flag}", *([] if value is None else [value])])
     lines = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
     assert len(lines) == 1 and f"warning: --{flag}: no effect without --" in lines[0]
+
+
+def test_came_has_epsilons_of_its_own(capsys):
+    parse_training_args("t2v_lora", [*TRAIN, "--optimizer", "came", "--epsilon", "1e-7"])
+    assert "warning: --epsilon: no effect with --optimizer came" in capsys.readouterr().err
 
 
 def test_a_flag_with_what_it_needs_is_not_warned_of(capsys):
