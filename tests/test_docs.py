@@ -3,6 +3,7 @@
 README.md and the pages of assets/, each with its Chinese twin: what agrees with English code blocks is checked once.
 """
 
+import csv
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ import av
 import pytest
 import torch
 
+import memory_rows
 import random_dataset
 import random_pipeline
 import step_time
@@ -158,7 +160,7 @@ def check_script(script, argv, monkeypatch):
     elif name == "assets/make_flags.py":
         assert not argv
     elif name.startswith("benchmarks/"):
-        check_random_writer(name, argv, monkeypatch)
+        check_benchmark(name, argv, monkeypatch)
     elif argv == ["--help"]:
         with pytest.raises(SystemExit, match="^0$"):
             parse_flags(name, argv)
@@ -173,17 +175,18 @@ def parse_flags(name, argv):
     return parse_training_args(SCRIPT_KEYS[Path(name).name], argv)
 
 
-def check_random_writer(name, argv, monkeypatch):
-    """Up to the call that would write gigabytes."""
-    module, writer = {
-        "benchmarks/random_pipeline.py": (random_pipeline, "write_pipeline"),
-        "benchmarks/random_dataset.py": (random_dataset, "write_dataset"),
+def check_benchmark(name, argv, monkeypatch):
+    """Up to the calls that would write gigabytes or train for minutes."""
+    module, worker, num_calls = {
+        "benchmarks/random_pipeline.py": (random_pipeline, "write_pipeline", 1),
+        "benchmarks/random_dataset.py": (random_dataset, "write_dataset", 1),
+        "benchmarks/memory_rows.py": (memory_rows, "measure", len(memory_rows.SCRIPTS) * len(memory_rows.OPTIMIZERS)),
     }[name]
     calls = []
-    monkeypatch.setattr(module, writer, lambda *args: calls.append(args))
+    monkeypatch.setattr(module, worker, lambda *args: calls.append(args))
     monkeypatch.setattr("sys.argv", [name, *argv])
     module.main()
-    assert len(calls) == 1
+    assert len(calls) == num_calls
 
 
 @pytest.mark.parametrize("block", code_blocks("bash"))
@@ -381,6 +384,30 @@ def test_the_table_of_optimizers_says_what_the_flags_accept(row):
     elif any("bit" in flag or "fp8" in flag for flag in flags):
         with pytest.raises(SystemExit):
             parse_training_args("t2v_sft", [*needed, *flags, "--use_cpu_offload_optimizer"])
+
+
+def test_the_measured_optimizers_are_those_of_the_csv():
+    with open(ROOT / "benchmarks/optimizers.csv", newline="") as file:
+        measured = {row["label"]: row for row in csv.DictReader(file)}
+    names = {
+        "AdamW": "adamw",
+        "`accelerate_configs/deepspeed.yaml`": "deepspeed",
+        "`--use_8bit`": "adamw-8bit",
+        "`--use_cpu_offload_optimizer`": "offload",
+        "`--use_cpu_offload_optimizer --offload_gradients`": "offload-gradients",
+    }
+    shown = {}
+    for task, optimizer, *figures in table_rows(section("Optimizers: memory and time"))[1:]:
+        shown[f"2b {task.lower()} {names[optimizer]}"] = re.findall(r"[\d.]+", " ".join(figures))
+    assert shown == {label: figures_of(row) for label, row in measured.items() if label.startswith("2b ")}
+
+
+def figures_of(row):
+    """Of a row of benchmarks/optimizers.csv, as the page shows them."""
+    peak = max(float(value) for name, value in row.items() if name.endswith("peak_reserved_gib"))
+    memory = [float(row["before_training_reserved_gib"]), peak, float(row["host_peak_gib"])]
+    losses = [float(row["loss_before"]), float(row["loss_after"])]
+    return [f"{float(row['median_s']):.2f}", *(f"{gib:.1f}" for gib in memory), *(f"{loss:.4f}" for loss in losses)]
 
 
 def test_every_recipe_has_its_source():
