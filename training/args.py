@@ -29,7 +29,8 @@ DESCRIPTIONS = {
     "prepare": "Turn videos and captions into VAE moments and text embeddings, so that training needs neither model.",
 }
 EPILOG = (
-    "Exit codes: 0 done, 2 usage, 65 bad data, 70 bad numbers or internal, 74 disk, 75 interrupted, can be resumed."
+    "Exit codes: 0 done, 2 usage, 65 bad data, 70 bad numbers, full GPU memory or internal, 74 disk or upload, 75 "
+    "interrupted, can be resumed."
 )
 
 # Flags that a script has no use for: accepted at their default, refused otherwise.
@@ -697,7 +698,7 @@ def add_lora_flags(parser: FlagParser):
         choices=["comfyui", "merged"],
         default=[],
         help="write the LoRA in further forms: comfyui is pytorch_lora_weights_comfyui.safetensors, in the key layout "
-        "that ComfyUI reads; merged is transformer/, the base model with the LoRA added to its weights",
+        "of ComfyUI's own CogVideoX; merged is transformer/, the base model with the LoRA added to its weights",
     )
 
 
