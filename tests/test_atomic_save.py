@@ -75,7 +75,7 @@ def out(run, tmp_path):
 def continued(out, *more):
     """The checkpoint that the same command goes on from."""
     open_output_dir_from_args(flags(out, *more), MAIN)
-    path = find_checkpoint_from_args(flags(out, *more), MAIN)
+    path = find_checkpoint_from_args(flags(out, *more), MAIN, 100)
     release_locks()
     return path
 

@@ -72,8 +72,15 @@ def test_no_tracker_leaves_no_folder(train):
     assert not (out / "logs").exists()
 
 
-@pytest.mark.parametrize("method", ["start", "log"])
-def test_a_tracker_that_fails_does_not_end_the_run(method, train, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("method", "consequence"),
+    [
+        ("start", "tracking stops, metrics.jsonl goes on"),
+        ("log", "tracking stops, metrics.jsonl goes on"),
+        ("finish", "tensorboard was not closed, metrics.jsonl is complete"),
+    ],
+)
+def test_a_tracker_that_fails_does_not_end_the_run(method, consequence, train, monkeypatch, caplog):
     from accelerate.tracking import TensorBoardTracker
 
     def fail(*values, **options):
@@ -83,9 +90,8 @@ def test_a_tracker_that_fails_does_not_end_the_run(method, train, monkeypatch, c
     caplog.set_level(logging.WARNING)
     out = train("--report_to", "tensorboard")
     assert len(losses(out)) == 3
-    assert [line for line in caplog.messages if "tracking stops" in line] == [
-        "tracking stops, metrics.jsonl goes on: the server is down"
-    ]
+    assert [line for line in caplog.messages if "metrics.jsonl" in line] == [f"{consequence}: the server is down"]
+    assert json.loads((out / "status.json").read_text())["state"] == "complete"
 
 
 def test_a_missing_tracker_is_refused_with_the_install_line(monkeypatch):
