@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import zero
 from args import parse_prepare_args, parse_training_args
@@ -70,17 +70,19 @@ def test_a_config_that_disagrees_is_refused(settings, message):
         (["--use_cpu_offload_optimizer"], "offload_optimizer_device: cpu"),
         (["--optimizer", "came"], "--optimizer came under DeepSpeed: DeepSpeed runs adam and adamw"),
         (["--mixed_precision", "fp16"], "use bf16"),
+        (["--ema"], "--ema under DeepSpeed: the weights to average are shared out"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused(use, message, monkeypatch):
     zero.check_deepspeed_from_args(flags(*use))  # without DeepSpeed all is well
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(zero, "installed_version", lambda: "0.19.8")
     with pytest.raises(UsageError, match=message):
         zero.check_deepspeed_from_args(flags(*use))
-    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install"):
-        zero.check_deepspeed_from_args(flags())
+    for version, said in ((None, "is not installed; pip install"), ("0.18.2", "0.18.2, which .*; pip install")):
+        monkeypatch.setattr(zero, "installed_version", lambda version=version: version)
+        with pytest.raises(UsageError, match=said):
+            zero.check_deepspeed_from_args(flags())
 
 
 # ---------------------------------------------------------------- runs
@@ -166,3 +168,20 @@ def test_an_interrupted_run_continues_bit_for_bit(script, num_processes, launch,
     assert losses(resumed) == losses(unbroken)
     ours, theirs = weights(unbroken), weights(resumed)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_bad_clip_costs_its_update_alone(script, precision, launch, prepared, tmp_path):
+    """Also in the very first update, after which a checkpoint has no state of the optimizer to hold."""
+    poisoned = shutil.copytree(prepared, tmp_path / "poisoned")
+    for path in sorted((poisoned / "video_latents").iterdir())[1:]:
+        tensors = load_file(path)
+        save_file({"moments": torch.full_like(tensors["moments"], 1e30)}, path)  # finite; its square is not
+    run = ["--data_root", str(poisoned), "--mixed_precision", precision, "--gradient_accumulation_steps", "1"]
+    run += ["--max_bad_steps", "100"]
+    out = launch(script, "out", *run, "--max_train_steps", "8", "--checkpointing_steps", "1", offload="none")
+    found = losses(out)
+    assert found.count(None) == 7 and len(found) == 8
+    assert all(torch.isfinite(tensor).all() for tensor in weights(out).values())
