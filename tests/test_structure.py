@@ -281,6 +281,41 @@ def test_rule_lets_pass_what_is_right(rule, source):
     assert not rule(ast.parse(source))
 
 
+# ---------------------------------------------------------------- flags
+
+
+def flags_read(tree: ast.Module) -> set[str]:
+    """Names of flags that the module reads: args.<name>, and getattr(args, name) of a name that it writes out."""
+    nodes = list(ast.walk(tree))
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "args"}
+    if any(dotted(call.func) == "getattr" and ast.unparse(call.args[0]) == "args" for call in calls(tree)):
+        read |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return read
+
+
+# By args.py itself: it takes over another run's flags
+READ_IN_PARSING = {"config"}
+
+
+@pytest.mark.parametrize("make_parser", ["make_training_parser", "make_prepare_parser"])
+def test_every_flag_is_read_outside_of_the_parser(make_parser):
+    """A flag that is parsed and checked, and then forgotten, is a lie in --help."""
+    import args
+
+    is_prepare = make_parser == "make_prepare_parser"
+    parser = args.make_prepare_parser() if is_prepare else args.make_training_parser("t2v_lora")
+    readers = {"prepare_dataset", "dataset", "runtime"} if is_prepare else set(MODULES) - {"args", "prepare_dataset"}
+    read = set().union(*(flags_read(parse(module)) for module in readers)) | READ_IN_PARSING
+    unread = {action.dest for action in parser._actions} - {"help"} - read
+    assert not unread
+
+
+def test_the_rule_on_flags_sees_both_ways_of_reading():
+    assert flags_read(ast.parse("f(args.rank)")) == {"rank"}
+    assert "use_8bit" in flags_read(ast.parse("[getattr(args, name) for name in ('use_8bit',)]"))
+    assert flags_read(ast.parse("name = 'rank'")) == set()
+
+
 # ---------------------------------------------------------------- the four training scripts
 
 TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]

@@ -8,31 +8,25 @@ import pytest
 
 import cogvideox_text_to_video_lora as script
 import tracking
-from args import parse_prepare_args, parse_training_args
+from args import parse_training_args
 from errors import UsageError
 
 
 FLAGS = ["--rank", "4", "--lora_alpha", "4", "--optimizer", "adamw", "--lr_warmup_steps", "0", "--seed", "0"]
 
 
-@pytest.fixture(scope="module")
-def prepared(tiny, sample_data, tmp_path_factory):
-    import prepare_dataset
-
-    out = tmp_path_factory.mktemp("prepared")
-    flags = ["--model_id", str(tiny("5b")), "--data_root", str(sample_data), "--output_dir", str(out)]
-    flags += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--save_latents_and_embeddings"]
-    flags += ["--height_buckets", "64", "--width_buckets", "64", "--frame_buckets", "9"]
-    prepare_dataset.main(parse_prepare_args(flags))
-    return out
-
-
 @pytest.fixture
-def train(tiny, prepared, tmp_path):
+def train(tiny, prepared_data, tmp_path):
     """Three updates of a tiny LoRA; returns the output folder."""
 
     def run(*flags):
-        argv = ["--pretrained_model_name_or_path", str(tiny("5b")), "--data_root", str(prepared), "--load_tensors"]
+        argv = [
+            "--pretrained_model_name_or_path",
+            str(tiny("5b")),
+            "--data_root",
+            str(prepared_data),
+            "--load_tensors",
+        ]
         argv += [*FLAGS, "--train_batch_size", "1", "--max_train_steps", "3", "--output_dir", str(tmp_path / "run")]
         script.main(parse_training_args("t2v_lora", [*argv, *flags]))
         return tmp_path / "run"
