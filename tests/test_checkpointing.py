@@ -327,6 +327,14 @@ def test_overwrite_does_not_move_the_checkpoint_that_is_named(wanted, out, flags
         assert open_output_dir_from_args(elsewhere, MAIN) is None
 
 
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_an_output_folder_that_is_a_file_is_refused(below, flags, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="is a file; give a folder"):
+        open_output_dir_from_args(flags("--output_dir", f"{tmp_path}/file{below}"), MAIN)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_only_the_main_process_moves_it(out, flags):
     before = contents(out)
     open_output_dir_from_args(flags("--overwrite"), Namespace(is_main_process=False, num_processes=1))

@@ -63,7 +63,10 @@ def open_output_dir_from_args(args, accelerator) -> int | None:
 
 def claim_output_dir_from_args(args) -> int | None:
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--output_dir {output_dir}: {error.filename} is a file; give a folder") from error
     lock_folder(output_dir)
     if args.overwrite:
         refuse_own_checkpoint(args, output_dir)
