@@ -308,6 +308,14 @@ def test_a_full_disk_leaves_the_checkpoints_before(limit, run, out, capsys):
     assert not list(out.glob(".tmp-*")) and json.loads((out / "status.json").read_text())["exit_code"] == 74
 
 
+def test_the_merged_model_counts_too(tmp_path, monkeypatch):
+    engine = Namespace(params=[torch.zeros(8)], transformer=torch.nn.Linear(1000, 1000))  # 4 MB
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=3e6))
+    check_disk_from_args(flags(tmp_path), engine, 0, 5)
+    with pytest.raises(StorageError, match="GiB are free"):
+        check_disk_from_args(flags(tmp_path, "--export", "merged"), engine, 0, 5)
+
+
 @pytest.mark.parametrize(
     ("weights", "more", "free", "expected"),
     [

@@ -228,6 +228,8 @@ def check_disk_from_args(args, engine, first_step: int, num_steps: int) -> None:
     """
     output_dir, limit = Path(args.output_dir), args.checkpoints_total_limit
     checkpoint, result = file_bytes_from_args(args, engine)
+    if "merged" in args.export:  # the whole base model again
+        result += sum(param.nbytes for param in engine.transformer.parameters())
     saves = num_steps // args.checkpointing_steps - first_step // args.checkpointing_steps
     # The newest is written before the oldest goes; those that lie there already take no more room
     together = saves if limit is None else min(saves, limit + 1 - min(limit, len(checkpoint_dirs(output_dir))))
