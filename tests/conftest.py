@@ -74,6 +74,21 @@ def sample_data():
 
 
 @pytest.fixture(scope="session")
+def prepared_data(tiny, sample_data, tmp_path_factory):
+    """The sample clips as prepare_dataset.py writes them for the tiny 5b pipeline, in two sizes; read-only."""
+    import prepare_dataset
+    from args import parse_prepare_args
+
+    out = tmp_path_factory.mktemp("prepared")
+    argv = ["--model_id", str(tiny("5b")), "--data_root", str(sample_data), "--output_dir", str(out)]
+    argv += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--save_latents_and_embeddings"]
+    buckets = ["--height_buckets", "64", "--width_buckets", "64", "96", "--frame_buckets", "9"]
+    prepare_dataset.main(parse_prepare_args([*argv, *buckets]))
+    sys.modules["durable"].release_locks()
+    return out
+
+
+@pytest.fixture(scope="session")
 def real_clips():
     """The folder of real clips named by COGVIDEOX_TEST_CLIPS."""
     folder = os.environ.get("COGVIDEOX_TEST_CLIPS")

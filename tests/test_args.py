@@ -629,6 +629,15 @@ def test_config_gives_the_flags_of_a_run_and_its_seed(tmp_path):
     assert again.learning_rate == 1e-4 and "learning_rate" not in again.given
 
 
+def test_a_run_by_config_can_be_named_itself(tmp_path):
+    first = record(tmp_path, "--rank", "8")
+    args = parse_training_args("t2v_lora", ["--config", first, "--output_dir", "other"])
+    content = {"flags": recorded_flags(args), "given": args.given, "seed": 7}
+    (tmp_path / "second.json").write_text(json.dumps(content))
+    again = parse_training_args("t2v_lora", ["--config", str(tmp_path / "second.json")])
+    assert recorded_flags(again) == recorded_flags(args) and again.output_dir == "other"
+
+
 def test_flags_win_over_the_config(tmp_path):
     path = record(tmp_path, "--rank", "8", "--frame_buckets", "9", "17")
     flags = ["--rank", "16", "--config", path, "--seed", "3", "--frame_buckets", "5", "--max_num_frames", "5"]

@@ -75,7 +75,7 @@ def out(run, tmp_path):
 def continued(out, *more):
     """The checkpoint that the same command goes on from."""
     open_output_dir_from_args(flags(out, *more), MAIN)
-    path = find_checkpoint_from_args(flags(out, *more), MAIN)
+    path = find_checkpoint_from_args(flags(out, *more), MAIN, 100)
     release_locks()
     return path
 
@@ -306,6 +306,14 @@ def test_a_full_disk_leaves_the_checkpoints_before(limit, run, out, capsys):
     assert left.value.code == 74 and "cannot write" in line and "GiB are free" in line
     assert {path: damage(path) for path in checkpoint_dirs(out)} == before and set(before.values()) == {None}
     assert not list(out.glob(".tmp-*")) and json.loads((out / "status.json").read_text())["exit_code"] == 74
+
+
+def test_the_merged_model_counts_too(tmp_path, monkeypatch):
+    engine = Namespace(params=[torch.zeros(8)], transformer=torch.nn.Linear(1000, 1000))  # 4 MB
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=3e6))
+    check_disk_from_args(flags(tmp_path), engine, 0, 5)
+    with pytest.raises(StorageError, match="GiB are free"):
+        check_disk_from_args(flags(tmp_path, "--export", "merged"), engine, 0, 5)
 
 
 @pytest.mark.parametrize(

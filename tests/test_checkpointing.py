@@ -237,7 +237,7 @@ def test_a_checkpoint_of_other_facts_is_refused(fact, run, tmp_path):
 
 def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
     assert open_output_dir_from_args(flags(), MAIN) == 5
-    assert find_checkpoint_from_args(flags(), MAIN).name == "checkpoint-10"
+    assert find_checkpoint_from_args(flags(), MAIN, 100).name == "checkpoint-10"
     assert open_output_dir_from_args(flags("--seed", "5"), MAIN) is None  # the flag gives it
     with pytest.raises(UsageError, match="--seed None -> 6"):
         open_output_dir_from_args(flags("--seed", "6"), MAIN)
@@ -251,10 +251,13 @@ def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
         ["--max_train_steps", "20"],
         ["--num_train_epochs", "20"],
         ["--hub_token", "secret"],
+        ["--report_to", "tensorboard", "--tracker_name", "mine", "--logging_dir", "there"],
+        ["--config", "{out}/args.json"],
     ],
 )
 def test_flags_that_train_nothing_may_change(out, flags, more):
-    assert open_output_dir_from_args(flags(*more), MAIN) == 5
+    more = [text.format(out=out) for text in more]
+    assert open_output_dir_from_args(flags(*more), MAIN) == (None if "--config" in more else 5)  # which names the seed
 
 
 @pytest.mark.parametrize(
@@ -278,7 +281,7 @@ def test_without_a_checkpoint_anything_may_start(out, flags):
     for path in checkpoint_dirs(out):
         shutil.rmtree(path)
     assert open_output_dir_from_args(flags("--rank", "8", "--seed", "3"), MAIN) is None
-    assert find_checkpoint_from_args(flags(), MAIN) is None
+    assert find_checkpoint_from_args(flags(), MAIN, 100) is None
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(out, flags):
@@ -313,6 +316,25 @@ def test_overwrite_moves_everything_aside_and_nothing_is_lost(out, flags, monkey
     assert (out.with_name("out.now.2") / "file").read_text() == "second"
 
 
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-2", "2", "{out}/checkpoint-2"])
+def test_overwrite_does_not_move_the_checkpoint_that_is_named(wanted, out, flags, tmp_path):
+    before, wanted = contents(out), wanted.format(out=out)
+    with pytest.raises(UsageError, match="leave out one of them"):
+        open_output_dir_from_args(flags("--overwrite", "--resume_from_checkpoint", wanted), MAIN)
+    assert contents(out) == before and not list(tmp_path.glob("out.*"))
+    elsewhere = flags("--overwrite", "--resume_from_checkpoint", wanted, "--output_dir", str(tmp_path / "new"))
+    if "/" in wanted:
+        assert open_output_dir_from_args(elsewhere, MAIN) is None
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_an_output_folder_that_is_a_file_is_refused(below, flags, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="is a file; give a folder"):
+        open_output_dir_from_args(flags("--output_dir", f"{tmp_path}/file{below}"), MAIN)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_only_the_main_process_moves_it(out, flags):
     before = contents(out)
     open_output_dir_from_args(flags("--overwrite"), Namespace(is_main_process=False, num_processes=1))
@@ -321,7 +343,7 @@ def test_only_the_main_process_moves_it(out, flags):
 
 def test_a_named_checkpoint_is_a_path_a_name_or_a_step(out, flags, tmp_path, monkeypatch):
     def find(name):
-        return find_checkpoint_from_args(flags("--resume_from_checkpoint", name), MAIN)
+        return find_checkpoint_from_args(flags("--resume_from_checkpoint", name), MAIN, 100)
 
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoint-2", "checkpoint-2/", "2", f"{out}/checkpoint-2/", os.path.join("out", "checkpoint-2")):
@@ -335,20 +357,21 @@ def test_stray_folders_are_no_checkpoints(out, flags):
     for name in ("checkpoint-backup", "checkpoint-1000-tmp", "checkpoint-11 (copy)", ".tmp-1-checkpoint-12"):
         shutil.copytree(out / "checkpoint-2", out / name)
     (out / "checkpoint-99").write_text("a file")
-    assert find_checkpoint_from_args(flags("--resume_from_checkpoint", "latest"), MAIN) == out / "checkpoint-10"
+    assert find_checkpoint_from_args(flags("--resume_from_checkpoint", "latest"), MAIN, 100) == out / "checkpoint-10"
 
 
 def test_a_checkpoint_of_another_folder_must_be_of_such_a_run(out, flags, tmp_path):
     path = ["--resume_from_checkpoint", str(out / "checkpoint-2"), "--output_dir", str(tmp_path / "new")]
-    assert find_checkpoint_from_args(flags(*path), MAIN) == out / "checkpoint-2"
+    assert find_checkpoint_from_args(flags(*path), MAIN, 100) == out / "checkpoint-2"
     with pytest.raises(UsageError, match="--lora_alpha 64 -> 1"):
-        find_checkpoint_from_args(flags(*path, "--lora_alpha", "1"), MAIN)
+        find_checkpoint_from_args(flags(*path, "--lora_alpha", "1"), MAIN, 100)
 
 
 def test_a_run_does_not_end_before_its_checkpoint(out, flags):
-    with pytest.raises(UsageError, match="checkpoint-10: already beyond --max_train_steps 9"):
-        find_checkpoint_from_args(flags("--max_train_steps", "9"), MAIN)
-    assert find_checkpoint_from_args(flags("--max_train_steps", "10"), MAIN).name == "checkpoint-10"
+    for more in ([], ["--resume_from_checkpoint", "10"]):
+        with pytest.raises(UsageError, match="checkpoint-10: already beyond the 9 updates of this run"):
+            find_checkpoint_from_args(flags(*more), MAIN, 9)
+        assert find_checkpoint_from_args(flags(*more), MAIN, 10).name == "checkpoint-10"
 
 
 def test_the_record_holds_the_flags_and_no_token(out, flags):

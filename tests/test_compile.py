@@ -5,26 +5,20 @@ import torch
 from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora as script
-from args import parse_prepare_args, parse_training_args
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny, sample_data, tmp_path_factory):
-    import prepare_dataset
-
-    out = tmp_path_factory.mktemp("prepared")
-    argv = ["--model_id", str(tiny("5b")), "--data_root", str(sample_data), "--output_dir", str(out)]
-    argv += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--save_latents_and_embeddings"]
-    buckets = ["--height_buckets", "64", "--width_buckets", "64", "96", "--frame_buckets", "9"]
-    prepare_dataset.main(parse_prepare_args([*argv, *buckets]))
-    return out
+from args import parse_training_args
 
 
 @pytest.fixture
-def train(tiny, prepared, tmp_path):
+def train(tiny, prepared_data, tmp_path):
     def run(name, *flags):
         torch.compiler.reset()
-        argv = ["--pretrained_model_name_or_path", str(tiny("5b")), "--data_root", str(prepared), "--load_tensors"]
+        argv = [
+            "--pretrained_model_name_or_path",
+            str(tiny("5b")),
+            "--data_root",
+            str(prepared_data),
+            "--load_tensors",
+        ]
         argv += ["--rank", "4", "--lora_alpha", "4", "--optimizer", "adamw", "--learning_rate", "1e-3", "--seed", "0"]
         argv += ["--lr_warmup_steps", "0", "--train_batch_size", "1", "--max_train_steps", "6"]
         script.main(parse_training_args("t2v_lora", [*argv, "--output_dir", str(tmp_path / name), *flags]))

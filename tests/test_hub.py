@@ -23,6 +23,7 @@ import curves
 import hub
 from args import parse_prepare_args, parse_training_args
 from cogvideox import describe_model, read_config
+from errors import UsageError
 from runtime import run_script
 from tiny_pipeline import KINDS
 
@@ -441,6 +442,19 @@ def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, stops, fake_hub
         "error: --push_to_hub: my-run cannot be written (403 Forbidden); log in with `hf auth login`"
     )
     assert not (tmp_path / "my-run").exists() and "hf_canary" not in line
+
+
+def test_a_refusal_on_the_main_process_ends_the_others_alike(monkeypatch):
+    """Else they wait for it until the launcher kills them, and write that into the output folder."""
+
+    def receive(values, src):
+        values[0] = UsageError("no such team")
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", receive)
+    argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--push_to_hub"]
+    other = SimpleNamespace(is_main_process=False, num_processes=2)
+    with pytest.raises(UsageError, match="no such team"):
+        hub.check_hub_from_args(parse_training_args("t2v_lora", argv), other)
 
 
 def test_without_a_network_the_real_client_is_refused_in_one_line(stops, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+import checkpointing
 import validation
 from errors import StorageError
 from runtime import run_script
@@ -55,7 +56,9 @@ def test_a_result_that_cannot_be_written_or_read_ends_the_run_before_step_1(
     assert not (tmp_path / "out/metrics.jsonl").exists() and not list((tmp_path / "out").glob(".tmp*"))
 
 
-def test_the_rehearsal_leaves_nothing_and_a_resumed_run_has_none(train, module, monkeypatch):
+def test_the_rehearsal_leaves_nothing_and_a_resumed_run_has_none(train, module, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(checkpointing, "SAID_FROM", 0)  # of a 5b model it is 10 GiB on the disk, for a minute
     saves, save = [], engine_class(module).save
 
     def seen(engine, directory):
@@ -66,8 +69,10 @@ def test_the_rehearsal_leaves_nothing_and_a_resumed_run_has_none(train, module, 
     out = train("out", "--max_train_steps", "2")
     assert saves[0].name.endswith("-rehearsal") and saves[0].parent == out and saves[-1] == out
     assert not list(out.glob(".tmp*")) and status(out)["state"] == "complete"
+    assert caplog.text.count("rehearsing the end of the run: a result of 0.0 GiB is written") == 1
     saves.clear()
     train("out", "--max_train_steps", "3")
+    assert caplog.text.count("rehearsing") == 1
     assert not [path for path in saves if path.name.endswith("-rehearsal")]
 
 

@@ -281,6 +281,36 @@ def test_rule_lets_pass_what_is_right(rule, source):
     assert not rule(ast.parse(source))
 
 
+# ---------------------------------------------------------------- flags
+
+
+def flags_read(tree: ast.Module) -> set[str]:
+    """Names of flags that the module reads, as args.<name>."""
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in attributes if ast.unparse(node.value) == "args"}
+
+
+# By args.py itself, which takes over another run's flags; by getattr, in validation.sample_size_from_args
+READ_OTHERWISE = {"config", "height", "width"}
+
+
+@pytest.mark.parametrize("make_parser", ["make_training_parser", "make_prepare_parser"])
+def test_every_flag_is_read_outside_of_the_parser(make_parser):
+    """A flag that is parsed and checked, and then forgotten, is a lie in --help."""
+    import args
+
+    is_prepare = make_parser == "make_prepare_parser"
+    parser = args.make_prepare_parser() if is_prepare else args.make_training_parser("t2v_lora")
+    readers = {"prepare_dataset", "dataset", "runtime"} if is_prepare else set(MODULES) - {"args", "prepare_dataset"}
+    read = set().union(*(flags_read(parse(module)) for module in readers)) | READ_OTHERWISE
+    unread = {action.dest for action in parser._actions} - {"help"} - read
+    assert not unread
+
+
+def test_the_rule_on_flags_sees_reading_alone():
+    assert flags_read(ast.parse("name, other.seed = 'alpha', f(args.rank)")) == {"rank"}
+
+
 # ---------------------------------------------------------------- the four training scripts
 
 TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]

@@ -218,7 +218,7 @@ class FlagParser(argparse.ArgumentParser):
             with open(path, encoding="utf-8") as file:
                 record = json.load(file)
             flags, given, seed = record["flags"], record["given"], record["seed"]
-            flags = {dest: flags[dest] for dest in given if dest != "hub_token"} | {"seed": seed}
+            flags = {dest: flags[dest] for dest in given if dest not in NOT_RECORDED} | {"seed": seed}
         except OSError as error:
             self.error(f"--config {path}: {error.strerror}; give the args.json of a run")
         except (ValueError, KeyError, TypeError):
@@ -250,9 +250,13 @@ class FlagParser(argparse.ArgumentParser):
         return getattr(args, dest) != self.get_default(dest)
 
 
+# A token is written nowhere, and --config only stands for the flags of another run
+NOT_RECORDED = ("hub_token", "config", "given")
+
+
 def recorded_flags(args: argparse.Namespace) -> dict:
-    """The flags' values as files and trackers may hold them: never a token."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in ("hub_token", "given")}
+    """The flags' values as files and trackers may hold them."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in NOT_RECORDED}
 
 
 def looks_like_flag(token: str) -> bool:

@@ -9,26 +9,23 @@ import importlib.metadata
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
 from durable import TEMPORARY, clean_up, damage, lock_folder, remove, written_folder
-from engine import STATE_BYTES
-from errors import Interrupted, NumbersError, StorageError, UsageError, UserError
+from errors import Interrupted, NumbersError, StorageError, UsageError
 from hub import RunFacts, push_from_args, write_outputs_from_args
-from optimizers import join_tensors, schedule_state, split_tensors
-from runtime import memory_report, remove_earlier_status, write_json, write_status
+from optimizers import join_tensors, schedule_state, split_tensors, state_bytes_from_args
+from runtime import memory_report, on_main_process, remove_earlier_status, write_json, write_status
 from signals import INTERRUPTION
+from tracking import finish_trackers
 from update import TrainingState
 
 
@@ -38,9 +35,9 @@ logger = logging.getLogger(__name__)
 FREE_FLAGS = {
     "allow_cpu", "allow_outside_root", "cache_dir", "checkpointing_steps", "checkpoints_total_limit",
     "dataloader_num_workers",
-    "enable_model_cpu_offload", "export", "guidance_scale", "height", "hub_model_id", "hub_public", "hub_token",
-    "log_every", "max_bad_steps", "nccl_timeout", "num_inference_steps", "num_validation_videos", "output_dir",
-    "overwrite", "pin_memory", "push_to_hub", "report_to", "resume_from_checkpoint", "use_dynamic_cfg",
+    "enable_model_cpu_offload", "export", "guidance_scale", "height", "hub_model_id", "hub_public", "log_every",
+    "logging_dir", "max_bad_steps", "nccl_timeout", "num_inference_steps", "num_validation_videos", "output_dir",
+    "overwrite", "pin_memory", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_name", "use_dynamic_cfg",
     "validation_attention", "validation_data_root", "validation_epochs", "validation_images", "validation_num_clips",
     "validation_prompt", "validation_prompt_separator", "validation_steps", "width",
 }  # fmt: skip
@@ -48,8 +45,8 @@ FREE_FLAGS = {
 MEMORY_FLAGS = {"gradient_checkpointing", "compile_blocks", "enable_slicing", "offload_gradients"}
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+SAID_FROM = 2**30  # bytes: a result of less is written in no time
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup"}
-LOW_BIT_STATE_BYTES = 2  # of the optimizer, per weight
 
 
 # ---------------------------------------------------------------- the output folder
@@ -66,8 +63,13 @@ def open_output_dir_from_args(args, accelerator) -> int | None:
 
 def claim_output_dir_from_args(args) -> int | None:
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--output_dir {output_dir}: {error.filename} is a file; give a folder") from error
     lock_folder(output_dir)
+    if args.overwrite:
+        refuse_own_checkpoint(args, output_dir)
     if args.overwrite and any(path.name != ".lock" for path in output_dir.iterdir()):
         move_aside(output_dir)
         output_dir.mkdir()
@@ -79,22 +81,16 @@ def claim_output_dir_from_args(args) -> int | None:
     return read_record(output_dir)["seed"] if args.seed is None else None
 
 
-def on_main_process(accelerator, function: Callable):
-    """What `function()` returns on the main process, for all ranks. A UserError there is raised on all of them.
-
-    Else the others would wait for a process that is gone, and say something else in its place.
-    """
-    outcome = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [function()]
-        except UserError as error:
-            outcome = [error]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
+def refuse_own_checkpoint(args, output_dir: Path) -> None:
+    """UsageError if the checkpoint to go on from would be moved aside with the folder."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return
+    if wanted == "latest" or named_checkpoint(output_dir, wanted).resolve().parent == output_dir.resolve():
+        raise UsageError(
+            f"--overwrite and --resume_from_checkpoint {wanted}: the checkpoint would be moved aside with {output_dir}; "
+            "leave out one of them"
+        )
 
 
 def move_aside(output_dir: Path) -> None:
@@ -156,19 +152,24 @@ def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, 
     """
     on_main_process(accelerator, lambda: check_disk_from_args(args, engine, first_step, num_steps))
     if first_step == 0:
-        rehearse_end(accelerator, Path(args.output_dir), engine)
+        rehearse_end_from_args(args, accelerator, engine)
     if accelerator.is_main_process:
         write_record_from_args(args, seed)
 
 
-def rehearse_end(accelerator, output_dir: Path, engine) -> None:
+def rehearse_end_from_args(args, accelerator, engine) -> None:
     """Write the untrained result, check it as at the end, and remove it: what would fail there fails here.
 
     Nothing is loaded twice: the check compares file and weights. Validation has its rehearsal in that of step 0.
     """
+    _, num_bytes = file_bytes_from_args(args, engine)
+    if num_bytes > SAID_FROM:
+        logger.info(
+            "rehearsing the end of the run: a result of %.1f GiB is written, checked and removed", num_bytes / 2**30
+        )
     engine.gather()
     if accelerator.is_main_process:
-        folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsal"
+        folder = Path(args.output_dir) / f"{TEMPORARY}{os.getpid()}-rehearsal"
         folder.mkdir()
         try:
             engine.save(folder)
@@ -227,6 +228,8 @@ def check_disk_from_args(args, engine, first_step: int, num_steps: int) -> None:
     """
     output_dir, limit = Path(args.output_dir), args.checkpoints_total_limit
     checkpoint, result = file_bytes_from_args(args, engine)
+    if "merged" in args.export:  # the whole base model again
+        result += sum(param.nbytes for param in engine.transformer.parameters())
     saves = num_steps // args.checkpointing_steps - first_step // args.checkpointing_steps
     # The newest is written before the oldest goes; those that lie there already take no more room
     together = saves if limit is None else min(saves, limit + 1 - min(limit, len(checkpoint_dirs(output_dir))))
@@ -246,8 +249,7 @@ def check_disk_from_args(args, engine, first_step: int, num_steps: int) -> None:
 def file_bytes_from_args(args, engine) -> tuple[int, int]:
     """(bytes of a checkpoint, of the result), estimated from above."""
     weights = sum(param.numel() for param in engine.params)
-    is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
-    states = weights * (LOW_BIT_STATE_BYTES if is_low_bit else STATE_BYTES[args.optimizer])
+    states = weights * state_bytes_from_args(args)
     copies = weights * 4 * (1 + args.ema)  # fp32 weights, and their average
     save_dtype = getattr(engine, "save_dtype", None)  # full fine-tuning writes the model too
     result = weights * (save_dtype.itemsize if save_dtype else 4)
@@ -295,6 +297,7 @@ def finish_run_from_args(args, accelerator, about: RunFacts) -> None:
         write_status(output_dir, "complete", 0, step=about.num_steps, **memory_report(accelerator.device))
         logger.info("complete at step %d: %s", about.num_steps, output_dir)
     accelerator.wait_for_everyone()
+    finish_trackers(accelerator)
     accelerator.end_training()  # an upload may outlast every timeout: nobody waits for it
     upload_from_args(args, about)
 
@@ -344,25 +347,22 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def find_checkpoint_from_args(args, accelerator) -> Path | None:
+def find_checkpoint_from_args(args, accelerator, num_steps: int) -> Path | None:
     """The checkpoint to go on from: a path as written, a name or step in output_dir, or the newest whole one there.
 
     None: start at step 0, because there is none. The main process looks, and hashes, for all.
     """
-    return on_main_process(accelerator, lambda: choose_checkpoint_from_args(args))
+    return on_main_process(accelerator, lambda: choose_checkpoint_from_args(args, num_steps))
 
 
-def choose_checkpoint_from_args(args) -> Path | None:
+def choose_checkpoint_from_args(args, num_steps: int) -> Path | None:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
         newest = newest_whole(output_dir)
         if newest is None and (wanted or read_state(output_dir) == "complete"):
             logger.info("%s holds no checkpoint: starting at step 0", output_dir)
-        if newest and (args.max_train_steps or math.inf) < step_of(newest):
-            raise UsageError(
-                f"{newest}: already beyond --max_train_steps {args.max_train_steps}; name an older checkpoint with "
-                "--resume_from_checkpoint"
-            )
+        if newest:
+            refuse_later_step(newest, step_of(newest), num_steps)
         return newest
     path = named_checkpoint(output_dir, wanted)
     if reason := damage(path):
@@ -372,7 +372,17 @@ def choose_checkpoint_from_args(args) -> Path | None:
     folder = path.resolve().parent
     if folder != output_dir.resolve():
         refuse_other_run(args, folder, "give the same, or name a checkpoint of a run like this")
+    refuse_later_step(path, json.loads((path / "state.json").read_text(encoding="utf-8"))["step"], num_steps)
     return path
+
+
+def refuse_later_step(checkpoint: Path, step: int, num_steps: int) -> None:
+    """UsageError for a checkpoint that the run would have to go back from."""
+    if step > num_steps:
+        raise UsageError(
+            f"{checkpoint}: already beyond the {num_steps} updates of this run; name an older checkpoint with "
+            "--resume_from_checkpoint, or raise --max_train_steps or --num_train_epochs"
+        )
 
 
 def named_checkpoint(output_dir: Path, wanted: str) -> Path:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
-from errors import UsageError
+from errors import UsageError, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -82,8 +82,9 @@ def download_model(model: str, components: list[str], revision: str | None, cach
     try:
         return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{model}: neither a folder nor a model that the hub serves here ({reason})") from error
+        raise UsageError(
+            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)})"
+        ) from error
 
 
 def read_config(model_dir: Path, component: str) -> dict:

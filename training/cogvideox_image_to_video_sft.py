@@ -104,7 +104,7 @@ def main(args) -> None:
     accelerator = init_accelerator_from_args(args)
     device, num_ranks = accelerator.device, accelerator.num_processes
     output_dir = Path(args.output_dir)
-    hub_repo = check_hub_from_args(args, accelerator.is_main_process)
+    hub_repo = check_hub_from_args(args, accelerator)
     earlier_seed = open_output_dir_from_args(args, accelerator)
     seed = shared_seed_from_args(args) if earlier_seed is None else earlier_seed
 
@@ -151,7 +151,7 @@ def main(args) -> None:
         empty_embeds = dataset.empty_prompt_embeds() if args.load_tensors else embeds[""]
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
-    checkpoint = find_checkpoint_from_args(args, accelerator)
+    checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
     transformer = load_transformer(model_dir, torch.float32, args.variant, args.drop_learned_positions)
     engine = build_sft_engine_from_args(args, transformer, dtype, stored, device)
     optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))

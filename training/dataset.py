@@ -37,7 +37,7 @@ from buckets import (
 )
 from decode import VideoInfo, import_decord, probe, read_frames
 from draws import draw_seed
-from errors import DataError, Interrupted, UsageError, UserError
+from errors import DataError, Interrupted, UsageError, UserError, first_line
 from formats import NAMED, Clip, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
 from signals import shield_worker
 
@@ -481,9 +481,8 @@ def read_pt(path: Path, ndim: int | None = None) -> torch.Tensor:
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{path}: damaged or no tensor ({reason}); delete it and run prepare_dataset.py again"
+            f"{path}: damaged or no tensor ({first_line(error)}); delete it and run prepare_dataset.py again"
         ) from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != (ndim or tensor.ndim):
         raise DataError(f"{path}: not a tensor of the expected shape; delete it and run prepare_dataset.py again")
@@ -581,7 +580,7 @@ class ClipLoader(DataLoader):
                 raise
             raise Interrupted(
                 "a data worker was killed, most likely for lack of memory; lower --dataloader_num_workers or the batch "
-                f"size and run the same command again ({str(error).splitlines()[0]})"
+                f"size and run the same command again ({first_line(error)})"
             ) from error
 
 

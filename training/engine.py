@@ -19,7 +19,7 @@ from torch import nn
 from errors import UsageError
 from lora import add_lora, check_saved_lora, load_lora, save_lora, start_from_lora
 from masters import HostMasters, Masters
-from optimizers import make_optimizer_from_args
+from optimizers import make_optimizer_from_args, state_bytes_from_args
 from sft import (
     MASTERS_NAME,
     check_saved_transformer,
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MOST_GRAPHS = 64  # of a block, one a bucket; torch gives up compiling after 8
-STATE_BYTES = {"adam": 8, "adamw": 8, "prodigy": 16, "came": 4}  # of the optimizer, per weight
 
 
 @dataclass
@@ -246,8 +245,7 @@ def check_sft_fits_from_args(args, num_weights: float, dtype: torch.dtype, devic
 
 def sft_bytes_per_weight_from_args(args, dtype: torch.dtype) -> tuple[int, int]:
     """(on the GPU, on the host) of one trained weight, with its gradient and all that is kept for it."""
-    states = 2 if args.use_8bit or args.use_fp8 else 1 if args.use_4bit else STATE_BYTES[args.optimizer]
-    trained = 4 + states + (4 if args.ema else 0)
+    trained = 4 + state_bytes_from_args(args) + (4 if args.ema else 0)
     if args.use_cpu_offload_optimizer:
         return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4
     return trained + 4 + (0 if dtype == torch.float32 else dtype.itemsize), 0

@@ -41,3 +41,9 @@ class Interrupted(UserError):
     """Asked to stop, and stopped where the same command continues."""
 
     exit_code = 75
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, for a line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

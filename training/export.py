@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 
 from errors import UsageError
-from lora import PREFIX, WEIGHTS_NAME
+from lora import METADATA_KEY, PREFIX, WEIGHTS_NAME
+from runtime import write_json
 from sft import SUBFOLDER
 
 
@@ -64,7 +65,7 @@ def read_lora(path: Path) -> tuple[dict[str, LoraWeights], dict]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    config = json.loads(metadata["lora_adapter_metadata"])
+    config = json.loads(metadata[METADATA_KEY])
     alpha, use_rslora = config[f"{PREFIX}lora_alpha"], config[f"{PREFIX}use_rslora"]
     layers = {}
     for module in sorted({name.split(".lora_")[0] for name in tensors}):
@@ -189,10 +190,6 @@ def write_config(base_dir: Path, target: Path, facts: dict) -> None:
     write_json(target / "config.json", config)
     if facts:
         write_json(target / "training.json", facts)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- safetensors, a tensor at a time

@@ -12,9 +12,9 @@ import torch
 from huggingface_hub import HfApi, ModelCardData
 
 from curves import draw_losses
-from errors import StorageError, UsageError
+from errors import StorageError, UsageError, first_line
 from export import COMFYUI_NAME, export_lora_from_args
-from runtime import learning_rate_from_args, write_text
+from runtime import learning_rate_from_args, on_main_process, write_text
 from sft import SUBFOLDER
 
 
@@ -271,13 +271,19 @@ def usage_notes_from_args(args, facts: RunFacts) -> list[str]:
 # ---------------------------------------------------------------- upload
 
 
-def check_hub_from_args(args, is_main_process: bool) -> str | None:
+def check_hub_from_args(args, accelerator) -> str | None:
     """The repository to upload to, made if it is not there; UsageError now, not after training, if it cannot be.
 
     Without --push_to_hub, and on the other processes, None, and nothing asks the network.
     """
-    if not (args.push_to_hub and is_main_process):
+    if not args.push_to_hub:
         return None
+    repo = on_main_process(accelerator, lambda: make_repo_from_args(args))
+    return repo if accelerator.is_main_process else None
+
+
+def make_repo_from_args(args) -> str:
+    """The repository's whole name; it is there, and this user may write it."""
     api = HfApi(token=args.hub_token)
     wanted = args.hub_model_id or default_repo_name(Path(args.output_dir).resolve().name)
     try:
@@ -321,8 +327,3 @@ def upload_command(repo: str, output_dir: str) -> str:
     """The same upload by hand."""
     includes = [word for pattern in UPLOADED for word in ("--include", pattern)]
     return shlex.join(["hf", "upload", repo, str(output_dir), ".", *includes])
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

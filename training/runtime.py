@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from buckets import Bucket
-from errors import MemoryFullError, NumbersError, UsageError, UserError
+from errors import MemoryFullError, NumbersError, UsageError, UserError, first_line
 from formats import first_few
 from signals import INTERRUPTION, caught_signals
 from tracking import log_values, tracking_options_from_args
@@ -126,6 +126,24 @@ def check_device_from_args(args, num_parameters: float, device: torch.device) ->
             f"no GPU found and the model has {num_parameters / 1e9:.1f} billion parameters: a step would take many "
             "minutes; pass --allow_cpu to try all the same"
         )
+
+
+def on_main_process(accelerator, function: Callable):
+    """What `function()` returns on the main process, for all ranks. A UserError there is raised on all of them.
+
+    Else the others would wait for a process that is gone, and say something else in its place.
+    """
+    outcome = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def meet(name: str, message: str = "") -> list[str]:
@@ -368,7 +386,7 @@ def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket
         raise MemoryFullError(
             f"the GPU's memory is full{f' (peak {peak:.1f} GiB)' if peak else ''}: batches of {args.train_batch_size} "
             f"with up to {largest.frames} frames of {largest.height}x{largest.width} (height x width). To make it fit, "
-            f"the cheapest first: {'; '.join(memory_savers_from_args(args))}. {str(error).splitlines()[0]}"
+            f"the cheapest first: {'; '.join(memory_savers_from_args(args))}. {first_line(error)}"
         ) from error
 
 
@@ -435,7 +453,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
         except KeyboardInterrupt:
             code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {GO_ON}"
         except torch.cuda.OutOfMemoryError as error:
-            code, line = INTERNAL, f"the GPU's memory is full: {str(error).splitlines()[0]}"
+            code, line = INTERNAL, f"the GPU's memory is full: {first_line(error)}"
         except Exception as error:
             code, line = explain(error, output_dir)
             if code == INTERNAL:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from args import recorded_flags
-from errors import UsageError
+from errors import UsageError, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,17 @@ def log_values(accelerator: Accelerator, values: dict, step: int) -> None:
         leave(accelerator, error)
 
 
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Close the run at every tracker, whatever becomes of it at another."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:
+            logger.warning("%s was not closed, metrics.jsonl is complete: %s", tracker.name, first_line(error))
+    accelerator.trackers = []
+
+
 def leave(accelerator: Accelerator, error: Exception) -> None:
     """Go on without trackers."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    logger.warning("tracking stops, metrics.jsonl goes on: %s", reason)
+    logger.warning("tracking stops, metrics.jsonl goes on: %s", first_line(error))
     accelerator.trackers = []

@@ -294,7 +294,7 @@ def placed(pipe, device: torch.device, offload: bool):
     vae_home = pipe.vae.device
     if offload and not may_move(pipe.transformer):
         logger.warning(
-            "--enable_model_cpu_offload: the transformer stays, the optimizer holds its weights in one piece"
+            "validation: the transformer stays on the GPU, because the optimizer holds its weights in one piece"
         )
         offload = False
     try:

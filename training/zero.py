@@ -6,17 +6,19 @@ flags. Stages 1 and 2: what stage 3 shares out besides, frozen weights, is a thi
 """
 
 import copy
-import importlib.util
+import importlib.metadata
 import math
 import os
 
 import torch
 import torch.distributed
+from packaging.version import Version
 from torch import nn
 
 from errors import UsageError
 
 
+OLDEST = "0.19"  # before it a backward pass without DeepSpeed's own forward counts as the first micro-step
 SUPPORTED_STAGES = (1, 2)
 TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, the one optimizer that is run here
@@ -82,11 +84,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def gather(self) -> None:
         """Fetch what `state_dict` returns. All ranks must call it."""
-        steps = [entry["step"] for entry in self.engine.optimizer.optimizer.state.values()]
-        state = {
-            index: {"step": float(steps[0])} | {name: full(weight, name).clone() for name in MOMENTS}
-            for index, weight in enumerate(self.weights)
-        }
+        steps = [entry["step"] for entry in self.engine.optimizer.optimizer.state.values() if "step" in entry]
+        state = {}
+        if steps:  # none while every update so far was skipped
+            state = {
+                index: {"step": float(steps[0])} | {name: full(weight, name).clone() for name in MOMENTS}
+                for index, weight in enumerate(self.weights)
+            }
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         self.gathered = {"state": state, "param_groups": groups}
 
@@ -97,8 +101,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
         """Into an optimizer that has made no step yet."""
-        step = next(iter(state_dict["state"].values()))["step"]
-        zero = self.engine.optimizer
+        if state_dict["state"]:
+            self.load_moments(state_dict["state"])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
+
+    def load_moments(self, state: dict[int, dict]) -> None:
+        """Adam's, as torch keeps them by the number of the weight."""
+        step, zero = state[0]["step"], self.engine.optimizer
         for group in self.param_groups:
             for piece in group["params"]:
                 entry = {name: torch.zeros_like(piece) for name in MOMENTS}
@@ -108,9 +118,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed does after its first step
         for index, weight in enumerate(self.weights):
             for name in MOMENTS:
-                set_full(weight, state_dict["state"][index][name], name)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(saved)
+                set_full(weight, state[index][name], name)
 
 
 def full(weight: nn.Parameter, name: str | None = None) -> torch.Tensor:
@@ -158,6 +166,8 @@ def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_rank
         optimizer = optimizer_class(masters.copies, **settings)
     weights = nn.ParameterList(masters.copies)
     engine = deepspeed.initialize(model=weights, optimizer=optimizer, config=config)[0]
+    # It looks in fp16 alone, and in fp32 has no setting for it: one bad sample would make every weight NaN
+    engine.optimizer.check_grad_overflow = True
     masters.write_copies()
     return ZeroOptimizer(engine, masters.copies)
 
@@ -189,13 +199,22 @@ def deepspeed_config_from_args(args, config: dict, dtype: torch.dtype, num_ranks
     return config
 
 
+def installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def check_deepspeed_from_args(args) -> None:
     """Refuse what does not work together with DeepSpeed, which brings an optimizer of its own."""
     if not uses_deepspeed():
         return
-    if importlib.util.find_spec("deepspeed") is None:
+    version = installed_version()
+    if version is None or Version(version) < Version(OLDEST):
+        state = "not installed" if version is None else f"{version}, which accumulates gradients wrongly here"
         raise UsageError(
-            'DeepSpeed, which the accelerate config asks for, is not installed; pip install "deepspeed>=0.18"'
+            f'DeepSpeed, which the accelerate config asks for, is {state}; pip install "deepspeed>={OLDEST},<1"'
         )
     bits = [f"--{name}" for name in ("use_8bit", "use_4bit", "use_fp8") if getattr(args, name)]
     refused = [
