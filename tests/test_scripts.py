@@ -430,7 +430,7 @@ def test_a_run_is_not_shortened_below_its_checkpoint(train, stops, module, monke
     with monkeypatch.context() as patches:
         interrupt(patches, module, 4)
         stops(75, "out", "--max_train_steps", "9")
-    for more in ([], ["--resume_from_checkpoint", "checkpoint-4"]):
+    for more in ([], ["--resume_from_checkpoint", "checkpoint-3"]):
         assert "beyond the 2 updates of this run" in stops(2, "out", "--max_train_steps", "2", *more)
     out = train("out", "--max_train_steps", "2", "--resume_from_checkpoint", "checkpoint-2")
     assert status(out)["step"] == 2 and len(metrics(out)) == 2
