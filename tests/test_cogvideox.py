@@ -1,5 +1,9 @@
 """What training builds equals what the stock diffusers pipelines build."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
@@ -139,6 +143,42 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="neither a folder nor a model") as error:
         resolve_model_dir("zai-org/CogVideoX-none", ["transformer"])
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def copied(tiny, tmp_path):
+    return Path(shutil.copytree(tiny("5b"), tmp_path / "model"))
+
+
+WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+@pytest.mark.parametrize("component", WEIGHTS)
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_cut_file_of_weights_is_found_before_anything_is_loaded(component, share, copied):
+    path = copied / component / f"{WEIGHTS[component]}.safetensors"
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(UsageError, match=rf"{path.name}: not readable \(.*download the model again"):
+        resolve_model_dir(str(copied), list(WEIGHTS))
+
+
+def test_a_missing_shard_is_named(copied):
+    (copied / "vae/x.safetensors.index.json").write_text('{"weight_map": {"a": "x-1.safetensors"}}')
+    with pytest.raises(UsageError, match=r"vae: lacks x-1\.safetensors"):
+        resolve_model_dir(str(copied), ["vae"])
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
+def test_a_damaged_config_is_one_line(name, copied):
+    (copied / name).write_text("{")
+    with pytest.raises(UsageError, match=rf"{name}: not readable"):
+        resolve_model_dir(str(copied), ["transformer", "scheduler"])
+
+
+def test_another_kind_of_model_is_one_line(copied):
+    (copied / "transformer/config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(UsageError, match="no CogVideoX model, its transformer is FluxTransformer2DModel"):
+        read_config(copied, "transformer")
 
 
 def test_configs_are_read_without_weights(tiny):

@@ -602,3 +602,8 @@ def test_prepare_keeps_captions_and_collects_problems(tmp_path, numbered):
     videos = build_videos_from_args(args, 16)
     assert videos.prompts == [clip.prompt for clip in numbered]
     assert len(videos.problems) == 1 and "empty.mp4: empty file" in videos.problems[0]
+
+
+def test_a_folder_of_videos_is_no_prepared_one(sample_data):
+    with pytest.raises(DataError, match="not a prepared folder.*prepare_dataset.py.*leave out --load_tensors"):
+        LatentDataset(sample_data)

@@ -186,12 +186,15 @@ def test_full_fine_tuning_resumes_from_host_masters_and_their_average(train, tmp
 
     flags = ["--mixed_precision", "bf16", "--use_cpu_offload_optimizer", "--offload_gradients", "--ema"]
     train("t2v_sft", *flags, "--checkpointing_steps", "3", name="out")
-    unbroken = load_file(tmp_path / "out" / "checkpoint-6" / "ema.safetensors")
+    saved = [tmp_path / "out" / f"checkpoint-{step}" / "ema.safetensors" for step in (3, 6)]
+    start, unbroken = (flat(load_file(path)) for path in saved)
     train("t2v_sft", *flags, "--resume_from_checkpoint", "checkpoint-3", "--checkpointing_steps", "6", name="out")
-    resumed = load_file(tmp_path / "out" / "checkpoint-6" / "ema.safetensors")
     # Not bit for bit: backward kernels of the GPU add in an order of their own
-    for name in unbroken:
-        torch.testing.assert_close(resumed[name], unbroken[name], rtol=0, atol=2e-3)
+    assert (flat(load_file(saved[1])) - unbroken).norm() < 0.1 * (unbroken - start).norm()
+
+
+def flat(tensors):
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
 def test_dora_trains_in_bf16_near_fp32(train):

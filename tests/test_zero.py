@@ -93,15 +93,16 @@ def test_what_deepspeed_cannot_do_is_refused(use, message, monkeypatch):
 def launch(tiny, prepared_data, tmp_path):
     """Run a script by `accelerate launch`, under DeepSpeed or not; returns its folder."""
 
-    def run(script, name, *more, deepspeed=True, num_processes=1, offload="cpu"):
+    def run(script, name, *more, deepspeed=True, num_processes=1, offload="cpu", device="cpu"):
         module, own = SCRIPTS[script]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
         command += ["--main_process_port", str(port)]
-        on_gpu = torch.cuda.is_available()
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if on_gpu else {"DS_ACCELERATOR": "cpu"})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if device == "cpu":  # also where there is a GPU
+            environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         if deepspeed:
             command += ["--use_deepspeed", "--zero_stage", "2", "--offload_optimizer_device", offload]
         command += [str(ROOT / "training" / f"{module}.py"), "--pretrained_model_name_or_path", str(tiny("5b"))]
@@ -143,16 +144,15 @@ def test_deepspeed_trains_what_is_trained_without(script, offload, launch):
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.multi_gpu)])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_interrupted_run_continues_bit_for_bit(script, num_processes, launch, tmp_path):
+def test_an_interrupted_run_continues_bit_for_bit(script, launch, tmp_path):
     run = ["--mixed_precision", "bf16", "--max_train_steps", "4"]
-    unbroken = launch(script, "unbroken", *run, num_processes=num_processes)
+    unbroken = launch(script, "unbroken", *run)
     assert losses(unbroken)[-1] != losses(unbroken)[0]
     shutil.copytree(unbroken, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoint-4")
     (tmp_path / "again" / "status.json").unlink()
-    resumed = launch(script, "again", *run, num_processes=num_processes)
+    resumed = launch(script, "again", *run)
     assert losses(resumed) == losses(unbroken)
     ours, theirs = weights(unbroken), weights(resumed)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -173,3 +173,26 @@ def test_one_bad_clip_costs_its_update_alone(script, precision, launch, prepared
     found = losses(out)
     assert found.count(None) == 7 and len(found) == 8
     assert all(torch.isfinite(tensor).all() for tensor in weights(out).values())
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("device", "num_processes"),
+    [
+        ("cpu", 1),
+        pytest.param("cuda", 1, marks=pytest.mark.gpu),
+        pytest.param("cuda", 2, marks=pytest.mark.multi_gpu),
+    ],
+)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_deepspeed_lowers_the_loss_on_fixed_noise(script, device, num_processes, launch, prepared_data):
+    """With clipping, accumulation and a cosine schedule; the script itself compares its result with what it trained."""
+    run = ["--mixed_precision", "bf16", "--max_train_steps", "20", "--gradient_accumulation_steps", "3"]
+    run += ["--lr_scheduler", "cosine", "--max_grad_norm", "0.05", "--learning_rate", "3e-3"]
+    run += ["--validation_data_root", str(prepared_data)]
+    out = launch(script, "out", *run, device=device, num_processes=num_processes)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row["loss"] for row in rows if row.get("event") == "held_out_loss"]
+    learning_rates = [row["lr"] for row in rows if "event" not in row]
+    assert held_out[-1] < 0.95 * held_out[0]
+    assert learning_rates[-1] < 0.05 * learning_rates[0] and any(row.get("grad_norm", 0) > 0.05 for row in rows)

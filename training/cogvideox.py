@@ -71,7 +71,26 @@ def resolve_model_dir(model: str, components: list[str], revision: str | None = 
             f"{model_dir}: not a complete CogVideoX folder, it lacks {', '.join(missing)}; "
             "give a diffusers folder or a hub id such as zai-org/CogVideoX-2b"
         )
+    for name in ["model_index.json", *components]:
+        path = model_dir / name
+        check_model_files(sorted(path.iterdir()) if path.is_dir() else [path])
     return model_dir
+
+
+def check_model_files(paths: list[Path]) -> None:
+    """Refuse damaged or missing files now, by their headers: they would else be met one after the other, minutes later."""
+    for path in paths:
+        try:
+            if path.suffix == ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+                shards = set(content.get("weight_map", {}).values()) if path.name.endswith(".index.json") else ()
+                if lacking := [name for name in sorted(shards) if not (path.parent / name).exists()]:
+                    raise UsageError(f"{path.parent}: lacks {', '.join(lacking)}; download the model again")
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except (SafetensorError, ValueError, OSError) as error:
+            raise UsageError(f"{path}: not readable ({error}); download the model again") from error
 
 
 def download_model(model: str, components: list[str], revision: str | None, cache_dir: str | None) -> Path:
@@ -88,9 +107,15 @@ def download_model(model: str, components: list[str], revision: str | None, cach
 
 
 def read_config(model_dir: Path, component: str) -> dict:
-    """The component's JSON configuration."""
+    """The component's JSON configuration; UsageError for a transformer that is no CogVideoX."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
-    return json.loads((model_dir / component / name).read_text(encoding="utf-8"))
+    config = json.loads((model_dir / component / name).read_text(encoding="utf-8"))
+    wanted = CogVideoXTransformer3DModel.__name__
+    if component == "transformer" and config.get("_class_name") != wanted:
+        raise UsageError(
+            f"{model_dir}: no CogVideoX model, its transformer is {config.get('_class_name')}, not {wanted}"
+        )
+    return config
 
 
 def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:

@@ -308,6 +308,11 @@ class LatentDataset(Dataset):
         if not self.root.is_dir():
             raise DataError(f"{root}: no such folder (--data_root); {PREPARE_AGAIN.format(root)}")
         manifest = self.root / "data.jsonl"
+        if not manifest.is_file() and not (self.root / "video_latents").is_dir():
+            raise DataError(
+                f"{root}: not a prepared folder, it holds neither data.jsonl nor video_latents/; prepare the clips with "
+                "prepare_dataset.py --save_latents_and_embeddings, or leave out --load_tensors to train on videos"
+            )
         rows = read_manifest(manifest) if manifest.is_file() else []
         if rows and not all(str(row.get("video_latent")).endswith(".pt") for _, row in rows):
             prepared_for = id_token, scaling_factor, allow_outside
