@@ -472,6 +472,20 @@ def test_an_unset_seed_is_drawn_once(train, stops, module, monkeypatch):
     assert json.loads((train("more", *flags, seed=None) / "args.json").read_text())["seed"] != seed
 
 
+def test_seed_0_is_a_seed_like_others(train):
+    first, second = (train(name, "--max_train_steps", "2", seed=0) for name in ("first", "second"))
+    other = train("other", "--max_train_steps", "2", seed=1)
+    assert result_hash(first) == result_hash(second) != result_hash(other)
+
+
+def test_a_batch_larger_than_a_bucket_holds_takes_what_is_there(train, caplog):
+    """Two buckets, of 4 and of 2 clips: two batches an epoch, every clip in it once."""
+    caplog.set_level(logging.INFO)
+    out = train("out", "--train_batch_size", "16", "--num_train_epochs", "1", data="two")
+    assert len(metrics(out)) == 2
+    assert "a bucket holds 2 clips, less than a batch of 16" in caplog.text
+
+
 def test_a_given_seed_holds_where_an_earlier_run_left_nothing(train, stops, module, monkeypatch):
     with monkeypatch.context() as patches:
         interrupt(patches, module, 1)

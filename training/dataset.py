@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from buckets import (
     Bucket,
+    counts,
     frame_times,
     make_buckets,
     nearest_bucket,
@@ -520,6 +521,12 @@ class BucketSampler(Sampler):
         if repeated and rank == 0:
             logger.info(
                 "%d of %d clips are used twice an epoch, to fill %d processes", repeated, len(self.bucket_of), num_ranks
+            )  # fmt: skip
+        smallest = min(counts(self.bucket_of), default=0)
+        if smallest < batch_size * num_ranks and rank == 0:
+            logger.info(
+                "a bucket holds %d clips, less than a batch of %d: its batches are that small, none is left out",
+                smallest, batch_size * num_ranks,
             )  # fmt: skip
 
     def set_epoch(self, epoch: int, consumed: int = 0) -> None:
