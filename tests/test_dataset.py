@@ -26,7 +26,7 @@ from dataset import (
     make_loader,
     tolerant_loader,
 )
-from errors import DataError, UsageError, UserError
+from errors import DataError, Interrupted, UsageError, UserError
 from formats import Clip, read_clips
 from test_decode import numbered_clip, numbers
 
@@ -607,3 +607,23 @@ def test_prepare_keeps_captions_and_collects_problems(tmp_path, numbered):
 def test_a_folder_of_videos_is_no_prepared_one(sample_data):
     with pytest.raises(DataError, match="not a prepared folder.*prepare_dataset.py.*leave out --load_tensors"):
         LatentDataset(sample_data)
+
+
+def test_a_batch_of_a_worker_that_has_just_died_is_its_death(monkeypatch):
+    """The connection breaks first, then torch's handler of SIGCHLD says why."""
+
+    def die(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def broken(loader):
+        yield {"index": [0], "errors": []}
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    before = signal.signal(signal.SIGALRM, die)
+    try:
+        with pytest.raises(Interrupted, match="a data worker was killed"):
+            list(make_loader([0], [[0]], num_workers=0))
+    finally:
+        signal.signal(signal.SIGALRM, before)

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,7 @@ from signals import shield_worker
 logger = logging.getLogger(__name__)
 
 MAX_UPSCALE, WARN_UPSCALE = 4.0, 1.5  # linear factors
+UNTIL_A_DEATH_IS_KNOWN = 5.0  # seconds, at most
 SIZE_FLAGS = "--frame_buckets, --height_buckets, --width_buckets"
 PREPARE_AGAIN = "run prepare_dataset.py --save_latents_and_embeddings --output_dir {} again"
 
@@ -581,7 +583,7 @@ class ClipLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict]:
         try:
-            for batch in super().__iter__():
+            for batch in self.received():
                 errors = batch.pop("errors")
                 fatal = [error for error in errors if not (self.tolerant and isinstance(error, DataError))]
                 if fatal:
@@ -594,6 +596,14 @@ class ClipLoader(DataLoader):
                 "a data worker was killed, most likely for lack of memory; lower --dataloader_num_workers or the batch "
                 f"size and run the same command again ({first_line(error)})"
             ) from error
+
+    def received(self) -> Iterator[dict]:
+        """torch's batches. Where one cannot be fetched because its worker has just died, torch's own word of that."""
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError):
+            time.sleep(UNTIL_A_DEATH_IS_KNOWN)  # torch raises it from a signal's handler, here
+            raise
 
 
 def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = False) -> DataLoader:
