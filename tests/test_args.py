@@ -159,6 +159,10 @@ NEW_TRAINING_FLAGS = {
     "validation_data_root": None,
     "validation_num_clips": 8,
     "compile_blocks": False,
+    "no_compile_blocks": False,
+    "memory": None,
+    "attention": "auto",
+    "base_precision": "bf16",
     "hub_public": False,
 }
 NEW_PREPARE_FLAGS = {

@@ -41,6 +41,7 @@ NO_EMA = "the average is kept of the whole transformer, in full fine-tuning"
 IMAGE_FLAGS = ("noised_image_dropout", "validation_images", "image_latent_scale", "drop_learned_positions")
 LORA_FLAGS = (
     "rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "lora_init", "init_lora", "export",
+    "base_precision",
 )  # fmt: skip
 NO_SFT = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA}
 NO_MEANING = {
@@ -62,6 +63,10 @@ REFUSED_INITS = {
     "eva": NEEDS_PASS,
     "mica": "it trains only half of the LoRA",
 }
+
+MEMORY_LEVELS = ("speed", "balanced", "offload", "stream", "auto", "plan")
+LORA_LEVELS = ("offload", "stream")  # they rely on weights that do not change
+BASE_PRECISIONS = ("bf16", "fp8", "int8", "nf4")
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "all", "none")
 
@@ -287,6 +292,7 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     check_reshape_mode(parser, args)
     check_lora(parser, args)
     check_optimizer(parser, args)
+    check_memory(parser, args, script)
     check_export(parser, args)
     check_validation(parser, args)
     check_trackers(parser, args)
@@ -375,6 +381,24 @@ def check_optimizer(parser: FlagParser, args: argparse.Namespace):
         parser.say("warning", "--epsilon: no effect with --optimizer came, which has two of its own")
     if args.use_torchao and not bits:
         parser.error("--use_torchao chooses who makes low-bit states: add --use_8bit, --use_4bit or --use_fp8")
+
+
+def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
+    """Refuses two answers to one question, and levels and precisions that the task cannot have."""
+    if args.memory and args.gradient_checkpointing:
+        parser.error(
+            f"--memory {args.memory} --gradient_checkpointing: the level says what is computed again; leave the second "
+            "one out"
+        )
+    if args.compile_blocks and args.no_compile_blocks:
+        parser.error("--compile_blocks and --no_compile_blocks: give one of them")
+    if args.memory in LORA_LEVELS and script.endswith("sft"):
+        parser.error(
+            f"--memory {args.memory}: moves frozen weights, and full fine-tuning has none; use --memory balanced with "
+            "--use_cpu_offload_optimizer --offload_gradients"
+        )
+    if args.base_precision != "bf16" and args.use_dora:
+        parser.error(f"--use_dora --base_precision {args.base_precision}: DoRA needs the norms of exact weights")
 
 
 def check_export(parser: FlagParser, args: argparse.Namespace):
@@ -1022,7 +1046,32 @@ def add_memory_flags(parser: FlagParser):
         "--compile_blocks",
         action="store_true",
         help="torch.compile every transformer block in place: faster steps after a minute of compiling; on with "
-        "accelerate_configs/compiled_1.yaml",
+        "accelerate_configs/compiled_1.yaml, and on a GPU with --memory",
+    )
+    group.add_argument(
+        "--no_compile_blocks", action="store_true", help="leave the blocks uncompiled where --memory would compile them"
+    )
+    group.add_argument(
+        "--memory",
+        choices=MEMORY_LEVELS,
+        help="what is kept for the backward pass, and where: speed keeps all of it; balanced computes blocks again but "
+        "keeps the attention's output; offload is balanced with that in host memory; stream has the frozen weights there "
+        "too; auto takes the fastest that fits; plan prints what each level needs and ends. offload and stream are for "
+        "LoRA. Takes the place of --gradient_checkpointing",
+    )
+    group.add_argument(
+        "--attention",
+        choices=["auto", "cudnn", "flash", "fa4", "math"],
+        default="auto",
+        help="kernel of the transformer's attention: auto times those that are there on this run's shape, once for each "
+        "card and shape; fa4 is FlashAttention-4 (pip install --pre flash-attn-4); math is the exact, slow formula",
+    )
+    group.add_argument(
+        "--base_precision",
+        choices=BASE_PRECISIONS,
+        default="bf16",
+        help="of the frozen weights of attention and feed-forward: bf16 leaves them as computed; fp8 computes faster on "
+        "Ada and newer; int8 and nf4 take less memory, at some speed. Each but bf16 changes the loss a little",
     )
     group.add_argument(
         "--enable_slicing",
