@@ -19,6 +19,7 @@ from torch import nn
 from errors import UsageError
 from lora import add_lora, check_saved_lora, load_lora, save_lora, start_from_lora
 from masters import HostMasters, Masters
+from memory import checkpoint_blocks, compile_blocks
 from optimizers import make_optimizer_from_args, state_bytes_from_args
 from sft import (
     MASTERS_NAME,
@@ -36,7 +37,6 @@ from zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 logger = logging.getLogger(__name__)
 
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MOST_GRAPHS = 64  # of a block, one a bucket; torch gives up compiling after 8
 
 
 @dataclass
@@ -148,14 +148,12 @@ def build_lora_engine_from_args(
     params = add_lora(transformer, args.rank, args.lora_alpha, seed, names, init, args.use_dora, args.use_rslora)
     if args.init_lora and not resumes:
         start_from_lora(transformer, Path(args.init_lora))
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     masters = None
     if uses_deepspeed():
         masters = ZeroMasters(params, device, torch.float32)
     elif args.use_cpu_offload_optimizer:
         masters = HostMasters(params, device, torch.float32, args.offload_gradients)
-    compile_blocks_from_args(args, transformer)
+    set_memory_level_from_args(args, transformer, device)
     transformer.to(device).train()
     trained = masters.params if masters else params
     return LoraEngine(transformer, trained, inference_facts_from_args(args), pipeline_class, masters)
@@ -168,8 +166,6 @@ def build_sft_engine_from_args(
 
     The masters start from the stored weights, not from their rounding to `dtype`.
     """
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
     weights = list(transformer.requires_grad_(True).parameters())
     masters = None
     if uses_deepspeed():
@@ -178,7 +174,7 @@ def build_sft_engine_from_args(
         masters = HostMasters(weights, device, dtype, args.offload_gradients)
     elif dtype != torch.float32:
         masters = Masters(weights, device)
-    compile_blocks_from_args(args, transformer)
+    set_memory_level_from_args(args, transformer, device)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns of modules that it has none of here
     params = masters.params if masters else weights
     ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
@@ -196,17 +192,19 @@ def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: 
     return start_deepspeed_from_args(args, config, engine.masters, accelerator.num_processes, learning_rate)
 
 
-def compile_blocks_from_args(args, transformer: nn.Module) -> None:
-    """torch.compile every block in place, keys unchanged: by --compile_blocks, or by the accelerate config's dynamo_backend.
+def set_memory_level_from_args(args, transformer: nn.Module, device: torch.device) -> None:
+    """What is kept for the backward pass (--memory, --gradient_checkpointing), and compiled blocks.
 
-    One graph serves all blocks, and a further one each bucket; checkpointing stays outside of it.
+    With --memory on a GPU blocks are compiled; else by --compile_blocks, or by the accelerate config's dynamo_backend.
     """
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # outside of the compiled blocks
+    elif args.memory == "balanced":
+        checkpoint_blocks(transformer.transformer_blocks, SAVED_OPS)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if not args.compile_blocks and backend == "no":
-        return
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    for block in transformer.transformer_blocks:
-        block.compile(backend="inductor" if backend == "no" else backend, dynamic=False)
+    by_level = args.memory and device.type == "cuda" and not args.no_compile_blocks
+    if args.compile_blocks or by_level or backend != "no":
+        compile_blocks(transformer.transformer_blocks, "inductor" if backend == "no" else backend)
 
 
 def inference_facts_from_args(args) -> dict:

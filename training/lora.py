@@ -4,6 +4,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -97,6 +98,28 @@ def add_lora(
 
 def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def project(states: torch.Tensor, layers: Sequence[nn.Module], frozen_linears: Callable) -> list[torch.Tensor]:
+    """What each of `layers` makes of the same `states` [B, S, D]: with plain adapters on all of them in few products.
+
+    `frozen_linears(states, base layers)` is the frozen part. Equal to peft's own path up to the rounding of products.
+    """
+    if not all(is_plain(layer) for layer in layers):
+        return [layer(states) for layer in layers]
+    down = torch.cat([layer.lora_A[ADAPTER].weight for layer in layers]).to(states.dtype)  # [layers x rank, D]
+    narrow = F.linear(states, down).chunk(len(layers), dim=-1)
+    frozen = frozen_linears(states, [layer.base_layer for layer in layers])
+    # The scale goes into B, which is small; peft scales the product, as large as the states
+    ups = [(layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]).to(states.dtype) for layer in layers]
+    return [base + F.linear(low, up) for base, low, up in zip(frozen, narrow, ups, strict=True)]
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """True for a layer with the trained adapter alone, switched on and neither merged nor DoRA."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+        return False
+    return layer.active_adapters == [ADAPTER] and not layer.use_dora[ADAPTER]
 
 
 def check_target_modules(transformer: nn.Module, names: list[str] | tuple[str, ...]) -> None:
