@@ -1,0 +1,179 @@
+"""Triton kernels for what torch.compile leaves in several passes over memory.
+
+Between the product that gives queries, keys and values and the attention lie: adding what the adapters gave, LayerNorm
+of queries and keys over each head, RoPE. As one kernel each way that is 14 passes over tensors of [B, S, D] less than
+what the compiler makes of it: 1.5 % of a step of CogVideoX-5b on an H100.
+"""
+
+import torch
+from torch.library import triton_op, wrap_triton
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for CPUs comes without
+    triton = None
+
+HEAD_DIM, ROWS = 64, 32  # a row is one head of one token
+
+
+def can_fuse(states: torch.Tensor, head_dim: int) -> bool:
+    return triton is not None and states.is_cuda and head_dim == HEAD_DIM
+
+
+if triton is not None:
+
+    @triton.jit
+    def load_row_pairs(ptr, offsets, pairs, mask):
+        """Values and those of the other half of each pair (2i, 2i + 1), in fp32."""
+        return tl.load(ptr + offsets, mask, 0.0).to(tl.float32), tl.load(ptr + pairs, mask, 0.0).to(tl.float32)
+
+    @triton.jit
+    def load_rotation(cos_ptr, sin_ptr, token, column, num_text, mask, HAS_ROPE: tl.constexpr):
+        """cos and sin of each value; text tokens do not turn."""
+        turns = mask & (token >= num_text)
+        place = (token - num_text) * 64 + column
+        if HAS_ROPE:
+            return tl.load(cos_ptr + place, turns, 1.0), tl.load(sin_ptr + place, turns, 0.0)
+        return tl.full(mask.shape, 1.0, tl.float32), tl.full(mask.shape, 0.0, tl.float32)
+
+    @triton.jit
+    def forward_kernel(
+        qkv_ptr, delta_q_ptr, delta_k_ptr, delta_v_ptr, weight_q_ptr, bias_q_ptr, weight_k_ptr, bias_k_ptr,
+        cos_ptr, sin_ptr, query_ptr, key_ptr, value_ptr, sum_q_ptr, sum_k_ptr,
+        num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        column = tl.arange(0, 64)[None, :]
+        mask = (row < num_rows) & (column < 64)
+        width = num_heads * 64
+        token, head = row // num_heads, row % num_heads
+        out, out_pair = row * 64 + column, row * 64 + (column ^ 1)
+        fused, fused_pair = token * 3 * width + head * 64 + column, token * 3 * width + head * 64 + (column ^ 1)
+        cos, sin = load_rotation(cos_ptr, sin_ptr, token % num_tokens, column, num_text, mask, HAS_ROPE)
+        sin = tl.where(column % 2 == 0, -sin, sin)
+
+        for which in tl.static_range(2):
+            delta_ptr = delta_q_ptr if which == 0 else delta_k_ptr
+            weight_ptr = weight_q_ptr if which == 0 else weight_k_ptr
+            bias_ptr = bias_q_ptr if which == 0 else bias_k_ptr
+            result_ptr = query_ptr if which == 0 else key_ptr
+            sum_ptr = sum_q_ptr if which == 0 else sum_k_ptr
+            base, base_pair = load_row_pairs(qkv_ptr + which * width, fused, fused_pair, mask)
+            delta, delta_pair = load_row_pairs(delta_ptr, out, out_pair, mask)
+            total = (base + delta).to(qkv_ptr.dtype.element_ty)
+            pair = (base_pair + delta_pair).to(qkv_ptr.dtype.element_ty).to(tl.float32)
+            tl.store(sum_ptr + out, total, mask)
+            total = total.to(tl.float32)
+            mean = tl.sum(total, 1, keep_dims=True) / 64
+            rstd = tl.rsqrt(tl.sum((total - mean) * (total - mean), 1, keep_dims=True) / 64 + eps)
+            weight, weight_pair = load_row_pairs(weight_ptr, column, column ^ 1, column < 64)
+            bias, bias_pair = load_row_pairs(bias_ptr, column, column ^ 1, column < 64)
+            normed = (total - mean) * rstd * weight + bias
+            normed_pair = (pair - mean) * rstd * weight_pair + bias_pair
+            tl.store(result_ptr + out, normed * cos + normed_pair * sin, mask)
+
+        value = tl.load(qkv_ptr + 2 * width + fused, mask, 0.0) + tl.load(delta_v_ptr + out, mask, 0.0)
+        tl.store(value_ptr + out, value, mask)
+
+    @triton.jit
+    def backward_kernel(
+        grad_q_ptr, grad_k_ptr, grad_v_ptr, sum_q_ptr, sum_k_ptr, weight_q_ptr, weight_k_ptr, cos_ptr, sin_ptr, grad_ptr,
+        num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        column = tl.arange(0, 64)[None, :]
+        mask = (row < num_rows) & (column < 64)
+        width = num_heads * 64
+        token, head = row // num_heads, row % num_heads
+        out, out_pair = row * 64 + column, row * 64 + (column ^ 1)
+        fused = token * 3 * width + head * 64 + column
+        place = token % num_tokens
+        cos, sin = load_rotation(cos_ptr, sin_ptr, place, column, num_text, mask, HAS_ROPE)
+        _, sin_pair = load_rotation(cos_ptr, sin_ptr, place, column ^ 1, num_text, mask, HAS_ROPE)
+        sin_pair = tl.where(column % 2 == 0, sin_pair, -sin_pair)  # the sign of the other half
+
+        for which in tl.static_range(2):
+            grad_out_ptr = grad_q_ptr if which == 0 else grad_k_ptr
+            sum_ptr = sum_q_ptr if which == 0 else sum_k_ptr
+            weight_ptr = weight_q_ptr if which == 0 else weight_k_ptr
+            grad, grad_pair = load_row_pairs(grad_out_ptr, out, out_pair, mask)
+            total = tl.load(sum_ptr + out, mask, 0.0).to(tl.float32)
+            mean = tl.sum(total, 1, keep_dims=True) / 64
+            rstd = tl.rsqrt(tl.sum((total - mean) * (total - mean), 1, keep_dims=True) / 64 + eps)
+            scaled = (total - mean) * rstd
+            weight = tl.load(weight_ptr + column).to(tl.float32)
+            grad = (grad * cos + grad_pair * sin_pair) * weight
+            shift, slope = tl.sum(grad, 1, keep_dims=True) / 64, tl.sum(grad * scaled, 1, keep_dims=True) / 64
+            tl.store(grad_ptr + which * width + fused, rstd * (grad - shift - scaled * slope), mask)
+
+        tl.store(grad_ptr + 2 * width + fused, tl.load(grad_v_ptr + out, mask, 0.0), mask)
+
+
+def grid_of(num_rows: int):
+    return (triton.cdiv(num_rows, ROWS),)
+
+
+@triton_op("cogvideox::norm_and_rotate", mutates_args={})
+def norm_and_rotate_op(
+    qkv: torch.Tensor, delta_q: torch.Tensor, delta_k: torch.Tensor, delta_v: torch.Tensor,
+    weight_q: torch.Tensor, bias_q: torch.Tensor, weight_k: torch.Tensor, bias_k: torch.Tensor,
+    cos: torch.Tensor | None, sin: torch.Tensor | None, num_text: int, eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    batch, num_tokens, width = delta_q.shape
+    num_heads = width // HEAD_DIM
+    num_rows = batch * num_tokens * num_heads
+    query, key, value, sum_q, sum_k = (
+        qkv.new_empty(batch, num_tokens, num_heads, HEAD_DIM) for _ in range(5)
+    )
+    wrap_triton(forward_kernel)[grid_of(num_rows)](
+        qkv, delta_q, delta_k, delta_v, weight_q, bias_q, weight_k, bias_k, cos, sin, query, key, value, sum_q, sum_k,
+        num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE=cos is not None, ROWS=ROWS,
+    )  # fmt: skip
+    return query, key, value, sum_q, sum_k
+
+
+@triton_op("cogvideox::norm_and_rotate_backward", mutates_args={})
+def backward_op(
+    grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, sum_q: torch.Tensor, sum_k: torch.Tensor,
+    weight_q: torch.Tensor, weight_k: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
+    num_text: int, eps: float,
+) -> torch.Tensor:  # fmt: skip
+    batch, num_tokens, num_heads, _ = sum_q.shape
+    num_rows = batch * num_tokens * num_heads
+    grad = sum_q.new_empty(batch, num_tokens, 3 * num_heads * HEAD_DIM)
+    wrap_triton(backward_kernel)[grid_of(num_rows)](
+        grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous(), sum_q, sum_k, weight_q, weight_k, cos, sin, grad,
+        num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE=cos is not None, ROWS=ROWS,
+    )  # fmt: skip
+    return grad
+
+
+def keep_for_backward(ctx, inputs, output):
+    *_, weight_q, _, weight_k, _, cos, sin, num_text, eps = inputs
+    *_, sum_q, sum_k = output
+    ctx.save_for_backward(sum_q, sum_k, weight_q, weight_k, cos, sin)
+    ctx.num_text, ctx.eps = num_text, eps
+    ctx.mark_non_differentiable(sum_q, sum_k)
+
+
+def backward(ctx, grad_q, grad_k, grad_v, *_):
+    sum_q, sum_k, weight_q, weight_k, cos, sin = ctx.saved_tensors
+    grad = backward_op(grad_q, grad_k, grad_v, sum_q, sum_k, weight_q, weight_k, cos, sin, ctx.num_text, ctx.eps)
+    return grad, *grad.chunk(3, dim=-1), *[None] * 8
+
+
+norm_and_rotate_op.register_autograd(backward, setup_context=keep_for_backward)
+
+
+def norm_and_rotate(qkv, deltas, norm_q, norm_k, rotation, num_text):
+    """Query, key, value [B, S, heads, 64] of `qkv` [B, S, 3D] plus `deltas`, 3 times [B, S, D]: q/k norm and RoPE.
+
+    `norm_q`, `norm_k`: frozen LayerNorms over 64 values. `rotation`: (cos, sin), each [S - num_text, 64] in fp32, as
+    diffusers' apply_rotary_emb takes them, or None. Computed in fp32, rounded once. CUDA only.
+    """
+    cos, sin = rotation or (None, None)
+    return norm_and_rotate_op(
+        qkv, *deltas, norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias, cos, sin, num_text, norm_q.eps
+    )[:3]
