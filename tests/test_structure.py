@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "training").glob("*.py"))
 
 # Layers: each imports only what lies below it. L0 is the standard library alone; the parts of L1 do not import one
-# another, except that dataset has rooms of its own; only L2 and L3 know accelerate and the flags.
+# another, except that dataset and attention have rooms of their own; only L2 and L3 know accelerate and the flags.
 PURE = {"args", "buckets", "draws", "durable", "errors", "signals"}
 DATA_ROOMS = {"formats", "decode", "cache", "report"}
+ROOMS = {"dataset": DATA_ROOMS, "attention_trial": {"attention"}}
 PARTS = DATA_ROOMS | {
     "dataset", "cogvideox", "objective", "lora", "sft", "optimizers", "curves",
-    "memory", "attention", "streaming", "quantization", "masters", "zero",
+    "memory", "attention", "attention_trial", "streaming", "quantization", "masters", "zero",
 }  # fmt: skip
 SERVICES = {
     "runtime", "engine", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",
@@ -59,7 +60,7 @@ def allowed_modules(module: str) -> set[str]:
     if module in PURE:
         return PURE
     if module in PARTS:
-        return (PURE - {"args"}) | (DATA_ROOMS if module == "dataset" else set())
+        return (PURE - {"args"}) | ROOMS.get(module, set())
     return PURE | PARTS | SERVICES
 
 

@@ -1,37 +1,189 @@
-"""SageAttention (arXiv 2410.02367) in place of torch's attention, for sampling alone: it has no backward pass."""
+"""Joint attention over text and video tokens: one processor for every block, and the kernels that it can use.
+
+Tensors are [B, S, heads, head_dim] throughout, S the text tokens followed by the video's. There is no mask anywhere:
+all prompts are padded to one length, and cuDNN gives NaN gradients with one (https://github.com/pytorch/pytorch/issues/196678).
+"""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import apply_rotary_emb
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from errors import UsageError
+from errors import UsageError, first_line
 
 
-class SageProcessor:
-    """Joint attention over text and video, as the transformer's own processor does it, by `sageattn`."""
+aten = torch.ops.aten
 
-    def __init__(self, sageattn):
-        self.sageattn = sageattn
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
-        """(video states, text states), each [B, tokens, D]; there is no mask, all prompts are padded to one length."""
+# ---------------------------------------------------------------- the processor
+
+
+def project_each(states: Tensor, layers: list[nn.Module]) -> list[Tensor]:
+    """[B, S, D] of each layer; what fuses them takes the place of this."""
+    return [layer(states) for layer in layers]
+
+
+class JointAttention:
+    """What diffusers' own processor of these transformers computes, in a layout that compiles without copies.
+
+    attend(query, key, value): [B, S, heads, head_dim] from three of them.
+    project(states, layers): one [B, S, D] for each layer; called with those of q, k and v together, then with the last.
+    """
+
+    def __init__(self, attend: Callable, project: Callable = project_each):
+        self.attend, self.project = attend, project
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(video states, text states), each [B, tokens, D]."""
+        if attention_mask is not None:
+            raise ValueError("joint attention takes no mask")
         num_text = encoder_hidden_states.shape[1]
         states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (
-            linear(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for linear in (attn.to_q, attn.to_k, attn.to_v)
-        )  # [B, heads, tokens, head_dim]
+        projected = self.project(states, [attn.to_q, attn.to_k, attn.to_v])
+        query, key, value = [part.unflatten(-1, (attn.heads, -1)) for part in projected]
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         if image_rotary_emb is not None:
-            query[:, :, num_text:] = apply_rotary_emb(query[:, :, num_text:], image_rotary_emb)
-            key[:, :, num_text:] = apply_rotary_emb(key[:, :, num_text:], image_rotary_emb)
-        states = self.sageattn(query, key, value, tensor_layout="HND", is_causal=False)
-        states = attn.to_out[0](states.transpose(1, 2).flatten(2))
+            cos, sin = still_text(image_rotary_emb, num_text)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        [states] = self.project(self.attend(query, key, value).flatten(2), [attn.to_out[0]])
+        states = attn.to_out[1](states)
         return states[:, num_text:], states[:, :num_text]
+
+
+def still_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [S, head_dim] of the whole sequence: text is turned by nothing.
+
+    Turning the video's part alone, in place, would cut the compiled block in pieces and copy in the backward pass.
+    """
+    cos, sin = rotary
+    shape = (num_text, cos.shape[-1])
+    return torch.cat([cos.new_ones(shape), cos]), torch.cat([sin.new_zeros(shape), sin])
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of [B, S, heads, head_dim] on pairs of neighbours, computed in fp32 or finer, as `apply_rotary_emb` does."""
+    exact = states.to(torch.promote_types(states.dtype, torch.float32))
+    real, imaginary = exact.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (exact * cos[:, None] + turned * sin[:, None]).to(states.dtype)
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def make_attend(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The kernel `name` for JointAttention: cudnn, flash, fa4, math, or sdpa, which leaves the choice to torch.
+
+    torch's kernels are called by their operators and not chosen by `sdpa_kernel`: a graph with that in it is compiled
+    anew at every start, since AOTAutograd's cache does not take it.
+    """
+    if name == "fa4":
+        import_fa4()  # said now, not at the first step
+        return lambda query, key, value: fa4_forward(query, key, value)[0]
+    return heads_first(
+        {
+            "cudnn": lambda query, key, value: aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[
+                0
+            ],
+            "flash": lambda query, key, value: aten._scaled_dot_product_flash_attention(query, key, value)[0],
+            "math": lambda query, key, value: aten._scaled_dot_product_attention_math(query, key, value)[0],
+            "sdpa": F.scaled_dot_product_attention,
+        }[name]
+    )
+
+
+def heads_first(attention: Callable) -> Callable:
+    """For [B, S, heads, head_dim] what computes on [B, heads, S, head_dim]; views alone, and strided ones are taken."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+
+    return attend
+
+
+# ---------------------------------------------------------------- FlashAttention-4
+# As operators with a formula for their gradient: torch.compile and selective checkpointing see them so. The package's
+# own function is opaque to both, and what registers it in place of torch's kernel expects another version of it.
+
+
+def import_fa4():
+    """FlashAttention-4's module; the call signatures are those of 4.0.0b36."""
+    try:
+        from flash_attn.cute import interface
+    except ImportError as error:
+        raise UsageError(
+            f"--attention fa4 needs FlashAttention-4: pip install --pre flash-attn-4 ({first_line(error)})"
+        ) from error
+    return interface
+
+
+@torch.library.custom_op("cogvideox::fa4_forward", mutates_args=())
+def fa4_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(output [B, S, heads, head_dim], log of the sums of exponentials [B, heads, S] in fp32)."""
+    out, lse = import_fa4()._flash_attn_fwd(query, key, value, return_lse=True)[:2]
+    return out, lse
+
+
+@fa4_forward.register_fake
+def fake_fa4_forward(query, key, value):
+    batch, tokens, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("cogvideox::fa4_backward", mutates_args=())
+def fa4_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; bit-equal from run to run where torch is asked for that, at some speed."""
+    exact = torch.are_deterministic_algorithms_enabled()
+    grads = import_fa4()._flash_attn_bwd(query, key, value, out, grad, lse, deterministic=exact)
+    query_grad, key_grad, value_grad = [part.contiguous() for part in grads]  # as the fake ones are
+    return query_grad, key_grad, value_grad
+
+
+@fa4_backward.register_fake
+def fake_fa4_backward(grad, query, key, value, out, lse):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def differentiate_fa4(ctx, grad, lse_grad):
+    return fa4_backward(grad, *ctx.saved_tensors)
+
+
+fa4_forward.register_autograd(differentiate_fa4, setup_context=keep_for_backward)
+
+
+# ---------------------------------------------------------------- checkpointing
+
+# Operators whose outputs checkpointing keeps where it computes the rest of a block again. math has none: it is made of
+# plain products, and keeping those would keep S x S numbers a head.
+SAVED_OPS = frozenset(
+    {
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        fa4_forward._opoverload,
+    }
+)
+
+
+# ---------------------------------------------------------------- SageAttention (arXiv 2410.02367), for sampling alone
 
 
 def check_sage(dtype: torch.dtype, device: torch.device) -> None:
@@ -49,14 +201,26 @@ def import_sage():
     return sageattn
 
 
+# An operator without a formula for its gradient: a compiled block takes it whole, and training by it raises an error.
+@torch.library.custom_op("cogvideox::sage", mutates_args=())
+def sage_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    attend = heads_first(lambda *heads: import_sage()(*heads, tensor_layout="HND", is_causal=False))
+    return attend(query, key, value).contiguous()
+
+
+@sage_attend.register_fake
+def fake_sage_attend(query, key, value):
+    return query.new_empty(query.shape)
+
+
 @contextlib.contextmanager
 def sage_attention(transformer: nn.Module):
     """Every attention of `transformer` by SageAttention; its own processors are back afterwards."""
+    import_sage()
     own = {module: module.processor for module in transformer.modules() if isinstance(module, Attention)}
-    processor = SageProcessor(import_sage())
     try:
-        for module in own:
-            module.processor = processor
+        for module, before in own.items():
+            module.processor = JointAttention(sage_attend, getattr(before, "project", project_each))
         yield
     finally:
         for module, before in own.items():
