@@ -5,6 +5,7 @@ and the output layer act on one vector or once a step: 14 % of a 5b's weights an
 Axes: M tokens, K input features, N output features.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -159,7 +160,7 @@ class Int8Linear(FrozenLinear):
 
     @staticmethod
     def unpack(dtype: torch.dtype, qweight: torch.Tensor, scale: torch.Tensor, again: bool = False) -> torch.Tensor:
-        return (qweight * scale).to(dtype)
+        return (scale * qweight if again else qweight * scale).to(dtype)
 
 
 class Nf4Linear(FrozenLinear):
@@ -185,11 +186,10 @@ class Nf4Linear(FrozenLinear):
 
     @staticmethod
     def unpack(dtype: torch.dtype, qweight, statistics, code, scale, mean, again: bool = False) -> torch.Tensor:
-        """`again`: in other words for the backward pass, lest the compiler keep the weight of the forward pass for it."""
         shape = (qweight.shape[0], 2 * qweight.shape[1])
         scales = scale.repeat_interleave(NF4_STATISTICS_BLOCK)[: len(statistics)]
         absmax = code[statistics.int()] * scales + mean
-        asked = [shape[0] * shape[1]] if again else shape
+        asked = (1, shape[0] * shape[1]) if again else shape
         weight = torch.ops.bitsandbytes.dequantize_4bit(qweight, absmax, NF4_BLOCK, "nf4", asked, dtype)
         return weight.view(shape)
 
@@ -225,7 +225,8 @@ def as_it_is(dtype: torch.dtype, weight: torch.Tensor, again: bool = False) -> t
 class WeightOnlyProducts(torch.autograd.Function):
     """x W^T + b of layers of one kind, as one product; W in x's dtype is made in each pass and kept in none.
 
-    `stored` is bias, or None, and what `unpack` takes, for each of `num_layers`.
+    `stored` is bias, or None, and what `unpack` takes, for each of `num_layers`. The backward pass makes W `again`: in
+    other words than the forward pass, for a compiler that finds the same twice keeps the first, 2 bytes a weight.
     """
 
     @staticmethod
@@ -241,10 +242,9 @@ class WeightOnlyProducts(torch.autograd.Function):
     def backward(ctx, *grads):
         stored = ctx.saved_tensors  # read once: checkpointing refuses a second time
         _, parts = by_layer(stored, ctx.num_layers)
-        # From the last layer to the first: weights joined as in the forward pass are ones that the compiler would keep
+        # From the last layer to the first: other words for joining them
         weights = [ctx.unpack(grads[0].dtype, *tensors, again=True) for tensors in reversed(parts)]
-        grad = torch.cat(grads[::-1], dim=-1) if len(grads) > 1 else grads[0]
-        return grad @ join(weights), None, None, *[None] * len(stored)
+        return join(grads[::-1], dim=-1) @ join(weights), None, None, *[None] * len(stored)
 
 
 def by_layer(stored: Sequence, num_layers: int) -> tuple[list, list]:
@@ -254,8 +254,8 @@ def by_layer(stored: Sequence, num_layers: int) -> tuple[list, list]:
     return [part[0] for part in parts], [part[1:] for part in parts]
 
 
-def join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def join(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 class Fp8Products(torch.autograd.Function):
@@ -279,8 +279,7 @@ class Fp8Products(torch.autograd.Function):
         """One product: the weights' scales go to the gradients' columns, before those are rounded."""
         stored, num_layers = ctx.saved_tensors, len(grads)
         qweights, scales = stored[:num_layers], stored[num_layers:]
-        scaled = [grad.flatten(0, -2) * scale.t() for grad, scale in zip(grads, scales, strict=True)]
-        rows, row_scales = round_rows(torch.cat(scaled, dim=-1) if num_layers > 1 else scaled[0])
+        rows, row_scales = round_rows(*(grad.flatten(0, -2) * s.t() for grad, s in zip(grads, scales, strict=True)))
         # fp8 kernels want the second operand along the sum, here over N: a copy, 1 % of the product's time
         turned = join(qweights).t().contiguous()  # [K, N]
         ones = torch.ones(len(turned), 1, dtype=torch.float32, device=turned.device)
@@ -288,10 +287,14 @@ class Fp8Products(torch.autograd.Function):
         return grad.view(*grads[0].shape[:-1], -1), *[None] * 3 * num_layers
 
 
-def round_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values / scale in e4m3, scale [M, 1] in fp32) with the largest of each row at e4m3's largest. NaN stays NaN."""
-    scale = values.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST_AMAX) / FP8_MAX
-    return (values.float() / scale).to(FP8).contiguous(), scale
+def round_rows(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values / scale in e4m3, side by side, scale [M, 1] in fp32); the largest of a row becomes e4m3's largest.
+
+    What follows from NaN is NaN. Joined after rounding: in fp32 the gradients of q, k, v would be written and read again.
+    """
+    largest = [part.abs().amax(dim=-1, keepdim=True).float() for part in values]
+    scale = functools.reduce(torch.maximum, largest).clamp_min(SMALLEST_AMAX) / FP8_MAX
+    return join([(part.float() / scale).to(FP8) for part in values], dim=-1).contiguous(), scale
 
 
 def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype) -> torch.Tensor:
