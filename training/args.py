@@ -1049,7 +1049,9 @@ def add_memory_flags(parser: FlagParser):
         "accelerate_configs/compiled_1.yaml, and on a GPU with --memory",
     )
     group.add_argument(
-        "--no_compile_blocks", action="store_true", help="leave the blocks uncompiled where --memory would compile them"
+        "--no_compile_blocks",
+        action="store_true",
+        help="leave the blocks uncompiled where --memory would compile them",
     )
     group.add_argument(
         "--memory",
