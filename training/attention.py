@@ -5,6 +5,7 @@ all prompts are padded to one length, and cuDNN gives NaN gradients with one (ht
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -31,10 +32,12 @@ class JointAttention:
 
     attend(query, key, value): [B, S, heads, head_dim] from three of them.
     project(states, layers): one [B, S, D] for each layer; called with those of q, k and v together, then with the last.
+    make_heads(attn, states, rotary, num_text): the three, in place of `heads_by_torch`.
     """
 
-    def __init__(self, attend: Callable, project: Callable = project_each):
+    def __init__(self, attend: Callable, project: Callable = project_each, make_heads: Callable | None = None):
         self.attend, self.project = attend, project
+        self.make_heads = make_heads or functools.partial(heads_by_torch, project=project)
 
     def __call__(
         self,
@@ -49,16 +52,24 @@ class JointAttention:
             raise ValueError("joint attention takes no mask")
         num_text = encoder_hidden_states.shape[1]
         states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        projected = self.project(states, [attn.to_q, attn.to_k, attn.to_v])
-        query, key, value = [part.unflatten(-1, (attn.heads, -1)) for part in projected]
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        if image_rotary_emb is not None:
-            cos, sin = still_text(image_rotary_emb, num_text)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = self.make_heads(attn, states, image_rotary_emb, num_text)
         [states] = self.project(self.attend(query, key, value).flatten(2), [attn.to_out[0]])
         states = attn.to_out[1](states)
         return states[:, num_text:], states[:, :num_text]
+
+
+def heads_by_torch(
+    attn: Attention, states: Tensor, rotary: tuple[Tensor, Tensor] | None, num_text: int, project: Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of `states` [B, S, D]: projection, norm of query and key over each head, RoPE of the video."""
+    projected = project(states, [attn.to_q, attn.to_k, attn.to_v])
+    query, key, value = [part.unflatten(-1, (attn.heads, -1)) for part in projected]
+    query = query if attn.norm_q is None else attn.norm_q(query)
+    key = key if attn.norm_k is None else attn.norm_k(key)
+    if rotary is not None:
+        cos, sin = still_text(rotary, num_text)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    return query, key, value
 
 
 def still_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Tensor]:

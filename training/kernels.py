@@ -40,30 +40,30 @@ if triton is not None:
 
     @triton.jit
     def forward_kernel(
-        qkv_ptr, delta_q_ptr, delta_k_ptr, delta_v_ptr, weight_q_ptr, bias_q_ptr, weight_k_ptr, bias_k_ptr,
+        base_q_ptr, base_k_ptr, base_v_ptr, delta_q_ptr, delta_k_ptr, delta_v_ptr, weight_q_ptr, bias_q_ptr, weight_k_ptr, bias_k_ptr,
         cos_ptr, sin_ptr, query_ptr, key_ptr, value_ptr, sum_q_ptr, sum_k_ptr,
-        num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE: tl.constexpr, ROWS: tl.constexpr,
+        num_rows, num_tokens, num_heads, num_text, base_stride, eps, HAS_ROPE: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
         column = tl.arange(0, 64)[None, :]
         mask = (row < num_rows) & (column < 64)
-        width = num_heads * 64
         token, head = row // num_heads, row % num_heads
         out, out_pair = row * 64 + column, row * 64 + (column ^ 1)
-        fused, fused_pair = token * 3 * width + head * 64 + column, token * 3 * width + head * 64 + (column ^ 1)
+        start = token * base_stride + head * 64
         cos, sin = load_rotation(cos_ptr, sin_ptr, token % num_tokens, column, num_text, mask, HAS_ROPE)
         sin = tl.where(column % 2 == 0, -sin, sin)
 
         for which in tl.static_range(2):
+            base_ptr = base_q_ptr if which == 0 else base_k_ptr
             delta_ptr = delta_q_ptr if which == 0 else delta_k_ptr
             weight_ptr = weight_q_ptr if which == 0 else weight_k_ptr
             bias_ptr = bias_q_ptr if which == 0 else bias_k_ptr
             result_ptr = query_ptr if which == 0 else key_ptr
             sum_ptr = sum_q_ptr if which == 0 else sum_k_ptr
-            base, base_pair = load_row_pairs(qkv_ptr + which * width, fused, fused_pair, mask)
+            base, base_pair = load_row_pairs(base_ptr, start + column, start + (column ^ 1), mask)
             delta, delta_pair = load_row_pairs(delta_ptr, out, out_pair, mask)
-            total = (base + delta).to(qkv_ptr.dtype.element_ty)
-            pair = (base_pair + delta_pair).to(qkv_ptr.dtype.element_ty).to(tl.float32)
+            total = (base + delta).to(base_q_ptr.dtype.element_ty)
+            pair = (base_pair + delta_pair).to(base_q_ptr.dtype.element_ty).to(tl.float32)
             tl.store(sum_ptr + out, total, mask)
             total = total.to(tl.float32)
             mean = tl.sum(total, 1, keep_dims=True) / 64
@@ -74,7 +74,7 @@ if triton is not None:
             normed_pair = (pair - mean) * rstd * weight_pair + bias_pair
             tl.store(result_ptr + out, normed * cos + normed_pair * sin, mask)
 
-        value = tl.load(qkv_ptr + 2 * width + fused, mask, 0.0) + tl.load(delta_v_ptr + out, mask, 0.0)
+        value = tl.load(base_v_ptr + start + column, mask, 0.0) + tl.load(delta_v_ptr + out, mask, 0.0)
         tl.store(value_ptr + out, value, mask)
 
     @triton.jit
@@ -117,7 +117,8 @@ def grid_of(num_rows: int):
 
 @triton_op("cogvideox::norm_and_rotate", mutates_args={})
 def norm_and_rotate_op(
-    qkv: torch.Tensor, delta_q: torch.Tensor, delta_k: torch.Tensor, delta_v: torch.Tensor,
+    base_q: torch.Tensor, base_k: torch.Tensor, base_v: torch.Tensor,
+    delta_q: torch.Tensor, delta_k: torch.Tensor, delta_v: torch.Tensor,
     weight_q: torch.Tensor, bias_q: torch.Tensor, weight_k: torch.Tensor, bias_k: torch.Tensor,
     cos: torch.Tensor | None, sin: torch.Tensor | None, num_text: int, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -125,11 +126,12 @@ def norm_and_rotate_op(
     num_heads = width // HEAD_DIM
     num_rows = batch * num_tokens * num_heads
     query, key, value, sum_q, sum_k = (
-        qkv.new_empty(batch, num_tokens, num_heads, HEAD_DIM) for _ in range(5)
+        delta_q.new_empty(batch, num_tokens, num_heads, HEAD_DIM) for _ in range(5)
     )
     wrap_triton(forward_kernel)[grid_of(num_rows)](
-        qkv, delta_q, delta_k, delta_v, weight_q, bias_q, weight_k, bias_k, cos, sin, query, key, value, sum_q, sum_k,
-        num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE=cos is not None, ROWS=ROWS,
+        base_q, base_k, base_v, delta_q.contiguous(), delta_k.contiguous(), delta_v.contiguous(), weight_q, bias_q,
+        weight_k, bias_k, weight_q if cos is None else cos, weight_q if cos is None else sin, query, key, value, sum_q, sum_k,
+        num_rows, num_tokens, num_heads, num_text, base_q.stride(1), eps, HAS_ROPE=cos is not None, ROWS=ROWS,
     )  # fmt: skip
     return query, key, value, sum_q, sum_k
 
@@ -144,7 +146,8 @@ def backward_op(
     num_rows = batch * num_tokens * num_heads
     grad = sum_q.new_empty(batch, num_tokens, 3 * num_heads * HEAD_DIM)
     wrap_triton(backward_kernel)[grid_of(num_rows)](
-        grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous(), sum_q, sum_k, weight_q, weight_k, cos, sin, grad,
+        grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous(), sum_q, sum_k, weight_q, weight_k,
+        weight_q if cos is None else cos, weight_q if cos is None else sin, grad,
         num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE=cos is not None, ROWS=ROWS,
     )  # fmt: skip
     return grad
@@ -161,19 +164,20 @@ def keep_for_backward(ctx, inputs, output):
 def backward(ctx, grad_q, grad_k, grad_v, *_):
     sum_q, sum_k, weight_q, weight_k, cos, sin = ctx.saved_tensors
     grad = backward_op(grad_q, grad_k, grad_v, sum_q, sum_k, weight_q, weight_k, cos, sin, ctx.num_text, ctx.eps)
-    return grad, *grad.chunk(3, dim=-1), *[None] * 8
+    grads = grad.chunk(3, dim=-1)  # of what is added: the same for both
+    return *grads, *grads, *[None] * 8
 
 
 norm_and_rotate_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
-def norm_and_rotate(qkv, deltas, norm_q, norm_k, rotation, num_text):
-    """Query, key, value [B, S, heads, 64] of `qkv` [B, S, 3D] plus `deltas`, 3 times [B, S, D]: q/k norm and RoPE.
+def norm_and_rotate(bases, deltas, norm_q, norm_k, rotation, num_text):
+    """Query, key, value [B, S, heads, 64] of `bases` plus `deltas`, each 3 times [B, S, D]: q/k norm and RoPE.
 
     `norm_q`, `norm_k`: frozen LayerNorms over 64 values. `rotation`: (cos, sin), each [S - num_text, 64] in fp32, as
     diffusers' apply_rotary_emb takes them, or None. Computed in fp32, rounded once. CUDA only.
     """
     cos, sin = rotation or (None, None)
     return norm_and_rotate_op(
-        qkv, *deltas, norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias, cos, sin, num_text, norm_q.eps
+        *bases, *deltas, norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias, cos, sin, num_text, norm_q.eps
     )[:3]

@@ -100,19 +100,27 @@ def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
-def project(states: torch.Tensor, layers: Sequence[nn.Module], frozen_linears: Callable) -> list[torch.Tensor]:
+def project(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable) -> list[torch.Tensor]:
     """What each of `layers` makes of the same `states` [B, S, D]: with plain adapters on all of them in few products.
 
-    `frozen_linears(states, base layers)` is the frozen part. Equal to peft's own path up to the rounding of products.
+    `linears(states, layers)` gives the same of layers without adapters. Equal to peft's own path up to rounding.
     """
-    if not all(is_plain(layer) for layer in layers):
+    if all(is_plain(layer) for layer in layers):
+        bases, deltas = project_apart(states, layers, linears)
+        return [base + delta for base, delta in zip(bases, deltas, strict=True)]
+    if any(isinstance(layer, LoraLayer) for layer in layers):
         return [layer(states) for layer in layers]
+    return linears(states, layers)
+
+
+def project_apart(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable):
+    """([base layers' outputs], [adapters' outputs]) of layers that are all plain."""
     down = torch.cat([layer.lora_A[ADAPTER].weight for layer in layers]).to(states.dtype)  # [layers x rank, D]
     narrow = F.linear(states, down).chunk(len(layers), dim=-1)
-    frozen = frozen_linears(states, [layer.base_layer for layer in layers])
     # The scale goes into B, which is small; peft scales the product, as large as the states
     ups = [(layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]).to(states.dtype) for layer in layers]
-    return [base + F.linear(low, up) for base, low, up in zip(frozen, narrow, ups, strict=True)]
+    bases = linears(states, [layer.base_layer for layer in layers])
+    return bases, [F.linear(low, up) for low, up in zip(narrow, ups, strict=True)]
 
 
 def is_plain(layer: nn.Module) -> bool:
