@@ -25,33 +25,45 @@ def can_fuse(states: torch.Tensor, head_dim: int) -> bool:
 if triton is not None:
 
     @triton.jit
-    def load_row_pairs(ptr, offsets, pairs, mask):
-        """Values and those of the other half of each pair (2i, 2i + 1), in fp32."""
-        return tl.load(ptr + offsets, mask, 0.0).to(tl.float32), tl.load(ptr + pairs, mask, 0.0).to(tl.float32)
-
-    @triton.jit
     def load_rotation(cos_ptr, sin_ptr, token, column, num_text, mask, HAS_ROPE: tl.constexpr):
         """cos and sin of each value; text tokens do not turn."""
         turns = mask & (token >= num_text)
         place = (token - num_text) * 64 + column
         if HAS_ROPE:
-            return tl.load(cos_ptr + place, turns, 1.0), tl.load(sin_ptr + place, turns, 0.0)
-        return tl.full(mask.shape, 1.0, tl.float32), tl.full(mask.shape, 0.0, tl.float32)
+            cos, sin = tl.load(cos_ptr + place, turns, 1.0), tl.load(sin_ptr + place, turns, 0.0)
+        else:
+            cos, sin = tl.full((1, 64), 1.0, tl.float32), tl.full((1, 64), 0.0, tl.float32)
+        return cos, sin
+
+    @triton.jit
+    def halves(values, ROWS: tl.constexpr):
+        """The values at 2i and those at 2i + 1, which RoPE turns together."""
+        return tl.split(tl.reshape(values, (ROWS, 32, 2)))
+
+    @triton.jit
+    def whole(even, odd, ROWS: tl.constexpr):
+        return tl.reshape(tl.join(even, odd), (ROWS, 64))
+
+    @triton.jit
+    def standardize(values, eps):
+        """(values with mean 0 and variance 1 over each row, 1 / standard deviation)."""
+        centred = values - tl.sum(values, 1, keep_dims=True) / 64
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / 64 + eps)
+        return centred * rstd, rstd
 
     @triton.jit
     def forward_kernel(
-        base_q_ptr, base_k_ptr, base_v_ptr, delta_q_ptr, delta_k_ptr, delta_v_ptr, weight_q_ptr, bias_q_ptr, weight_k_ptr, bias_k_ptr,
-        cos_ptr, sin_ptr, query_ptr, key_ptr, value_ptr, sum_q_ptr, sum_k_ptr,
+        base_q_ptr, base_k_ptr, base_v_ptr, delta_q_ptr, delta_k_ptr, delta_v_ptr, weight_q_ptr, bias_q_ptr,
+        weight_k_ptr, bias_k_ptr, cos_ptr, sin_ptr, query_ptr, key_ptr, value_ptr, sum_q_ptr, sum_k_ptr,
         num_rows, num_tokens, num_heads, num_text, base_stride, eps, HAS_ROPE: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
         column = tl.arange(0, 64)[None, :]
-        mask = (row < num_rows) & (column < 64)
-        token, head = row // num_heads, row % num_heads
-        out, out_pair = row * 64 + column, row * 64 + (column ^ 1)
-        start = token * base_stride + head * 64
+        mask = row < num_rows
+        token = row // num_heads
+        place = row.to(tl.int64) * 64 + column
+        start = token.to(tl.int64) * base_stride + (row % num_heads) * 64 + column
         cos, sin = load_rotation(cos_ptr, sin_ptr, token % num_tokens, column, num_text, mask, HAS_ROPE)
-        sin = tl.where(column % 2 == 0, -sin, sin)
 
         for which in tl.static_range(2):
             base_ptr = base_q_ptr if which == 0 else base_k_ptr
@@ -60,55 +72,48 @@ if triton is not None:
             bias_ptr = bias_q_ptr if which == 0 else bias_k_ptr
             result_ptr = query_ptr if which == 0 else key_ptr
             sum_ptr = sum_q_ptr if which == 0 else sum_k_ptr
-            base, base_pair = load_row_pairs(base_ptr, start + column, start + (column ^ 1), mask)
-            delta, delta_pair = load_row_pairs(delta_ptr, out, out_pair, mask)
-            total = (base + delta).to(base_q_ptr.dtype.element_ty)
-            pair = (base_pair + delta_pair).to(base_q_ptr.dtype.element_ty).to(tl.float32)
-            tl.store(sum_ptr + out, total, mask)
-            total = total.to(tl.float32)
-            mean = tl.sum(total, 1, keep_dims=True) / 64
-            rstd = tl.rsqrt(tl.sum((total - mean) * (total - mean), 1, keep_dims=True) / 64 + eps)
-            weight, weight_pair = load_row_pairs(weight_ptr, column, column ^ 1, column < 64)
-            bias, bias_pair = load_row_pairs(bias_ptr, column, column ^ 1, column < 64)
-            normed = (total - mean) * rstd * weight + bias
-            normed_pair = (pair - mean) * rstd * weight_pair + bias_pair
-            tl.store(result_ptr + out, normed * cos + normed_pair * sin, mask)
+            base, delta = tl.load(base_ptr + start, mask, 0.0), tl.load(delta_ptr + place, mask, 0.0)
+            total = (base.to(tl.float32) + delta.to(tl.float32)).to(base.dtype)
+            tl.store(sum_ptr + place, total, mask)
+            normed, _ = standardize(total.to(tl.float32), eps)
+            weight, bias = tl.load(weight_ptr + column).to(tl.float32), tl.load(bias_ptr + column).to(tl.float32)
+            normed = normed * weight + bias
+            if HAS_ROPE:
+                even, odd = halves(normed, ROWS)
+                normed = normed * cos + whole(-odd, even, ROWS) * sin
+            tl.store(result_ptr + place, normed.to(base.dtype), mask)
 
-        value = tl.load(base_v_ptr + start + column, mask, 0.0) + tl.load(delta_v_ptr + out, mask, 0.0)
-        tl.store(value_ptr + out, value, mask)
+        base, delta = tl.load(base_v_ptr + start, mask, 0.0), tl.load(delta_v_ptr + place, mask, 0.0)
+        tl.store(value_ptr + place, (base.to(tl.float32) + delta.to(tl.float32)).to(base.dtype), mask)
 
     @triton.jit
     def backward_kernel(
         grad_q_ptr, grad_k_ptr, grad_v_ptr, sum_q_ptr, sum_k_ptr, weight_q_ptr, weight_k_ptr, cos_ptr, sin_ptr, grad_ptr,
         num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
         column = tl.arange(0, 64)[None, :]
-        mask = (row < num_rows) & (column < 64)
-        width = num_heads * 64
-        token, head = row // num_heads, row % num_heads
-        out, out_pair = row * 64 + column, row * 64 + (column ^ 1)
-        fused = token * 3 * width + head * 64 + column
-        place = token % num_tokens
-        cos, sin = load_rotation(cos_ptr, sin_ptr, place, column, num_text, mask, HAS_ROPE)
-        _, sin_pair = load_rotation(cos_ptr, sin_ptr, place, column ^ 1, num_text, mask, HAS_ROPE)
-        sin_pair = tl.where(column % 2 == 0, sin_pair, -sin_pair)  # the sign of the other half
+        mask = row < num_rows
+        token, width = row // num_heads, num_heads * 64
+        place = row.to(tl.int64) * 64 + column
+        start = token.to(tl.int64) * 3 * width + (row % num_heads) * 64 + column
+        cos, sin = load_rotation(cos_ptr, sin_ptr, token % num_tokens, column, num_text, mask, HAS_ROPE)
 
         for which in tl.static_range(2):
             grad_out_ptr = grad_q_ptr if which == 0 else grad_k_ptr
             sum_ptr = sum_q_ptr if which == 0 else sum_k_ptr
             weight_ptr = weight_q_ptr if which == 0 else weight_k_ptr
-            grad, grad_pair = load_row_pairs(grad_out_ptr, out, out_pair, mask)
-            total = tl.load(sum_ptr + out, mask, 0.0).to(tl.float32)
-            mean = tl.sum(total, 1, keep_dims=True) / 64
-            rstd = tl.rsqrt(tl.sum((total - mean) * (total - mean), 1, keep_dims=True) / 64 + eps)
-            scaled = (total - mean) * rstd
-            weight = tl.load(weight_ptr + column).to(tl.float32)
-            grad = (grad * cos + grad_pair * sin_pair) * weight
-            shift, slope = tl.sum(grad, 1, keep_dims=True) / 64, tl.sum(grad * scaled, 1, keep_dims=True) / 64
-            tl.store(grad_ptr + which * width + fused, rstd * (grad - shift - scaled * slope), mask)
+            loaded = tl.load(grad_out_ptr + place, mask, 0.0)
+            grad = loaded.to(tl.float32)
+            if HAS_ROPE:
+                even, odd = halves(grad * sin, ROWS)
+                grad = grad * cos + whole(odd, -even, ROWS)
+            normed, rstd = standardize(tl.load(sum_ptr + place, mask, 0.0).to(tl.float32), eps)
+            grad = grad * tl.load(weight_ptr + column).to(tl.float32)
+            shift, slope = tl.sum(grad, 1, keep_dims=True) / 64, tl.sum(grad * normed, 1, keep_dims=True) / 64
+            tl.store(grad_ptr + which * width + start, (rstd * (grad - shift - normed * slope)).to(loaded.dtype), mask)
 
-        tl.store(grad_ptr + 2 * width + fused, tl.load(grad_v_ptr + out, mask, 0.0), mask)
+        tl.store(grad_ptr + 2 * width + start, tl.load(grad_v_ptr + place, mask, 0.0), mask)
 
 
 def grid_of(num_rows: int):
