@@ -28,6 +28,7 @@ from cogvideox import load_scheduler, load_transformer, load_vae_config, read_co
 from dataset import LatentDataset, collate
 from errors import UserError
 from lora import add_lora
+from memory import compile_blocks
 from objective import draw_generator, draw_normal
 from quantization import check_base_precision, num_bytes, quantize_base
 from step_time import package_versions
@@ -69,7 +70,7 @@ class Task:
         return samples
 
 
-def make_transformer(task, precision, rank, compile_blocks):
+def make_transformer(task, precision, rank, compiled):
     """(transformer with an adapter over frozen weights of `precision`, the adapter's weights by name)."""
     transformer = load_transformer(task.model_dir, torch.bfloat16)
     add_lora(transformer, rank, rank, SEED)
@@ -81,17 +82,16 @@ def make_transformer(task, precision, rank, compile_blocks):
     if precision != "bf16":
         quantize_base(transformer, precision, task.device)
     transformer.enable_gradient_checkpointing()
-    if compile_blocks:
-        for block in transformer.transformer_blocks:
-            block.compile(dynamic=False)
+    if compiled:
+        compile_blocks(transformer.transformer_blocks)
     return transformer.to(task.device).train(), trained
 
 
-def measure(task, precision, samples, rank, compile_blocks):
+def measure(task, precision, samples, rank, compiled):
     """(losses, gradients by name on the CPU, bytes of frozen weights)."""
     check_base_precision(precision, torch.bfloat16, task.device)
     torch.compiler.reset()
-    transformer, trained = make_transformer(task, precision, rank, compile_blocks)
+    transformer, trained = make_transformer(task, precision, rank, compiled)
     losses = []
     for sample in samples:
         loss = task.losses_of(transformer, *sample).mean()

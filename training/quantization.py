@@ -225,12 +225,14 @@ def as_it_is(dtype: torch.dtype, weight: torch.Tensor, again: bool = False) -> t
 class WeightOnlyProducts(torch.autograd.Function):
     """x W^T + b of layers of one kind, as one product; W in x's dtype is made in each pass and kept in none.
 
-    `stored` is bias, or None, and what `unpack` takes, for each of `num_layers`. The backward pass makes W `again`: in
-    other words than the forward pass, for a compiler that finds the same twice keeps the first, 2 bytes a weight.
+    Inputs: x, `unpack`, the number of layers; for each of them bias, or None, and what `unpack` takes. The backward pass
+    makes W `again`: in other words than the forward pass, for a compiler that finds the same twice keeps the first, 2
+    bytes a weight.
     """
 
     @staticmethod
-    def forward(ctx, x, unpack, num_layers, *stored):
+    def forward(ctx, *inputs):  # by one name: dynamo takes as many names as there are inputs for a forward without ctx
+        x, unpack, num_layers, *stored = inputs
         ctx.save_for_backward(*stored)
         ctx.unpack, ctx.num_layers = unpack, num_layers
         biases, parts = by_layer(stored, num_layers)
@@ -259,13 +261,14 @@ def join(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
 
 
 class Fp8Products(torch.autograd.Function):
-    """x W^T + b of each layer in fp8; `stored` is qweight, scale and bias, or None, for each.
+    """x W^T + b of each layer in fp8; inputs: x, and for each layer qweight, scale and bias, or None.
 
     Written as plain operations, which the compiler joins with what makes x and the gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, *stored):
+    def forward(ctx, *inputs):
+        x, *stored = inputs
         qweights, scales, biases = stored[0::3], stored[1::3], stored[2::3]
         ctx.save_for_backward(*qweights, *scales)
         rows, row_scales = round_rows(x.flatten(0, -2))  # once, for all layers
