@@ -104,11 +104,9 @@ def make_attend(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda query, key, value: fa4_forward(query, key, value)[0]
     return heads_first(
         {
-            "cudnn": lambda query, key, value: aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[
-                0
-            ],
-            "flash": lambda query, key, value: aten._scaled_dot_product_flash_attention(query, key, value)[0],
-            "math": lambda query, key, value: aten._scaled_dot_product_attention_math(query, key, value)[0],
+            "cudnn": lambda *heads: aten._scaled_dot_product_cudnn_attention(*heads, None, True)[0],
+            "flash": lambda *heads: aten._scaled_dot_product_flash_attention(*heads)[0],
+            "math": lambda *heads: aten._scaled_dot_product_attention_math(*heads)[0],
             "sdpa": F.scaled_dot_product_attention,
         }[name]
     )
