@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import sys
+import weakref
 
 import pytest
 import torch
@@ -257,6 +258,26 @@ def test_the_linear_layers_of_attention_and_feed_forward_are_replaced(names, tin
     assert before - replaced <= names_of(transformer, nn.Linear)
     adapted = names_of(transformer, LoraLayer)
     assert adapted == {name for name in before if name.endswith(tuple(f".{name}" for name in names))}
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_weights_are_replaced_one_at_a_time(with_lora, tiny, monkeypatch):
+    """Of a 5b two whole copies are 16 GiB."""
+    transformer = load_transformer(tiny("5b"), torch.float32)
+    if with_lora:
+        add_lora(transformer, 4, 4.0, 0)
+    named = {name.removesuffix(".base_layer"): module for name, module in transformer.named_modules()}
+    weights = [weakref.ref(module.weight) for name, module in named.items() if name.endswith(BASE_LINEARS)]
+    del named
+    alive = []
+
+    def counted(linear):
+        alive.append(sum(weight() is not None for weight in weights))
+        return Int8Linear(linear)
+
+    monkeypatch.setattr(quantization, "Int8Linear", counted)
+    quantize_base(transformer, "int8")
+    assert alive == list(range(12, 0, -1))
 
 
 @pytest.mark.parametrize(("kind", "share"), [("2b", 0.21), ("5b", 0.14), ("1.5-5b-i2v", 0.14)])

@@ -37,20 +37,17 @@ def quantize_base(transformer: nn.Module, precision: str, device: torch.device |
     before: peft would not know how to adapt these.
     """
     kind = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}[precision]
-    before, after, total = 0, 0, num_bytes(transformer)
-    for name, module in list(transformer.transformer_blocks.named_modules()):
-        if not name.endswith(BASE_LINEARS):
-            continue
-        linear = module.base_layer if isinstance(module, LoraLayer) else module
+    blocks, before, after, total = transformer.transformer_blocks, 0, 0, num_bytes(transformer)
+    # Names, not modules: these would keep the weights that were replaced
+    for name in [name for name, _ in blocks.named_modules() if name.endswith(BASE_LINEARS)]:
+        name = f"{name}.base_layer" if isinstance(blocks.get_submodule(name), LoraLayer) else name
+        linear = blocks.get_submodule(name)
         before += num_bytes(linear)
         place = linear.weight.device
         small = kind(linear.to(device or place)).to(place)
         after += num_bytes(small)
-        if isinstance(module, LoraLayer):
-            module.base_layer = small
-        else:
-            parent, _, own_name = name.rpartition(".")
-            setattr(transformer.transformer_blocks.get_submodule(parent), own_name, small)
+        parent, _, own_name = name.rpartition(".")
+        setattr(blocks.get_submodule(parent), own_name, small)
     logger.info(
         "--base_precision %s: frozen weights take %.2f GiB instead of %.2f; the layers that meet one vector, %.0f %% of "
         "all, keep theirs",
@@ -176,7 +173,7 @@ class Nf4Linear(FrozenLinear):
         self.store(
             qweight=packed.view(self.out_features, -1),  # [N, K / 2]
             statistics=state.absmax,  # uint8, an index into `code`, a block
-            code=state.state2.code,  # [256]
+            code=state.state2.code.clone(),  # [256]; bitsandbytes keeps one for all
             statistics_scale=state.state2.absmax,  # of 256 statistics
             statistics_mean=state.offset,  # []
         )
