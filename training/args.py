@@ -524,6 +524,7 @@ def make_training_parser(script: str) -> FlagParser:
     add_validation_flags(parser)
     add_sampling_flags(parser)
     add_memory_flags(parser)
+    add_speed_flags(parser)
     add_tracking_flags(parser)
     add_other_training_flags(parser)
     # --help says by itself what the table refuses.
@@ -1035,13 +1036,8 @@ def add_sampling_flags(parser: FlagParser):
     )
 
 
-def add_memory_flags(parser: FlagParser):
-    group = parser.add_argument_group("memory and speed")
-    group.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="compute activations again in the backward pass instead of keeping them: far less memory, slower",
-    )
+def add_speed_flags(parser: FlagParser):
+    group = parser.add_argument_group("speed")
     group.add_argument(
         "--compile_blocks",
         action="store_true",
@@ -1052,14 +1048,6 @@ def add_memory_flags(parser: FlagParser):
         "--no_compile_blocks",
         action="store_true",
         help="leave the blocks uncompiled where --memory would compile them",
-    )
-    group.add_argument(
-        "--memory",
-        choices=MEMORY_LEVELS,
-        help="what is kept for the backward pass, and where: speed keeps all of it; balanced computes blocks again but "
-        "keeps the attention's output; offload is balanced with that in host memory; stream has the frozen weights there "
-        "too; auto takes the fastest that fits; plan prints what each level needs and ends. offload and stream are for "
-        "LoRA. Takes the place of --gradient_checkpointing",
     )
     group.add_argument(
         "--attention",
@@ -1074,6 +1062,23 @@ def add_memory_flags(parser: FlagParser):
         default="bf16",
         help="of the frozen weights of attention and feed-forward: bf16 leaves them as computed; fp8 computes faster on "
         "Ada and newer; int8 and nf4 take less memory, at some speed. Each but bf16 changes the loss a little",
+    )
+
+
+def add_memory_flags(parser: FlagParser):
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--memory",
+        choices=MEMORY_LEVELS,
+        help="what is kept for the backward pass, and where: speed keeps all of it; balanced computes blocks again but "
+        "keeps the attention's output; offload is balanced with that in host memory; stream has the frozen weights there "
+        "too; auto takes the fastest that fits; plan prints what each level needs and ends. offload and stream are for "
+        "LoRA. Takes the place of --gradient_checkpointing",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass instead of keeping them: far less memory, slower",
     )
     group.add_argument(
         "--enable_slicing",

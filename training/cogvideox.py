@@ -394,6 +394,15 @@ def ofs_input(transformer_config, latents: torch.Tensor) -> torch.Tensor | None:
     return None if transformer_config.get("ofs_embed_dim") is None else latents.new_full((1,), 2.0)
 
 
+def attention_shape(transformer_config, buckets, batch_size: int) -> tuple[int, int, int, int]:
+    """[B, S, heads, head_dim] of attention for the largest of `buckets` (frames, height, width in pixels)."""
+    config = transformer_config
+    patch, patch_t = config.get("patch_size", 2) * SPATIAL_FACTOR, config.get("patch_size_t") or 1
+    frames = {bucket: (bucket[0] - 1) // TEMPORAL_FACTOR + 1 for bucket in buckets}
+    num_tokens = max(-(-frames[bucket] // patch_t) * (bucket[1] // patch) * (bucket[2] // patch) for bucket in frames)
+    return batch_size, text_length(config) + num_tokens, config["num_attention_heads"], config["attention_head_dim"]
+
+
 def pad_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
     """Latents [B, F, ...] with the first one repeated in front until F is a multiple of `patch_size_t` (1.5).
 

@@ -6,21 +6,37 @@ them, where the model holds others), `ema` (their moving average, if one is kept
 """
 
 import contextlib
+import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from attention import SAVED_OPS, JointAttention, make_attend
+from attention_trial import pick_attention
 from errors import UsageError
-from lora import add_lora, check_saved_lora, load_lora, save_lora, start_from_lora
+from kernels import can_fuse, norm_and_rotate
+from lora import (
+    add_lora,
+    check_saved_lora,
+    is_plain,
+    load_lora,
+    project,
+    project_apart,
+    save_lora,
+    start_from_lora,
+)
 from masters import HostMasters, Masters
 from memory import checkpoint_blocks, compile_blocks
 from optimizers import make_optimizer_from_args, state_bytes_from_args
+from quantization import frozen_linears, quantize_base
 from sft import (
     MASTERS_NAME,
     check_saved_transformer,
@@ -138,16 +154,21 @@ class SftEngine(Engine):
 
 
 def build_lora_engine_from_args(
-    args, transformer: nn.Module, pipeline_class, device: torch.device, seed: int, resumes: bool
+    args, transformer: nn.Module, pipeline_class, shape: tuple, device: torch.device, seed: int, resumes: bool
 ) -> LoraEngine:
     """`transformer`, on the CPU in the compute dtype and frozen, made ready to train a LoRA on `device`.
 
-    A run that `resumes` has no use for --init_lora.
+    `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` has no use for --init_lora.
     """
+    dtype = transformer.dtype
+    attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
     names, init = args.lora_target_modules, args.lora_init
     params = add_lora(transformer, args.rank, args.lora_alpha, seed, names, init, args.use_dora, args.use_rslora)
     if args.init_lora and not resumes:
         start_from_lora(transformer, Path(args.init_lora))
+    if args.base_precision != "bf16":
+        quantize_base(transformer, args.base_precision, device)
+    set_attention(transformer, attend, device)
     masters = None
     if uses_deepspeed():
         masters = ZeroMasters(params, device, torch.float32)
@@ -160,12 +181,15 @@ def build_lora_engine_from_args(
 
 
 def build_sft_engine_from_args(
-    args, transformer: nn.Module, dtype: torch.dtype, stored_dtype: torch.dtype, device: torch.device
+    args, transformer: nn.Module, shape: tuple, dtype: torch.dtype, stored_dtype: torch.dtype, device: torch.device
 ) -> SftEngine:
     """`transformer`, on the CPU in fp32, made ready to train all its weights on `device`, computing in `dtype`.
 
-    The masters start from the stored weights, not from their rounding to `dtype`.
+    `shape`: [B, S, heads, head_dim] of the largest batch. The masters start from the stored weights, not from their
+    rounding to `dtype`.
     """
+    attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
+    set_attention(transformer, attend, device)
     weights = list(transformer.requires_grad_(True).parameters())
     masters = None
     if uses_deepspeed():
@@ -190,6 +214,33 @@ def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: 
         return make_optimizer_from_args(args, engine.params, learning_rate)
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     return start_deepspeed_from_args(args, config, engine.masters, accelerator.num_processes, learning_rate)
+
+
+def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that --attention means here, rank 0's choice on all ranks. Called before the model fills the card."""
+    name = [pick_attention(args.attention, shape, dtype, device)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(name, src=0)
+    return name[0]
+
+
+def set_attention(transformer: nn.Module, attend: Callable, device: torch.device) -> None:
+    """One attention processor for all blocks, with products and passes over memory joined as far as its layers allow."""
+    attentions = [block.attn1 for block in transformer.transformer_blocks]
+    first = attentions[0]
+    adapted = all(is_plain(layer) for attn in attentions for layer in (attn.to_q, attn.to_k, attn.to_v))
+    fuse = adapted and can_fuse(device, transformer.config.attention_head_dim, first.norm_q, first.norm_k)
+    processor = JointAttention(
+        attend, functools.partial(project, linears=frozen_linears), fused_heads if fuse else None
+    )
+    for attn in attentions:
+        attn.processor = processor
+
+
+def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`heads_by_torch` of adapted layers, in one pass over memory after the products."""
+    bases, deltas = project_apart(states, [attn.to_q, attn.to_k, attn.to_v], frozen_linears)
+    return norm_and_rotate(bases, deltas, attn.norm_q, attn.norm_k, rotary, num_text)
 
 
 def set_memory_level_from_args(args, transformer: nn.Module, device: torch.device) -> None:

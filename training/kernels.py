@@ -6,6 +6,7 @@ what the compiler makes of it: 1.5 % of a step of CogVideoX-5b on an H100.
 """
 
 import torch
+from torch import nn
 from torch.library import triton_op, wrap_triton
 
 
@@ -18,8 +19,10 @@ except ImportError:  # torch for CPUs comes without
 HEAD_DIM, ROWS = 64, 32  # a row is one head of one token
 
 
-def can_fuse(states: torch.Tensor, head_dim: int) -> bool:
-    return triton is not None and states.is_cuda and head_dim == HEAD_DIM
+def can_fuse(device: torch.device, head_dim: int, norm_q: nn.Module | None, norm_k: nn.Module | None) -> bool:
+    """True where `norm_and_rotate` computes: on CUDA, heads of 64, with norms that are not trained."""
+    frozen = norm_q is not None and norm_k is not None and not norm_q.weight.requires_grad
+    return triton is not None and device.type == "cuda" and head_dim == HEAD_DIM and frozen
 
 
 if triton is not None:
@@ -130,9 +133,7 @@ def norm_and_rotate_op(
     batch, num_tokens, width = delta_q.shape
     num_heads = width // HEAD_DIM
     num_rows = batch * num_tokens * num_heads
-    query, key, value, sum_q, sum_k = (
-        delta_q.new_empty(batch, num_tokens, num_heads, HEAD_DIM) for _ in range(5)
-    )
+    query, key, value, sum_q, sum_k = (delta_q.new_empty(batch, num_tokens, num_heads, HEAD_DIM) for _ in range(5))
     wrap_triton(forward_kernel)[grid_of(num_rows)](
         base_q, base_k, base_v, delta_q.contiguous(), delta_k.contiguous(), delta_v.contiguous(), weight_q, bias_q,
         weight_k, bias_k, weight_q if cos is None else cos, weight_q if cos is None else sin, query, key, value, sum_q, sum_k,
