@@ -39,7 +39,6 @@ from cogvideox import (
     IMAGE_TO_VIDEO_PIPELINE,
     check_buckets,
     check_sample_size,
-    check_task,
     condition_on_first_frame,
     default_fps,
     describe_model,
@@ -56,8 +55,8 @@ from cogvideox import (
     ofs_input,
     pad_frames,
     pixels_to_unit,
-    read_config,
-    resolve_model_dir,
+    read_config_from_args,
+    resolve_model_from_args,
     rotary_embeddings,
     sample_image_latents,
     sample_latents,
@@ -110,13 +109,10 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- models
     prompts, images = read_prompts_from_args(args, image_to_video=True)  # to be rendered in validation
-    model, source = args.pretrained_model_name_or_path, (args.revision, args.cache_dir)
-    config = read_config(resolve_model_dir(model, ["transformer/config.json"], *source), "transformer")
-    check_task(model, config, image_to_video=True)
+    config = read_config_from_args(args, image_to_video=True)
     check_device_from_args(args, num_parameters(config), device)  # before gigabytes are downloaded
     needs_encoders = bool(prompts) or not args.load_tensors
-    weights = ["vae", "text_encoder", "tokenizer"] if needs_encoders else ["vae/config.json"]
-    model_dir = resolve_model_dir(model, ["transformer", "scheduler", *weights], *source)
+    model_dir = resolve_model_from_args(args, needs_encoders)
     stored = stored_dtype(model_dir, args.variant)
     dtype = compute_dtype_from_args(args, stored, device)
     check_attention_from_args(args, dtype, device)
