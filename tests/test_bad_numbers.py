@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from args import parse_training_args
 from buckets import pack_batches
 from errors import NumbersError
-from runtime import BadSteps, run_script
+from meter import BadSteps
+from runtime import run_script
 from test_scripts import (  # noqa: F401
     SCRIPTS,
     checkpoints,
@@ -88,14 +89,10 @@ def test_a_finite_loss_is_left_bit_for_bit():
 
 def test_the_line_names_step_norm_samples_and_files(caplog):
     bad_steps = BadSteps(5, ["a.mp4", "b.mp4", "c.mp4"])
-    bad_steps.add([2, 0], torch.tensor([0.5, math.nan]))
-    bad_steps.add([1], torch.tensor([0.5]))
-    bad_steps.count(7, BAD_LOSS)
-    bad_steps.add([2, 1], torch.tensor([0.5, 0.5]))
-    bad_steps.count(8, BAD_GRADIENT)
-    bad_steps.add([0], torch.tensor([0.5]))
-    bad_steps.count(9, GOOD)
-    bad_steps.count(10, SEARCHING)  # fp16's scaler lowers its scale: nothing is wrong
+    bad_steps.count(7, BAD_LOSS, [(2, 0.5), (0, math.nan), (1, 0.5)])
+    bad_steps.count(8, BAD_GRADIENT, [(2, 0.5), (1, 0.5)])
+    bad_steps.count(9, GOOD, [(0, 0.5)])
+    bad_steps.count(10, SEARCHING, [(0, math.inf)])  # fp16's scaler lowers its scale: nothing is wrong
     assert [record.getMessage() for record in caplog.records] == [
         "step 7 skipped, gradient norm nan: the loss is not finite for sample 0 (a.mp4)",
         "step 8 skipped, gradient norm inf: the gradient is not finite, among samples 1 (b.mp4), 2 (c.mp4)",
@@ -105,9 +102,9 @@ def test_the_line_names_step_norm_samples_and_files(caplog):
 def test_bad_steps_stop_the_run_only_in_a_row():
     bad_steps = BadSteps(2, [])
     for step, result in enumerate((BAD_LOSS, GOOD, BAD_LOSS, SEARCHING, BAD_LOSS), start=1):
-        bad_steps.count(step, result)
+        bad_steps.count(step, result, [])
     with pytest.raises(NumbersError, match="step 6: 2 updates in a row"):
-        bad_steps.count(6, BAD_GRADIENT)
+        bad_steps.count(6, BAD_GRADIENT, [])
 
 
 # ---------------------------------------------------------------- the scripts

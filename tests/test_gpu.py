@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import socket
+import time
 
 import pytest
 import torch
@@ -15,26 +16,32 @@ from checkpointing import load_checkpoint, save_checkpoint
 from lora import WEIGHTS_NAME
 from masters import HostMasters, Masters
 from random_dataset import write_dataset
+from runtime import to_device
 from test_optimizers import COMBINATIONS, FACTS, PLAIN, ROWS, TinyEngine, grid_loss, make_run, states_of
 from test_optimizers import train as train_tiny
+from test_scripts import DROPOUTS, STEPS_THAT_COUNT, between_logs, make_loss_nan
+from test_update import five_updates
 from update import average_gradients
 
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
 KINDS = {"t2v_lora": "5b", "t2v_sft": "2b", "i2v_lora": "1.5-5b-i2v", "i2v_sft": "5b-i2v"}
+RAW = ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--height_buckets", "64"]
+RAW += ["--width_buckets", "96", "--frame_buckets", "9"]
 MODULES = {"t2v": "cogvideox_text_to_video", "i2v": "cogvideox_image_to_video"}
 
 
 @pytest.fixture
-def train(tiny, tmp_path):
-    """Run a script for a few steps on random latents; returns its losses."""
+def train(tiny, sample_data, tmp_path):
+    """Run a script for a few steps on random latents, or on the sample clips; returns its losses."""
     write_dataset(tmp_path / "data", num_clips=4, frames=9, height=64, width=96, text_shape=(226, 32))
 
-    def run(script, *flags, kind=None, name="out"):
+    def run(script, *flags, kind=None, name="out", raw=False):
         task, form = script.split("_")
-        argv = ["--pretrained_model_name_or_path", str(tiny(kind or KINDS[script]))]
-        argv += ["--data_root", str(tmp_path / "data"), "--load_tensors", "--output_dir", str(tmp_path / name)]
+        argv = ["--pretrained_model_name_or_path", str(tiny(kind or KINDS[script])), "--output_dir"]
+        argv += [str(tmp_path / name), *(RAW if raw else ["--load_tensors"])]
+        argv += ["--data_root", str(sample_data if raw else tmp_path / "data")]
         argv += [
             "--train_batch_size",
             "2",
@@ -91,6 +98,80 @@ def test_full_fine_tuning_that_cannot_fit_is_refused():
         check_sft_fits_from_args(args, 1e12, torch.bfloat16, torch.device("cuda"))
 
 
+# ---------------------------------------------------------------- the host runs ahead
+
+
+class Unsynchronised:
+    """torch raises where the host would wait for the GPU."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *error):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("level", [[], ["--gradient_checkpointing"]], ids=["", "checkpointing"])
+@pytest.mark.parametrize("raw", [False, True], ids=["latents", "raw"])
+@pytest.mark.parametrize("script", KINDS)
+def test_no_step_between_logs_waits_for_the_gpu(script, raw, level, train, monkeypatch):
+    """Five updates, whole: data, copies, draws, forward, backward, update, and what follows it."""
+    task, form = script.split("_")
+    guard = Unsynchronised()
+    calls = between_logs(monkeypatch, importlib.import_module(f"{MODULES[task]}_{form}"), guard)
+    flags = [*STEPS_THAT_COUNT, *DROPOUTS, "--noised_image_dropout", "0.5", "--stratified_timesteps", *level]
+    try:
+        train(script, *flags, *(["--pin_memory"] if raw else []), "--mixed_precision", "bf16", raw=raw)
+    finally:
+        guard.__exit__()
+    assert len(calls) == 7
+
+
+def test_the_guard_sees_copies_that_wait():
+    with Unsynchronised():
+        pageable = torch.ones(1000)
+        copied = to_device({"x": pageable, "prompt": ["a"]}, CUDA)
+        for waiting in (lambda: pageable.to(CUDA), lambda: copied["x"].sum().item(), lambda: copied["x"].cpu()):
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                waiting()
+    assert copied["x"].device == CUDA and torch.equal(copied["x"].cpu(), pageable) and copied["prompt"] == ["a"]
+
+
+@pytest.mark.parametrize("bad", [(1,), (2, 3), ()])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.AdamW])
+def test_what_is_skipped_on_the_gpu_is_as_if_decided_on_the_host(optimizer_class, bad, monkeypatch):
+    assert five_updates(optimizer_class, bad, CUDA, True, monkeypatch) == five_updates(
+        optimizer_class, bad, CUDA, False, monkeypatch
+    )
+
+
+def test_a_bad_update_of_a_script_is_skipped_on_the_gpu(train, tmp_path, monkeypatch, caplog):
+    """Found at the next transfer; the checkpoint before it and that of it hold the same weights."""
+    module = importlib.import_module("cogvideox_text_to_video_lora")
+    make_loss_nan(monkeypatch, module, lambda call: call == 3)
+    losses = train("t2v_lora", "--mixed_precision", "bf16", "--checkpointing_steps", "1", "--log_every", "4")
+    assert [loss is None for loss in losses] == [False, False, True, False, False, False]
+    assert [line for line in caplog.messages if line.startswith("step 3 skipped, gradient norm nan")]
+    names = [tmp_path / "out" / f"checkpoint-{step}" / WEIGHTS_NAME for step in (2, 3, 4)]
+    before, same, after = (name.read_bytes() for name in names)
+    assert before == same != after
+
+
+def test_an_updates_seconds_are_the_gpus(train, tmp_path):
+    """Though the host is through with an update long before: measured by events, without checkpoints and validation."""
+    began = time.perf_counter()
+    train("t2v_lora", "--mixed_precision", "bf16", "--checkpointing_steps", "2", "--log_every", "100")
+    whole = time.perf_counter() - began
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in rows if "event" not in row]
+    for row in updates:
+        assert 0 < row["copy_seconds"] < row["seconds"] and row["data_seconds"] >= 0
+    assert sum(row["seconds"] for row in updates) < whole
+    [start] = [row for row in rows if row.get("event") == "start"]
+    assert {"imports", "loading", "first update"} <= start["parts"].keys()
+    assert start["parts"]["first update"] == pytest.approx(updates[0]["seconds"], rel=0.5, abs=0.3)
+
+
 # ---------------------------------------------------------------- optimizers, and masters in host memory
 
 
@@ -131,7 +212,7 @@ def test_masters_in_host_memory_train_what_those_on_the_gpu_train(row, dtype):
         start = torch.cat([param.detach().cpu().flatten() for param in engine.params])
         updates = train_tiny(engine, state, 0, 10)
         ends.append(torch.cat([param.detach().cpu().flatten() for param in engine.params]))
-        losses.append([made.grad_norm for made in updates])
+        losses.append([float(made.grad_norm) for made in updates])
     on_gpu, on_host, gradients_too = ends
     assert torch.equal(on_host, gradients_too) and losses[1] == losses[2]
     assert (on_gpu - on_host).norm() < 0.05 * (on_gpu - start).norm()

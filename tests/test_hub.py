@@ -200,7 +200,7 @@ def test_both_facts_at_once_run_too(train, run_snippet):
 
 def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
     module = importlib.import_module(MODULES["t2v_lora"])
-    monkeypatch.setattr(module, "resolve_model_dir", lambda *given: tiny("2b"))
+    monkeypatch.setattr("cogvideox.resolve_model_dir", lambda *given: tiny("2b"))
     flags = ["--pretrained_model_name_or_path", "zai-org/CogVideoX-2b", "--id_token", "BW_STYLE"]
     monkeypatch.setattr(module, "build_dataset_from_args", without_id_token(module.build_dataset_from_args))
     prompt = 'A "kite": {red}\\n # ```'
@@ -434,8 +434,7 @@ def test_without_the_flag_nothing_asks_the_hub(train, fake_hub):
 
 @pytest.mark.parametrize("call", ["whoami", "create_repo", "auth_check"])
 def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, stops, fake_hub, monkeypatch, tmp_path):
-    module = importlib.import_module(MODULES["t2v_lora"])
-    monkeypatch.setattr(module, "resolve_model_dir", lambda *given: pytest.fail("too late"))
+    monkeypatch.setattr("cogvideox.resolve_model_dir", lambda *given: pytest.fail("too late"))
     fake_hub.errors[call] = OSError("403 Forbidden\nrequest id abc")
     line = stops(2, "t2v_lora", "--push_to_hub", "--hub_token", "hf_canary")
     assert line.startswith(

@@ -150,7 +150,7 @@ def final_files(folder):
     rows = [row for row in rows if "event" not in row]  # memory in use, at moments of one process
     content = {str(path.relative_to(folder)): path.read_bytes() for path in kept}
     content = {name: data.replace(folder.name.encode(), b"run") for name, data in content.items()}  # the model card's
-    return content | {"metrics": [{name: row[name] for name in row if name != "seconds"} for row in rows]}
+    return content | {"metrics": [{name: row[name] for name in row if "seconds" not in name} for row in rows]}
 
 
 def killed_and_continued(name, kills, folder, start, finish, random_moment):

@@ -8,19 +8,16 @@ import time
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from args import parse_training_args
 from errors import DataError, NumbersError, StorageError, UsageError, UserError
 from runtime import (
-    StepMeter,
     check_device_from_args,
     check_launcher_from_args,
     compute_dtype_from_args,
     learning_rate_from_args,
     plan_steps_from_args,
-    report_memory,
     run_script,
     shared_seed_from_args,
     write_json,
@@ -120,94 +117,6 @@ def test_scale_lr_counts_the_global_batch():
 def test_a_given_seed_is_taken_0_included_and_an_unset_one_is_new():
     assert shared_seed_from_args(flags("--seed", "0")) == 0
     assert len({shared_seed_from_args(flags()) for _ in range(5)}) > 1
-
-
-# ---------------------------------------------------------------- metrics
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def make_meter(path, first_step=0, log_every=10):
-    return StepMeter(path, Accelerator(cpu=True), first_step, 9, log_every)
-
-
-def log_steps(meter, first, last):
-    for step in range(first, last + 1):
-        meter.add(torch.tensor(step + 0.25))
-        meter.add(torch.tensor(0.5))
-        meter.log(step, lr=0.1 * step, grad_norm=1.0, skipped=step == 3)
-
-
-def test_one_line_per_update_whatever_log_every(tmp_path):
-    runs = []
-    for log_every in (1, 3, 10):
-        path = tmp_path / f"{log_every}.jsonl"
-        with make_meter(path, log_every=log_every) as meter:
-            log_steps(meter, 1, 7)
-        runs.append([{**row, "seconds": 0} for row in rows_of(path)])
-    assert runs[0] == runs[1] == runs[2]
-    assert [row["step"] for row in runs[0]] == [1, 2, 3, 4, 5, 6, 7]
-    assert [row["loss"] for row in runs[0]] == [step + 0.75 for step in range(1, 8)]
-    assert [row["skipped"] for row in runs[0]] == [step == 3 for step in range(1, 8)]
-    assert runs[0][1]["lr"] == 0.2 and set(runs[0][0]) == {"step", "lr", "grad_norm", "skipped", "seconds", "loss"}
-
-
-def test_lines_are_fetched_every_log_every(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with make_meter(path, log_every=3) as meter:
-        log_steps(meter, 1, 2)
-        assert not path.exists()
-        log_steps(meter, 3, 4)
-        assert len(rows_of(path)) == 3
-
-
-def test_events_stand_between_updates_and_take_no_time_of_theirs(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with make_meter(path) as meter:
-        report_memory(meter, 0, "before_training")
-        log_steps(meter, 1, 2)
-        time.sleep(0.3)
-        meter.write_event(2, "rest", value=1.5)
-        log_steps(meter, 3, 3)
-    rows = rows_of(path)
-    assert [(row["step"], row.get("event")) for row in rows] == [
-        (0, "memory"),
-        (1, None),
-        (2, None),
-        (2, "rest"),
-        (3, None),
-    ]
-    assert rows[3] == {"step": 2, "event": "rest", "value": 1.5} and rows[4]["seconds"] < 0.2
-    assert rows[0]["when"] == "before_training" and rows[0]["host_peak_gib"] > 0.1
-    with make_meter(path, first_step=2):
-        assert rows_of(path) == rows[:4]
-    with make_meter(path, first_step=0):  # a run that starts again has none of the earlier events either
-        assert path.read_text() == ""
-
-
-def test_what_was_logged_before_an_error_is_written(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with pytest.raises(NumbersError), make_meter(path) as meter:
-        log_steps(meter, 1, 2)
-        raise NumbersError("bad")
-    assert [row["step"] for row in rows_of(path)] == [1, 2]
-
-
-def test_a_resumed_run_cuts_what_it_makes_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with make_meter(path) as meter:
-        log_steps(meter, 1, 5)
-    kept = path.read_text().splitlines()[:3]
-    with open(path, "a") as file:
-        file.write('{"step": 6, "lo')  # a killed run's last line
-    with make_meter(path, first_step=3) as meter:
-        assert path.read_text().splitlines() == kept
-        log_steps(meter, 4, 6)
-    assert [row["step"] for row in rows_of(path)] == [1, 2, 3, 4, 5, 6]
-    with make_meter(path, first_step=0):
-        assert path.read_text() == ""
 
 
 # ---------------------------------------------------------------- exit codes

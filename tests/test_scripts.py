@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from args import parse_prepare_args, parse_training_args
 from buckets import pack_batches
@@ -26,6 +27,7 @@ from runtime import run_script
 
 
 ROOT = Path(__file__).resolve().parent.parent
+ATEN = torch.ops.aten
 
 
 class Script(NamedTuple):
@@ -342,6 +344,56 @@ def test_gradient_checkpointing_changes_nothing(train):
     checkpointed = train("checkpointed", "--max_train_steps", "3", "--gradient_checkpointing")
     assert losses(plain) == losses(checkpointed)
     assert result_hash(plain) == result_hash(checkpointed)
+
+
+# ---------------------------------------------------------------- a step does not wait for the device
+
+
+class Unread(TorchDispatchMode):
+    """No tensor's values are asked for: on a GPU each such question waits for all that was asked of it before."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        asks = func in (ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.masked_select.default)
+        indices = args[1] if func in (ATEN.index.Tensor, ATEN.index_put_.default) else []
+        assert not asks and not any(index is not None and index.dtype == torch.bool for index in indices), func
+        return func(*args, **(kwargs or {}))
+
+
+def between_logs(monkeypatch, module, guard):
+    """`guard` holds from the end of the first update, which is told of, to that of the sixth: steps 2 to 6, whole."""
+    calls, stop_is_due = [], module.stop_is_due
+
+    def watched(*arguments):
+        calls.append(None)
+        if len(calls) == 6:
+            guard.__exit__(None, None, None)
+        due = stop_is_due(*arguments)
+        if len(calls) == 1:
+            guard.__enter__()
+        return due
+
+    monkeypatch.setattr(module, "stop_is_due", watched)
+    return calls
+
+
+STEPS_THAT_COUNT = ["--max_train_steps", "7", "--log_every", "100", "--checkpointing_steps", "100"]
+DROPOUTS = ["--text_dropout", "0.5", "--train_batch_size", "2"]
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["latents", "raw"])
+def test_no_step_between_logs_reads_what_it_computes(raw, train, module, monkeypatch):
+    """As far as a CPU shows: values, and choices by values. test_gpu.py has what a GPU adds, copies."""
+    calls = between_logs(monkeypatch, module, Unread())
+    flags = [*STEPS_THAT_COUNT, *DROPOUTS, "--gradient_checkpointing", "--mixed_precision", "bf16"]
+    train("out", *flags, "--dataloader_num_workers", "1", raw=raw)  # workers may read: their tensors are on the host
+    assert len(calls) == 7
+
+
+def test_the_guard_sees_what_reads():
+    values = torch.tensor([1.0, 2.0])
+    for read in (values.sum().item, lambda: values[values > 1], lambda: bool(values[0] > 0), values.nonzero):
+        with pytest.raises(AssertionError), Unread():
+            read()
 
 
 # ---------------------------------------------------------------- resume

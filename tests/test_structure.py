@@ -23,7 +23,7 @@ PARTS = DATA_ROOMS | {
     "memory", "attention", "attention_trial", "streaming", "quantization", "kernels", "masters", "zero",
 }  # fmt: skip
 SERVICES = {
-    "runtime", "engine", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",
+    "runtime", "meter", "engine", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",
 }  # fmt: skip
 
 
@@ -315,11 +315,11 @@ def test_the_rule_on_flags_sees_reading_alone():
 # ---------------------------------------------------------------- the four training scripts
 
 TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]
-# What a task does in its own way: which engine and pipeline, and image-to-video's first frame.
+# What a task does in its own way: which engine and pipeline, and image-to-video's first frame; and copying of all draws.
 OWN_NAMES = {
     "build_lora_engine_from_args", "build_sft_engine_from_args", "check_sft_fits_from_args",
     "IMAGE_TO_VIDEO_PIPELINE", "TEXT_TO_VIDEO_PIPELINE", "IMAGE_NOISE_MEAN", "IMAGE_NOISE_STD",
-    "encode_images", "sample_image_latents", "condition_on_first_frame", "ofs_input",
+    "encode_images", "sample_image_latents", "condition_on_first_frame", "ofs_input", "to_device",
 }  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from masters import group_by_bytes
+from masters import HostMasters, Masters, group_by_bytes
 from runtime import plan_steps, sample_positions
-from update import LossScaler, TrainingState, make_scaler, update
+from update import LossScaler, TrainingState, make_scaler, skips_on_device, update
 
 
 def make_state(lr=0.1):
@@ -72,6 +74,46 @@ def test_the_scale_is_searched_downwards_and_grows_again():
     other = LossScaler()
     other.load_state_dict(saved)
     assert other == state.scaler
+
+
+def five_updates(optimizer_class, bad, device, on_device, monkeypatch):
+    """What five updates leave behind, where those of the steps `bad` have a gradient that is not finite."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 10_000, device=device))
+    optimizer = optimizer_class([weight], lr=0.1, weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    state = TrainingState([weight], optimizer, schedule)
+    with monkeypatch.context() as patches:
+        patches.setattr("update.skips_on_device", lambda state: on_device)
+        results = []
+        for step in range(1, 6):
+            loss = (weight.square() + weight).sum() / step
+            results.append(update(loss * (math.nan if step in bad else 1), state, True, 2.0))
+    assert [bool(result.skipped) for result in results] == [step in bad for step in range(1, 6)]
+    assert all(torch.is_tensor(value) is on_device for made in results for value in (made.skipped, made.grad_norm))
+    norms = [float(result.grad_norm) for result in results if not result.skipped]
+    states = {name: value.tolist() for name, value in optimizer.state[weight].items()}
+    assert states["step"] == 5 - len(bad)
+    return [result.lr for result in results], norms, weight.tolist(), states
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("bad", [(1,), (2, 3), ()])
+def test_what_is_skipped_on_the_device_is_as_if_decided_on_the_host(optimizer_class, bad, monkeypatch):
+    """Bit for bit: weights, moments, the count of steps, the schedule."""
+    runs = [five_updates(optimizer_class, bad, torch.device("cpu"), where, monkeypatch) for where in (True, False)]
+    assert runs[0] == runs[1]
+
+
+def test_what_must_know_at_once_decides_on_the_host():
+    """Another optimizer, fp16's scale, a moving average, masters in host memory."""
+    weight, state = make_state()
+    assert not skips_on_device(state)
+    state.optimizer = torch.optim.AdamW([weight], fused=True)
+    assert skips_on_device(state)
+    assert not skips_on_device(replace(state, scaler=LossScaler()))
+    assert not skips_on_device(replace(state, ema=object()))
+    masters = [kind([weight], torch.device("cpu")) for kind in (Masters, partial(HostMasters, dtype=torch.float32))]
+    assert [skips_on_device(replace(state, masters=kind)) for kind in masters] == [True, False]
 
 
 def test_groups_keep_order_and_limit():

@@ -132,6 +132,22 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
 
 
+def read_config_from_args(args, image_to_video: bool) -> dict:
+    """The transformer's configuration, fetched alone: gigabytes follow only for a model of the script's task."""
+    model = args.pretrained_model_name_or_path
+    model_dir = resolve_model_dir(model, ["transformer/config.json"], args.revision, args.cache_dir)
+    config = read_config(model_dir, "transformer")
+    check_task(model, config, image_to_video)
+    return config
+
+
+def resolve_model_from_args(args, with_encoders: bool) -> Path:
+    """The model's folder with all that is needed of it; of the VAE that is two numbers, unless something is encoded."""
+    weights = ["vae", "text_encoder", "tokenizer"] if with_encoders else ["vae/config.json"]
+    components = ["transformer", "scheduler", *weights]
+    return resolve_model_dir(args.pretrained_model_name_or_path, components, args.revision, args.cache_dir)
+
+
 def is_version_1_5(transformer_config) -> bool:
     """True for CogVideoX 1.5, which patches two latent frames into one token and was trained at 16 fps."""
     return transformer_config.get("patch_size_t") is not None

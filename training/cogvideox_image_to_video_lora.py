@@ -19,7 +19,6 @@ import functools
 from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
 
 from buckets import num_batches
 from checkpointing import (
@@ -40,7 +39,6 @@ from cogvideox import (
     IMAGE_TO_VIDEO_PIPELINE,
     check_buckets,
     check_sample_size,
-    check_task,
     condition_on_first_frame,
     default_fps,
     describe_model,
@@ -57,34 +55,35 @@ from cogvideox import (
     ofs_input,
     pad_frames,
     pixels_to_unit,
-    read_config,
-    resolve_model_dir,
+    read_config_from_args,
+    resolve_model_from_args,
     rotary_embeddings,
     sample_image_latents,
     sample_latents,
     stored_dtype,
     text_length,
 )
-from dataset import BucketSampler, build_dataset_from_args, make_loader
+from dataset import build_dataset_from_args
 from engine import build_lora_engine_from_args, build_optimizer_from_args
 from held_out import build_held_out_from_args, encode_held_out
 from hub import RunFacts, check_hub_from_args
+from meter import make_meter_from_args, report_memory
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args
 from runtime import (
-    BadSteps,
-    StepMeter,
+    START,
     check_device_from_args,
     compute_dtype_from_args,
     explained_oom_from_args,
     init_accelerator_from_args,
     learning_rate_from_args,
+    make_loader_from_args,
     plan_steps_from_args,
-    report_memory,
     run_script,
     sample_positions,
     shared_seed_from_args,
     stop_is_due,
+    to_device,
 )
 from signals import INTERRUPTION
 from tracking import start_trackers_from_args
@@ -110,13 +109,10 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- models
     prompts, images = read_prompts_from_args(args, image_to_video=True)  # to be rendered in validation
-    model, source = args.pretrained_model_name_or_path, (args.revision, args.cache_dir)
-    config = read_config(resolve_model_dir(model, ["transformer/config.json"], *source), "transformer")
-    check_task(model, config, image_to_video=True)
+    config = read_config_from_args(args, image_to_video=True)
     check_device_from_args(args, num_parameters(config), device)  # before gigabytes are downloaded
     needs_encoders = bool(prompts) or not args.load_tensors
-    weights = ["vae", "text_encoder", "tokenizer"] if needs_encoders else ["vae/config.json"]
-    model_dir = resolve_model_dir(model, ["transformer", "scheduler", *weights], *source)
+    model_dir = resolve_model_from_args(args, needs_encoders)
     stored = stored_dtype(model_dir, args.variant)
     dtype = compute_dtype_from_args(args, stored, device)
     check_attention_from_args(args, dtype, device)
@@ -139,6 +135,7 @@ def main(args) -> None:
     )
     if is_complete_from_args(args, plan.num_steps):
         return finish_again_from_args(args, accelerator, about)
+    START.mark("data")
     vae, embeds = None, {}
     if needs_encoders:
         captions = [] if args.load_tensors else [*dataset.prompts, *held_out_clips.prompts]
@@ -147,12 +144,15 @@ def main(args) -> None:
         vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling)
         vae.to("cpu" if args.load_tensors else device)  # prepared data needs it in validation alone
     if args.text_dropout:
-        empty_embeds = dataset.empty_prompt_embeds() if args.load_tensors else embeds[""]
+        empty_embeds = (dataset.empty_prompt_embeds() if args.load_tensors else embeds[""]).to(device)
+    START.mark("encoding")
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
     checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
     transformer = load_transformer(model_dir, dtype, args.variant, args.drop_learned_positions)
+    START.mark("loading")
     engine = build_lora_engine_from_args(args, transformer, IMAGE_TO_VIDEO_PIPELINE, device, seed, bool(checkpoint))
+    START.mark("engine")
     optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
     state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.masters, engine.ema)
@@ -160,17 +160,12 @@ def main(args) -> None:
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
     record_run_from_args(args, accelerator, engine, seed, first_step, plan.num_steps)
     start_trackers_from_args(args, accelerator, "cogvideox-image-to-video-lora")
+    START.mark("checkpoint")
 
     rank = accelerator.process_index
-    sampler = BucketSampler(
-        dataset.bucket_of, args.train_batch_size, rank=rank, num_ranks=num_ranks, seed=seed, num_epochs=plan.num_epochs
-    )
-    micro_steps = range(first_step * plan.accumulation, plan.num_micro_steps)
-    sampler.set_epoch(*divmod(micro_steps.start, batches_per_epoch))
-    loader = make_loader(dataset, sampler, args.dataloader_num_workers, args.pin_memory)
-    meter = StepMeter(output_dir / "metrics.jsonl", accelerator, first_step, plan.num_steps, args.log_every)
+    micro_steps, loader = make_loader_from_args(args, accelerator, dataset, plan, seed, first_step)
+    meter = make_meter_from_args(args, accelerator, first_step, plan.num_steps, dataset.sources)
     num_strata = args.train_batch_size * num_ranks * plan.accumulation if args.stratified_timesteps else None
-    bad_steps = BadSteps(args.max_bad_steps, dataset.sources)
 
     # ---------------------------------------------------------------- validation, by the same two functions as the loop
     encode = functools.partial(
@@ -186,38 +181,38 @@ def main(args) -> None:
     report_memory(meter, first_step, "before_training")
     if first_step == 0:
         validate(0)
+    START.mark("validation")
 
     # ---------------------------------------------------------------- loop
-    step, batches = first_step, INTERRUPTION.until_asked(loader, alone=num_ranks == 1)
+    step, batches = first_step, meter.timed(INTERRUPTION.until_asked(loader, alone=num_ranks == 1))
     with explained_oom_from_args(args, device, dataset.bucket_of), meter:
         for micro_step, batch in zip(micro_steps, batches, strict=False):
             step = micro_step // plan.accumulation  # updates made before this one
             positions = sample_positions(micro_step, args.train_batch_size, num_ranks, rank, len(batch["index"]))
-            latents, prompt_embeds, image_latents = encode(send_to_device(batch, device), seed, positions)
+            latents, prompt_embeds, image_latents = encode(to_device(batch, device), seed, positions)
             if args.text_dropout:
-                dropped = draw_uniform(seed, "text_dropout", positions) < args.text_dropout
-                prompt_embeds[dropped.to(device)] = empty_embeds.to(prompt_embeds)
-            dropped = draw_uniform(seed, "image_dropout", positions) < args.noised_image_dropout
-            image_latents[dropped.to(device)] = 0
+                dropped = to_device(draw_uniform(seed, "text_dropout", positions) < args.text_dropout, device)  # [B]
+                prompt_embeds = torch.where(dropped[:, None, None], empty_embeds.to(prompt_embeds), prompt_embeds)
+            dropped = to_device(draw_uniform(seed, "image_dropout", positions) < args.noised_image_dropout, device)
+            image_latents = image_latents.masked_fill(dropped.view(-1, 1, 1, 1, 1), 0.0)
 
-            noise = draw_normal(seed, "noise", positions, latents.shape[1:]).to(device)  # [B, F, C, H, W]
-            timesteps = draw_timesteps(seed, positions, len(alphas_cumprod), num_strata).to(device)  # [B]
+            noise = to_device(draw_normal(seed, "noise", positions, latents.shape[1:]), device)  # [B, F, C, H, W]
+            timesteps = to_device(draw_timesteps(seed, positions, len(alphas_cumprod), num_strata), device)  # [B]
+            meter.copied()
             losses = losses_of(latents, prompt_embeds, image_latents, noise, timesteps)  # [B]
-            bad_steps.add(batch["index"], losses)
             loss = losses.mean() / plan.micro_steps_in(step)
-            meter.add(loss)
+            meter.add(loss, losses, batch["index"])
             result = update(loss, state, plan.is_last_of_update(micro_step), args.max_grad_norm)
             if not result.stepped:
                 continue
 
             # Everything below sees one optimizer update
             step += 1
-            meter.log(step, lr=result.lr, grad_norm=result.grad_norm, skipped=result.skipped)
-            bad_steps.count(step, result)
+            meter.log(step, result)
             if step % args.checkpointing_steps == 0:
-                meter.flush()
+                meter.pause()
                 save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
-            if stop_is_due(accelerator):
+            if stop_is_due(accelerator, step):
                 break
             if is_due_from_args(args, plan, batches_per_epoch, step):
                 validate(step)
@@ -242,14 +237,16 @@ def encode_batch(
     else:
         pixels = pixels_to_unit(batch["pixels"])  # [B, F', 3, h, w]
         images = pixels[:, 0]
-        noise = draw_normal(seed, "image_noise", positions, images.shape[1:]).to(images.device)
-        sigma_noise = draw_normal(seed, "image_sigma", positions, ()).to(images.device)
+        noise = to_device(draw_normal(seed, "image_noise", positions, images.shape[1:]), images.device)
+        sigma_noise = to_device(draw_normal(seed, "image_sigma", positions, ()), images.device)
         image_moments = encode_images(vae, images, noise, IMAGE_NOISE_MEAN + IMAGE_NOISE_STD * sigma_noise)
         moments = encode_videos(vae, pixels)
-        prompt_embeds = torch.stack([embeds[prompt] for prompt in batch["prompt"]]).to(moments.device)
-    noise = draw_normal(seed, "posterior", positions, latent_shape(moments)).to(moments.device)
+        prompt_embeds = to_device(torch.stack([embeds[prompt] for prompt in batch["prompt"]]), moments.device)
+    noise = to_device(draw_normal(seed, "posterior", positions, latent_shape(moments)), moments.device)
     latents = pad_frames(sample_latents(moments, noise, vae_config), patch_size_t)
-    image_noise = draw_normal(seed, "image_posterior", positions, latent_shape(image_moments)).to(moments.device)
+    image_noise = to_device(
+        draw_normal(seed, "image_posterior", positions, latent_shape(image_moments)), moments.device
+    )
     return latents, prompt_embeds, sample_image_latents(image_moments, image_noise, vae_config, image_latent_scale)
 
 

@@ -18,18 +18,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Dataset
 
 from buckets import Bucket
-from errors import MemoryFullError, NumbersError, UsageError, UserError, first_line
-from formats import first_few
+from dataset import BucketSampler, make_loader
+from errors import MemoryFullError, UsageError, UserError, first_line
 from signals import INTERRUPTION, caught_signals
-from tracking import log_values, tracking_options_from_args
-from update import Update
+from tracking import tracking_options_from_args
 from zero import check_deepspeed_from_args, uses_deepspeed
 
 
@@ -44,7 +44,7 @@ LAUNCHER_VARIABLES = {
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
     "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
 }
-TRACKED = ("loss", "lr", "grad_norm", "seconds")  # what trackers get of a line of metrics.jsonl
+LAUNCHERS = {"accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 GO_ON = "the same command continues from the last checkpoint"
 MEETING_SECONDS = 24 * 3600  # longest that ranks wait for one another outside of collectives
 
@@ -52,8 +52,37 @@ MEETING_SECONDS = 24 * 3600  # longest that ranks wait for one another outside o
 # ---------------------------------------------------------------- start
 
 
+class Start:
+    """Seconds from the launch to the first update, by part."""
+
+    def __init__(self):
+        self.parts: dict[str, float] = {}
+        self.since = launch_time()
+
+    def mark(self, part: str) -> None:
+        """What was done since the last mark is `part`."""
+        now = time.time()
+        self.parts[part] = round(self.parts.get(part, 0.0) + now - self.since, 2)
+        self.since = now
+
+
+def launch_time() -> float:
+    """When this process was started, or the launcher that started it."""
+    process = psutil.Process()
+    with contextlib.suppress(psutil.Error):  # the parent of another user, or gone
+        parent = process.parent()
+        if parent and LAUNCHERS & {Path(word).name for word in parent.cmdline()[:4]}:
+            return parent.create_time()
+    return process.create_time()
+
+
+START = Start()  # of this process
+
+
 def init_accelerator_from_args(args) -> Accelerator:
     """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
+    START.parts.clear()
+    START.mark("imports")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     check_launcher_from_args(args)
     check_deepspeed_from_args(args)
@@ -149,19 +178,21 @@ def on_main_process(accelerator, function: Callable):
 def meet(name: str, message: str = "") -> list[str]:
     """Wait until every rank has come to `name`, a name used once a run; returns their messages, in order.
 
-    Through the process group's store: a collective would end the run where one rank takes longer than --nccl_timeout.
+    Through the process group's store: a collective would wait for the GPU, and end the run where one rank takes longer
+    than --nccl_timeout.
     """
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return [message]
     store = torch.distributed.distributed_c10d._get_default_store()
     keys = [f"{name}/{rank}" for rank in range(torch.distributed.get_world_size())]
     store.set(keys[torch.distributed.get_rank()], message)
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline, pause = time.monotonic() + MEETING_SECONDS, 0.001
     while not store.check(keys):
         if time.monotonic() > deadline:
             raise UserError(f"{name}: another process did not come within {MEETING_SECONDS // 3600} hours")
-        time.sleep(0.1)  # in slices, so that Ctrl-C is heard
-    return [store.get(key).decode() for key in keys]
+        time.sleep(pause)  # in slices, so that Ctrl-C is heard
+        pause = min(1.2 * pause, 0.1)
+    return [message.decode() for message in store.multi_get(keys)]
 
 
 # ---------------------------------------------------------------- plan
@@ -213,144 +244,40 @@ def learning_rate_from_args(args, num_ranks: int) -> float:
     return args.learning_rate * factor
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- in the loop
 
 
-class StepMeter:
-    """One line per update in `metrics.jsonl`. Losses stay on the device; every `log_every` updates they are fetched."""
-
-    def __init__(self, path: Path, accelerator: Accelerator, first_step: int, num_steps: int, log_every: int):
-        self.path, self.accelerator, self.log_every = path, accelerator, log_every
-        self.rows: list[dict] = []
-        self.losses: list[torch.Tensor] = []
-        self.loss = torch.zeros((), device=accelerator.device)
-        self.last_time = time.perf_counter()
-        self.bar = tqdm(
-            total=num_steps, initial=first_step, desc="steps", disable=not accelerator.is_main_process, file=sys.stderr
-        )
-        if accelerator.is_main_process:
-            keep_lines_before(path, first_step)
-
-    def add(self, loss: torch.Tensor) -> None:
-        """Add a micro-step's share of the update's loss."""
-        self.loss += loss.detach()
-
-    def log(self, step: int, **values) -> None:
-        """End update `step` (counted from 1)."""
-        now = time.perf_counter()
-        self.rows.append({"step": step, **values, "seconds": round(now - self.last_time, 4)})
-        self.last_time = now
-        self.losses.append(self.loss)
-        self.loss = torch.zeros_like(self.loss)
-        self.bar.update(1)
-        if step % self.log_every == 0:
-            self.flush()
-
-    def flush(self) -> None:
-        """Average the losses over the ranks and write the lines that wait."""
-        if not self.rows:
-            return
-        losses = torch.stack(self.losses)
-        if self.accelerator.num_processes > 1:
-            losses = self.accelerator.reduce(losses, reduction="mean")
-        for row, loss in zip(self.rows, losses.tolist(), strict=True):
-            row["loss"] = loss if math.isfinite(loss) else None  # JSON knows no NaN
-            row["grad_norm"] = row["grad_norm"] if math.isfinite(row["grad_norm"]) else None
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        for row in self.rows:
-            log_values(self.accelerator, {name: row[name] for name in TRACKED if row[name] is not None}, row["step"])
-        self.bar.set_postfix(loss=f"{losses[-1].item():.4f}", lr=f"{self.rows[-1]['lr']:.2e}")
-        self.rows, self.losses = [], []
-
-    def write_event(self, step: int, event: str, **values) -> None:
-        """A line of its own, {"step", "event", ...}, for what happened after update `step`; all ranks call it.
-
-        The time until here is no part of the next update's seconds.
-        """
-        self.flush()
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "event": event, **values}) + "\n")
-        self.last_time = time.perf_counter()
-
-    def __enter__(self) -> "StepMeter":
-        return self
-
-    def __exit__(self, error_type, error, trace) -> None:
-        # After an error the other ranks may not come: no collective then
-        if error is None or self.accelerator.num_processes == 1:
-            self.flush()
-        self.bar.close()
+def make_loader_from_args(
+    args, accelerator: Accelerator, dataset: Dataset, plan: StepPlan, seed: int, first_step: int
+) -> tuple[range, DataLoader]:
+    """(micro-steps that follow `first_step` updates, a loader of this rank's batches for them)."""
+    ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+    sampler = BucketSampler(dataset.bucket_of, args.train_batch_size, **ranks, seed=seed, num_epochs=plan.num_epochs)
+    micro_steps = range(first_step * plan.accumulation, plan.num_micro_steps)
+    sampler.set_epoch(*divmod(micro_steps.start, sampler.per_epoch))
+    return micro_steps, make_loader(dataset, sampler, args.dataloader_num_workers, args.pin_memory)
 
 
-def keep_lines_before(path: Path, first_step: int) -> None:
-    """Cut the lines of updates, and of events after them, that a resumed run will make again; from the start all."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    write_text(path, "".join(kept))
+def to_device(values, device: torch.device):
+    """A tensor, or the tensors of a batch, on `device`: from page-locked memory, so that the host waits for no GPU."""
+    if isinstance(values, dict):
+        return {name: to_device(value, device) for name, value in values.items()}
+    if not torch.is_tensor(values):
+        return values
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()  # kept by torch until the copy is made, then used again
+    return values.to(device, non_blocking=True)
 
 
-class BadSteps:
-    """Counts updates in a row that were skipped because their loss or gradient was not finite, and names the samples.
-
-    `sources` are the paths of all samples, by index.
-    """
-
-    def __init__(self, limit: int, sources: list[str]):
-        self.limit, self.sources, self.in_a_row = limit, sources, 0
-        self.seen: list[tuple[list[int], torch.Tensor]] = []  # of the update being made
-
-    def add(self, samples: list[int], losses: torch.Tensor) -> None:
-        """A micro-step's samples and their losses [B], which stay on the device."""
-        self.seen.append((samples, losses.detach()))
-
-    def count(self, step: int, update: Update) -> None:
-        """After every update, on all ranks. Raises NumbersError at the limit."""
-        seen, self.seen = self.seen, []
-        bad = update.skipped and not update.searching
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if not bad:
-            return
-        logger.warning("step %d skipped, gradient norm %g: %s", step, update.grad_norm, self.describe(seen))
-        if self.in_a_row >= self.limit:
-            raise NumbersError(
-                f"step {step}: {self.in_a_row} updates in a row had a loss or gradient that is not finite; lower "
-                "--learning_rate, train in bf16, or look at the samples named above"
-            )
-
-    def describe(self, seen: list[tuple[list[int], torch.Tensor]]) -> str:
-        """The samples whose loss was not finite, on any rank; without one, all samples of the update."""
-        pairs = [
-            (index, loss) for samples, losses in seen for index, loss in zip(samples, losses.tolist(), strict=True)
-        ]
-        pairs = [pair for pairs_of_rank in gather_objects(pairs) for pair in pairs_of_rank]
-        bad = [index for index, loss in pairs if not math.isfinite(loss)]
-        names = [f"{index} ({self.sources[index]})" for index in sorted(set(bad or (index for index, _ in pairs)))]
-        what = "loss is not finite for" if bad else "gradient is not finite, among"
-        return f"the {what} {'sample' if len(names) == 1 else 'samples'} {first_few(names)}"
-
-
-def gather_objects(value) -> list:
-    """`value` of every rank, by rank."""
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def stop_is_due(accelerator: Accelerator) -> bool:
-    """True on all ranks at the same step if any was asked to stop: one number a step between ranks, none on one."""
+def stop_is_due(accelerator: Accelerator, step: int) -> bool:
+    """True on all ranks after the same `step` if any was asked to stop. Ranks meet on the host: no GPU is waited for."""
     asked = INTERRUPTION.reason is not None
     if accelerator.num_processes == 1:
         return asked
-    flag = torch.tensor(float(asked), device=accelerator.device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag)
+    asked_of_ranks = meet(f"stop-{step}", "asked" if asked else "")
+    # All have come here, so that none still reads what was said a step ago
+    torch.distributed.distributed_c10d._get_default_store().delete_key(f"stop-{step - 1}/{accelerator.process_index}")
+    return any(asked_of_ranks)
 
 
 def memory_report(device: torch.device) -> dict[str, float]:
@@ -365,14 +292,6 @@ def memory_report(device: torch.device) -> dict[str, float]:
             "peak_reserved": torch.cuda.max_memory_reserved(device),
         }
     return {f"{name}_gib": round(value / 2**30, 3) for name, value in figures.items()}
-
-
-def report_memory(meter: StepMeter, step: int, when: str) -> None:
-    """One line for people and one in metrics.jsonl; `when` is "before_training" and the like. All ranks call it."""
-    figures = memory_report(meter.accelerator.device)
-    meter.write_event(step, "memory", when=when, **figures)
-    texts = [f"{name.removesuffix('_gib').replace('_', ' ')} {value:.2f}" for name, value in figures.items()]
-    logger.info("memory %s, GiB: %s", when.replace("_", " "), ", ".join(texts))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
-from masters import Masters, group_by_bytes
+from masters import HostMasters, Masters, group_by_bytes
 from zero import ZeroOptimizer
 
 
@@ -69,12 +69,13 @@ class Update(NamedTuple):
     """`stepped`: an update is complete; `skipped`: it was not applied, its gradients were not finite.
 
     `searching`: the loss scaler of fp16 had room to lower its scale, which is how it finds it: nothing is wrong.
+    `skipped` and `grad_norm` are tensors [] where only the device knows them yet.
     """
 
     stepped: bool
-    skipped: bool = False
+    skipped: bool | torch.Tensor = False
     searching: bool = False
-    grad_norm: float = math.nan  # before clipping
+    grad_norm: float | torch.Tensor = math.nan  # before clipping
     lr: float = math.nan  # that this update was made with
 
 
@@ -86,7 +87,8 @@ def make_scaler(dtype: torch.dtype) -> LossScaler | None:
 def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_grad_norm: float) -> Update:
     """Accumulate the gradient of `loss` and, at the last micro-step, apply it: the only norm is the clipping's.
 
-    `loss` is already divided by the number of micro-steps. Ranks talk once per update, never between micro-steps.
+    `loss` is already divided by the number of micro-steps. Ranks talk once per update, never between micro-steps. The
+    host waits for the device only where `skips_on_device` says no.
     """
     # Times 1, or NaN: a loss that is not finite spoils every gradient, also where those would have been finite
     loss = loss * (1 + 0 * loss.detach())
@@ -103,17 +105,46 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     if state.scaler:
         state.scaler.unscale(state.params)
     # After averaging, a non-finite gradient of one rank is non-finite on all: they agree without another message
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm))
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm)
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    if skips_on_device(state):
+        result = Update(stepped=True, skipped=step_if_finite(state, grad_norm), grad_norm=grad_norm, lr=lr)
+    else:
+        result = Update(stepped=True, **decide_on_host(state, float(grad_norm)), lr=lr)
+    state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
+    state.optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def skips_on_device(state: TrainingState) -> bool:
+    """True where the optimizer itself leaves weights and states alone if the device says so: torch's fused Adam, for
+    torch.amp.GradScaler.
+
+    All others need the answer on the host, which then waits once an update: other optimizers, DeepSpeed, masters in
+    host memory, and what is to change with the weights alone: the moving average, fp16's scale.
+    """
+    skips = getattr(state.optimizer, "_step_supports_amp_scaling", False)
+    return skips and not (state.scaler or state.ema or isinstance(state.masters, HostMasters))
+
+
+def step_if_finite(state: TrainingState, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Step where `grad_norm` [] is finite; returns whether it was skipped, as a bool [] on the device."""
+    skipped = ~grad_norm.isfinite()
+    state.optimizer.found_inf = skipped.float()
+    apply_gradients(state)
+    del state.optimizer.found_inf  # another step, without it, is not conditional
+    return skipped
+
+
+def decide_on_host(state: TrainingState, grad_norm: float) -> dict:
+    """Step where `grad_norm` is finite; what Update says of it."""
     skipped = not math.isfinite(grad_norm)
     searching = skipped and state.scaler is not None and state.scaler.scale > 1
-    lr = float(state.optimizer.param_groups[0]["lr"])
     if not skipped:
         apply_gradients(state)
     if state.scaler:
         state.scaler.adapt(finite=not skipped)
-    state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
-    state.optimizer.zero_grad(set_to_none=True)
-    return Update(stepped=True, skipped=skipped, searching=searching, grad_norm=grad_norm, lr=lr)
+    return {"skipped": skipped, "searching": searching, "grad_norm": grad_norm}
 
 
 def zero_update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool) -> Update:
@@ -145,8 +176,8 @@ def average_gradients(grads: list[torch.Tensor]) -> None:
         flat = torch.cat([grad.flatten().to(device, non_blocking=True) for grad in group])
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()
-        for grad, mean in zip(group, flat.split([grad.numel() for grad in group]), strict=True):
-            grad.copy_(mean.view_as(grad))
+        means = flat.split([grad.numel() for grad in group])
+        torch._foreach_copy_(group, [mean.view_as(grad) for grad, mean in zip(group, means, strict=True)])
 
 
 def reduce_device(grad: torch.Tensor) -> torch.device:

@@ -28,8 +28,9 @@ from buckets import Bucket
 from cache import write_video
 from errors import UsageError
 from held_out import HeldOut, mean_losses, sum_losses
+from meter import StepMeter, report_memory
 from objective import draw_generator
-from runtime import StepMeter, StepPlan, meet, report_memory, write_text
+from runtime import StepPlan, meet, write_text
 from signals import INTERRUPTION
 from tracking import log_values
 
