@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-import precision_price
+import exactness
 import quantization
 from cogvideox import TEXT_TO_VIDEO_PIPELINE, load_transformer
 from errors import UsageError
@@ -425,18 +425,21 @@ def test_adapters_in_few_products_over_quantised_layers(precision, dtype, tiny):
 @pytest.mark.parametrize(("kind", "size"), [("2b", (9, 64, 96)), ("5b", (9, 64, 96)), ("1.5-5b-i2v", (17, 128, 128))])
 def test_the_price_of_each_precision(kind, size, tiny, tmp_path, capsys):
     write_dataset(tmp_path / "data", 3, *size, text_shape=(226, 32))
-    command = [str(tiny(kind)), "--data", str(tmp_path / "data"), "--rank", "8", "--num_samples", "4"]
-    precision_price.main([*command, "--label", kind, "--csv", str(tmp_path / "rows.csv")])
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 4
+    command = [str(tiny(kind)), "--data", str(tmp_path / "data"), "--rank", "8", "--num_samples", "4", "--steps", "4"]
+    rows = [f"balanced+{precision}" for precision in KINDS]
+    exactness.main([*command, "--label", kind, "--csv", str(tmp_path / "rows.csv"), "--rows", "balanced", *rows])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 5
     with open(tmp_path / "rows.csv", newline="") as file:
-        rows = {row["precision"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["bf16", "fp8", "int8", "nf4"]
-    reference = rows.pop("bf16")
+        rows = {row["row"].removeprefix("balanced+"): row for row in csv.DictReader(file)}
+    assert list(rows) == ["reference", "balanced", *KINDS]
+    reference, exact = rows.pop("reference"), rows.pop("balanced")
     assert float(reference["loss_change"]) == 0 and float(reference["cosine_min"]) == pytest.approx(1)
+    assert float(exact["cosine_min"]) > 0.999 and float(exact["largest_step_change"]) < 0.002
     for precision, row in rows.items():
         assert 0 < float(row["largest_loss_change"]) < LOSS_CHANGE[precision]
         assert COSINE[precision] < float(row["cosine_min"]) <= float(row["cosine_median"]) < 1
         assert float(row["norm_ratio"]) == pytest.approx(1, abs=0.1)
+        assert 0 < float(row["largest_step_change"]) < 2 * LOSS_CHANGE[precision]
         assert float(row["weights_gib"]) < float(reference["weights_gib"])
 
 

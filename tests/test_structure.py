@@ -20,7 +20,7 @@ DATA_ROOMS = {"formats", "decode", "cache", "report"}
 ROOMS = {"dataset": DATA_ROOMS, "attention_trial": {"attention"}}
 PARTS = DATA_ROOMS | {
     "dataset", "cogvideox", "objective", "lora", "sft", "optimizers", "curves",
-    "memory", "attention", "attention_trial", "streaming", "quantization", "kernels", "masters", "zero",
+    "memory", "attention", "attention_trial", "streaming", "quantization", "norm_rope", "masters", "zero",
 }  # fmt: skip
 SERVICES = {
     "runtime", "meter", "engine", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",

@@ -6,6 +6,7 @@ all prompts are padded to one length, and cuDNN gives NaN gradients with one (ht
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -128,6 +129,7 @@ def heads_first(attention: Callable) -> Callable:
 
 def import_fa4():
     """FlashAttention-4's module; the call signatures are those of 4.0.0b36."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # its kernels take seconds to compile
     try:
         from flash_attn.cute import interface
     except ImportError as error:

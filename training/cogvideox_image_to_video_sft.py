@@ -37,6 +37,7 @@ from cogvideox import (
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
     IMAGE_TO_VIDEO_PIPELINE,
+    attention_shape,
     check_buckets,
     check_sample_size,
     condition_on_first_frame,
@@ -152,7 +153,8 @@ def main(args) -> None:
     checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
     transformer = load_transformer(model_dir, torch.float32, args.variant, args.drop_learned_positions)
     START.mark("loading")
-    engine = build_sft_engine_from_args(args, transformer, dtype, stored, device)
+    shape = attention_shape(config, dataset.bucket_of, args.train_batch_size)
+    engine = build_sft_engine_from_args(args, transformer, shape, dtype, stored, device)
     START.mark("engine")
     optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)

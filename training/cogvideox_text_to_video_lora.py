@@ -35,6 +35,7 @@ from checkpointing import (
 )
 from cogvideox import (
     TEXT_TO_VIDEO_PIPELINE,
+    attention_shape,
     check_buckets,
     check_sample_size,
     default_fps,
@@ -64,6 +65,7 @@ from hub import RunFacts, check_hub_from_args
 from meter import make_meter_from_args, report_memory
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args
+from quantization import check_base_precision
 from runtime import (
     START,
     check_device_from_args,
@@ -110,6 +112,7 @@ def main(args) -> None:
     stored = stored_dtype(model_dir, args.variant)
     dtype = compute_dtype_from_args(args, stored, device)
     check_attention_from_args(args, dtype, device)
+    check_base_precision(args.base_precision, dtype, device)
     scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
@@ -145,7 +148,10 @@ def main(args) -> None:
     checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
     transformer = load_transformer(model_dir, dtype, args.variant)
     START.mark("loading")
-    engine = build_lora_engine_from_args(args, transformer, TEXT_TO_VIDEO_PIPELINE, device, seed, bool(checkpoint))
+    shape = attention_shape(config, dataset.bucket_of, args.train_batch_size)
+    engine = build_lora_engine_from_args(
+        args, transformer, TEXT_TO_VIDEO_PIPELINE, shape, device, seed, bool(checkpoint)
+    )
     START.mark("engine")
     optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)

@@ -22,7 +22,6 @@ from torch import nn
 from attention import SAVED_OPS, JointAttention, make_attend
 from attention_trial import pick_attention
 from errors import UsageError
-from kernels import can_fuse, norm_and_rotate
 from lora import (
     add_lora,
     check_saved_lora,
@@ -35,8 +34,10 @@ from lora import (
 )
 from masters import HostMasters, Masters
 from memory import checkpoint_blocks, compile_blocks
+from norm_rope import can_fuse, norm_and_rotate
 from optimizers import make_optimizer_from_args, state_bytes_from_args
 from quantization import frozen_linears, quantize_base
+from runtime import START
 from sft import (
     MASTERS_NAME,
     check_saved_transformer,
@@ -221,6 +222,7 @@ def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: tor
     name = [pick_attention(args.attention, shape, dtype, device)]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(name, src=0)
+    START.mark("attention")
     return name[0]
 
 

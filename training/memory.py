@@ -22,6 +22,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], saved_ops: list) -> None:
     share one compiled graph.
     """
     context_fn = functools.partial(create_selective_checkpoint_contexts, list(saved_ops))
+    context_fn.cache_hash = "keeps " + ", ".join(sorted(map(str, saved_ops)))  # for the compiler's cache on disk
     classes = {}
     for block in blocks:
         cls = type(block)

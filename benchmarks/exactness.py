@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""What a memory level, an attention kernel or a precision of frozen weights changes: losses and LoRA gradients against
+those of the stock block under full checkpointing.
+
+    python benchmarks/random_dataset.py data/random --num_clips 8
+    python benchmarks/exactness.py models/5b --data data/random --label 5b --csv benchmarks/exactness.csv \\
+        --rows balanced@fa4 speed balanced+fp8
+
+A row is LEVEL[@ATTENTION][+PRECISION], of --memory, --attention and --base_precision; "checkpointing" is
+--gradient_checkpointing. Clip, latent, noise and timestep of each sample are the same in every row; timesteps are spread
+evenly. First the gradient of the samples' mean loss is compared, then the losses of --steps updates on them in turn.
+B of the LoRA is drawn at random: where training starts it is zero, and with it the gradient of A. Losses and gradients
+depend on the weights: take a released model, not a random one, for figures of precision to quote.
+"""
+
+import argparse
+import csv
+import functools
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import cogvideox_image_to_video_lora
+import cogvideox_text_to_video_lora
+from args import BASE_PRECISIONS, MEMORY_LEVELS, parse_training_args
+from cogvideox import attention_shape, load_scheduler, load_transformer, load_vae_config, read_config, takes_image
+from dataset import LatentDataset, collate
+from engine import build_lora_engine_from_args
+from errors import UserError
+from lora import add_lora
+from objective import draw_generator, draw_normal
+from quantization import check_base_precision, num_bytes
+from step_time import package_versions
+
+
+GIB = 2**30
+REFERENCE = "reference"
+LEVELS = ("checkpointing", *(level for level in MEMORY_LEVELS if level not in ("auto", "plan")))
+DTYPE, LEARNING_RATE = torch.bfloat16, 1e-4
+SEED = 0
+LORA_B_STD = 0.01  # with A's as peft draws it, the adapter changes a layer's output by about 4 %
+FIELDS = ["label", "row", "samples", "loss", "loss_change", "largest_loss_change", "cosine_min", "cosine_median"]
+FIELDS += ["norm_ratio", "steps", "largest_step_change", "weights_gib", "card", *package_versions(), "command"]
+
+
+class Task:
+    """How a model's own script makes inputs and losses, and the noise schedule."""
+
+    def __init__(self, model_dir, device):
+        self.model_dir, self.device = Path(model_dir), device
+        self.config = config = read_config(self.model_dir, "transformer")
+        scheduler, vae_config = load_scheduler(self.model_dir), load_vae_config(self.model_dir)
+        script = cogvideox_image_to_video_lora if takes_image(config) else cogvideox_text_to_video_lora
+        self.script = "i2v_lora" if takes_image(config) else "t2v_lora"
+        more = {"image_latent_scale": "pipeline"} if takes_image(config) else {}
+        given = {"vae": None, "embeds": {}, "vae_config": vae_config, "patch_size_t": config.get("patch_size_t")}
+        self.encode = functools.partial(script.encode_batch, **given, **more)
+        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+        self.losses_of = functools.partial(script.compute_losses, alphas_cumprod=self.alphas_cumprod, dtype=DTYPE)
+
+    def samples(self, data_root, count):
+        """What `losses_of` takes after the transformer, for each sample."""
+        dataset, num_timesteps, samples = LatentDataset(data_root, seed=SEED), len(self.alphas_cumprod), []
+        for place in range(count):
+            batch = collate([dataset[place % len(dataset)]])
+            inputs = self.encode(batch, SEED, [place])
+            noise = draw_normal(SEED, "noise", [place], inputs[0].shape[1:])
+            timesteps = torch.tensor([int((place + 0.5) * num_timesteps / count)])
+            samples.append([tensor.to(self.device) for tensor in (*inputs, noise, timesteps)])
+        self.shape = attention_shape(self.config, dataset.bucket_of, batch_size=1)
+        return samples
+
+
+def parse_row(row):
+    """(level, attention, precision) of LEVEL[@ATTENTION][+PRECISION]."""
+    rest, _, precision = row.partition("+")
+    level, _, attention = rest.partition("@")
+    if level not in LEVELS or precision not in ("", *BASE_PRECISIONS):
+        raise argparse.ArgumentTypeError(
+            f"{row}: is not LEVEL[@ATTENTION][+PRECISION] with a level of {', '.join(LEVELS)} and a precision of "
+            f"{', '.join(BASE_PRECISIONS)}"
+        )
+    return level, attention or "auto", precision or "bf16"
+
+
+def make_transformer(task, row, rank):
+    """The stock block with peft's adapter, or what the engine makes of it."""
+    transformer = load_transformer(task.model_dir, DTYPE)
+    if row == REFERENCE:
+        add_lora(transformer, rank, rank, SEED)
+        transformer.enable_gradient_checkpointing()
+        return transformer.to(task.device).train()
+    level, attention, precision = parse_row(row)
+    check_base_precision(precision, DTYPE, task.device)
+    flags = ["--pretrained_model_name_or_path", str(task.model_dir), "--data_root", ".", "--load_tensors"]
+    flags += ["--gradient_checkpointing"] if level == "checkpointing" else ["--memory", level]
+    flags += ["--rank", str(rank), "--lora_alpha", str(rank), "--attention", attention, "--base_precision", precision]
+    args = parse_training_args(task.script, flags)
+    return build_lora_engine_from_args(
+        args, transformer, None, task.shape, task.device, SEED, resumes=False
+    ).transformer
+
+
+def measure(task, row, samples, rank, num_steps):
+    """(losses, gradients by name on the CPU, losses of updates, bytes of frozen weights)."""
+    torch.compiler.reset()
+    transformer = make_transformer(task, row, rank)
+    trained = {name: param for name, param in transformer.named_parameters() if param.requires_grad}
+    generator = draw_generator(SEED, "lora_b")
+    for name, param in trained.items():
+        if "lora_B" in name:
+            param.data.copy_(LORA_B_STD * torch.randn(param.shape, generator=generator))
+    losses = []
+    for sample in samples:
+        loss = task.losses_of(transformer, *sample).mean()
+        (loss / len(samples)).backward()
+        losses.append(loss.item())
+    grads = {name: param.grad.cpu() for name, param in trained.items()}
+    optimizer, step_losses = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE), []
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        loss = task.losses_of(transformer, *samples[step % len(samples)]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        step_losses.append(loss.item())
+    return losses, grads, step_losses, num_bytes(transformer)
+
+
+def compare(measured, reference):
+    """The figures of a row."""
+    (losses, grads, step_losses, size), (true_losses, true_grads, true_step_losses, _) = measured, reference
+    pairs = [(grads[name].flatten(), true.flatten()) for name, true in true_grads.items()]
+    cosines = [torch.cosine_similarity(ours, true, dim=0).item() for ours, true in pairs]
+    norm, true_norm = (torch.cat(flat).norm().item() for flat in zip(*pairs, strict=True))
+    mean, true_mean = statistics.fmean(losses), statistics.fmean(true_losses)
+    return {
+        "loss": round(mean, 6),
+        "loss_change": round(mean / true_mean - 1, 6),
+        "largest_loss_change": largest_change(losses, true_losses),
+        "steps": len(step_losses),
+        "largest_step_change": largest_change(step_losses, true_step_losses),
+        "cosine_min": round(min(cosines), 6),
+        "cosine_median": round(statistics.median(cosines), 6),
+        "norm_ratio": round(norm / true_norm, 5),
+        "weights_gib": round(size / GIB, 5),
+    }
+
+
+def largest_change(losses, true_losses):
+    changes = [abs(ours / true - 1) for ours, true in zip(losses, true_losses, strict=True)]
+    return round(max(changes, default=0.0), 6)
+
+
+def rows_of(args):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = Task(args.model, device)
+    samples = task.samples(args.data, args.num_samples)
+    about = {"label": args.label, "samples": args.num_samples, **package_versions()}
+    about["card"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    about["command"] = shlex.join(["python", "benchmarks/exactness.py", *args.argv])
+    reference = None
+    for name in [REFERENCE, *args.rows]:
+        measured = measure(task, name, samples, args.rank, args.steps)
+        reference = reference or measured
+        row = about | {"row": name} | compare(measured, reference)
+        yield {field: row[field] for field in FIELDS}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a pipeline, released or random")
+    parser.add_argument("--data", required=True, help="prepared folder; its clips are taken in turn")
+    parser.add_argument("--num_samples", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=64, help="of the LoRA on attention (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", default=["balanced"], help="LEVEL[@ATTENTION][+PRECISION]")
+    parser.add_argument("--steps", type=int, default=50, help="updates (default: %(default)s)")
+    parser.add_argument("--label", default="", help="name of the rows")
+    parser.add_argument("--csv", type=Path, help="append the rows to this file")
+    args = parser.parse_args(argv, argparse.Namespace(argv=argv))
+    for row in args.rows:
+        try:
+            parse_row(row)
+        except argparse.ArgumentTypeError as error:
+            parser.error(str(error))
+    if args.csv and args.csv.exists() and args.csv.read_text().partition("\n")[0] != ",".join(FIELDS):
+        sys.exit(f"{args.csv}: has other columns than this script writes; name another file")
+    shown = ("row", "largest_loss_change", "cosine_min", "cosine_median", "largest_step_change", "weights_gib")
+    print(" ".join(f"{field:>19}" for field in shown))
+    try:
+        for row in rows_of(args):
+            print(" ".join(f"{row[field]:>19}" for field in shown), flush=True)
+            if args.csv:
+                is_new = not args.csv.exists()
+                with open(args.csv, "a", newline="") as file:
+                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+                    writer.writerows([dict(zip(FIELDS, FIELDS, strict=True)), row] if is_new else [row])
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
