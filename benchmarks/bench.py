@@ -271,8 +271,8 @@ def main():
         except RowError as error:
             failed += 1
             print(f"{row.label}: FAILED, {error}", flush=True)
-    sys.exit(1 if failed else 0)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
