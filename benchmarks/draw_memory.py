@@ -53,7 +53,8 @@ def draw(model, pairs, path):
     handles = [axes.patches[0], axes.patches[len(pairs)]]
     labels = ["CogVideoX Factory, as published: one A100 80GB", f"these scripts: one {card}"]
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
-    figure.suptitle(f"CogVideoX-{model}, LoRA, 49x480x720: peak of reserved GPU memory, GiB")
+    counted = "not counted: T5, which is gone before the transformer is loaded"
+    figure.suptitle(f"CogVideoX-{model}, LoRA, 49x480x720: peak of reserved GPU memory, GiB; {counted}")
     figure.savefig(path, dpi=100)
 
 

@@ -78,7 +78,7 @@ def gib(figures, name):
 def speed_cells(row, figures, originals, words):
     share = f"{float(figures['mfu']):.0%}".replace("%", " %") if figures["mfu"] else ""
     return [
-        NAMES.get(row.model, row.model), size_of(row), level_of(row), attention_of(row),
+        NAMES[row.model], size_of(row), level_of(row), attention_of(row),
         f"{float(figures['median_s']):.2f}", gib(figures, "allocated_gib"), gib(figures, "reserved_gib"),
         gib(figures, "host_gib"), share, original_of(row, originals), figures["card"].removeprefix("NVIDIA "),
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def speed_cells(row, figures, originals, words):
 def fits_cells(row, figures, originals, words):
     minutes = 1000 * float(figures["median_s"]) / 60
     return [
-        f"{row.cap:g} GiB", NAMES.get(row.model, row.model), size_of(row), level_of(row), gib(figures, "reserved_gib"),
+        f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row), gib(figures, "reserved_gib"),
         gib(figures, "host_gib"), f"{minutes:.0f} {words['minutes']}", words["yes" if row.is_validated else "no"],
     ]  # fmt: skip
 
