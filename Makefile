@@ -6,6 +6,11 @@ TORCH ?= torch
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
+# What `make bench` measures and where it is kept; FLAGS are further flags of benchmarks/bench.py, such as --again.
+ROWS ?=
+CSV ?= benchmarks/speed.csv
+FLAGS ?=
+
 # The stamp's name holds a checksum of the requirements, so that only a change of them installs again. A TORCH given
 # with the command has a stamp of its own: another TORCH installs again, none at all takes what is there.
 REQUIREMENTS := requirements.txt requirements-dev.txt
@@ -13,7 +18,7 @@ checksum = $(shell (cat $(REQUIREMENTS); echo '$(1)') | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(call checksum,)
 TORCH_STAMP := $(if $(filter file,$(origin TORCH)),$(STAMP),$(VENV)/.installed-$(call checksum,$(TORCH)))
 
-.PHONY: help install quickstart test test-faults test-gpu quality style doctor clean
+.PHONY: help install quickstart test test-faults test-gpu quality style bench doctor clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -51,6 +56,9 @@ quality: install  ## Check style: ruff, the shell scripts' syntax, shellcheck wh
 style: install  ## Format the code
 	ruff check --fix .
 	ruff format .
+
+bench: install  ## Measure training on a GPU, as in: make bench ROWS="5b-reference 5b-balanced 5b-speed"
+	python benchmarks/bench.py $(ROWS) --csv $(CSV) $(FLAGS)
 
 doctor:  ## Say what this machine lacks for training, with the fix; needs nothing installed
 	@python3 training/doctor.py

@@ -1,29 +1,38 @@
 #!/usr/bin/env python3
-"""Train with every optimizer for a few updates and keep the memory figures that the scripts report, a CSV row each.
+"""Train for a few updates and keep the memory figures that the scripts report, a CSV row each.
 
     python benchmarks/random_pipeline.py models/2b --kind 2b --text_encoder tiny
     python benchmarks/random_dataset.py data/random --num_clips 8
     python benchmarks/memory_rows.py benchmarks/optimizers.csv --model models/2b --data data/random --label 2b
+    python benchmarks/memory_rows.py benchmarks/lora_memory.csv --model models/2b --data data/random --label 2b --original
+
+A row is an optimizer; its loss on fixed noise and timesteps is taken before and after. With --original it is a LoRA of
+original_memory.csv: the original's published figures for one GPU, whose optimizer, batch size and rank it has. What
+the original trained with checkpointing is trained at --level, what it trained without at --memory speed.
 
 Each row trains, validates in the middle and tests at the end, rendering 2 denoising steps: the peak does not depend on
-their number. Its loss on fixed noise and timesteps is taken before and after. Rows that the file has already are left
-out, so that several calls may fill it.
+their number. The text encoder may be tiny, since prompts are encoded before the transformer is loaded. Rows that the
+file has already are left out, so that several calls may fill it. A row that fails is named and not in the file; the
+others go on, and the exit code is 1.
 """
 
 import argparse
 import csv
 import json
 import shlex
+import shutil
 import statistics
-import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from step_time import package_versions
+from bench import RowError, card_name, rows_in, run_logged
+from step_time import ROOT, append_row, check_csv, package_versions
 
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"lora": "cogvideox_text_to_video_lora.py", "sft": "cogvideox_text_to_video_sft.py"}
 LEARNING_RATES = {"lora": "1e-4", "sft": "1e-5"}
 OPTIMIZERS = {
@@ -38,6 +47,14 @@ OPTIMIZERS = {
     "offload-gradients": ["--optimizer", "adamw", "--use_cpu_offload_optimizer", "--offload_gradients"],
     "deepspeed": ["--optimizer", "adamw"],
 }
+# The original's names of optimizers, and its columns: GiB reserved
+ORIGINAL_OPTIMIZERS = {
+    "AdamW": "adamw",
+    "AdamW (8-bit bitsandbytes)": "adamw-8bit",
+    "AdamW + CPUOffloadOptimizer (with gradient offloading)": "offload-gradients",
+}
+ORIGINAL_ROWS = ROOT / "benchmarks/original_memory.csv"
+LEVELS = ("stream", "offload", "balanced")
 MOMENTS = ("before_training", "before_validation", "after_validation", "after_testing")
 FIGURES = ("allocated_gib", "reserved_gib", "peak_allocated_gib", "peak_reserved_gib")
 FIELDS = ["label", "exit_code", "median_s", "loss_before", "loss_after", "total_s"]
@@ -45,90 +62,191 @@ FIELDS += [f"{when}_{figure}" for when in MOMENTS for figure in FIGURES]
 FIELDS += ["host_peak_gib", "card", "torch", "diffusers", "transformers", "accelerate", "peft", "command"]
 
 
-def command_of(args, task, optimizer, output_dir):
+WRITING = threading.Lock()
+
+
+class Row(NamedTuple):
+    label: str
+    task: str
+    optimizer: str
+    flags: list[str]
+
+
+# ---------------------------------------------------------------- which rows
+
+
+def optimizer_rows(args):
+    """Every task with every optimizer."""
+    flags = ["--gradient_checkpointing", "--train_batch_size", "1"]
+    flags += ["--validation_data_root", args.data, "--validation_num_clips", "1"]
+    return [
+        Row(f"{args.label} {task} {optimizer}", task, optimizer, flags)
+        for task in args.tasks
+        for optimizer in args.optimizers
+    ]
+
+
+def read_originals(model):
+    """The original's rows of LoRA on one GPU."""
+    with open(ORIGINAL_ROWS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = [row for row in rows if row["method"] == "lora" and row["optimizer"] in ORIGINAL_OPTIMIZERS]
+    return [row for row in kept if row["model"] == f"CogVideoX-{model}"]
+
+
+def name_of(original):
+    """What our row beside an original's is called, up to its level."""
+    optimizer = ORIGINAL_OPTIMIZERS[original["optimizer"]]
+    model = original["model"].removeprefix("CogVideoX-")
+    return f"{model} lora {optimizer} batch {original['batch']} rank {original['lora_rank']}"
+
+
+def original_rows(args):
+    return [
+        original_row(original, args.level if original["gradient_checkpointing"] == "True" else "speed")
+        for original in read_originals(args.label)
+        if ORIGINAL_OPTIMIZERS[original["optimizer"]] in args.optimizers
+    ]
+
+
+def original_row(original, level):
+    rank = original["lora_rank"]
+    flags = ["--memory", level, "--train_batch_size", original["batch"], "--rank", rank, "--lora_alpha", rank]
+    return Row(f"{name_of(original)} {level}", "lora", ORIGINAL_OPTIMIZERS[original["optimizer"]], flags)
+
+
+def side_by_side(model, rows):
+    """(the original's row, ours) of those that both have; ours the last in the file, at whichever level."""
+    pairs = []
+    for original in read_originals(model):
+        levels = LEVELS if original["gradient_checkpointing"] == "True" else ("speed",)
+        labels = [f"{name_of(original)} {level}" for level in levels]
+        ours = [row for row in rows if row["label"] in labels]
+        pairs += [(original, ours[-1])] if ours else []
+    return pairs
+
+
+# ---------------------------------------------------------------- a row
+
+
+def command_of(args, row, output_dir):
     """argv of one row."""
     command = [sys.executable]
-    if optimizer == "deepspeed":
+    if row.optimizer == "deepspeed":
         config = str(ROOT / "accelerate_configs" / "deepspeed.yaml")
         command += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", config]
-    command += [str(ROOT / "training" / SCRIPTS[task]), "--pretrained_model_name_or_path", args.model]
-    command += ["--data_root", args.data, "--load_tensors", "--output_dir", str(output_dir), "--overwrite"]
-    command += ["--mixed_precision", "bf16", "--gradient_checkpointing", "--train_batch_size", "1", "--seed", "42"]
+    command += [str(ROOT / "training" / SCRIPTS[row.task]), "--pretrained_model_name_or_path", args.model]
+    command += ["--data_root", args.data, "--load_tensors", "--output_dir", str(output_dir)]
+    command += ["--mixed_precision", "bf16", "--seed", "42"]
     command += ["--max_train_steps", str(args.steps), "--lr_warmup_steps", "0", "--log_every", "1"]
     command += ["--checkpointing_steps", str(10 * args.steps), "--enable_slicing", "--enable_tiling"]
     command += ["--validation_prompt", "A red ball rolls over the grass.", "--num_inference_steps", "2"]
-    command += ["--validation_steps", str(args.steps // 2), "--validation_data_root", args.data]
-    command += ["--validation_num_clips", "1", "--learning_rate", LEARNING_RATES[task], *OPTIMIZERS[optimizer]]
-    return command
+    command += ["--validation_steps", str(args.steps // 2), "--learning_rate", LEARNING_RATES[row.task]]
+    return [*command, *row.flags, *OPTIMIZERS[row.optimizer]]
 
 
-def row_of(label, command, exit_code, total, output_dir):
-    """The figures of a finished run."""
-    path = output_dir / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    updates = [row["seconds"] for row in rows if "event" not in row]
-    held_out = [row["loss"] for row in rows if row.get("event") == "held_out_loss"]
-    memory = {row["when"]: row for row in rows if row.get("event") == "memory"}
-    shown = shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")  # of any machine
-    row = {"label": label, "exit_code": exit_code, "total_s": round(total, 1), "command": shown}
-    row["median_s"] = round(statistics.median(updates[2:]), 4) if len(updates) > 2 else None
-    row["loss_before"], row["loss_after"] = (held_out[0], held_out[-1]) if held_out else (None, None)
+def memory_figures(events, middle):
+    """MOMENTS x FIGURES of the memory events of a run that validated after `middle` updates.
+
+    Peaks are of all that came before; those of the last moment are the test's own where the script starts its counters
+    anew for it, as the original did. The videos of the untrained model, which the original did not render, do not count.
+    """
+    events = [event for event in events if (event["step"], event["when"]) != (0, "after_validation")]
+    names = [(event["step"], event["when"]) for event in events]
+    steps = {"before_training": 0, "before_validation": middle, "after_validation": middle}
+    ends = {when: names.index((step, when)) + 1 for when, step in steps.items() if (step, when) in names}
+    seen = {when: events[: ends.get(when, 0)] for when in steps}
+    seen["after_testing"] = [event for event in events if event["step"] > middle and event["when"].startswith("after")]
+    figures = {}
     for when in MOMENTS:
-        row |= {f"{when}_{figure}": memory.get(when, {}).get(figure) for figure in FIGURES}
-    row["host_peak_gib"] = memory.get("after_testing", {}).get("host_peak_gib")
-    return row | {name: version for name, version in package_versions().items() if name in FIELDS}
+        for figure in FIGURES:
+            values = [event[figure] for event in seen[when] if figure in event]
+            value = (max(values) if figure.startswith("peak") else values[-1]) if values else None
+            figures[f"{when}_{figure}"] = value
+    return figures
 
 
-def card_name():
-    import torch
+def row_of(row, args, command, total, output_dir):
+    """The figures of a finished run."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    updates = [line["seconds"] for line in rows if "event" not in line]
+    held_out = [line["loss"] for line in rows if line.get("event") == "held_out_loss"]
+    memory = [line for line in rows if line.get("event") == "memory"]
+    shown = shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")  # of any machine
+    figures = {"label": row.label, "exit_code": 0, "total_s": round(total, 1), "command": shown}
+    alone = args.jobs == 1  # several at once share the GPU's time
+    figures["median_s"] = round(statistics.median(updates[2:]), 4) if alone and len(updates) > 2 else None
+    figures["loss_before"], figures["loss_after"] = (held_out[0], held_out[-1]) if held_out else (None, None)
+    figures["host_peak_gib"] = memory[-1].get("host_peak_gib")
+    figures |= memory_figures(memory, args.steps // 2)
+    return figures | {name: version for name, version in package_versions().items() if name in FIELDS}
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+def measure(args, row, card):
+    """Run one row and append it; what it printed stays in <work>/<label>.log."""
+    output_dir = (args.work / row.label.replace(" ", "-")).resolve()
+    log_path = Path(f"{output_dir}.log")
+    command = command_of(args, row, output_dir)
+    log_path.unlink(missing_ok=True)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    start = time.perf_counter()
+    run_logged(command, log_path)
+    figures = row_of(row, args, command, time.perf_counter() - start, output_dir) | {"card": card}
+    videos = [output_dir / f"samples/step_{step}/0_0.mp4" for step in (0, args.steps // 2, args.steps)]
+    if missing := [video for video in videos if not video.exists()]:
+        raise RowError(f"validation left no {missing[0]}; see {log_path}")
+    shutil.rmtree(output_dir)  # gigabytes, in full fine-tuning
+    with WRITING:
+        append_row(args.csv, figures, FIELDS)
+    peaks = [figures[f"{when}_peak_reserved_gib"] for when in MOMENTS]
+    print(f"{row.label}: {figures['median_s']} s/step, peaks {peaks} GiB reserved, loss "
+          f"{figures['loss_before']} -> {figures['loss_after']}", flush=True)  # fmt: skip
 
 
-def main():
+# ---------------------------------------------------------------- command line
+
+
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path, help="file to write or to go on with")
     parser.add_argument("--model", required=True, help="pipeline folder")
     parser.add_argument("--data", required=True, help="prepared data")
-    parser.add_argument("--label", required=True, help="what the model is called in the file")
+    parser.add_argument("--label", required=True, help="what the model is called in the file: 2b, 5b")
+    parser.add_argument("--original", action="store_true", help="the rows of original_memory.csv for this model")
+    parser.add_argument(
+        "--level", choices=LEVELS, default="stream", help="--memory beside the original's checkpointing"
+    )
     parser.add_argument("--tasks", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--steps", type=int, default=10, help="updates (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="updates, at least 2 (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once on one GPU: memory is measured, time is not")
     parser.add_argument("--work", type=Path, default=Path("outputs/memory_rows"), help="folder of the runs")
-    args = parser.parse_args()
-    done = set()
-    if args.csv.exists():
-        with open(args.csv, newline="") as file:
-            done = {row["label"] for row in csv.DictReader(file)}
-    for task in args.tasks:
-        for optimizer in args.optimizers:
-            label = f"{args.label} {task} {optimizer}"
-            if label not in done:
-                measure(args, label, task, optimizer)
+    args = parser.parse_args(argv)
+    if args.steps < 2:
+        parser.error("--steps: at least 2, validation is in the middle")
+    if args.original and not read_originals(args.label):
+        parser.error(f"--original --label {args.label}: {ORIGINAL_ROWS.name} has no such model")
+    return args
 
 
-def measure(args, label, task, optimizer):
-    """Run one row and append it; what it printed stays in <work>/<label>.log."""
-    output_dir = args.work / label.replace(" ", "-")
-    command = command_of(args, task, optimizer, output_dir)
-    args.work.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with open(f"{output_dir}.log", "w") as log:
-        exit_code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    row = row_of(label, command, exit_code, time.perf_counter() - start, output_dir) | {"card": card_name()}
-    is_new = not args.csv.exists()
-    with open(args.csv, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(
-        f"{label}: exit code {exit_code}, {row['median_s']} s/step, peak "
-        f"{row['before_validation_peak_reserved_gib']} / {row['after_testing_peak_reserved_gib']} GiB reserved, loss "
-        f"{row['loss_before']} -> {row['loss_after']}",
-        flush=True,
-    )
+def main():
+    args = parse_args()
+    check_csv(args.csv, FIELDS)
+    done = {row["label"] for row in rows_in(args.csv)}
+    rows = original_rows(args) if args.original else optimizer_rows(args)
+    rows, card = [row for row in rows if row.label not in done], card_name()
+
+    def succeeded(row):
+        try:
+            measure(args, row, card)
+            return True
+        except RowError as error:
+            print(f"{row.label}: FAILED, {error}", flush=True)
+            return False
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return 0 if all(list(pool.map(succeeded, rows))) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,15 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from flops import latent_size
+
 
 LATENT_CHANNELS = 16
-
-
-def latent_size(frames, height, width):
-    """Latent [F, H, W] of a video of `frames` x `height` x `width` pixels. Raises ValueError where the VAE has none."""
-    if frames % 4 != 1 or height % 16 or width % 16:
-        raise ValueError(f"{frames}x{height}x{width}: need 4k+1 frames, height and width divisible by 16")
-    return (frames - 1) // 4 + 1, height // 8, width // 8
 
 
 def random_moments(size, generator):

@@ -5,7 +5,8 @@
 
 A step ends where a torch.optim optimizer has stepped and the device has finished, whatever the script logs itself: gradient
 accumulation, data loading, checkpoints and validation between two of them are part of it. Memory peaks are
-those of the whole process, loading included; without a GPU they are 0. The exit code is the script's own.
+those of the whole process, loading included; without a GPU they are 0. Host memory is this process's, what it pinned
+included. The exit code is the script's own. benchmarks/bench.py measures many rows by it.
 """
 
 import argparse
@@ -23,11 +24,16 @@ import traceback
 import weakref
 from pathlib import Path
 
+from flops import peak_tflops
 
+
+STARTED = time.perf_counter()  # of this process, but for the interpreter's own start
+ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-attn-4")
 FIELDS = ("label", "exit_code", "warmup", "steps", "median_s", "p10_s", "p90_s", "first_step_s")
-FIELDS += ("allocated_gib", "reserved_gib", "host_gib", "card", "python", *PACKAGES, "cuda", "command")
+FIELDS += ("allocated_gib", "reserved_gib", "host_gib", "memory_cap_gib", "mfu", "sm_clock_mhz")
+FIELDS += ("card", "python", *PACKAGES, "cuda", "command")
 
 
 class StepClock:
@@ -35,8 +41,9 @@ class StepClock:
 
     def __init__(self, torch):
         self.torch = torch
-        self.start = time.perf_counter()
         self.step_times = []
+        self.clocks = []
+        self.has_clocks = True
         self.peaks = [0, 0]
         self.optimizer = lambda: None
 
@@ -48,6 +55,15 @@ class StepClock:
             if self.torch.cuda.is_initialized():
                 self.torch.cuda.synchronize()
             self.step_times.append(time.perf_counter())
+            self.note_clock()
+
+    def note_clock(self):
+        """The multiprocessors' clock in MHz, where nvidia-ml-py is installed: a card that is hot or shared is slower."""
+        if self.has_clocks and self.torch.cuda.is_initialized():
+            try:
+                self.clocks.append(self.torch.cuda.clock_rate())
+            except Exception:  # no such package, or a driver or container that does not tell: the column stays empty
+                self.has_clocks = False
 
     def note_peaks(self):
         """Fold the counters of the current device into the peaks of the process, in bytes."""
@@ -67,6 +83,19 @@ class StepClock:
 
         self.torch.cuda.reset_peak_memory_stats = reset_after_noting
         self.torch.cuda.memory.reset_peak_memory_stats = reset_after_noting
+
+
+def cap_memory(torch, gib):
+    """Let torch's allocator reserve no more than `gib` on the GPU, from the moment that the script starts CUDA.
+
+    The CUDA context, about half a GiB, is not the allocator's and comes on top.
+    """
+
+    def cap():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+
+    torch.cuda._lazy_call(cap)  # at once would start CUDA before the script has chosen the allocator's settings
 
 
 def run_script(command):
@@ -111,43 +140,53 @@ def package_versions():
     return versions
 
 
+def utilisation(model_tflop, seconds, card):
+    """Model FLOPs over what the card could do in that time; None where either is unknown."""
+    peak = peak_tflops(card)
+    return round(model_tflop / seconds / peak, 4) if model_tflop and seconds and peak else None
+
+
 def summarise(clock, args, exit_code):
     """The row of one run, in the order of FIELDS."""
     clock.note_peaks()
     cuda = clock.torch.cuda
     durations = step_durations(clock.step_times, args.warmup)
+    median, card = percentile(durations, 0.5), cuda.get_device_name() if cuda.is_available() else "cpu"
     row = {
         "label": args.label,
         "exit_code": exit_code,
         "warmup": args.warmup,
         "steps": len(durations),
-        "median_s": percentile(durations, 0.5),
+        "median_s": median,
         "p10_s": percentile(durations, 0.1),
         "p90_s": percentile(durations, 0.9),
-        "first_step_s": round(clock.step_times[0] - clock.start, 3) if clock.step_times else None,
+        "first_step_s": round(clock.step_times[0] - STARTED, 3) if clock.step_times else None,
         "allocated_gib": round(clock.peaks[0] / GIB, 3),
         "reserved_gib": round(clock.peaks[1] / GIB, 3),
         "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3),  # KiB on Linux
-        "card": cuda.get_device_name() if cuda.is_available() else "cpu",
+        "memory_cap_gib": args.memory_cap,
+        "mfu": utilisation(args.model_tflop, median, card),
+        "sm_clock_mhz": percentile(clock.clocks[args.warmup :], 0.5),
+        "card": card,
         "python": platform.python_version(),
         **package_versions(),
         "cuda": clock.torch.version.cuda,
-        "command": shlex.join(args.command),
+        "command": shlex.join(args.command).replace(f"{ROOT}/", ""),  # of any machine
     }
     return {field: row[field] for field in FIELDS}
 
 
-def check_csv(path):
+def check_csv(path, fields=FIELDS):
     """A file of other columns ends the run before it starts, not after it."""
-    if path.exists() and path.read_text().partition("\n")[0] != ",".join(FIELDS):
+    if path.exists() and path.read_text().partition("\n")[0] != ",".join(fields):
         sys.exit(f"{path}: has other columns than this script writes; name another file")
 
 
-def append_row(path, row):
+def append_row(path, row, fields=FIELDS):
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(row)
@@ -163,6 +202,8 @@ def parse_args(argv):
     parser.add_argument("--warmup", type=int, default=3, help="first steps left out (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="append a row to this file")
     parser.add_argument("--label", default="", help="name of the row")
+    parser.add_argument("--memory_cap", type=float, metavar="GIB", help="the most that torch may reserve on the GPU")
+    parser.add_argument("--model_tflop", type=float, help="of a step, by flops.py: gives the model FLOP utilisation")
     args = parser.parse_args(argv[:split])
     args.command = argv[split + 1 :]
     if not args.command:
@@ -178,6 +219,8 @@ def main():
 
     clock = StepClock(torch)
     clock.install()
+    if args.memory_cap:
+        cap_memory(torch, args.memory_cap)
     exit_code = run_script(args.command)
     row = summarise(clock, args, exit_code)
     if os.environ.get("RANK", "0") == "0":

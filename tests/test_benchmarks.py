@@ -1,15 +1,28 @@
 import csv
 import importlib.metadata
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import bench
+import draw_memory
+import memory_rows
+import step_time
+import tables
+from flops import latent_size, num_tokens, peak_tflops, step_flops
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
 from tiny_pipeline import KINDS, kind_transformer
@@ -101,3 +114,325 @@ def test_random_dataset_layout(tmp_path):
 def test_random_dataset_refuses_sizes_the_vae_does_not_take(tmp_path):
     with pytest.raises(ValueError, match="4k\\+1"):
         write_dataset(tmp_path, num_clips=1, frames=10, height=64, width=96)
+
+
+# ---------------------------------------------------------------- model FLOPs
+
+
+@pytest.mark.parametrize(("kind", "is_lora"), [("2b", True), ("2b", False), ("1.5-5b", True)])
+def test_step_flops_are_those_that_torch_counts(kind, is_lora):
+    """At the real size, on the meta device; attention as plain products, since a flash kernel recomputes one of them."""
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel(**kind_transformer(kind), **real_sizes(kind)["transformer"])
+        config, size = transformer.config, bench.MODELS[kind]
+        if is_lora:
+            transformer.requires_grad_(False)
+            targets = ["to_q", "to_k", "to_v", "to_out.0"]
+            transformer.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=targets))
+        frames, height, width = latent_size(*size)
+        frames += -frames % (config.patch_size_t or 1)
+        text = torch.empty(1, config.max_text_seq_length, config.text_embed_dim)
+        num_video = num_tokens(config, *size) - config.max_text_seq_length
+        rotary = None if kind == "2b" else (torch.empty(num_video, 64), torch.empty(num_video, 64))
+        latents, timestep = torch.empty(1, frames, 16, height, width), torch.empty(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            transformer(latents, text, timestep, image_rotary_emb=rotary, return_dict=False)[0].sum().backward()
+    counted = counter.get_total_flops()
+    assert step_flops(config, size, is_lora=is_lora) == pytest.approx(counted, rel=0.02)
+    assert step_flops(config, size, batch=4, is_lora=is_lora) == pytest.approx(4 * counted, rel=0.02)
+
+
+def test_utilisation_is_of_the_cards_peak():
+    assert step_time.utilisation(827, 2.0, "NVIDIA H100 80GB HBM3") == pytest.approx(827 / 2 / 989, abs=1e-4)
+    assert peak_tflops("NVIDIA H100 PCIe") < peak_tflops("NVIDIA H100 80GB HBM3")
+    assert step_time.utilisation(827, 2.0, "Some Card 9000") is None
+    assert step_time.utilisation(None, 2.0, "NVIDIA H200") is None
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_label_says_what_runs():
+    row = bench.parse_row("5b-balanced@fa4+rank16+fp8+batch4+cap5.5")
+    assert row == bench.parse_row("5b-balanced+cap5.5+fp8+batch4+rank16@fa4")  # a row has one label
+    assert (row.batch, row.rank, row.cap) == (4, 16, 5.5)
+    flags = " ".join(bench.script_flags(row, steps=20))
+    assert bench.script_of(row).name == "cogvideox_text_to_video_lora.py"
+    for expected in (
+        "--memory balanced",
+        "--attention fa4",
+        "--base_precision fp8",
+        "--train_batch_size 4",
+        "--rank 16",
+    ):
+        assert expected in flags
+    assert "gradient_checkpointing" not in flags
+    assert bench.script_of(bench.parse_row("5b-i2v-speed+sft")).name == "cogvideox_image_to_video_sft.py"
+    assert bench.data_folder(bench.parse_row("1.5-5b-stream")) == "data/81x768x1360"
+
+
+@pytest.mark.parametrize("label", ["5b", "5b-fast", "3b-speed", "5b-speed+fp9", "5b-speed+batch", "5b-reference+sft"])
+def test_a_row_of_no_table_is_refused_before_anything_runs(label, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        bench.parse_args(["5b-speed", label])
+    assert f"error: {label}: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def work(tiny, tmp_path, monkeypatch):
+    """A work folder with a tiny pipeline in place of a real one."""
+    monkeypatch.setitem(bench.MODELS, "tiny", (9, 64, 96))
+    shutil.copytree(tiny("5b"), tmp_path / "work/models/tiny")
+    return tmp_path / "work"
+
+
+def run_bench(monkeypatch, work, *rows):
+    """(exit code, rows of the CSV)"""
+    path = work / "speed.csv"
+    argv = ["bench.py", *rows, "--csv", str(path), "--work", str(work), "--steps", "4", "--warmup", "1"]
+    monkeypatch.setattr("sys.argv", argv)
+    exit_code = bench.main()
+    return exit_code, bench.rows_in(path)
+
+
+def test_rows_of_each_kind_run_and_one_that_fails_leaves_the_others(work, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "card_name", lambda: "cpu")
+    labels = ["tiny-reference", "tiny-speed+compiled+eager", "tiny-checkpointing+rank4+validated", "2b-speed"]
+    labels += ["tiny-balanced+batch4+sft"]
+    exit_code, rows = run_bench(monkeypatch, work, *labels)
+    shown = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert exit_code == 1
+    assert list(shown) == labels
+    assert "--compile_blocks and --no_compile_blocks: give one of them" in shown["tiny-speed+compiled+eager"]
+    assert "needs a GPU" in shown["2b-speed"]  # gigabytes of random weights, on a machine that could not train them
+    assert [row["label"] for row in rows] == [label for label in labels if "FAILED" not in shown[label]]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["steps"] == "3"
+        assert 0 < float(row["p10_s"]) <= float(row["median_s"]) <= float(row["p90_s"]) < 60
+        assert 0.1 < float(row["host_gib"]) < 8
+        assert 1 < float(row["first_step_s"]) < 120
+        assert not Path(row["command"].split()[0]).is_absolute()
+        assert not (work / "runs" / row["label"]).exists()
+
+
+def test_measured_rows_are_left_out_unless_asked_for_again(work, monkeypatch, capsys):
+    measured = []
+
+    def measure(row, args, card):
+        measured.append((row.label, card))
+        step_time.append_row(args.csv, dict.fromkeys(step_time.FIELDS) | speed_row(row.label, card=card))
+        return speed_row(row.label, allocated_gib=1.0, reserved_gib=1.0, first_step_s=1.0, host_gib=1.0, mfu=None)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    cards = iter(["one", "one", "one", "other"])
+    monkeypatch.setattr(bench, "card_name", lambda: next(cards))
+    assert run_bench(monkeypatch, work, "tiny-speed", "tiny-speed")[0] == 0
+    assert run_bench(monkeypatch, work, "tiny-speed", "tiny-stream")[0] == 0
+    assert "tiny-speed: in " in capsys.readouterr().out
+    run_bench(monkeypatch, work, "tiny-speed", "--again")
+    run_bench(monkeypatch, work, "tiny-speed")
+    labels = [("tiny-speed", "one"), ("tiny-stream", "one"), ("tiny-speed", "one"), ("tiny-speed", "other")]
+    assert measured == labels
+
+
+def speed_row(label, **figures):
+    """A row of speed.csv."""
+    row = {
+        "label": label,
+        "exit_code": 0,
+        "median_s": 2.0,
+        "p10_s": 1.9,
+        "p90_s": 2.1,
+        "card": "NVIDIA H100 80GB HBM3",
+    }
+    row |= {"allocated_gib": 20.04, "reserved_gib": 22.46, "host_gib": 6.0, "mfu": 0.4181}
+    return row | {"torch": "2.11.0", "diffusers": "0.42.1", "cuda": "13.0"} | figures
+
+
+def test_a_row_is_validated_only_with_its_videos(tmp_path):
+    row, log_path = bench.parse_row("5b-stream+validated"), tmp_path / "log"
+    log_path.write_text("WARNING step 2: validation videos failed, training goes on: OutOfMemoryError\nbye\n")
+    args = SimpleNamespace(work=tmp_path, steps=4)
+    for step in (0, 2, 4):
+        with pytest.raises(bench.RowError, match=f"no video of step {step}: .*OutOfMemoryError"):
+            bench.check_videos(row, args, log_path)
+        folder = tmp_path / f"runs/5b-stream+validated/samples/step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "0_0.mp4").touch()
+    bench.check_videos(row, args, log_path)
+
+
+def test_a_killed_process_is_said(tmp_path):
+    killed = [sys.executable, "-c", "import os; print('so far', flush=True); os.kill(os.getpid(), 9)"]
+    with pytest.raises(bench.RowError, match="^signal 9: so far "):
+        bench.run_logged(killed, tmp_path / "logs/row.log")
+
+
+def test_inputs_are_made_whole_or_not_at_all_and_once(tmp_path):
+    folder, log_path = tmp_path / "data/9x64x96", tmp_path / "log"
+    size = ["--frames", "9", "--height", "64", "--width", "90"]
+    with pytest.raises(bench.RowError, match="exit code 2"):
+        bench.make_once(folder, "random_dataset.py", log_path, *size)
+    assert not folder.exists()
+    (tmp_path / "data/9x64x96.partial/left-over").mkdir(parents=True)
+    texts = ["--text_width", "32", "--num_clips", "2"]
+    bench.make_once(folder, "random_dataset.py", log_path, *size[:-1], "96", *texts)
+    assert (folder / "data.jsonl").exists()
+    assert not (folder / "left-over").exists()
+    bench.make_once(folder, "no-such-script.py", log_path)
+
+
+def test_the_cap_waits_for_cuda_to_start():
+    queued, fractions = [], []
+    cuda = SimpleNamespace(
+        _lazy_call=queued.append,
+        current_device=lambda: 0,
+        get_device_properties=lambda device: SimpleNamespace(total_memory=80 * 2**30),
+        set_per_process_memory_fraction=fractions.append,
+    )
+    step_time.cap_memory(SimpleNamespace(cuda=cuda), 5.5)
+    assert not fractions
+    queued[0]()
+    assert fractions == [5.5 / 80]
+
+
+@pytest.mark.gpu
+def test_capped_memory_is_refused_beyond_the_cap(tmp_path):
+    (tmp_path / "greedy.py").write_text(
+        "import torch; torch.empty(2**30, device='cuda'); torch.empty(2**31, device='cuda')"
+    )
+    result = run_step_time("--memory_cap", 2, "--", tmp_path / "greedy.py")
+    assert result.returncode == 1
+    assert "OutOfMemoryError" in result.stderr
+    assert 1 <= json.loads(result.stdout.splitlines()[-1])["reserved_gib"] <= 2
+
+
+# ---------------------------------------------------------------- tables of the READMEs
+
+
+def page(*contents):
+    parts = []
+    for kind in tables.HEADINGS:
+        content = contents[len(parts)] if contents else ""
+        end = f"<!-- end of the {kind} table -->\n"
+        parts.append(f"<!-- {kind} table: python benchmarks/tables.py -->\n{content}{end}")
+    return "Before\n" + "Between\n".join(parts) + "After\n"
+
+
+def filled(rows, page_name="README.md", text=None):
+    rows = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    rows = [dict.fromkeys(step_time.FIELDS, "") | row for row in rows]
+    return tables.filled(text or page(), page_name, rows, tables.read_originals())
+
+
+def test_tables_show_the_rows_of_the_csv():
+    rows = [speed_row("5b-stream+validated+cap5.5", median_s=2.4, mfu=None), speed_row("5b-speed", median_s=1.71)]
+    rows += [speed_row("5b-balanced+batch4+fp8@fa4", median_s=9), speed_row("5b-balanced+batch4+fp8@fa4", median_s=8)]
+    rows += [speed_row("5b-reference"), speed_row("1.5-5b-balanced", median_s=9.5), speed_row("2b-balanced+sft")]
+    text = filled(rows)
+    lines = ["|".join(cell.strip() for cell in line.split("|")) for line in text.splitlines() if "x7" in line]
+    common, card = "20.0 GiB|22.5 GiB|6.0 GiB|42 %", "H100 80GB HBM3"
+    assert lines == [
+        f"|2b|49x480x720|balanced, sft|auto|2.00|{common}||{card}|",
+        f"|5b|49x480x720|reference|torch|2.00|{common}|3.92 s, 19.7 GiB (H100)|{card}|",
+        f"|5b|49x480x720|balanced, batch 4, fp8|fa4|8.00|{common}||{card}|",
+        f"|5b|49x480x720|speed|auto|1.71|{common}|OOM (H100)|{card}|",
+        f"|1.5-5B|81x768x1360|balanced|auto|9.50|{common}|40 s, 35 GB (A800)|{card}|",
+        "|5.5 GiB|5b|49x480x720|stream|22.5 GiB|6.0 GiB|40 min|yes|",
+    ]
+    assert "Versions: torch 2.11.0, diffusers 0.42.1, CUDA 13.0." in text
+    assert filled(rows, text=text) == text
+    assert filled([], text=text) == page()
+
+
+def test_tables_have_the_same_figures_in_both_languages():
+    rows = [speed_row("5b-stream+cap5.5"), speed_row("2b-speed")]
+    english, chinese = (filled(rows, name).split("---|\n") for name in ("README.md", "README_zh.md"))
+    assert len(english) == len(chinese) == 3
+    for one, other in zip(english[1:], chinese[1:], strict=True):
+        assert re.findall(r"[\d.]+", one.split("\n")[0]) == re.findall(r"[\d.]+", other.split("\n")[0])
+
+
+def test_a_page_without_markers_is_an_error():
+    with pytest.raises(ValueError, match="README.md: needs one <!-- speed table"):
+        filled([], text="nothing\n")
+
+
+# ---------------------------------------------------------------- the original's memory
+
+
+def memory_event(step, when, peak):
+    return {"event": "memory", "step": step, "when": when, "reserved_gib": peak - 1, "peak_reserved_gib": peak}
+
+
+def test_memory_columns_are_those_of_the_original():
+    """Load, train, validate: all that came before; the test alone; no video of the untrained model."""
+    events = [
+        memory_event(0, "before_training", 3.0),
+        memory_event(0, "before_validation", 2.0),
+        memory_event(0, "after_validation", 9.0),
+        memory_event(2, "before_validation", 6.0),
+        memory_event(2, "after_validation", 5.0),
+        memory_event(4, "before_validation", 7.0),
+        memory_event(4, "after_validation", 4.0),
+        memory_event(4, "after_testing", 3.5),
+    ]
+    figures = memory_rows.memory_figures(events, middle=2)
+    assert [figures[f"{when}_peak_reserved_gib"] for when in memory_rows.MOMENTS] == [3.0, 6.0, 6.0, 4.0]
+    assert [figures[f"{when}_reserved_gib"] for when in memory_rows.MOMENTS] == [2.0, 5.0, 4.0, 2.5]
+    assert figures["after_testing_allocated_gib"] is None
+
+
+def test_every_lora_of_the_original_on_one_gpu_has_a_row():
+    args = ["x.csv", "--model", "m", "--data", "d", "--original", "--label"]
+    rows = [row for model in ("2b", "5b") for row in memory_rows.original_rows(memory_rows.parse_args([*args, model]))]
+    assert len({row.label for row in rows}) == len(rows) == 27 + 18
+    levels = [row.flags[row.flags.index("--memory") + 1] for row in rows]
+    assert (levels.count("speed"), levels.count("stream")) == (9, 36)
+    eight_bit = next(row for row in rows if row.label == "5b lora adamw-8bit batch 4 rank 256 stream")
+    argv = memory_rows.command_of(memory_rows.parse_args([*args, "5b"]), eight_bit, Path("out"))
+    assert "--use_8bit" in argv
+    assert "--rank 256 --lora_alpha 256" in " ".join(argv)
+
+
+def test_memory_rows_run_and_are_not_run_twice(tiny, prepared_data, tmp_path, monkeypatch, capsys):
+    [original] = [row for row in memory_rows.read_originals("2b") if row["optimizer"] == "AdamW"][5:6]
+    originals = [original | {"lora_rank": "4"}, original | {"batch": "0"}]
+    monkeypatch.setattr(memory_rows, "read_originals", lambda model: originals)
+    monkeypatch.setattr(memory_rows, "card_name", lambda: "cpu")
+    path = tmp_path / "rows.csv"
+    argv = ["memory_rows.py", str(path), "--model", str(tiny("5b")), "--data", str(prepared_data), "--label", "2b"]
+    argv += ["--original", "--steps", "2", "--level", "balanced", "--jobs", "2", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", argv)
+    assert memory_rows.main() == 1
+    failed, done = sorted(capsys.readouterr().out.splitlines())
+    assert failed.startswith("2b lora adamw batch 0 rank 256 balanced: FAILED, exit code 2: ")
+    assert "--train_batch_size" in failed
+    [row] = bench.rows_in(path)
+    assert done.startswith(f"{row['label']}: ")
+    assert row["label"] == "2b lora adamw batch 1 rank 4 balanced"
+    assert float(row["host_peak_gib"]) > 0.1
+    assert row["median_s"] == ""  # two at once
+    del originals[1]
+    assert memory_rows.main() == 0
+    assert len(bench.rows_in(path)) == 1
+
+
+def test_figures_of_memory_are_drawn_of_the_rows_that_both_have(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "lora_memory.csv"
+    labels = ["2b lora adamw batch 1 rank 16 speed", "2b lora adamw batch 1 rank 16 balanced"]
+    labels += ["2b lora offload-gradients batch 4 rank 256 stream", "2b lora adamw batch 1 rank 16 stream"]
+    for place, label in enumerate(labels):
+        figures = {f"{when}_peak_reserved_gib": place for when in memory_rows.MOMENTS}
+        row = {"label": label, "exit_code": 0, "card": "NVIDIA H200"} | figures
+        step_time.append_row(path, dict.fromkeys(memory_rows.FIELDS) | row, memory_rows.FIELDS)
+    pairs = memory_rows.side_by_side("2b", bench.rows_in(path))
+    assert [ours["label"] for _, ours in pairs] == [labels[0], labels[3], labels[2]]  # the later of two levels
+    assert draw_memory.bars_of(pairs, "after_testing") == ([24.234, 24.234, 24.709], [0, 3, 2])
+    monkeypatch.setattr("sys.argv", ["draw_memory.py", "--csv", str(path), "--out", str(tmp_path)])
+    draw_memory.main()
+    assert "3 rows" in capsys.readouterr().out
+    assert [drawn.name for drawn in tmp_path.glob("*.png")] == ["lora_2b.png"]
+    with Image.open(tmp_path / "lora_2b.png") as image:
+        assert len(image.convert("RGB").getcolors(2**20)) > 10

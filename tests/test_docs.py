@@ -17,10 +17,12 @@ import av
 import pytest
 import torch
 
+import bench
 import memory_rows
 import random_dataset
 import random_pipeline
 import step_time
+import tables
 import test_lora_inference
 from args import (
     EPILOG,
@@ -132,6 +134,9 @@ def check_command(settings, words, monkeypatch):
         check_script(rest[0], rest[1:], monkeypatch)
     elif program == "make":
         subprocess.run(["make", "-n", *rest], cwd=ROOT, check=True, capture_output=True)
+        if rest[0] == "bench":
+            [rows] = [word.removeprefix("ROWS=") for word in rest if word.startswith("ROWS=")]
+            bench.parse_args(rows.split())
     else:
         assert program in ("hf", "source")
 
@@ -157,7 +162,7 @@ def check_script(script, argv, monkeypatch):
         check_script(measured, flags, monkeypatch)
     elif name == "assets/plot_loss.py":
         assert [word for word in argv if word.endswith("metrics.jsonl")]
-    elif name == "assets/make_flags.py":
+    elif name in ("assets/make_flags.py", "benchmarks/tables.py", "benchmarks/draw_memory.py"):
         assert not argv
     elif name.startswith("benchmarks/"):
         check_benchmark(name, argv, monkeypatch)
@@ -177,12 +182,16 @@ def parse_flags(name, argv):
 
 def check_benchmark(name, argv, monkeypatch):
     """Up to the calls that would write gigabytes or train for minutes."""
+    num_rows = len(memory_rows.SCRIPTS) * len(memory_rows.OPTIMIZERS)
+    if "--original" in argv:
+        num_rows = len(memory_rows.read_originals("2b"))
     module, worker, num_calls = {
         "benchmarks/random_pipeline.py": (random_pipeline, "write_pipeline", 1),
         "benchmarks/random_dataset.py": (random_dataset, "write_dataset", 1),
-        "benchmarks/memory_rows.py": (memory_rows, "measure", len(memory_rows.SCRIPTS) * len(memory_rows.OPTIMIZERS)),
+        "benchmarks/memory_rows.py": (memory_rows, "measure", num_rows),
     }[name]
     calls = []
+    monkeypatch.setattr(memory_rows, "card_name", lambda: "cpu")
     monkeypatch.setattr(module, worker, lambda *args: calls.append(args))
     monkeypatch.setattr("sys.argv", [name, *argv])
     module.main()
@@ -210,6 +219,7 @@ def test_shell_blocks_can_be_typed(block, monkeypatch, tmp_path):
         "torchrun --nproc_per_node 2 training/prepare_dataset.py --data_root d",
         "python benchmarks/random_pipeline.py models/2b --kind 3b",
         "make no-such-target",
+        "make bench ROWS=5b-fast",
         "unknown-program",
     ],
 )
@@ -408,6 +418,20 @@ def figures_of(row):
     memory = [float(row["before_training_reserved_gib"]), peak, float(row["host_peak_gib"])]
     losses = [float(row["loss_before"]), float(row["loss_after"])]
     return [f"{float(row['median_s']):.2f}", *(f"{gib:.1f}" for gib in memory), *(f"{loss:.4f}" for loss in losses)]
+
+
+@pytest.mark.parametrize("page", [README, twin(README)], ids=lambda page: page.stem)
+def test_the_tables_of_speed_are_those_of_the_csv(page):
+    rows = bench.rows_in(ROOT / "benchmarks/speed.csv")
+    written = tables.filled(read(page), page.name, rows, tables.read_originals())
+    assert read(page) == written, "run python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("row", bench.rows_in(ROOT / "benchmarks/lora_memory.csv"), ids=lambda row: row["label"])
+def test_every_lora_needs_less_memory_than_the_originals(row):
+    [pair] = memory_rows.side_by_side(row["label"].split()[0], [row])
+    for moment in memory_rows.MOMENTS:
+        assert float(row[f"{moment}_peak_reserved_gib"]) < float(pair[0][f"memory_{moment}"]), moment
 
 
 def test_every_recipe_has_its_source():

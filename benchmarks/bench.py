@@ -1,0 +1,278 @@
+#!/usr/bin/env python3
+"""Measure training runs side by side, one row of a CSV each: time, memory, model FLOP utilisation, versions, card.
+
+    python benchmarks/bench.py 5b-reference 5b-balanced 5b-balanced+fp8@fa4 2b-speed+batch4
+    python benchmarks/bench.py 5b-stream+validated+cap5.5
+
+A row is MODEL-LEVEL with additions, in the tables at the top of this file. Each is a script in a process of its own under
+step_time.py, on a model of the real size with random weights and on random prepared data, made in the work folder once.
+Rows that the CSV has for this card are left out. A row that fails is named, with the last line of its log, and is not
+in the CSV; the others go on, and the exit code is 1.
+"""
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from flops import step_flops
+from step_time import ROOT, append_row, check_csv
+
+
+SIZE_1_0, SIZE_1_5 = (49, 480, 720), (81, 768, 1360)  # frames, height, width in pixels
+# Kinds of random_pipeline.py, and what they are measured at
+MODELS = {"2b": SIZE_1_0, "5b": SIZE_1_0, "5b-i2v": SIZE_1_0, "1.5-5b": SIZE_1_5, "1.5-5b-i2v": SIZE_1_5}
+LEVELS = {
+    "reference": "",  # reference.py, no script of training/
+    "checkpointing": "--gradient_checkpointing",
+    "balanced": "--memory balanced",
+    "speed": "--memory speed",
+    "offload": "--memory offload",
+    "stream": "--memory stream",
+}
+ADDITIONS = {
+    "+fp8": "--base_precision fp8",
+    "+int8": "--base_precision int8",
+    "+nf4": "--base_precision nf4",
+    "+compiled": "--compile_blocks",
+    "+eager": "--no_compile_blocks",
+    "+8bit": "--use_8bit",
+    "+hostadam": "--use_cpu_offload_optimizer --offload_gradients",
+    "+validated": "--num_inference_steps 2 --enable_slicing --enable_tiling",  # and a prompt: validate() below
+    "+xxl": "",  # T5 of the real size instead of a tiny one: 9 GiB on disk; matters with +validated
+    "+sft": "",  # every weight instead of a LoRA
+    "@cudnn": "--attention cudnn",
+    "@flash": "--attention flash",
+    "@fa4": "--attention fa4",
+    "@math": "--attention math",
+}
+COUNTS = {"+batch": 1, "+rank": 64, "+cap": None}  # +cap5.5: torch may reserve 5.5 GiB on the GPU
+PROMPT = "A red ball rolls over the grass."
+NUM_CLIPS = 8
+
+
+class Row(NamedTuple):
+    label: str
+    model: str
+    level: str
+    additions: tuple[str, ...]
+    batch: int
+    rank: int
+    cap: float | None  # GiB
+
+    @property
+    def is_sft(self):
+        return "+sft" in self.additions
+
+    @property
+    def is_validated(self):
+        return "+validated" in self.additions
+
+
+class RowError(Exception):
+    """A row that could not be measured, in one line."""
+
+
+# ---------------------------------------------------------------- a row
+
+
+def parse_row(label):
+    """The Row of a label, its additions in one order so that a row has one label. ValueError for what is in no table."""
+    head, *additions = re.split(r"(?=[+@])", label)
+    model, _, level = head.rpartition("-")
+    if model not in MODELS or level not in LEVELS:
+        raise ValueError(f"{label}: {head} is no MODEL-LEVEL of {', '.join(MODELS)} and {', '.join(LEVELS)}")
+    counts = dict(COUNTS)
+    for addition in additions:
+        counted = re.fullmatch(r"(\+[a-z]+)(\d+(?:\.\d+)?)", addition)
+        if counted and counted[1] in COUNTS:
+            counts[counted[1]] = float(counted[2]) if counted[1] == "+cap" else int(counted[2])
+        elif addition not in ADDITIONS:
+            raise ValueError(
+                f"{label}: {addition} is none of {', '.join([*ADDITIONS, *(f'{key}N' for key in COUNTS)])}"
+            )
+    if level == "reference" and "+sft" in additions:
+        raise ValueError(f"{label}: the reference trains a LoRA")
+    additions = tuple(sorted(additions))
+    return Row(head + "".join(additions), model, level, additions, *counts.values())
+
+
+def script_of(row):
+    if row.level == "reference":
+        return ROOT / "benchmarks/reference.py"
+    task = "image" if row.model.endswith("i2v") else "text"
+    return ROOT / f"training/cogvideox_{task}_to_video_{'sft' if row.is_sft else 'lora'}.py"
+
+
+def model_folder(row):
+    return f"models/{row.model}{'-xxl' if '+xxl' in row.additions else ''}"
+
+
+def data_folder(row):
+    return "data/" + "x".join(map(str, MODELS[row.model]))
+
+
+def size_flags(row):
+    names = ("--frames", "--height", "--width")
+    return [word for name, pixels in zip(names, MODELS[row.model], strict=True) for word in (name, str(pixels))]
+
+
+def script_flags(row, steps):
+    """What the row's script is given; paths are relative to the work folder."""
+    flags = ["--pretrained_model_name_or_path", model_folder(row), "--max_train_steps", str(steps), "--seed", "42"]
+    flags += ["--train_batch_size", str(row.batch)] + ([] if row.is_sft else ["--rank", str(row.rank)])
+    added = " ".join([LEVELS[row.level], *(ADDITIONS.get(name, "") for name in row.additions)]).split()
+    if row.level == "reference":
+        return [*flags, *size_flags(row), *added]
+    flags += ["--data_root", data_folder(row), "--load_tensors", "--mixed_precision", "bf16", "--optimizer", "adamw"]
+    flags += ["--learning_rate", "1e-5" if row.is_sft else "1e-4", "--lr_warmup_steps", "0", "--allow_tf32"]
+    flags += ["--dataloader_num_workers", "2", "--checkpointing_steps", "100000", "--output_dir", f"runs/{row.label}"]
+    if row.is_validated:
+        flags += ["--validation_prompt", PROMPT, "--validation_steps", str(steps // 2)]
+    return flags + added
+
+
+# ---------------------------------------------------------------- running
+
+
+def run_logged(command, log_path, cwd=None):
+    """Run `command`, its output appended to a file. RowError with the file's last line unless it exits with 0."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_path, "a") as log:
+        exit_code = subprocess.run(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, cwd=cwd).returncode
+    if exit_code:
+        ended = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+        raise RowError(f"{ended}: {last_line(log_path)} ({log_path})")
+
+
+def last_line(log_path):
+    """The last thing that a script said, before step_time's row."""
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line and not line.startswith('{"label"')), "nothing said")
+
+
+def make_once(folder, script, log_path, *flags):
+    """The folder that a script of benchmarks/ writes, whole or not at all, unless it is there."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    run_logged([sys.executable, ROOT / "benchmarks" / script, partial, *flags], log_path)
+    partial.rename(folder)
+
+
+def make_inputs(row, work, log_path, card):
+    """Make the row's model and data in the work folder; returns the transformer's config.
+
+    The VAE is of the real size, since validation decodes with it.
+    """
+    model = work / model_folder(row)
+    if card == "cpu" and not model.exists():
+        raise RowError(f"a model of real size needs a GPU; on a CPU, put a tiny pipeline at {model}")
+    text_encoder = "xxl" if "+xxl" in row.additions else "tiny"
+    make_once(model, "random_pipeline.py", log_path, "--kind", row.model, "--text_encoder", text_encoder)
+    config = json.loads((model / "transformer/config.json").read_text())
+    texts = ["--text_width", config["text_embed_dim"], "--num_clips", NUM_CLIPS]
+    make_once(work / data_folder(row), "random_dataset.py", log_path, *size_flags(row), *texts)
+    return config
+
+
+def measure(row, args, card):
+    """Run one row and append it to the CSV; returns it. What it printed stays in <work>/logs/<label>.log."""
+    work, log_path = args.work, args.work / "logs" / f"{row.label}.log"
+    log_path.unlink(missing_ok=True)
+    shutil.rmtree(work / "runs" / row.label, ignore_errors=True)
+    config = make_inputs(row, work, log_path, card)
+    tflop = step_flops(config, MODELS[row.model], row.batch, not row.is_sft) / 1e12
+    command = [sys.executable, ROOT / "benchmarks/step_time.py", "--warmup", args.warmup, "--label", row.label]
+    command += ["--model_tflop", tflop] + (["--memory_cap", row.cap] if row.cap else [])
+    run_logged([*command, "--", script_of(row), *script_flags(row, args.steps)], log_path, cwd=work)
+    check_videos(row, args, log_path)
+    lines = log_path.read_text(errors="replace").splitlines()
+    measured = json.loads(next(line for line in reversed(lines) if line.startswith('{"label"')))
+    append_row(args.csv, measured)
+    shutil.rmtree(work / "runs" / row.label, ignore_errors=True)  # gigabytes, in full fine-tuning
+    return measured
+
+
+def check_videos(row, args, log_path):
+    """A validation that failed is no more than a warning of a run, but a row that is called validated has its videos."""
+    if not row.is_validated:
+        return
+    samples = args.work / "runs" / row.label / "samples"
+    missing = [step for step in (0, args.steps // 2, args.steps) if not (samples / f"step_{step}/0_0.mp4").exists()]
+    if missing:
+        warnings = [line for line in log_path.read_text(errors="replace").splitlines() if "validation" in line]
+        raise RowError(f"no video of step {missing[0]}: {(warnings or ['nothing said'])[-1]} ({log_path})")
+
+
+def card_name():
+    """The GPU's name, asked in another process: CUDA in this one would take memory from the rows."""
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return asked.stdout.splitlines()[-1]
+
+
+def rows_in(path):
+    """The rows of a CSV that ended well; none of a file that is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if row["exit_code"] == "0"]
+
+
+def said(measured):
+    figures = f"{measured['allocated_gib']:.2f} GiB allocated, {measured['reserved_gib']:.2f} reserved"
+    speed = f"{measured['median_s']} s/step ({measured['p10_s']} to {measured['p90_s']})"
+    share = f", MFU {measured['mfu']:.1%}" if measured["mfu"] else ""
+    start = f"first step after {measured['first_step_s']:.0f} s"
+    return f"{speed}, {figures}, {measured['host_gib']:.1f} of the host{share}, {start}"
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", metavar="ROW", help="such as 5b-balanced+fp8")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/speed.csv", help="file to go on with")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs/bench", help="folder of models, data and logs")
+    parser.add_argument("--steps", type=int, default=20, help="updates of a row (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=5, help="of them not timed (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure rows that the file has, too")
+    args = parser.parse_args(argv)
+    if not 0 < args.warmup < args.steps:
+        parser.error("--warmup: at least 1, and less than --steps")
+    try:
+        args.rows = list(dict.fromkeys(map(parse_row, args.rows)))
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main():
+    args = parse_args()
+    args.work = args.work.resolve()
+    check_csv(args.csv)
+    card = card_name()
+    done = {row["label"] for row in rows_in(args.csv) if row["card"] == card}
+    failed = 0
+    for row in args.rows:
+        if row.label in done and not args.again:
+            print(f"{row.label}: in {args.csv} already")
+            continue
+        try:
+            print(f"{row.label}: {said(measure(row, args, card))}", flush=True)
+        except RowError as error:
+            failed += 1
+            print(f"{row.label}: FAILED, {error}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Write the tables of what bench.py measured into README.md and README_zh.md, between their markers.
+
+    python benchmarks/tables.py
+
+Rows are those of benchmarks/speed.csv, of a row measured twice on one card the later. The original's figures beside them
+are those of benchmarks/original_speed.csv. Where a table would have no row, nothing stands between its markers.
+"""
+
+import argparse
+import csv
+import re
+from pathlib import Path
+
+from bench import LEVELS, MODELS, parse_row, rows_in
+from step_time import ROOT
+
+
+NAMES = {"2b": "2b", "5b": "5b", "5b-i2v": "5b-I2V", "1.5-5b": "1.5-5B", "1.5-5b-i2v": "1.5-5B-I2V"}  # CogVideoX-...
+HEADINGS = {
+    "speed": {
+        "README.md": "model | size | level | attention | s/step | allocated | reserved | host | MFU | the original | card",
+        "README_zh.md": "模型 | 尺寸 | 级别 | 注意力 | 秒/步 | 已分配 | 预留 | 内存 | MFU | 原版 | GPU",
+    },
+    "fits": {
+        "README.md": "GPU memory allowed | model | size | level | reserved | host | 1,000 steps | validates and tests",
+        "README_zh.md": "允许的显存 | 模型 | 尺寸 | 级别 | 预留 | 内存 | 1,000 步 | 验证和测试",
+    },
+}
+VERSIONS = {"README.md": "Versions: {}.", "README_zh.md": "版本：{}。"}
+WORDS = {"README.md": {"yes": "yes", "no": "no", "minutes": "min"}}
+WORDS["README_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟"}
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-attn-4")
+
+
+# ---------------------------------------------------------------- cells
+
+
+def latest(rows):
+    """(Row, figures) of each label and card, the last in the file, by model, level and additions."""
+    kept = {(figures["label"], figures["card"]): figures for figures in rows}
+    pairs = [(parse_row(label), figures) for (label, _), figures in kept.items()]
+    models, levels = list(MODELS), list(LEVELS)
+    return sorted(pairs, key=lambda pair: (models.index(pair[0].model), levels.index(pair[0].level), pair[0].label))
+
+
+def level_of(row):
+    """The level and what was added to it, in words, but for what has a column of its own."""
+    shown_elsewhere = r"@|\+cap|\+validated" if row.cap else "@"
+    added = [name.lstrip("+") for name in row.additions if not re.match(shown_elsewhere, name)]
+    return ", ".join([row.level, *(re.sub(r"^(batch|rank)", r"\1 ", name) for name in added)])
+
+
+def attention_of(row):
+    """Which kernel was asked for: of our own scripts the one that was fastest, if none."""
+    named = [name[1:] for name in row.additions if name.startswith("@")]
+    return named[0] if named else ("torch" if row.level == "reference" else "auto")
+
+
+def size_of(row):
+    return "x".join(map(str, MODELS[row.model]))
+
+
+def original_of(row, originals):
+    """The original's time and memory for the row's task with or without checkpointing; "" where nobody measured it."""
+    key = (row.model, "sft" if row.is_sft else "lora", "no" if row.level == "speed" else "yes")
+    found = originals.get(key) if (row.batch, row.rank) == (1, 64) else None
+    if not found:
+        return ""
+    time = found["s_per_step"] if found["s_per_step"] == "OOM" else f"{float(found['s_per_step']):.3g} s"
+    return ", ".join(filter(None, [time, found["reserved"]])) + f" ({found['card']})"
+
+
+def gib(figures, name):
+    return f"{float(figures[name]):.1f} GiB"
+
+
+def speed_cells(row, figures, originals, words):
+    share = f"{float(figures['mfu']):.0%}".replace("%", " %") if figures["mfu"] else ""
+    return [
+        NAMES[row.model], size_of(row), level_of(row), attention_of(row),
+        f"{float(figures['median_s']):.2f}", gib(figures, "allocated_gib"), gib(figures, "reserved_gib"),
+        gib(figures, "host_gib"), share, original_of(row, originals), figures["card"].removeprefix("NVIDIA "),
+    ]  # fmt: skip
+
+
+def fits_cells(row, figures, originals, words):
+    minutes = 1000 * float(figures["median_s"]) / 60
+    return [
+        f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row), gib(figures, "reserved_gib"),
+        gib(figures, "host_gib"), f"{minutes:.0f} {words['minutes']}", words["yes" if row.is_validated else "no"],
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- pages
+
+
+def versions_of(rows):
+    """Each package with the versions that the rows were measured with."""
+    found = {name: sorted({row[name] for row in rows} - {""}) for name in (*PACKAGES, "cuda")}
+    texts = {name: " / ".join(versions) for name, versions in found.items() if versions}
+    cuda = texts.pop("cuda", None)
+    shown = [f"{name} {versions}" for name, versions in texts.items()]
+    return ", ".join(shown + ([f"CUDA {cuda}"] if cuda else []))
+
+
+def table(kind, page_name, rows, originals):
+    """The table's Markdown and the versions below it; "" without rows."""
+    is_capped, cells = kind == "fits", {"speed": speed_cells, "fits": fits_cells}[kind]
+    pairs = [pair for pair in latest(rows) if (pair[0].cap is not None) == is_capped]
+    if not pairs:
+        return ""
+    if is_capped:
+        pairs.sort(key=lambda pair: -pair[0].cap)
+    heading = HEADINGS[kind][page_name]
+    lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
+    lines += [f"| {' | '.join(cells(*pair, originals, WORDS[page_name]))} |".replace("|  |", "| |") for pair in pairs]
+    versions = VERSIONS[page_name].format(versions_of([figures for _, figures in pairs]))
+    return "\n".join(["", *lines, "", versions, "", ""])
+
+
+def filled(text, page_name, rows, originals):
+    """The page's text with its tables of `rows`. ValueError for a page without the markers."""
+    for kind in HEADINGS:
+        start, end = f"<!-- {kind} table: python benchmarks/tables.py -->\n", f"<!-- end of the {kind} table -->\n"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page_name}: needs one {start.strip()} and one {end.strip()}")
+        before, rest = text.split(start)
+        text = before + start + table(kind, page_name, rows, originals) + end + rest.split(end)[1]
+    return text
+
+
+def read_originals():
+    with open(ROOT / "benchmarks/original_speed.csv", newline="") as file:
+        return {(row["model"], row["task"], row["checkpointing"]): row for row in csv.DictReader(file)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/speed.csv", help="rows of bench.py")
+    args = parser.parse_args()
+    for page_name in VERSIONS:
+        page = ROOT / page_name
+        text = page.read_text(encoding="utf-8")
+        page.write_text(filled(text, page_name, rows_in(args.csv), read_originals()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
