@@ -1054,7 +1054,7 @@ def add_speed_flags(parser: FlagParser):
         choices=["auto", "cudnn", "flash", "fa4", "math"],
         default="auto",
         help="kernel of the transformer's attention: auto times those that are there on this run's shape, once for each "
-        "card and shape; fa4 is FlashAttention-4 (pip install --pre flash-attn-4); math is the exact, slow formula",
+        "card and shape; fa4 is FlashAttention-4, a pre-release on PyPI (flash-attn-4); math is the exact, slow formula",
     )
     group.add_argument(
         "--base_precision",

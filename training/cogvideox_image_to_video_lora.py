@@ -71,7 +71,6 @@ from hub import RunFacts, check_hub_from_args
 from meter import make_meter_from_args, report_memory
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args
-from quantization import check_base_precision
 from runtime import (
     START,
     check_device_from_args,
@@ -118,7 +117,6 @@ def main(args) -> None:
     stored = stored_dtype(model_dir, args.variant)
     dtype = compute_dtype_from_args(args, stored, device)
     check_attention_from_args(args, dtype, device)
-    check_base_precision(args.base_precision, dtype, device)
     scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 

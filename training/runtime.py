@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
 from errors import MemoryFullError, UsageError, UserError, first_line
+from quantization import check_base_precision
 from signals import INTERRUPTION, caught_signals
 from tracking import tracking_options_from_args
 from zero import check_deepspeed_from_args, uses_deepspeed
@@ -129,6 +130,7 @@ def compute_dtype_from_args(args, stored: torch.dtype, device: torch.device) -> 
         raise UsageError("this checkpoint is stored in bf16 and overflows in fp16; use --mixed_precision bf16")
     if DTYPES.get(name) is None:
         raise UsageError(f"mixed_precision: {name} of the accelerate config is not supported; use no, fp16 or bf16")
+    check_base_precision(args.base_precision, DTYPES[name], device)
     if stored != DTYPES[name]:
         logger.info("weights stored in %s are converted once and computed in %s", stored, DTYPES[name])
     return DTYPES[name]
