@@ -8,6 +8,7 @@ tokens, D text width. Latents outside of this file are always [B, F, C, H, W].
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from diffusers import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
@@ -195,15 +197,47 @@ def num_parameters(transformer_config) -> float:
     return transformer_config["num_layers"] * per_block
 
 
+class TransformerWithoutBlocks(CogVideoXTransformer3DModel):
+    """Read without a word on the blocks' weights, which the files hold as well."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^transformer_blocks\."]
+
+
 def load_transformer(
-    model_dir: Path, dtype: torch.dtype, variant: str | None = None, drop_learned_positions: bool = False
+    model_dir: Path,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    drop_learned_positions: bool = False,
+    load_blocks: Callable | None = None,
 ) -> CogVideoXTransformer3DModel:
-    """The transformer in `dtype`, on the CPU, frozen; without 5b-I2V's learned positions if they are dropped."""
+    """The transformer in `dtype`, on the CPU, frozen; without 5b-I2V's learned positions if they are dropped.
+
+    `load_blocks(blocks, prefix, files, dtype)` may fill the blocks, which then come without memory, by itself.
+    """
     changes = {"use_learned_positional_embeddings": False} if drop_learned_positions else {}
-    transformer = CogVideoXTransformer3DModel.from_pretrained(
-        model_dir, subfolder="transformer", dtype=dtype, variant=variant, **changes
-    )
-    return transformer.requires_grad_(False)
+    cls = CogVideoXTransformer3DModel
+    if load_blocks is not None:
+        cls, changes["num_layers"] = TransformerWithoutBlocks, 0
+    transformer = cls.from_pretrained(model_dir, subfolder="transformer", dtype=dtype, variant=variant, **changes)
+    if load_blocks is not None:
+        transformer.__class__ = CogVideoXTransformer3DModel
+        with torch.device("meta"):
+            blocks = transformer.from_config(read_config(model_dir, "transformer")).transformer_blocks
+        load_blocks(blocks, "transformer_blocks.", weight_files(model_dir / "transformer", variant), dtype)
+        transformer.transformer_blocks = blocks
+        transformer.register_to_config(num_layers=len(blocks), _class_name=type(transformer).__name__)
+    return transformer.requires_grad_(False).eval()
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of a model that diffusers saved, one or several."""
+    single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if variant:
+        single, index = (path.with_suffix(f".{variant}{path.suffix}") for path in (single, index))
+    if not index.exists():
+        return [single]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
 
 
 def check_buckets(transformer_config, buckets, drop_learned_positions: bool = False) -> None:

@@ -48,6 +48,7 @@ from sft import (
     save_transformer,
     save_weights,
 )
+from streaming import load_blocks, offload_activations, stream_weights
 from zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 
 
@@ -252,12 +253,23 @@ def set_memory_level_from_args(args, transformer: nn.Module, device: torch.devic
     """
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # outside of the compiled blocks
-    elif args.memory == "balanced":
+    elif args.memory in ("balanced", "offload", "stream"):
         checkpoint_blocks(transformer.transformer_blocks, SAVED_OPS)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     by_level = args.memory and device.type == "cuda" and not args.no_compile_blocks
     if args.compile_blocks or by_level or backend != "no":
         compile_blocks(transformer.transformer_blocks, "inductor" if backend == "no" else backend)
+    if args.memory in ("offload", "stream"):
+        offload_activations(transformer.transformer_blocks, device)
+    if args.memory == "stream":
+        stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves them in host memory
+
+
+def block_loader_from_args(args, device: torch.device) -> Callable | None:
+    """What `load_transformer` is to fill the blocks with: nothing, unless their weights stay in host memory as they are."""
+    if args.memory == "stream" and args.base_precision == "bf16":
+        return functools.partial(load_blocks, device=device)
+    return None
 
 
 def inference_facts_from_args(args) -> dict:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
+STATES = ("hidden_states", "encoder_hidden_states")  # what a block takes first, and gives
 MOST_GRAPHS = 64  # of a block, one a bucket; torch gives up compiling after 8
 
 
@@ -39,9 +40,14 @@ def checkpointed_class(cls: type, context_fn) -> type:
     def forward(self, *inputs, **named):
         if not torch.is_grad_enabled():
             return plain_forward(self, *inputs, **named)
-        # Nothing in a block is random: no state to keep
+        names = tuple(named)
+
+        def run(*values):
+            return plain_forward(self, *values[: len(inputs)], **dict(zip(names, values[len(inputs) :], strict=True)))
+
+        # Nothing in a block is random: no state to keep. By position, since hooks on saved tensors see only those
         options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context_fn}
-        return checkpoint(functools.partial(plain_forward, self), *inputs, **named, **options)
+        return checkpoint(run, *inputs, *named.values(), **options)
 
     return type(f"Checkpointed{cls.__name__}", (cls,), {"forward": forward})
 
@@ -67,9 +73,21 @@ def like_other_blocks(block: nn.Module, inputs: tuple, named: dict) -> tuple[tup
 
     It would else be compiled apart, which takes 10 s, against 1 ms a step for a gradient that nobody needs.
     """
-    needs = torch.is_grad_enabled()
-    named = dict(named)
-    for name in ("hidden_states", "encoder_hidden_states"):
-        states = named[name].clone(memory_format=torch.contiguous_format)
-        named[name] = states.requires_grad_() if needs and not states.requires_grad else states
-    return inputs, named
+    inputs = [as_others(value) if place < len(STATES) else value for place, value in enumerate(inputs)]
+    return tuple(inputs), {name: as_others(value) if name in STATES else value for name, value in named.items()}
+
+
+def as_others(states: torch.Tensor) -> torch.Tensor:
+    return NeedsGradient.apply(states, states.new_empty(0, requires_grad=True))
+
+
+class NeedsGradient(torch.autograd.Function):
+    """A copy that needs a gradient, which is dropped as soon as it is there; a leaf would keep both to the step's end."""
+
+    @staticmethod
+    def forward(ctx, states, anchor):
+        return states.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad if ctx.needs_input_grad[0] else None), None
