@@ -65,7 +65,12 @@ from cogvideox import (
     text_length,
 )
 from dataset import build_dataset_from_args
-from engine import build_optimizer_from_args, build_sft_engine_from_args, check_sft_fits_from_args
+from engine import (
+    block_loader_from_args,
+    build_optimizer_from_args,
+    build_sft_engine_from_args,
+    check_sft_fits_from_args,
+)
 from held_out import build_held_out_from_args, encode_held_out
 from hub import RunFacts, check_hub_from_args
 from meter import make_meter_from_args, report_memory
@@ -151,7 +156,8 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
     checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
-    transformer = load_transformer(model_dir, torch.float32, args.variant, args.drop_learned_positions)
+    fill = block_loader_from_args(args, device)
+    transformer = load_transformer(model_dir, torch.float32, args.variant, args.drop_learned_positions, fill)
     START.mark("loading")
     shape = attention_shape(config, dataset.bucket_of, args.train_batch_size)
     engine = build_sft_engine_from_args(args, transformer, shape, dtype, stored, device)

@@ -59,7 +59,7 @@ from cogvideox import (
     text_length,
 )
 from dataset import build_dataset_from_args
-from engine import build_lora_engine_from_args, build_optimizer_from_args
+from engine import block_loader_from_args, build_lora_engine_from_args, build_optimizer_from_args
 from held_out import build_held_out_from_args, encode_held_out
 from hub import RunFacts, check_hub_from_args
 from meter import make_meter_from_args, report_memory
@@ -144,7 +144,8 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
     checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
-    transformer = load_transformer(model_dir, dtype, args.variant)
+    fill = block_loader_from_args(args, device)
+    transformer = load_transformer(model_dir, dtype, args.variant, load_blocks=fill)
     START.mark("loading")
     shape = attention_shape(config, dataset.bucket_of, args.train_batch_size)
     engine = build_lora_engine_from_args(
