@@ -87,7 +87,8 @@ def test_a_resumed_average_is_the_same_bit_for_bit(place, train):
 def make_engine(model_dir, dtype, *flags):
     argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", *flags]
     transformer = load_transformer(model_dir, torch.float32)
-    return build_sft_engine_from_args(parse_training_args("t2v_sft", argv), transformer, dtype, torch.float32, CPU)
+    args = parse_training_args("t2v_sft", argv)
+    return build_sft_engine_from_args(args, transformer, (1, 8, 1, 64), dtype, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -94,20 +94,6 @@ def test_balanced_is_bit_equal_and_keeps_far_less(kind, tiny):
     assert tapes[1].num_bytes < 0.6 * tapes[0].num_bytes
 
 
-def test_attention_is_computed_once_a_step(tiny):
-    transformer = load_transformer(tiny("5b"), torch.float32)
-    inputs, counts = make_inputs(transformer), []
-    for saved_ops in ([], [ATTENTION_ON_CPU]):
-        model = load_transformer(tiny("5b"), torch.float32)
-        checkpoint_blocks(model.transformer_blocks, saved_ops)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            loss_and_grads(model, inputs)
-        counts.append(
-            sum(event.count for event in profile.key_averages() if event.key == str(ATTENTION_ON_CPU.name()))
-        )
-    assert counts == [2 * len(transformer.transformer_blocks), len(transformer.transformer_blocks)]
-
-
 def test_all_blocks_share_one_graph_and_each_bucket_adds_one(tiny):
     """Counted are forward graphs; the first block would else differ by its inputs."""
     graphs, aot_eager = [], torch._dynamo.lookup_backend("aot_eager")
@@ -128,7 +114,7 @@ def test_all_blocks_share_one_graph_and_each_bucket_adds_one(tiny):
         losses, grads = [], []
         for model in (transformer, reference):
             loss = model(**inputs, return_dict=False)[0].square().mean()
-            params = [param for param in model.transformer_blocks[0].parameters()]
+            params = list(model.transformer_blocks[0].parameters())
             grads.append(torch.autograd.grad(loss, params))
             losses.append(loss.item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -162,7 +148,10 @@ def test_levels_compile_on_a_gpu_unless_told_not_to(level, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--memory", "balanced", "--gradient_checkpointing"], "--memory balanced --gradient_checkpointing: the level"),
+        (
+            ["--memory", "balanced", "--gradient_checkpointing"],
+            "--memory balanced --gradient_checkpointing: the level",
+        ),
         (["--memory", "speed", "--compile_blocks", "--no_compile_blocks"], "give one of them"),
         (["--base_precision", "fp8", "--use_dora"], "DoRA needs the norms of exact weights"),
     ],

@@ -228,14 +228,17 @@ def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: tor
 
 
 def set_attention(transformer: nn.Module, attend: Callable, device: torch.device) -> None:
-    """One attention processor for all blocks, with products and passes over memory joined as far as its layers allow."""
+    """One attention processor for all blocks, on a GPU with products and passes over memory joined where they can be.
+
+    On a CPU each layer computes by itself, bit for bit as the stock processor does.
+    """
     attentions = [block.attn1 for block in transformer.transformer_blocks]
-    first = attentions[0]
-    adapted = all(is_plain(layer) for attn in attentions for layer in (attn.to_q, attn.to_k, attn.to_v))
-    fuse = adapted and can_fuse(device, transformer.config.attention_head_dim, first.norm_q, first.norm_k)
-    processor = JointAttention(
-        attend, functools.partial(project, linears=frozen_linears), fused_heads if fuse else None
-    )
+    processor = JointAttention(attend)
+    if device.type == "cuda":
+        adapted = [is_plain(layer) for attn in attentions for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        fuse = all(adapted) and all(can_fuse(attn.norm_q, attn.norm_k) for attn in attentions)
+        projection = functools.partial(project, linears=frozen_linears)
+        processor = JointAttention(attend, projection, fused_heads if fuse else None)
     for attn in attentions:
         attn.processor = processor
 

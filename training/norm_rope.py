@@ -19,10 +19,12 @@ except ImportError:  # torch for CPUs comes without
 HEAD_DIM, ROWS = 64, 32  # a row is one head of one token
 
 
-def can_fuse(device: torch.device, head_dim: int, norm_q: nn.Module | None, norm_k: nn.Module | None) -> bool:
-    """True where `norm_and_rotate` computes: on CUDA, heads of 64, with norms that are not trained."""
-    frozen = norm_q is not None and norm_k is not None and not norm_q.weight.requires_grad
-    return triton is not None and device.type == "cuda" and head_dim == HEAD_DIM and frozen
+def can_fuse(norm_q: nn.LayerNorm | None, norm_k: nn.LayerNorm | None) -> bool:
+    """True for what `norm_and_rotate` computes: frozen norms over heads of 64, where Triton is installed."""
+    norms = (norm_q, norm_k)
+    return triton is not None and all(
+        norm is not None and norm.normalized_shape == (HEAD_DIM,) and not norm.weight.requires_grad for norm in norms
+    )
 
 
 if triton is not None:

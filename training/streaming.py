@@ -226,7 +226,7 @@ class HostActivations:
         self.free = [self.inward.mark(), self.inward.mark()]
 
     def pack(self, tensor: torch.Tensor):
-        plain = type(tensor) is torch.Tensor and tensor.device == self.device
+        plain = type(tensor) is torch.Tensor and tensor.device.type == self.device.type  # cuda is cuda:0
         if not plain or tensor.untyped_storage().nbytes() < self.min_bytes:
             return tensor
         saved = SavedTensor(self.block, tensor)
