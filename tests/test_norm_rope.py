@@ -29,10 +29,10 @@ class Layers:
 
 
 def make_inputs(dtype, shared):
-    """(base outputs, adapters' outputs) of q, k and v; `shared`: the first are parts of one product."""
+    """(base outputs, adapters' outputs) of q, k and v; `shared`: the first in one tensor."""
     torch.manual_seed(0)
     fused = torch.randn(BATCH, TOKENS, 3 * WIDTH, device=CUDA).to(dtype)
-    bases = fused.split(WIDTH, dim=-1) if shared else [part.contiguous() for part in fused.split(WIDTH, dim=-1)]
+    bases = [fused] if shared else [part.contiguous() for part in fused.split(WIDTH, dim=-1)]
     deltas = [0.3 * torch.randn(BATCH, TOKENS, WIDTH, device=CUDA).to(dtype) for _ in range(3)]
     return [part.detach().requires_grad_() for part in bases], [part.requires_grad_() for part in deltas]
 
@@ -54,12 +54,13 @@ def test_the_kernel_equals_torchs_operations_in_fp64(dtype, bound, shared, with_
     grads = torch.autograd.grad(results, [*bases, *deltas], upstream)
 
     # The sum is rounded to the compute dtype, as the products are, and everything after it is exact
-    exact_bases = [part.detach().double().requires_grad_() for part in bases]
-    sums = [base + ((b + d).double() - base).detach() for base, b, d in zip(exact_bases, bases, deltas, strict=True)]
+    parts = [part.detach() for base in bases for part in base.split(WIDTH, dim=-1)]
+    sums = [(part + delta).detach().double().requires_grad_() for part, delta in zip(parts, deltas, strict=True)]
     layers.norm_q, layers.norm_k = layers.norm_q.double(), layers.norm_k.double()
     exact = heads_by_torch(layers, None, rotary, TEXT, project=lambda states, _: sums)
-    exact_grads = torch.autograd.grad(exact, exact_bases, [grad.double() for grad in upstream])
-    for result, reference in zip([*results, *grads], [*exact, *exact_grads, *exact_grads], strict=True):
+    exact_grads = torch.autograd.grad(exact, sums, [grad.double() for grad in upstream])
+    base_grads = [torch.cat(exact_grads, dim=-1)] if shared else exact_grads
+    for result, reference in zip([*results, *grads], [*exact, *base_grads, *exact_grads], strict=True):
         assert relative_error(result, reference) < bound
 
 

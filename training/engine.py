@@ -36,7 +36,7 @@ from masters import HostMasters, Masters
 from memory import checkpoint_blocks, compile_blocks
 from norm_rope import can_fuse, norm_and_rotate
 from optimizers import make_optimizer_from_args, state_bytes_from_args
-from quantization import frozen_linears, quantize_base
+from quantization import frozen_linears, frozen_products, quantize_base
 from runtime import START
 from sft import (
     MASTERS_NAME,
@@ -245,7 +245,7 @@ def set_attention(transformer: nn.Module, attend: Callable, device: torch.device
 
 def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`heads_by_torch` of adapted layers, in one pass over memory after the products."""
-    bases, deltas = project_apart(states, [attn.to_q, attn.to_k, attn.to_v], frozen_linears)
+    bases, deltas = project_apart(states, [attn.to_q, attn.to_k, attn.to_v], frozen_products)
     return norm_and_rotate(bases, deltas, attn.norm_q, attn.norm_k, rotary, num_text)
 
 

@@ -114,7 +114,7 @@ def project(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable
 
 
 def project_apart(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable):
-    """([base layers' outputs], [adapters' outputs]) of layers that are all plain."""
+    """([what `linears` makes of the base layers], [each adapter's output]) of layers that are all plain."""
     down = torch.cat([layer.lora_A[ADAPTER].weight for layer in layers]).to(states.dtype)  # [layers x rank, D]
     narrow = F.linear(states, down).chunk(len(layers), dim=-1)
     # The scale goes into B, which is small; peft scales the product, as large as the states

@@ -5,6 +5,8 @@ of queries and keys over each head, RoPE. As one kernel each way that is 14 pass
 what the compiler makes of it: 1.5 % of a step of CogVideoX-5b on an H100.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.library import triton_op, wrap_triton
@@ -127,18 +129,18 @@ def grid_of(num_rows: int):
 
 @triton_op("cogvideox::norm_and_rotate", mutates_args={})
 def norm_and_rotate_op(
-    base_q: torch.Tensor, base_k: torch.Tensor, base_v: torch.Tensor,
-    delta_q: torch.Tensor, delta_k: torch.Tensor, delta_v: torch.Tensor,
+    bases: Sequence[torch.Tensor], delta_q: torch.Tensor, delta_k: torch.Tensor, delta_v: torch.Tensor,
     weight_q: torch.Tensor, bias_q: torch.Tensor, weight_k: torch.Tensor, bias_k: torch.Tensor,
     cos: torch.Tensor | None, sin: torch.Tensor | None, num_text: int, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     batch, num_tokens, width = delta_q.shape
     num_heads = width // HEAD_DIM
     num_rows = batch * num_tokens * num_heads
+    base_q, base_k, base_v = bases if len(bases) == 3 else bases[0].chunk(3, dim=-1)
     query, key, value, sum_q, sum_k = (delta_q.new_empty(batch, num_tokens, num_heads, HEAD_DIM) for _ in range(5))
     wrap_triton(forward_kernel)[grid_of(num_rows)](
         base_q, base_k, base_v, delta_q.contiguous(), delta_k.contiguous(), delta_v.contiguous(), weight_q, bias_q,
-        weight_k, bias_k, weight_q if cos is None else cos, weight_q if cos is None else sin, query, key, value, sum_q, sum_k,
+        weight_k, bias_k, *rotation_or(weight_q, cos, sin), query, key, value, sum_q, sum_k,
         num_rows, num_tokens, num_heads, num_text, base_q.stride(1), eps, HAS_ROPE=cos is not None, ROWS=ROWS,
     )  # fmt: skip
     return query, key, value, sum_q, sum_k
@@ -155,17 +157,22 @@ def backward_op(
     grad = sum_q.new_empty(batch, num_tokens, 3 * num_heads * HEAD_DIM)
     wrap_triton(backward_kernel)[grid_of(num_rows)](
         grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous(), sum_q, sum_k, weight_q, weight_k,
-        weight_q if cos is None else cos, weight_q if cos is None else sin, grad,
+        *rotation_or(weight_q, cos, sin), grad,
         num_rows, num_tokens, num_heads, num_text, eps, HAS_ROPE=cos is not None, ROWS=ROWS,
     )  # fmt: skip
     return grad
 
 
+def rotation_or(anything: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None):
+    """The kernels take tensors in their place, which they do not read."""
+    return (anything, anything) if cos is None else (cos, sin)
+
+
 def keep_for_backward(ctx, inputs, output):
-    *_, weight_q, _, weight_k, _, cos, sin, num_text, eps = inputs
+    bases, *_, weight_q, _, weight_k, _, cos, sin, num_text, eps = inputs
     *_, sum_q, sum_k = output
     ctx.save_for_backward(sum_q, sum_k, weight_q, weight_k, cos, sin)
-    ctx.num_text, ctx.eps = num_text, eps
+    ctx.num_bases, ctx.num_text, ctx.eps = len(bases), num_text, eps
     ctx.mark_non_differentiable(sum_q, sum_k)
 
 
@@ -173,19 +180,20 @@ def backward(ctx, grad_q, grad_k, grad_v, *_):
     sum_q, sum_k, weight_q, weight_k, cos, sin = ctx.saved_tensors
     grad = backward_op(grad_q, grad_k, grad_v, sum_q, sum_k, weight_q, weight_k, cos, sin, ctx.num_text, ctx.eps)
     grads = grad.chunk(3, dim=-1)  # of what is added: the same for both
-    return *grads, *grads, *[None] * 8
+    return [grad] if ctx.num_bases == 1 else list(grads), *grads, *[None] * 8
 
 
 norm_and_rotate_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
 def norm_and_rotate(bases, deltas, norm_q, norm_k, rotation, num_text):
-    """Query, key, value [B, S, heads, 64] of `bases` plus `deltas`, each 3 times [B, S, D]: q/k norm and RoPE.
+    """Query, key, value [B, S, heads, 64] of `bases` plus `deltas`: q/k norm and RoPE. CUDA only.
 
-    `norm_q`, `norm_k`: frozen LayerNorms over 64 values. `rotation`: (cos, sin), each [S - num_text, 64] in fp32, as
-    diffusers' apply_rotary_emb takes them, or None. Computed in fp32, rounded once. CUDA only.
+    `bases`: 3 times [B, S, D], or one [B, S, 3D]; `deltas`: 3 times [B, S, D]. `norm_q`, `norm_k`: frozen LayerNorms over
+    64 values. `rotation`: (cos, sin), each [S - num_text, 64] in fp32, as diffusers' apply_rotary_emb takes them, or
+    None. The sum is rounded to the inputs' dtype, as peft's is; what follows is computed in fp32 and rounded once.
     """
     cos, sin = rotation or (None, None)
     return norm_and_rotate_op(
-        *bases, *deltas, norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias, cos, sin, num_text, norm_q.eps
+        list(bases), *deltas, norm_q.weight, norm_q.bias, norm_k.weight, norm_k.bias, cos, sin, num_text, norm_q.eps
     )[:3]

@@ -195,7 +195,15 @@ class Nf4Linear(FrozenLinear):
 
 
 def frozen_linears(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
-    """The output [..., N] of each of `layers` for one input [..., K], with what can be shared between them shared.
+    """The output [..., N] of each of `layers` for one input [..., K], with what can be shared between them shared."""
+    products = frozen_products(x, layers)
+    if len(products) == len(layers):
+        return products
+    return list(products[0].split([layer.out_features for layer in layers], dim=-1))
+
+
+def frozen_products(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """The output of each of `layers`, or a list of one that holds all of them side by side, where one product gives it.
 
     Plain linear layers take part as well, frozen ones in one product. Nothing but the stored weights is kept for the
     backward pass, which gives the gradient of `x` alone.
@@ -208,19 +216,19 @@ def frozen_linears(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.T
         return list(Fp8Products.apply(x, *stored))
     if issubclass(kind, FrozenLinear):
         stored = [tensor for layer in layers for tensor in (layer.bias, *layer.stored())]
-        return list(WeightOnlyProducts.apply(x, kind.unpack, len(layers), *stored))
+        return [WeightOnlyProduct.apply(x, kind.unpack, len(layers), *stored)]
     if kind is not nn.Linear or any(layer.weight.requires_grad for layer in layers):
         return [layer(x) for layer in layers]
     stored = [tensor for layer in layers for tensor in (layer.bias, layer.weight)]
-    return list(WeightOnlyProducts.apply(x, as_it_is, len(layers), *stored))
+    return [WeightOnlyProduct.apply(x, as_it_is, len(layers), *stored)]
 
 
 def as_it_is(dtype: torch.dtype, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
     return weight
 
 
-class WeightOnlyProducts(torch.autograd.Function):
-    """x W^T + b of layers of one kind, as one product; W in x's dtype is made in each pass and kept in none.
+class WeightOnlyProduct(torch.autograd.Function):
+    """x W^T + b of layers of one kind side by side, as one product; W in x's dtype is made in each pass and kept in none.
 
     Inputs: x, `unpack`, the number of layers; for each of them bias, or None, and what `unpack` takes. The backward pass
     makes W `again`: in other words than the forward pass, for a compiler that finds the same twice keeps the first, 2
@@ -235,15 +243,16 @@ class WeightOnlyProducts(torch.autograd.Function):
         biases, parts = by_layer(stored, num_layers)
         weights = [unpack(x.dtype, *tensors) for tensors in parts]
         bias = None if biases[0] is None else join(biases)
-        return F.linear(x, join(weights), bias).split([len(weight) for weight in weights], dim=-1)
+        return F.linear(x, join(weights), bias)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, grad):
         stored = ctx.saved_tensors  # read once: checkpointing refuses a second time
         _, parts = by_layer(stored, ctx.num_layers)
-        # From the last layer to the first: other words for joining them
-        weights = [ctx.unpack(grads[0].dtype, *tensors, again=True) for tensors in reversed(parts)]
-        return join(grads[::-1], dim=-1) @ join(weights), None, None, *[None] * len(stored)
+        weights = [ctx.unpack(grad.dtype, *tensors, again=True) for tensors in parts]
+        # One after the other: other words for joining them
+        joined = functools.reduce(lambda first, second: torch.cat([first, second]), weights)
+        return grad @ joined, None, None, *[None] * len(stored)
 
 
 def by_layer(stored: Sequence, num_layers: int) -> tuple[list, list]:
