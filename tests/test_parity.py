@@ -67,7 +67,9 @@ def record_training(monkeypatch, script, model_dir, root, out, bucket, num_clips
         return draws[name]
 
     monkeypatch.setattr(module, "draw_normal", keep)
-    monkeypatch.setattr(module, "load_transformer", lambda *args: recorder.wrap(load_transformer(*args)))
+    monkeypatch.setattr(
+        module, "load_transformer", lambda *args, **named: recorder.wrap(load_transformer(*args, **named))
+    )
     monkeypatch.setattr(module, "draw_timesteps", lambda seed, positions, *rest: torch.full((len(positions),), 999))
     if "image" in script:  # the noise of training has no counterpart at inference
         monkeypatch.setattr(module, "IMAGE_NOISE_MEAN", -torch.inf)

@@ -405,7 +405,7 @@ def test_t5_and_the_vae_are_loaded_once(raw, train, module, sampling, monkeypatc
 
     def counted(holder, name):
         load = getattr(holder, name)
-        monkeypatch.setattr(holder, name, lambda *values: loaded.append(name) or load(*values))
+        monkeypatch.setattr(holder, name, lambda *values, **named: loaded.append(name) or load(*values, **named))
 
     counted(cogvideox, "load_text_encoder")
     counted(module, "load_vae")
