@@ -50,11 +50,17 @@ def main():
     parser.add_argument("--kind", choices=KINDS, required=True, help="checkpoint to imitate")
     parser.add_argument("--text_encoder", choices=("tiny", "xxl"), default="xxl", help="xxl: 9 GiB on disk")
     parser.add_argument("--vae", choices=("full", "tiny"), default="full", help="tiny: same compression, few channels")
+    parser.add_argument(
+        "--num_layers", type=int, help="fewer blocks, of the real width; unset: the checkpoint's number"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: %(default)s)")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"  # 5b: seconds on a GPU, a minute or more on a CPU
-    write_pipeline(args.out, args.kind, real_sizes(args.kind, args.text_encoder, args.vae), args.seed, device)
+    sizes = real_sizes(args.kind, args.text_encoder, args.vae)
+    if args.num_layers:
+        sizes["transformer"]["num_layers"] = args.num_layers
+    write_pipeline(args.out, args.kind, sizes, args.seed, device)
     print(f"random {args.kind} pipeline: {args.out}")
 
 

@@ -609,8 +609,9 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)  # with warn_only attention's backward pass would not be
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         yield
     torch.use_deterministic_algorithms(False)
