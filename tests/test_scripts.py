@@ -322,6 +322,7 @@ def run_ranks(main, num_ranks):
     def work(rank):
         from accelerate.state import AcceleratorState, GradientState
 
+        torch.set_num_threads(1)  # renews the thread pool, which several threads may not do at once after a fork
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
