@@ -260,10 +260,12 @@ def render(contents: torch.Tensor, geometry: Geometry, num_frames: int = NUM_FRA
     return ((background + (colour - background) * coverage) / 255).clamp(0, 1)
 
 
-def draw_clips(contents: torch.Tensor, seed: int, place: int = 0, num_frames: int = NUM_FRAMES) -> torch.Tensor:
-    """Clips [B, F', 3, h, w] in 0..1 of contents [B, 6]; the same numbers for the same (seed, place)."""
+def draw_clips(
+    contents: torch.Tensor, seed: int, place: int = 0, num_frames: int = NUM_FRAMES, device="cpu"
+) -> torch.Tensor:
+    """Clips [B, F', 3, h, w] in 0..1 on `device` of contents [B, 6] on the CPU; the same for the same (seed, place)."""
     generator = torch.Generator().manual_seed(draw_seed(seed, "geometry", place))
-    return render(contents, draw_geometry(contents.cpu(), generator), num_frames)
+    return render(contents.to(device), draw_geometry(contents, generator), num_frames)
 
 
 # ---------------------------------------------------------------- a dataset folder
