@@ -76,7 +76,9 @@ def centres_of(coverage: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
     """Centres of mass (x, y) [B, F', 2] in pixels; that of every shape is the centre it is drawn around."""
     places = torch.arange(SIZE, device=coverage.device) + 0.5
     weights = area.clamp(min=1e-3)
-    return torch.stack([(coverage.sum(2) * places).sum(-1), (coverage.sum(3) * places).sum(-1)], -1) / weights[..., None]
+    return (
+        torch.stack([(coverage.sum(2) * places).sum(-1), (coverage.sum(3) * places).sum(-1)], -1) / weights[..., None]
+    )
 
 
 @functools.cache
@@ -118,7 +120,10 @@ def motion_words(centres: torch.Tensor, is_there: torch.Tensor) -> dict[str, lis
     longer, shorter = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
     index = torch.where(x.abs() > y.abs(), (x > 0).long(), 2 + (y > 0).long())  # left, right, up, down
     is_clear = is_there & (longer > LEAST_TRAVEL) & (shorter < 0.5 * longer)
-    return {"direction": words("direction", index, is_clear), "speed": words("speed", (longer > QUICK).long(), is_clear)}
+    return {
+        "direction": words("direction", index, is_clear),
+        "speed": words("speed", (longer > QUICK).long(), is_clear),
+    }
 
 
 def background_words(background: torch.Tensor) -> dict[str, list]:

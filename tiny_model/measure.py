@@ -63,7 +63,12 @@ def measure_vae(vae, contents: list) -> dict[str, float]:
 
 
 def sample(
-    pipe, prompts: list[str], images: torch.Tensor | None = None, batch_size: int = 50, seed: int = TEST_SEED, **options
+    pipe,
+    prompts: list[str],
+    images: torch.Tensor | None = None,
+    batch_size: int = 50,
+    seed: int = TEST_SEED,
+    **options,
 ) -> torch.Tensor:
     """Clips [B, F', 3, h, w] in 0..1 on the CPU that a stock pipeline makes of prompts; noise by (seed, place)."""
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **options}
@@ -103,7 +108,9 @@ def measure_image_to_video(pipe, contents: list, **options) -> dict[str, float]:
 
 
 def score_line(scores: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.1f} dB" if "psnr" in name else f"{name} {value:.0%}" for name, value in scores.items())
+    return "  ".join(
+        f"{name} {value:.1f} dB" if "psnr" in name else f"{name} {value:.0%}" for name, value in scores.items()
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -111,11 +118,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
     parser.add_argument("--image_model", type=Path, help="the image-to-video folder; none: not measured")
     parser.add_argument("--lora", type=Path, help="folder of a LoRA to load into --model")
-    parser.add_argument("--concept", choices=CONCEPTS, help="measure captions of this concept, not of what the model knows")
+    parser.add_argument(
+        "--concept", choices=CONCEPTS, help="measure captions of this concept, not of what the model knows"
+    )
     parser.add_argument("--num_clips", type=int, default=100)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE], help="several: each is measured")
-    parser.add_argument("--max_sequence_length", type=int, default=226, help="text tokens; the small model takes 32 too")
+    parser.add_argument(
+        "--max_sequence_length", type=int, default=226, help="text tokens; the small model takes 32 too"
+    )
     parser.add_argument("--json", type=Path, help="file for the numbers")
     return parser.parse_args()
 
@@ -134,15 +145,23 @@ def main() -> None:
         started = time.monotonic()
         verdicts = judge(sample(pipe, captions_of(contents), guidance_scale=guidance, **options))
         numbers[f"guidance {guidance}"] = accuracy(verdicts, contents)
-        print(f"\nguidance {guidance}: {score_line(accuracy(verdicts, contents))} ({time.monotonic() - started:.0f} s)")
+        print(
+            f"\nguidance {guidance}: {score_line(accuracy(verdicts, contents))} ({time.monotonic() - started:.0f} s)"
+        )
         for name in ATTRIBUTES if guidance == args.guidance[-1] else ():
             print(confusion(verdicts, contents, name))
-    wrong = [words_of(row) for found, row in zip(verdicts, contents, strict=True) if any(found[n] != words_of(row)[n] for n in MEASURED)]
+    wrong = [
+        words_of(row)
+        for found, row in zip(verdicts, contents, strict=True)
+        if any(found[n] != words_of(row)[n] for n in MEASURED)
+    ]
     print("\nnot as the caption says:", *(" ".join(row.values()) for row in wrong), sep="\n  ")
     if args.image_model:
         pipe = CogVideoXImageToVideoPipeline.from_pretrained(args.image_model, dtype=torch.float32).to(device)
         for guidance in args.guidance:
-            numbers[f"image_to_video {guidance}"] = measure_image_to_video(pipe, contents, guidance_scale=guidance, **options)
+            numbers[f"image_to_video {guidance}"] = measure_image_to_video(
+                pipe, contents, guidance_scale=guidance, **options
+            )
             print(f"\nimage-to-video, guidance {guidance}:", score_line(numbers[f"image_to_video {guidance}"]))
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

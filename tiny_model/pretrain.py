@@ -12,24 +12,45 @@ Axes: B batch, F' pixel frames, F latent frames, C latent channels, H/W latent s
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, T5EncoderModel
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from cogvideox import (
+    IMAGE_NOISE_MEAN,
+    IMAGE_NOISE_STD,
+    VaeConfig,
+    condition_on_first_frame,
+    encode_videos,
+    load_scheduler,
+    load_vae_config,
+    rotary_embeddings,
+    sample_image_latents,
+    sample_latents,
+)
+from draws import draw_seed
 from judge import accuracy, judge
-from measure import captions_of, measure_image_to_video, measure_vae, sample, score_line
+from measure import captions_of, measure_image_to_video, measure_vae, sample
 from networks import (
     IMAGE_TO_VIDEO,
     LONG_TEXT_LENGTH,
@@ -46,22 +67,8 @@ from networks import (
     write_text_encoder,
     write_vocabulary,
 )
-from world import CONCEPTS, NUM_WORDINGS, all_contents, caption, draw_clips, test_contents, training_contents
-
-from cogvideox import (
-    IMAGE_NOISE_MEAN,
-    IMAGE_NOISE_STD,
-    VaeConfig,
-    condition_on_first_frame,
-    encode_videos,
-    load_scheduler,
-    load_vae_config,
-    rotary_embeddings,
-    sample_image_latents,
-    sample_latents,
-)
-from draws import draw_seed
 from objective import add_noise, v_prediction_loss
+from world import CONCEPTS, NUM_WORDINGS, all_contents, caption, draw_clips, test_contents, training_contents
 
 
 class Recipe(NamedTuple):
@@ -142,20 +149,15 @@ def vae_loss(vae, batch_size: int, seed: int, step: int, device: str, kl_weight:
     rows = VAE_CONTENTS[torch.randint(len(VAE_CONTENTS), (batch_size,), generator=generator)]
     clips = draw_clips(rows, draw_seed(seed, "vae clips"), step, device=device)
     pixels = (2 * clips - 1).permute(0, 2, 1, 3, 4)  # [B, 3, F', h, w]
-    with autocast(device):
-        posterior = vae.encode(pixels).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=generator).to(device)
-        rebuilt = vae.decode(mean + (0.5 * logvar).exp() * noise).sample.float()
+    posterior = vae.encode(pixels).latent_dist
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    noise = torch.randn(mean.shape, generator=generator).to(device)
+    rebuilt = vae.decode(mean + (0.5 * logvar).exp() * noise).sample.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels) + kl_weight * kl
 
 
 VAE_CONTENTS = torch.tensor([row for concept in (None, *CONCEPTS) for row in all_contents(concept)])
-
-
-def autocast(device: str):
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
 
 class Bank(NamedTuple):
@@ -180,12 +182,11 @@ def make_bank(folder: Path, size: int, seed: int, device: str, with_images: bool
     moments, image_moments = [], []
     for place, piece in enumerate(rows.split(256)):
         pixels = 2 * draw_clips(contents[piece], draw_seed(seed, "bank clips"), place, device=device) - 1
-        with autocast(device):
-            moments.append(encode_videos(vae, pixels).half())
-            if with_images:
-                sigma = (IMAGE_NOISE_MEAN + IMAGE_NOISE_STD * torch.randn(len(piece), generator=generator)).exp()
-                noise = torch.randn(pixels[:, :1].shape, generator=generator) * sigma.view(-1, 1, 1, 1, 1)
-                image_moments.append(encode_videos(vae, pixels[:, :1] + noise.to(device)).half())
+        moments.append(encode_videos(vae, pixels).half())
+        if with_images:
+            sigma = (IMAGE_NOISE_MEAN + IMAGE_NOISE_STD * torch.randn(len(piece), generator=generator)).exp()
+            noise = torch.randn(pixels[:, :1].shape, generator=generator) * sigma.view(-1, 1, 1, 1, 1)
+            image_moments.append(encode_videos(vae, pixels[:, :1] + noise.to(device)).half())
     texts = [caption(row, wording) for row in contents.tolist() for wording in range(NUM_WORDINGS)]
     padded = {"padding": "max_length", "max_length": TEXT_LENGTH, "return_tensors": "pt"}
     tokens = tokenizer([*texts, ""], **padded).input_ids.to(device)
@@ -219,11 +220,10 @@ def diffusion_loss(transformer, text_encoder, bank: Bank, batch_size: int, seed:
         image_latents = sample_image_latents(bank.image_moments[chosen], image_noise, bank.vae_config)
         kept = torch.rand(batch_size, 1, 1, 1, 1, **random) >= IMAGE_DROPOUT
         inputs = condition_on_first_frame(inputs, image_latents * kept)
-    with autocast(device):
-        velocity = transformer(
-            hidden_states=inputs, encoder_hidden_states=text_encoder(tokens)[0], timestep=timesteps,
-            image_rotary_emb=rotary_embeddings(transformer.config, latents), return_dict=False,
-        )[0]  # fmt: skip
+    velocity = transformer(
+        hidden_states=inputs, encoder_hidden_states=text_encoder(tokens)[0], timestep=timesteps,
+        image_rotary_emb=rotary_embeddings(transformer.config, latents), return_dict=False,
+    )[0]  # fmt: skip
     return v_prediction_loss(velocity, latents, noise, timesteps, bank.alphas_cumprod).mean()
 
 
@@ -238,6 +238,7 @@ def learning_rate_share(step: int, progress: float, warmup_steps: int) -> float:
 
 def train(args, learner: Learner, loss_of, report, started: float) -> None:
     """Train until --minutes or --steps are over; `report(learner)` tells how good it is, --num_reports times."""
+    device_type = next(iter(learner.params.values())).device.type
     state_path, earlier = args.out / f"state_{args.phase}.safetensors", learner.seconds
     logged, saved, total, count = time.monotonic(), time.monotonic(), 0.0, 0
 
@@ -249,7 +250,8 @@ def train(args, learner: Learner, loss_of, report, started: float) -> None:
     while progress() < 1:
         if args.stop_after and time.monotonic() - started > 60 * args.stop_after:
             break
-        loss = loss_of(learner.step)
+        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda" and args.precision == "bf16"):
+            loss = loss_of(learner.step)
         learner.update(loss, learning_rate_share(learner.step, progress(), args.warmup_steps))
         total, count = total + loss.detach(), count + 1
         learner.seconds = earlier + time.monotonic() - started
@@ -272,7 +274,9 @@ def train(args, learner: Learner, loss_of, report, started: float) -> None:
 
 def log(args, **values) -> None:
     """A line to read, and one of JSON in log.jsonl."""
-    text = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
+    text = " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
     print(f"{args.phase}: {text}", flush=True)
     with open(args.out / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"phase": args.phase, **values}) + "\n")
@@ -307,13 +311,21 @@ def pretrain_vae(args, recipe: Recipe, device: str, started: float) -> None:
         with torch.no_grad():
             pixels = 2 * draw_clips(torch.tensor(contents), seed=2, device=device) - 1
             moments = torch.cat([encode_videos(vae, piece) for piece in pixels.split(16)])
-        raw = sample_latents(moments, torch.randn(moments[:, :16].transpose(1, 2).shape, device=device), VaeConfig(1.0, False))
+        raw = sample_latents(
+            moments, torch.randn(moments[:, :16].transpose(1, 2).shape, device=device), VaeConfig(1.0, False)
+        )
         vae.register_to_config(scaling_factor=round(1 / float(raw.std()), 4))
         write_part(args.out / TEXT_TO_VIDEO, "vae", vae)
         spread = float(moments[:, 16:].mul(0.5).exp().mean() / raw.std())  # of the posterior, in latents' deviations
         return {**measure_vae(vae, contents), "scaling_factor": vae.config.scaling_factor, "posterior": spread}
 
-    train(args, learner, lambda step: vae_loss(learner.modules["vae"], recipe.batch_size, args.seed, step, device), report, started)
+    train(
+        args,
+        learner,
+        lambda step: vae_loss(learner.modules["vae"], recipe.batch_size, args.seed, step, device),
+        report,
+        started,
+    )
 
 
 def pretrain_text_to_video(args, recipe: Recipe, device: str, started: float) -> None:
@@ -336,19 +348,31 @@ def pretrain_text_to_video(args, recipe: Recipe, device: str, started: float) ->
         return accuracy(judge(sample(pipe, captions_of(contents), max_sequence_length=TEXT_LENGTH)), contents)
 
     loss_of = lambda step: diffusion_loss(  # noqa: E731
-        learner.modules["transformer"], learner.modules["text_encoder"], bank, recipe.batch_size, args.seed, step, device
+        learner.modules["transformer"],
+        learner.modules["text_encoder"],
+        bank,
+        recipe.batch_size,
+        args.seed,
+        step,
+        device,
     )
     train(args, learner, loss_of, report, started)
 
 
 def chosen_contents(args) -> torch.Tensor:
     """What pretraining shows; --num_contents of it, for a trial."""
-    return training_contents() if args.num_contents is None else training_contents()[:: 3456 // args.num_contents][: args.num_contents]
+    return (
+        training_contents()
+        if args.num_contents is None
+        else training_contents()[:: 3456 // args.num_contents][: args.num_contents]
+    )
 
 
 def pretrain_image_to_video(args, recipe: Recipe, device: str, started: float) -> None:
     base, folder = args.out / TEXT_TO_VIDEO, args.out / IMAGE_TO_VIDEO
-    text_encoder = T5EncoderModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).to(device).eval()
+    text_encoder = (
+        T5EncoderModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32).to(device).eval()
+    )
     text_encoder.requires_grad_(False)
     text_to_video = CogVideoXTransformer3DModel.from_pretrained(base, subfolder="transformer", dtype=torch.float32)
     learner = resume(args, Learner({"transformer": image_to_video_from(text_to_video)}, recipe, device))
@@ -383,6 +407,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, help="default: the phase's")
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--bank", type=int, default=131072, help="encoded clips to draw from: 12 KB each on the GPU")
+    parser.add_argument("--precision", choices=["bf16", "tf32"], default="bf16", help="on a GPU; weights are fp32")
     parser.add_argument("--num_reports", type=int, default=6, help="how often the weights so far are measured")
     parser.add_argument("--num_clips", type=int, default=50, help="of a measurement")
     parser.add_argument("--num_contents", type=int, help="trial: train and measure on so few contents only")

@@ -21,7 +21,8 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "training"), str(ROOT / "assets" / "tests")]
+sys.path.insert(0, str(ROOT / "training"))
+sys.path.insert(0, str(ROOT / "assets" / "tests"))
 
 from draws import draw_seed
 
@@ -124,7 +125,10 @@ def balanced(rows: list[tuple[int, ...]], count: int, draw: random.Random) -> li
     rows = draw.sample(rows, len(rows))
     seen, chosen = Counter(), []
     for _ in range(min(count, len(rows))):
-        best = min(rows, key=lambda row: sum(seen[item] ** 2 for item in enumerate(row)) + sum(seen[item] for item in pairs(row)))
+        best = min(
+            rows,
+            key=lambda row: sum(seen[item] ** 2 for item in enumerate(row)) + sum(seen[item] for item in pairs(row)),
+        )
         rows.remove(best)
         chosen.append(best)
         seen.update([*enumerate(best), *pairs(best)])
@@ -292,15 +296,16 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--concept", choices=CONCEPTS, help="what every clip shows; default: what the model knows")
     parser.add_argument("--num_clips", type=int, default=12)
+    parser.add_argument(
+        "--num_known", type=int, default=0, help="with --concept: clips of what the model knows, beside"
+    )
     parser.add_argument("--num_frames", type=int, default=NUM_FRAMES)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.concept:
-        contents = teaching_contents(args.concept, args.num_clips, args.seed)
-    else:
-        rows = training_contents()
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
-        contents = [tuple(row) for row in rows[order[: args.num_clips]].tolist()]
+    contents = teaching_contents(args.concept, args.num_clips, args.seed) if args.concept else []
+    num_known = args.num_known if args.concept else args.num_clips
+    known = [tuple(row) for row in training_contents().tolist()]
+    contents += random.Random(draw_seed(args.seed, "known")).sample(known, num_known)
     write_dataset(args.out, contents, args.seed, args.num_frames)
     print(f"{len(contents)} clips: {args.out}")
 
