@@ -15,8 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from tiny_pipeline import TOKENIZER_TEXT, kind_scheduler, kind_transformer, write_model_index, write_tokenizer
 from world import CONCEPTS, NUM_FRAMES, NUM_WORDINGS, SIZE, caption, test_contents

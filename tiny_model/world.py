@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "training"))
-sys.path.insert(0, str(ROOT / "assets" / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets" / "tests"))
 
 from draws import draw_seed
 
