@@ -50,8 +50,8 @@ test-gpu: install  ## Run the tests that need a CUDA device
 quality: install  ## Check style: ruff, the shell scripts' syntax, shellcheck where it is installed
 	ruff check .
 	ruff format --check .
-	for script in *.sh training/*.sh .ci/run; do bash -n "$$script" || exit 1; done
-	! command -v shellcheck >/dev/null || shellcheck *.sh training/*.sh .ci/run
+	for script in *.sh training/*.sh tiny_model/*.sh .ci/run; do bash -n "$$script" || exit 1; done
+	! command -v shellcheck >/dev/null || shellcheck *.sh training/*.sh tiny_model/*.sh .ci/run
 
 style: install  ## Format the code
 	ruff check --fix .

@@ -178,7 +178,7 @@ def make_bank(folder: Path, size: int, seed: int, device: str, with_images: bool
     vae = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae", dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     generator = torch.Generator().manual_seed(draw_seed(seed, "bank"))
-    rows = torch.randint(len(contents), (size,), generator=generator)
+    rows = torch.arange(size) % len(contents)  # each about equally often; batches are drawn at random
     moments, image_moments = [], []
     for place, piece in enumerate(rows.split(256)):
         pixels = 2 * draw_clips(contents[piece], draw_seed(seed, "bank clips"), place, device=device) - 1
@@ -406,7 +406,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="default: the phase's")
     parser.add_argument("--learning_rate", type=float, help="default: the phase's")
     parser.add_argument("--warmup_steps", type=int, default=200)
-    parser.add_argument("--bank", type=int, default=131072, help="encoded clips to draw from: 12 KB each on the GPU")
+    parser.add_argument("--bank", type=int, default=65536, help="encoded clips to draw from: 12 KB each on the GPU")
     parser.add_argument("--precision", choices=["bf16", "tf32"], default="bf16", help="on a GPU; weights are fp32")
     parser.add_argument("--num_reports", type=int, default=6, help="how often the weights so far are measured")
     parser.add_argument("--num_clips", type=int, default=50, help="of a measurement")
