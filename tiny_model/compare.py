@@ -72,7 +72,7 @@ def write_video(path: Path, before: torch.Tensor, after: torch.Tensor) -> None:
     encode_video(path, frames.contiguous().numpy(), FPS)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
     parser.add_argument("--lora", type=Path, help="folder of the LoRA")
@@ -87,14 +87,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--max_sequence_length", type=int, default=TEXT_LENGTH, help="text tokens, as in training")
     parser.add_argument("--at_least", type=float, help="accuracy on the concept's captions under which to fail")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if bool(args.lora) == bool(args.transformer):
         parser.error("give --lora or --transformer")
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv=None) -> None:
+    args = parse_args(argv)
     pipes = dict(zip(("before", "after"), load_pipelines(args.model, args.lora, args.transformer), strict=True))
     sets = {args.concept: test_contents(args.num_clips, args.concept), "known": test_contents(args.num_clips)}
     options = {

@@ -32,6 +32,10 @@ say() {
     printf '\n==== %s\n' "$*"
 }
 
+# `make install` puts everything into .venv; an active environment goes first.
+if ! command -v accelerate > /dev/null && [[ -x .venv/bin/accelerate ]]; then
+    PATH="$PWD/.venv/bin:$PATH"
+fi
 [[ $METHOD == lora || $METHOD == sft ]] || { echo "METHOD is lora or sft, not $METHOD" >&2; exit 2; }
 rm -rf "$OUT"
 mkdir -p "$OUT"
@@ -49,6 +53,8 @@ DATA_ROOT="$OUT/prepared" OUTPUT_ROOT="$OUT" MIXED_PRECISION=no LEARNING_RATES="
     OPTIMIZERS=adamw MAX_TRAIN_STEPS="$STEPS" LR_WARMUP_STEPS=20 CHECKPOINTING_STEPS=100000 \
     "./train_text_to_video_$METHOD.sh" --train_batch_size "$BATCH_SIZE" --stratified_timesteps
 run=$(echo "$OUT/cogvideox-$METHOD"__*)
+
+python assets/plot_loss.py "$run/metrics.jsonl" "$OUT/loss.png"
 
 say "4/4  the same captions and noise before and after"
 result=(--lora "$run")
