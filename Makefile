@@ -18,7 +18,7 @@ checksum = $(shell (cat $(REQUIREMENTS); echo '$(1)') | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(call checksum,)
 TORCH_STAMP := $(if $(filter file,$(origin TORCH)),$(STAMP),$(VENV)/.installed-$(call checksum,$(TORCH)))
 
-.PHONY: help install quickstart test test-faults test-gpu quality style bench doctor clean
+.PHONY: help install quickstart test test-faults test-gpu real quality style bench doctor clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -43,6 +43,10 @@ test: install  ## Run the tests that need neither a GPU nor minutes
 
 test-faults: install  ## Kill, corrupt and starve real runs at random moments: 20 minutes
 	OMP_NUM_THREADS=1 pytest -s -m "faults and not (gpu or multi_gpu)"
+
+real: install  ## Check the scripts against real weights: MODEL=zai-org/CogVideoX-2b, a card, 30 minutes
+	@test -n "$(MODEL)" || { echo "MODEL is missing, as in make real MODEL=zai-org/CogVideoX-2b" >&2; exit 2; }
+	python benchmarks/real_model.py --model "$(MODEL)" $(REAL_FLAGS)
 
 test-gpu: install  ## Run the tests that need a CUDA device
 	pytest -m "gpu or multi_gpu"
