@@ -68,7 +68,7 @@ from networks import (
     write_vocabulary,
 )
 from objective import add_noise, v_prediction_loss
-from world import CONCEPTS, NUM_WORDINGS, all_contents, caption, draw_clips, test_contents, training_contents
+from world import CONCEPTS, MEASURED, NUM_WORDINGS, all_contents, caption, draw_clips, test_contents, training_contents
 
 
 class Recipe(NamedTuple):
@@ -82,6 +82,7 @@ class Recipe(NamedTuple):
 RECIPES = {"vae": Recipe(32, 1e-3, 0.998), "t2v": Recipe(256, 1e-3, 0.9995), "i2v": Recipe(256, 5e-4, 0.999)}
 MAX_GRAD_NORM, LEAST_RATE = 1.0, 0.02  # the last as a share of the learning rate
 KL_WEIGHT = 3e-3
+GUIDANCES = (2.0, 6.0)  # that reports sample with
 TEXT_DROPOUT, IMAGE_DROPOUT = 0.1, 0.05
 LONG_TEXT_EVERY = 4  # every fourth step has captions as long as the pipelines make them, 226 tokens; the others 32
 
@@ -345,7 +346,12 @@ def pretrain_text_to_video(args, recipe: Recipe, device: str, started: float) ->
         write_part(folder, "transformer", transformer)
         write_text_encoder(folder, text_encoder)
         pipe = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, load_scheduler(folder))
-        return accuracy(judge(sample(pipe, captions_of(contents), max_sequence_length=TEXT_LENGTH)), contents)
+        scores = {}
+        for guidance in GUIDANCES:
+            clips = sample(pipe, captions_of(contents), guidance_scale=guidance, max_sequence_length=TEXT_LENGTH)
+            found = accuracy(judge(clips), contents)
+            scores |= {f"{name}_at_{guidance:g}": found[name] for name in (*MEASURED, "caption")}
+        return scores
 
     loss_of = lambda step: diffusion_loss(  # noqa: E731
         learner.modules["transformer"],
