@@ -271,7 +271,7 @@ def test_reconstruction_is_learned():
     learner = pretrain.Learner({"vae": networks.new_vae()}, recipe, "cpu")
     losses = []
     for _ in range(10):
-        loss = pretrain.vae_loss(learner.modules["vae"], 1, seed=0, step=0, device="cpu")
+        loss = pretrain.vae_loss(learner.modules["vae"], 1, seed=0, device="cpu", step=0)
         learner.update(loss, rate=1.0)
         losses.append(loss.item())
     assert losses[-1] < 0.75 * losses[0], losses

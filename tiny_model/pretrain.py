@@ -13,6 +13,7 @@ Axes: B batch, F' pixel frames, F latent frames, C latent channels, H/W latent s
 
 import argparse
 import copy
+import functools
 import json
 import math
 import sys
@@ -108,7 +109,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * rate
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params.values(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(list(self.params.values()), MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -144,7 +145,7 @@ class Learner:
 # ---------------------------------------------------------------- losses: one function per phase
 
 
-def vae_loss(vae, batch_size: int, seed: int, step: int, device: str, kl_weight: float = KL_WEIGHT) -> torch.Tensor:
+def vae_loss(vae, batch_size: int, seed: int, device: str, step: int) -> torch.Tensor:
     """Reconstruction of clips of all the world, concepts too: the VAE is to carry what fine-tuning will bring."""
     generator = torch.Generator().manual_seed(draw_seed(seed, "vae", step))
     rows = VAE_CONTENTS[torch.randint(len(VAE_CONTENTS), (batch_size,), generator=generator)]
@@ -155,7 +156,7 @@ def vae_loss(vae, batch_size: int, seed: int, step: int, device: str, kl_weight:
     noise = torch.randn(mean.shape, generator=generator).to(device)
     rebuilt = vae.decode(mean + (0.5 * logvar).exp() * noise).sample.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels) + kl_weight * kl
+    return F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels) + KL_WEIGHT * kl
 
 
 VAE_CONTENTS = torch.tensor([row for concept in (None, *CONCEPTS) for row in all_contents(concept)])
@@ -198,7 +199,7 @@ def make_bank(folder: Path, size: int, seed: int, device: str, with_images: bool
     )  # fmt: skip
 
 
-def diffusion_loss(transformer, text_encoder, bank: Bank, batch_size: int, seed: int, step: int, device: str):
+def diffusion_loss(transformer, text_encoder, bank: Bank, batch_size: int, seed: int, device: str, step: int):
     """The project's objective on a batch of the bank; with image latents where the bank has them."""
     generator = torch.Generator(device).manual_seed(draw_seed(seed, "batch", step))
     random = {"generator": generator, "device": device}
@@ -320,13 +321,8 @@ def pretrain_vae(args, recipe: Recipe, device: str, started: float) -> None:
         spread = float(moments[:, 16:].mul(0.5).exp().mean() / raw.std())  # of the posterior, in latents' deviations
         return {**measure_vae(vae, contents), "scaling_factor": vae.config.scaling_factor, "posterior": spread}
 
-    train(
-        args,
-        learner,
-        lambda step: vae_loss(learner.modules["vae"], recipe.batch_size, args.seed, step, device),
-        report,
-        started,
-    )
+    loss_of = functools.partial(vae_loss, learner.modules["vae"], recipe.batch_size, args.seed, device)
+    train(args, learner, loss_of, report, started)
 
 
 def pretrain_text_to_video(args, recipe: Recipe, device: str, started: float) -> None:
@@ -353,25 +349,15 @@ def pretrain_text_to_video(args, recipe: Recipe, device: str, started: float) ->
             scores |= {f"{name}_at_{guidance:g}": found[name] for name in (*MEASURED, "caption")}
         return scores
 
-    loss_of = lambda step: diffusion_loss(  # noqa: E731
-        learner.modules["transformer"],
-        learner.modules["text_encoder"],
-        bank,
-        recipe.batch_size,
-        args.seed,
-        step,
-        device,
-    )
+    models = (learner.modules["transformer"], learner.modules["text_encoder"])
+    loss_of = functools.partial(diffusion_loss, *models, bank, recipe.batch_size, args.seed, device)
     train(args, learner, loss_of, report, started)
 
 
 def chosen_contents(args) -> torch.Tensor:
     """What pretraining shows; --num_contents of it, for a trial."""
-    return (
-        training_contents()
-        if args.num_contents is None
-        else training_contents()[:: 3456 // args.num_contents][: args.num_contents]
-    )
+    rows = training_contents()
+    return rows if args.num_contents is None else rows[:: len(rows) // args.num_contents][: args.num_contents]
 
 
 def pretrain_image_to_video(args, recipe: Recipe, device: str, started: float) -> None:
@@ -392,9 +378,8 @@ def pretrain_image_to_video(args, recipe: Recipe, device: str, started: float) -
         pipe = CogVideoXImageToVideoPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
         return measure_image_to_video(pipe, contents, max_sequence_length=TEXT_LENGTH)
 
-    loss_of = lambda step: diffusion_loss(  # noqa: E731
-        learner.modules["transformer"], text_encoder, bank, recipe.batch_size, args.seed, step, device
-    )
+    models = (learner.modules["transformer"], text_encoder)
+    loss_of = functools.partial(diffusion_loss, *models, bank, recipe.batch_size, args.seed, device)
     train(args, learner, loss_of, report, started)
 
 
