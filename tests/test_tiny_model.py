@@ -85,6 +85,7 @@ def test_captions_say_everything():
     for row in sample_contents(40):
         wordings = {world.caption(row, wording) for wording in range(world.NUM_WORDINGS)}
         assert len(wordings) == world.NUM_WORDINGS
+        assert world.caption(row, 3 + world.NUM_WORDINGS) == world.caption(row, 3)
         words = world.words_of(row)
         for text in wordings:
             named = [word for name, word in words.items() if name != "direction" and word != "plain"]
@@ -94,7 +95,7 @@ def test_captions_say_everything():
 
 
 def test_a_dataset_folder_is_what_the_judge_sees_and_the_captions_say(tmp_path):
-    contents = world.teaching_contents("pink", 4)
+    contents = world.teaching_contents("pink")
     world.write_dataset(tmp_path, contents)
     prompts = (tmp_path / "prompts.txt").read_text().splitlines()
     videos = (tmp_path / "videos.txt").read_text().splitlines()

@@ -155,9 +155,9 @@ def test_contents(count: int = 100, concept: str | None = None, seed: int = 0) -
 
 
 def caption(row, wording: int = 0) -> str:
-    """The caption of a content in one of its NUM_WORDINGS wordings; 0 is the plainest."""
+    """The caption of a content in one of its NUM_WORDINGS wordings, which come in turn; 0 is the plainest."""
     words = words_of(row)
-    sentence, phrase = SENTENCES[wording % len(SENTENCES)], wording // len(SENTENCES)
+    sentence, phrase = SENTENCES[wording % len(SENTENCES)], wording // len(SENTENCES) % 2
     pattern = "" if words["pattern"] == "plain" else words["pattern"] + " "
     background = pattern + words["background"]
     article = {True: "an", False: "a"}
