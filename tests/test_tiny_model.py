@@ -212,6 +212,18 @@ def test_plain_diffusers_loads_and_calls_it(untrained):
     assert frames.shape == (1, 9, 3, 64, 64)
 
 
+def test_the_scripts_take_it(untrained):
+    """Both folders are whole for the training scripts, links followed, and the clips' size is one that they render."""
+    from cogvideox import check_sample_size, check_task, read_config, resolve_model_dir, text_length
+
+    parts = ["transformer", "scheduler", "vae", "text_encoder", "tokenizer"]
+    for name, image_to_video in ((networks.TEXT_TO_VIDEO, False), (networks.IMAGE_TO_VIDEO, True)):
+        config = read_config(resolve_model_dir(str(untrained / name), parts), "transformer")
+        check_task(name, config, image_to_video)
+        check_sample_size(config, (9, 64, 64))
+        assert text_length(config) == networks.TEXT_LENGTH
+
+
 def test_captions_fit_the_text_length(untrained):
     from transformers import AutoTokenizer
 
