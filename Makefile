@@ -18,7 +18,7 @@ checksum = $(shell (cat $(REQUIREMENTS); echo '$(1)') | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(call checksum,)
 TORCH_STAMP := $(if $(filter file,$(origin TORCH)),$(STAMP),$(VENV)/.installed-$(call checksum,$(TORCH)))
 
-.PHONY: help install quickstart test test-faults test-gpu quality style bench doctor clean
+.PHONY: help install quickstart test test-faults test-gpu real quality style bench doctor clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -44,14 +44,18 @@ test: install  ## Run the tests that need neither a GPU nor minutes
 test-faults: install  ## Kill, corrupt and starve real runs at random moments: 20 minutes
 	OMP_NUM_THREADS=1 pytest -s -m "faults and not (gpu or multi_gpu)"
 
+real: install  ## Check the scripts against real weights: MODEL=zai-org/CogVideoX-2b, a card, 30 minutes
+	@test -n "$(MODEL)" || { echo "MODEL is missing, as in make real MODEL=zai-org/CogVideoX-2b" >&2; exit 2; }
+	python benchmarks/real_model.py --model "$(MODEL)" $(REAL_FLAGS)
+
 test-gpu: install  ## Run the tests that need a CUDA device
 	pytest -m "gpu or multi_gpu"
 
 quality: install  ## Check style: ruff, the shell scripts' syntax, shellcheck where it is installed
 	ruff check .
 	ruff format --check .
-	for script in *.sh training/*.sh .ci/run; do bash -n "$$script" || exit 1; done
-	! command -v shellcheck >/dev/null || shellcheck *.sh training/*.sh .ci/run
+	for script in *.sh training/*.sh tiny_model/*.sh .ci/run; do bash -n "$$script" || exit 1; done
+	! command -v shellcheck >/dev/null || shellcheck *.sh training/*.sh tiny_model/*.sh .ci/run
 
 style: install  ## Format the code
 	ruff check --fix .

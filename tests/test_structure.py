@@ -83,7 +83,11 @@ def test_services_do_not_import_in_a_circle():
 
 
 def test_module_names_hide_no_package():
-    own = {path.stem for folder in ("training", "tests", "benchmarks") for path in (ROOT / folder).glob("*.py")}
+    own = {
+        path.stem
+        for folder in ("training", "tests", "benchmarks", "tiny_model")
+        for path in (ROOT / folder).glob("*.py")
+    }
     assert not own & (sys.stdlib_module_names | packages_distributions().keys())
 
 

@@ -147,21 +147,22 @@ def scale_vae(vae):
     vae.decoder.conv_out.conv.weight.mul_(2.0)
 
 
-def write_tokenizer(folder):
-    """Train a sentencepiece model on the built-in text and lay it out as the released checkpoints do."""
+def write_tokenizer(folder, text=TOKENIZER_TEXT, words=()):
+    """Train a sentencepiece model on `text` and lay it out as the released checkpoints do; each of `words` is one piece."""
     model = io.BytesIO()
     # One thread and no file names in the model: the same bytes each time.
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TOKENIZER_TEXT.splitlines()),
+        sentence_iterator=iter(text.splitlines()),
         model_writer=model,
         model_type="unigram",
         vocab_size=512,
-        hard_vocab_limit=False,  # the text yields about 280
+        hard_vocab_limit=False,  # the built-in text yields about 280
         character_coverage=1.0,
         pad_id=0,
         eos_id=1,
         unk_id=2,
         bos_id=-1,
+        user_defined_symbols=[f"\u2581{word}" for word in words],  # the mark is sentencepiece's space
         num_threads=1,
         minloglevel=2,
     )

@@ -1,0 +1,128 @@
+#!/usr/bin/env python
+"""Show and measure what fine-tuning taught the small model: the same captions and noise before it and after it.
+
+    python tiny_model/compare.py --concept star --lora outputs/teach/run --out outputs/teach
+
+Writes a contact sheet (caption, before, after) and a video of the same, and prints accuracies on new captions of the
+concept and on captions of what the model knew. Exit code 1 if --at_least says that more was to be learned.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from PIL import Image, ImageDraw
+
+from judge import accuracy, confusion, judge
+from measure import GUIDANCE, STEPS, captions_of, sample, score_line
+from networks import TEXT_LENGTH
+from world import CONCEPTS, FPS, SIZE, test_contents
+
+
+SCALE, SHOWN_FRAMES = 2, (0, 4, 8)  # of the contact sheet: pixels per pixel, frames of each clip
+GAP, TEXT_HEIGHT = 6, 16  # pixels
+
+
+def load_pipelines(model: Path, lora: Path | None, transformer: Path | None) -> tuple:
+    """(before, after): of the base model, and with the LoRA or the transformer of a run's output folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
+    parts = {}
+    if transformer:
+        parts["transformer"] = CogVideoXTransformer3DModel.from_pretrained(
+            transformer, subfolder="transformer", dtype=torch.float32
+        )
+    after = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32, **parts)
+    if lora:
+        after.load_lora_weights(lora)
+    return before.to(device), after.to(device)
+
+
+def strip(clip: torch.Tensor) -> Image.Image:
+    """Some frames of a clip [F', 3, h, w] in 0..1 side by side."""
+    frames = (clip[list(SHOWN_FRAMES)] * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)  # [h, frames x w, 3]
+    image = Image.fromarray(frames.contiguous().numpy())
+    return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST)
+
+
+def contact_sheet(prompts: list[str], before: torch.Tensor, after: torch.Tensor) -> Image.Image:
+    """A row per prompt: the prompt, frames before and frames after."""
+    width, row = SIZE * SCALE * len(SHOWN_FRAMES), TEXT_HEIGHT + SIZE * SCALE + GAP
+    sheet = Image.new("RGB", (2 * width + 3 * GAP, TEXT_HEIGHT + len(prompts) * row + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 3), "before", fill="black")
+    draw.text((2 * GAP + width, 3), "after", fill="black")
+    for number, prompt in enumerate(prompts):
+        top = TEXT_HEIGHT + number * row
+        draw.text((GAP, top + 2), prompt, fill="black")
+        sheet.paste(strip(before[number]), (GAP, top + TEXT_HEIGHT))
+        sheet.paste(strip(after[number]), (2 * GAP + width, top + TEXT_HEIGHT))
+    return sheet
+
+
+def write_video(path: Path, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Before above, after below, a column per prompt."""
+    from make_clips import encode_video
+
+    clips = torch.stack([before, after])  # [2, B, F', 3, h, w]
+    frames = (clips * 255).round().byte().permute(2, 0, 4, 1, 5, 3).flatten(3, 4).flatten(1, 2)  # [F', 2h, Bw, 3]
+    encode_video(path, frames.contiguous().numpy(), FPS)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
+    parser.add_argument("--lora", type=Path, help="folder of the LoRA")
+    parser.add_argument("--transformer", type=Path, help="output folder of full fine-tuning")
+    parser.add_argument("--concept", choices=CONCEPTS, required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the contact sheet, the video and numbers.json"
+    )
+    parser.add_argument("--num_clips", type=int, default=12, help="of the concept, and as many of what was known")
+    parser.add_argument("--num_shown", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--max_sequence_length", type=int, default=TEXT_LENGTH, help="text tokens, as in training")
+    parser.add_argument("--at_least", type=float, help="accuracy on the concept's captions under which to fail")
+    args = parser.parse_args(argv)
+    if bool(args.lora) == bool(args.transformer):
+        parser.error("give --lora or --transformer")
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    pipes = dict(zip(("before", "after"), load_pipelines(args.model, args.lora, args.transformer), strict=True))
+    sets = {args.concept: test_contents(args.num_clips, args.concept), "known": test_contents(args.num_clips)}
+    options = {
+        "num_inference_steps": args.steps, "guidance_scale": args.guidance,
+        "max_sequence_length": args.max_sequence_length,
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    numbers, clips = {}, {}
+    for name, contents in sets.items():
+        for when, pipe in pipes.items():
+            clips[name, when] = sample(pipe, captions_of(contents), **options)
+            verdicts = judge(clips[name, when])
+            numbers[f"{name} {when}"] = accuracy(verdicts, contents)
+            print(f"{name} {when}: {score_line(numbers[f'{name} {when}'])}")
+        if name == args.concept:
+            print(confusion(verdicts, contents, CONCEPTS[name]))
+    prompts = captions_of(sets[args.concept])[: args.num_shown]
+    shown = [clips[args.concept, when][: args.num_shown] for when in pipes]
+    contact_sheet(prompts, *shown).save(args.out / "contact_sheet.png")
+    write_video(args.out / "before_and_after.mp4", *shown)
+    (args.out / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    print(f"{args.out}/contact_sheet.png, {args.out}/before_and_after.mp4, {args.out}/numbers.json")
+    learned = numbers[f"{args.concept} after"]["caption"]
+    if args.at_least and learned < args.at_least:
+        sys.exit(
+            f"error: {learned:.0%} of the captions of {args.concept} are obeyed, and {args.at_least:.0%} were expected"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Says what a clip shows, by arithmetic on its pixels: no network, so that nothing about it has to be believed.
+
+The background is the median of every row; what differs from it is the shape. Its outline is compared with that of
+every shape of the same area, drawn at the same place; its colour with the named ones; its path gives the direction.
+What fits no word well enough is None, which counts as wrong. Axes: B batch, F' frames, h/w pixels.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from world import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLOURS,
+    FADE,
+    MEASURED,
+    SIZE,
+    STRIPE,
+    STRIPE_PERIOD,
+    TRAVEL,
+    shape_coverage,
+    words_of,
+)
+
+
+CORE_PIXELS = 100  # the smallest shape, a ring, covers 215
+LEAST_CONTRAST = 0.12  # of 1; the closest of the world's pairs of shape and background has 0.3
+AREA_LIMITS = (90, 900)  # pixels; the world's are 215 to 460
+LEAST_OVERLAP = 0.72  # intersection over union with the best shape; real clips have 0.9 and more
+LEAST_TRAVEL = 5.0  # pixels; the slowest clips have 10
+FARTHEST_COLOUR = 0.22  # distance in RGB of 0..1; two named colours are 0.32 apart at least
+QUICK = (TRAVEL["slowly"][1] + TRAVEL["quickly"][0]) / 2
+LEAST_STRIPE, LEAST_FADE = 0.04, 0.06  # of 1: amplitude of the stripes' wave, difference of the outer quarters
+
+
+def judge(clips: torch.Tensor) -> list[dict[str, str | None]]:
+    """A word or None per attribute for each of the clips [B, F', 3, h, w] in 0..1."""
+    clips = smooth(clips.float())
+    background = clips.permute(0, 2, 3, 1, 4).flatten(3).median(-1).values  # [B, 3, h]
+    difference = (clips - background[:, None, :, :, None]).norm(dim=2)  # [B, F', h, w]
+    contrast = difference.flatten(2).topk(CORE_PIXELS).values.mean(-1)  # [B, F']
+    coverage = (2 * difference / contrast.clamp(min=1e-3)[..., None, None] - 0.5).clamp(0, 1)
+    area = coverage.sum((2, 3))  # [B, F']
+    visible = (contrast > LEAST_CONTRAST) & (area > AREA_LIMITS[0]) & (area < AREA_LIMITS[1])
+    is_there = visible.all(1)
+    centres = centres_of(coverage, area)
+    overlaps = shape_overlaps(coverage, area, centres)  # [B, shapes]
+    columns = {
+        "shape": words("shape", overlaps.argmax(1), is_there & (overlaps.amax(1) > LEAST_OVERLAP)),
+        "colour": colour_words(clips, coverage, is_there),
+        **motion_words(centres, is_there),
+        **background_words(background),
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def smooth(clips: torch.Tensor) -> torch.Tensor:
+    """Each pixel averaged with its neighbours by 1 2 1 in both axes: takes two thirds of a noise away, no corner."""
+    weights = torch.tensor([1.0, 2.0, 1.0], device=clips.device) / 4
+    padded = F.pad(clips.flatten(0, 1), (1, 1, 1, 1), mode="replicate")
+    rows = sum(weight * padded[:, :, start : start + SIZE] for start, weight in enumerate(weights))
+    return sum(weight * rows[..., start : start + SIZE] for start, weight in enumerate(weights)).view(clips.shape)
+
+
+def words(name: str, indices: torch.Tensor, is_clear: torch.Tensor) -> list[str | None]:
+    pairs = zip(indices.tolist(), is_clear.tolist(), strict=True)
+    return [ATTRIBUTES[name][index] if clear else None for index, clear in pairs]
+
+
+def centres_of(coverage: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """Centres of mass (x, y) [B, F', 2] in pixels; that of every shape is the centre it is drawn around."""
+    places = torch.arange(SIZE, device=coverage.device) + 0.5
+    weights = area.clamp(min=1e-3)
+    return (
+        torch.stack([(coverage.sum(2) * places).sum(-1), (coverage.sum(3) * places).sum(-1)], -1) / weights[..., None]
+    )
+
+
+@functools.cache
+def area_factors() -> tuple[float, ...]:
+    """Area of each shape in squared radii."""
+    middle, radius = torch.full((2,), SIZE / 2), torch.tensor(11.0)
+    return tuple(float(shape_coverage(shape, middle, radius).sum()) / 11.0**2 for shape in ATTRIBUTES["shape"])
+
+
+def shape_overlaps(coverage: torch.Tensor, area: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """[B, shapes]: intersection over union with each shape of the same area and centre, averaged over every other frame."""
+    coverage, area, centres = coverage[:, ::2], area[:, ::2], centres[:, ::2]
+    overlaps = []
+    for shape, factor in zip(ATTRIBUTES["shape"], area_factors(), strict=True):
+        drawn = shape_coverage(shape, centres, (area / factor).sqrt().clamp(min=1.0))
+        both = torch.minimum(coverage, drawn).sum((2, 3))
+        overlaps.append((both / torch.maximum(coverage, drawn).sum((2, 3)).clamp(min=1e-3)).mean(1))
+    return torch.stack(overlaps, 1)
+
+
+def colour_words(clips: torch.Tensor, coverage: torch.Tensor, is_there: torch.Tensor) -> list[str | None]:
+    """The named colour nearest to the mean of the shape's inside, its edge left out."""
+    inside = -F.max_pool2d(-coverage, 3, stride=1, padding=1)  # a pixel counts as its least covered neighbour
+    weights = inside.square()[:, :, None]
+    colours = (clips * weights).sum((1, 3, 4)) / weights.sum((1, 3, 4)).clamp(min=1e-3)  # [B, 3]
+    distances = torch.cdist(colours, named(COLOURS, clips))
+    return words("colour", distances.argmin(1), is_there & (distances.amin(1) < FARTHEST_COLOUR))
+
+
+def named(colours: dict[str, tuple], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(colours.values()), device=like.device) / 255
+
+
+def motion_words(centres: torch.Tensor, is_there: torch.Tensor) -> dict[str, list]:
+    """Direction and speed from the straight line that fits the centres; diagonal or still is neither."""
+    time = torch.linspace(-0.5, 0.5, centres.shape[1], device=centres.device)[:, None]
+    travel = (centres * time).sum(1) / time.square().sum()  # [B, 2] over the whole clip
+    x, y = travel.unbind(1)
+    longer, shorter = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    index = torch.where(x.abs() > y.abs(), (x > 0).long(), 2 + (y > 0).long())  # left, right, up, down
+    is_clear = is_there & (longer > LEAST_TRAVEL) & (shorter < 0.5 * longer)
+    return {
+        "direction": words("direction", index, is_clear),
+        "speed": words("speed", (longer > QUICK).long(), is_clear),
+    }
+
+
+def background_words(background: torch.Tensor) -> dict[str, list]:
+    """Name and pattern of the background [B, 3, h]."""
+    rows = (torch.arange(SIZE, device=background.device) + 0.5) / SIZE
+    grey, quarter = background.mean(1), SIZE // 4  # [B, h]
+    angle = rows * SIZE * (2 * math.pi / STRIPE_PERIOD)
+    stripe = 2 * torch.hypot((grey * angle.sin()).mean(1), (grey * angle.cos()).mean(1))
+    fade = grey[:, -quarter:].mean(1) - grey[:, :quarter].mean(1)
+    pattern = torch.where(stripe > LEAST_STRIPE, 2, (fade > LEAST_FADE).long())
+    added = torch.tensor([0, FADE / 2, STRIPE / 2], device=background.device)[pattern] / 255  # what patterns add
+    distances = torch.cdist(background.mean(2) - added[:, None], named(BACKGROUNDS, background))
+    return {
+        "background": words("background", distances.argmin(1), distances.amin(1) < FARTHEST_COLOUR),
+        "pattern": words("pattern", pattern, torch.ones_like(pattern, dtype=torch.bool)),
+    }
+
+
+# ---------------------------------------------------------------- scores
+
+
+def accuracy(verdicts: Sequence[dict], contents: Sequence) -> dict[str, float]:
+    """Share of clips in which each attribute is as the content says, and under "caption" all of MEASURED together."""
+    wanted = [words_of(row) for row in contents]
+    pairs = list(zip(verdicts, wanted, strict=True))
+    scores = {name: sum(found[name] == want[name] for found, want in pairs) / len(pairs) for name in ATTRIBUTES}
+    scores["caption"] = sum(all(found[name] == want[name] for name in MEASURED) for found, want in pairs) / len(pairs)
+    return scores
+
+
+def confusion(verdicts: Sequence[dict], contents: Sequence, name: str) -> str:
+    """A table of attribute `name`: a row for each word asked for, a column for each word seen."""
+    counts = Counter((words_of(row)[name], found[name]) for found, row in zip(verdicts, contents, strict=True))
+    asked = [word for word in ATTRIBUTES[name] if any(pair[0] == word for pair in counts)]
+    lines = ["".join(f"{word or 'unclear':>10}" for word in (name, *ATTRIBUTES[name], None))]
+    for word in asked:
+        cells = [counts[word, seen] or "." for seen in (*ATTRIBUTES[name], None)]
+        lines.append(f"{word:>10}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Teach the small model a concept that it has never seen, by the project's own wrappers, and show what it learned.
+#
+#   tiny_model/teach.sh              # a LoRA of "star", a shape
+#   tiny_model/teach.sh pink         # a colour
+#   METHOD=sft tiny_model/teach.sh striped
+#
+# Runs on a CPU. Everything lands in OUT, made anew each time.
+set -euo pipefail
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
+
+concept="${1:-star}"                       # star, pink or striped
+METHOD="${METHOD:-lora}"                   # lora or sft
+MODEL="${MODEL:-assets/tiny-cogvideox}"
+OUT="${OUT:-outputs/teach-$METHOD-$concept}"
+NUM_CLIPS="${NUM_CLIPS:-12}"               # that teach it
+KNOWN_CLIPS="${KNOWN_CLIPS:-0}"            # of what it knows, mixed in
+STEPS="${STEPS:-240}"
+BATCH_SIZE="${BATCH_SIZE:-4}"
+MEASURED_CLIPS="${MEASURED_CLIPS:-12}"     # of the concept, and as many of what the model knew
+AT_LEAST="${AT_LEAST:-0}"                  # share of the concept's new captions that must be obeyed afterwards
+if [[ $METHOD == lora ]]; then
+    LEARNING_RATE="${LEARNING_RATE:-1e-3}"
+else
+    LEARNING_RATE="${LEARNING_RATE:-3e-4}"
+fi
+export MODEL NUM_WORKERS=0
+# Tensors this small are not worth a second thread.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+say() {
+    printf '\n==== %s\n' "$*"
+}
+
+# `make install` puts everything into .venv; an active environment goes first.
+if ! command -v accelerate > /dev/null && [[ -x .venv/bin/accelerate ]]; then
+    PATH="$PWD/.venv/bin:$PATH"
+fi
+[[ $METHOD == lora || $METHOD == sft ]] || { echo "METHOD is lora or sft, not $METHOD" >&2; exit 2; }
+rm -rf "$OUT"
+mkdir -p "$OUT"
+
+say "1/4  $NUM_CLIPS clips of $concept with captions"
+python tiny_model/world.py "$OUT/clips" --concept "$concept" --num_clips "$NUM_CLIPS" \
+    --num_known "$KNOWN_CLIPS"
+
+say "2/4  clips and captions to moments and embeddings"
+DATA_ROOT="$OUT/clips" OUTPUT_ROOT="$OUT/prepared" HEIGHT_BUCKETS=64 WIDTH_BUCKETS=64 FRAME_BUCKETS=9 \
+    MAX_NUM_FRAMES=9 DTYPE=fp32 ./prepare_dataset.sh
+
+say "3/4  training"
+DATA_ROOT="$OUT/prepared" OUTPUT_ROOT="$OUT" MIXED_PRECISION=no LEARNING_RATES="$LEARNING_RATE" LR_SCHEDULES=cosine \
+    OPTIMIZERS=adamw MAX_TRAIN_STEPS="$STEPS" LR_WARMUP_STEPS=20 CHECKPOINTING_STEPS=100000 \
+    "./train_text_to_video_$METHOD.sh" --train_batch_size "$BATCH_SIZE" --stratified_timesteps
+run=$(echo "$OUT/cogvideox-$METHOD"__*)
+
+python assets/plot_loss.py "$run/metrics.jsonl" "$OUT/loss.png"
+
+say "4/4  the same captions and noise before and after"
+result=(--lora "$run")
+[[ $METHOD == lora ]] || result=(--transformer "$run")
+python tiny_model/compare.py --model "$MODEL" "${result[@]}" --concept "$concept" --out "$OUT" \
+    --num_clips "$MEASURED_CLIPS" --at_least "$AT_LEAST"
