@@ -32,16 +32,16 @@ def train(tiny, prepared_data, tmp_path):
     return run
 
 
-def make_inputs(transformer, num_frames=None):
+def make_inputs(transformer, num_frames=None, dtype=torch.float32):
     """Of the base size; another number of latent frames only without learned positions."""
     config, generator = transformer.config, torch.Generator().manual_seed(2)
     frames = num_frames or (config.sample_frames - 1) // 4 + 1
     frames += -frames % (config.patch_size_t or 1)
     shape = (1, frames, config.in_channels, config.sample_height, config.sample_width)
-    latents = torch.randn(shape, generator=generator)
+    latents = torch.randn(shape, generator=generator).to(dtype)
     return {
         "hidden_states": latents,
-        "encoder_hidden_states": torch.randn(1, 226, config.text_embed_dim, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 226, config.text_embed_dim, generator=generator).to(dtype),
         "timestep": torch.tensor([500]),
         "image_rotary_emb": rotary_embeddings(config, latents),
         "ofs": ofs_input(config, latents),
