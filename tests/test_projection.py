@@ -43,5 +43,5 @@ def test_adapters_in_few_products_train_what_pefts_path_trains(kind, flags, tiny
     assert loss == (pytest.approx(reference, rel=1e-8) if plain else reference)
     assert grads.keys() == reference_grads.keys() and len(grads) == len(params)
     for name, grad in grads.items():
-        torch.testing.assert_close(grad, reference_grads[name], rtol=2e-6, atol=1e-10)  # gradients are fp32
+        torch.testing.assert_close(grad, reference_grads[name], rtol=2e-6, atol=1e-9)  # gradients are fp32
         assert grad.abs().max() > 0
