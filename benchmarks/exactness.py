@@ -103,7 +103,7 @@ def make_transformer(task, row, rank):
     flags += ["--rank", str(rank), "--lora_alpha", str(rank), "--attention", attention, "--base_precision", precision]
     args = parse_training_args(task.script, flags)
     return build_lora_engine_from_args(
-        args, transformer, None, task.shape, task.device, SEED, resumes=False
+        args, args.memory, transformer, None, task.shape, task.device, SEED, resumes=False
     ).transformer
 
 

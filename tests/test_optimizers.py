@@ -119,7 +119,7 @@ def parse(row, place="device"):
 
 def make_run(row, place="device", dtype=torch.float32, device=CPU):
     args = parse(row, place)
-    engine = build_sft_engine_from_args(args, TinyModel(), (1, 8, 1, 64), dtype, torch.float32, device)
+    engine = build_sft_engine_from_args(args, None, TinyModel(), (1, 8, 1, 64), dtype, torch.float32, device)
     optimizer = make_optimizer_from_args(args, engine.params, args.learning_rate)
     schedule = make_lr_scheduler_from_args(args, optimizer, args.max_train_steps)
     return engine, TrainingState(engine.params, optimizer, schedule, masters=engine.masters, ema=engine.ema)

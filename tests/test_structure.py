@@ -15,7 +15,7 @@ MODULES = sorted(path.stem for path in (ROOT / "training").glob("*.py"))
 
 # Layers: each imports only what lies below it. L0 is the standard library alone; the parts of L1 do not import one
 # another, except that dataset and attention have rooms of their own; only L2 and L3 know accelerate and the flags.
-PURE = {"args", "buckets", "draws", "durable", "errors", "signals"}
+PURE = {"args", "buckets", "draws", "durable", "errors", "memory_plan", "signals"}
 DATA_ROOMS = {"formats", "decode", "cache", "report"}
 ROOMS = {"dataset": DATA_ROOMS, "attention_trial": {"attention"}}
 PARTS = DATA_ROOMS | {
@@ -23,7 +23,7 @@ PARTS = DATA_ROOMS | {
     "memory", "attention", "attention_trial", "streaming", "quantization", "norm_rope", "masters", "zero",
 }  # fmt: skip
 SERVICES = {
-    "runtime", "meter", "engine", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",
+    "runtime", "meter", "engine", "planning", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",
 }  # fmt: skip
 
 

@@ -42,7 +42,10 @@ FREE_FLAGS = {
     "validation_prompt", "validation_prompt_separator", "validation_steps", "width",
 }  # fmt: skip
 # These change memory and time, not what is computed: what ran out of memory may go on with them
-MEMORY_FLAGS = {"gradient_checkpointing", "compile_blocks", "enable_slicing", "offload_gradients"}
+MEMORY_FLAGS = {
+    "gradient_checkpointing", "memory", "compile_blocks", "no_compile_blocks", "attention", "enable_slicing",
+    "offload_gradients",
+}  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 SAID_FROM = 2**30  # bytes: a result of less is written in no time
@@ -58,6 +61,8 @@ def open_output_dir_from_args(args, accelerator) -> int | None:
     Refuses, with UsageError on all ranks, a folder that another process writes, or that holds another run, unless
     --overwrite moves it aside.
     """
+    if args.memory == "plan":  # which writes nothing
+        return None
     return on_main_process(accelerator, lambda: claim_output_dir_from_args(args))
 
 

@@ -221,12 +221,17 @@ def load_transformer(
     transformer = cls.from_pretrained(model_dir, subfolder="transformer", dtype=dtype, variant=variant, **changes)
     if load_blocks is not None:
         transformer.__class__ = CogVideoXTransformer3DModel
-        with torch.device("meta"):
-            blocks = transformer.from_config(read_config(model_dir, "transformer")).transformer_blocks
+        blocks = empty_transformer(read_config(model_dir, "transformer")).transformer_blocks
         load_blocks(blocks, "transformer_blocks.", weight_files(model_dir / "transformer", variant), dtype)
         transformer.transformer_blocks = blocks
         transformer.register_to_config(num_layers=len(blocks), _class_name=type(transformer).__name__)
     return transformer.requires_grad_(False).eval()
+
+
+def empty_transformer(transformer_config) -> CogVideoXTransformer3DModel:
+    """The transformer without memory for its weights, to count and to name them."""
+    with torch.device("meta"):
+        return CogVideoXTransformer3DModel.from_config(transformer_config)
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:

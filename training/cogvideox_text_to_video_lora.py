@@ -40,6 +40,7 @@ from cogvideox import (
     check_sample_size,
     default_fps,
     describe_model,
+    empty_transformer,
     encode_captions,
     encode_videos,
     latent_shape,
@@ -59,12 +60,13 @@ from cogvideox import (
     text_length,
 )
 from dataset import build_dataset_from_args
-from engine import block_loader_from_args, build_lora_engine_from_args, build_optimizer_from_args
+from engine import build_lora_engine_from_args, build_optimizer_from_args
 from held_out import build_held_out_from_args, encode_held_out
 from hub import RunFacts, check_hub_from_args
 from meter import make_meter_from_args, report_memory
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args
+from planning import choose_level_from_args
 from runtime import (
     START,
     check_device_from_args,
@@ -128,6 +130,8 @@ def main(args) -> None:
     about = RunFacts(
         *base, dataset.bucket_of, size, dtype, seed, num_ranks, plan.num_steps, is_lora=True, hub_repo=hub_repo
     )
+    shape, empty = attention_shape(config, dataset.bucket_of, args.train_batch_size), empty_transformer(config)
+    level, fill = choose_level_from_args(args, empty, shape, dtype, device, is_lora=True)
     if is_complete_from_args(args, plan.num_steps):
         return finish_again_from_args(args, accelerator, about)
     START.mark("data")
@@ -144,12 +148,10 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
     checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
-    fill = block_loader_from_args(args, device)
     transformer = load_transformer(model_dir, dtype, args.variant, load_blocks=fill)
     START.mark("loading")
-    shape = attention_shape(config, dataset.bucket_of, args.train_batch_size)
     engine = build_lora_engine_from_args(
-        args, transformer, TEXT_TO_VIDEO_PIPELINE, shape, device, seed, bool(checkpoint)
+        args, level, transformer, TEXT_TO_VIDEO_PIPELINE, shape, device, seed, bool(checkpoint)
     )
     START.mark("engine")
     optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))

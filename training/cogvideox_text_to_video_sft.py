@@ -40,6 +40,7 @@ from cogvideox import (
     check_sample_size,
     default_fps,
     describe_model,
+    empty_transformer,
     encode_captions,
     encode_videos,
     latent_shape,
@@ -60,7 +61,6 @@ from cogvideox import (
 )
 from dataset import build_dataset_from_args
 from engine import (
-    block_loader_from_args,
     build_optimizer_from_args,
     build_sft_engine_from_args,
     check_sft_fits_from_args,
@@ -70,6 +70,7 @@ from hub import RunFacts, check_hub_from_args
 from meter import make_meter_from_args, report_memory
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args
+from planning import choose_level_from_args
 from runtime import (
     START,
     check_device_from_args,
@@ -134,6 +135,8 @@ def main(args) -> None:
     about = RunFacts(
         *base, dataset.bucket_of, size, dtype, seed, num_ranks, plan.num_steps, is_lora=False, hub_repo=hub_repo
     )
+    shape, empty = attention_shape(config, dataset.bucket_of, args.train_batch_size), empty_transformer(config)
+    level, fill = choose_level_from_args(args, empty, shape, dtype, device, is_lora=False)
     if is_complete_from_args(args, plan.num_steps):
         return finish_again_from_args(args, accelerator, about)
     START.mark("data")
@@ -150,11 +153,9 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
     checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
-    fill = block_loader_from_args(args, device)
     transformer = load_transformer(model_dir, torch.float32, args.variant, load_blocks=fill)
     START.mark("loading")
-    shape = attention_shape(config, dataset.bucket_of, args.train_batch_size)
-    engine = build_sft_engine_from_args(args, transformer, shape, dtype, stored, device)
+    engine = build_sft_engine_from_args(args, level, transformer, shape, dtype, stored, device)
     START.mark("engine")
     optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)

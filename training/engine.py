@@ -156,11 +156,12 @@ class SftEngine(Engine):
 
 
 def build_lora_engine_from_args(
-    args, transformer: nn.Module, pipeline_class, shape: tuple, device: torch.device, seed: int, resumes: bool
+    args, level, transformer: nn.Module, pipeline_class, shape: tuple, device: torch.device, seed: int, resumes: bool
 ) -> LoraEngine:
     """`transformer`, on the CPU in the compute dtype and frozen, made ready to train a LoRA on `device`.
 
-    `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` has no use for --init_lora.
+    `level`: of memory, or None; `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` has no use
+    for --init_lora.
     """
     dtype = transformer.dtype
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
@@ -176,18 +177,24 @@ def build_lora_engine_from_args(
         masters = ZeroMasters(params, device, torch.float32)
     elif args.use_cpu_offload_optimizer:
         masters = HostMasters(params, device, torch.float32, args.offload_gradients)
-    set_memory_level_from_args(args, transformer, device)
+    set_memory_level_from_args(args, level, transformer, device)
     transformer.to(device).train()
     trained = masters.params if masters else params
     return LoraEngine(transformer, trained, inference_facts_from_args(args), pipeline_class, masters)
 
 
 def build_sft_engine_from_args(
-    args, transformer: nn.Module, shape: tuple, dtype: torch.dtype, stored_dtype: torch.dtype, device: torch.device
+    args,
+    level,
+    transformer: nn.Module,
+    shape: tuple,
+    dtype: torch.dtype,
+    stored_dtype: torch.dtype,
+    device: torch.device,
 ) -> SftEngine:
     """`transformer`, on the CPU in fp32, made ready to train all its weights on `device`, computing in `dtype`.
 
-    `shape`: [B, S, heads, head_dim] of the largest batch. The masters start from the stored weights, not from their
+    `level` and `shape` as above. The masters start from the stored weights, not from their
     rounding to `dtype`.
     """
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
@@ -200,7 +207,7 @@ def build_sft_engine_from_args(
         masters = HostMasters(weights, device, dtype, args.offload_gradients)
     elif dtype != torch.float32:
         masters = Masters(weights, device)
-    set_memory_level_from_args(args, transformer, device)
+    set_memory_level_from_args(args, level, transformer, device)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns of modules that it has none of here
     params = masters.params if masters else weights
     ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
@@ -249,28 +256,28 @@ def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torc
     return norm_and_rotate(bases, deltas, attn.norm_q, attn.norm_k, rotary, num_text)
 
 
-def set_memory_level_from_args(args, transformer: nn.Module, device: torch.device) -> None:
-    """What is kept for the backward pass (--memory, --gradient_checkpointing), and compiled blocks.
+def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, device: torch.device) -> None:
+    """What is kept for the backward pass and where, by `level` or --gradient_checkpointing; and compiled blocks.
 
-    With --memory on a GPU blocks are compiled; else by --compile_blocks, or by the accelerate config's dynamo_backend.
+    With a level on a GPU blocks are compiled; else by --compile_blocks, or by the accelerate config's dynamo_backend.
     """
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # outside of the compiled blocks
-    elif args.memory in ("balanced", "offload", "stream"):
+    elif level in ("balanced", "offload", "stream"):
         checkpoint_blocks(transformer.transformer_blocks, SAVED_OPS)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    by_level = args.memory and device.type == "cuda" and not args.no_compile_blocks
+    by_level = level and device.type == "cuda" and not args.no_compile_blocks
     if args.compile_blocks or by_level or backend != "no":
         compile_blocks(transformer.transformer_blocks, "inductor" if backend == "no" else backend)
-    if args.memory in ("offload", "stream"):
+    if level in ("offload", "stream"):
         offload_activations(transformer.transformer_blocks, device)
-    if args.memory == "stream":
+    if level == "stream":
         stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves them in host memory
 
 
-def block_loader_from_args(args, device: torch.device) -> Callable | None:
+def block_loader_from_args(args, level: str | None, device: torch.device) -> Callable | None:
     """What `load_transformer` is to fill the blocks with: nothing, unless their weights stay in host memory as they are."""
-    if args.memory == "stream" and args.base_precision == "bf16":
+    if level == "stream" and args.base_precision == "bf16":
         return functools.partial(load_blocks, device=device)
     return None
 
