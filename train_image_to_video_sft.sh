@@ -34,6 +34,8 @@ OPTIMIZERS="${OPTIMIZERS:-adamw}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-3000}"
 
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"                 # no on a CPU
+# speed, balanced, auto (the faster that fits) or plan (say what they take); empty: checkpoints alone, the least memory
+MEMORY="${MEMORY-}"
 LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
 TEXT_DROPOUT="${TEXT_DROPOUT:-0.1}"
 NOISED_IMAGE_DROPOUT="${NOISED_IMAGE_DROPOUT:-0.05}"       # part of the samples trained without their first frame
@@ -87,7 +89,6 @@ describe_run() {  # called for every combination of the swept settings
         --video_column "$VIDEO_COLUMN"
         --output_dir "$output_dir"
         --mixed_precision "$MIXED_PRECISION"
-        --gradient_checkpointing
         --train_batch_size 1
         --gradient_accumulation_steps 1
         --max_train_steps "$steps"
@@ -111,6 +112,11 @@ describe_run() {  # called for every combination of the swept settings
         --allow_tf32
         --nccl_timeout 1800
     )
+    if [[ -n $MEMORY ]]; then
+        command+=(--memory "$MEMORY")
+    else
+        command+=(--gradient_checkpointing)
+    fi
     if [[ $LOAD_TENSORS == true ]]; then
         command+=(--load_tensors)
     else

@@ -71,6 +71,7 @@ def test_a_config_that_disagrees_is_refused(settings, message):
         (["--use_cpu_offload_optimizer"], "offload_optimizer_device: cpu"),
         (["--optimizer", "came"], "--optimizer came under DeepSpeed: DeepSpeed runs adam and adamw"),
         (["--mixed_precision", "fp16"], "use bf16"),
+        (["--memory", "stream"], "--memory stream under DeepSpeed: .* use --memory balanced"),
         (["--ema"], "--ema under DeepSpeed: the weights to average are shared out"),
     ],
 )

@@ -37,6 +37,7 @@ class Run(NamedTuple):
     num_block_linears: int  # of these in attention and feed-forward, which may be quantised
     num_trained: int
     is_lora: bool
+    may_stream: bool  # frozen weights and activations may lie in host memory
     rotary: bool
     item_bytes: int  # of the compute dtype
     base_precision: str
@@ -106,7 +107,7 @@ def trained_bytes(run: Run) -> float:
 
 def levels_of(run: Run) -> tuple[str, ...]:
     """Those that the task can have, the fastest first."""
-    return FASTEST_FIRST if run.is_lora else ("speed", "balanced")
+    return FASTEST_FIRST if run.may_stream else ("speed", "balanced")
 
 
 def fastest_that_fits(run: Run, gpu_bytes: float, host_bytes: float) -> str | None:

@@ -15,6 +15,7 @@ from errors import UsageError
 from memory_plan import GIB, Run, fastest_that_fits, table
 from optimizers import state_bytes_from_args
 from quantization import BASE_LINEARS
+from zero import uses_deepspeed
 
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def run_from_args(args, transformer: nn.Module, shape: tuple, dtype: torch.dtype
         ),
         num_trained=num_adapted(transformer, args.lora_target_modules, args.rank) if is_lora else count(transformer),
         is_lora=is_lora,
+        may_stream=is_lora and not uses_deepspeed(),
         rotary=config.get("use_rotary_positional_embeddings", False)
         and not config.get("use_learned_positional_embeddings", False),
         item_bytes=dtype.itemsize,

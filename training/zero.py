@@ -229,6 +229,11 @@ def check_deepspeed_from_args(args) -> None:
             "DeepSpeed runs adam and adamw",
             "give one of them",
         ),
+        (
+            [f"--memory {args.memory}"] if args.memory in ("offload", "stream") else [],
+            "DeepSpeed runs backward passes that weights and activations in host memory cannot follow",
+            "use --memory balanced",
+        ),
         (["--ema"] if args.ema else [], "the weights to average are shared out", "leave it out"),
         (
             ["fp16"] if "fp16" in (args.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")) else [],
