@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import bench
+import exactness
 import memory_rows
 import random_dataset
 import random_pipeline
@@ -189,10 +190,11 @@ def check_benchmark(name, argv, monkeypatch):
         "benchmarks/random_pipeline.py": (random_pipeline, "write_pipeline", 1),
         "benchmarks/random_dataset.py": (random_dataset, "write_dataset", 1),
         "benchmarks/memory_rows.py": (memory_rows, "measure", num_rows),
+        "benchmarks/exactness.py": (exactness, "rows_of", 1),
     }[name]
     calls = []
     monkeypatch.setattr(memory_rows, "card_name", lambda: "cpu")
-    monkeypatch.setattr(module, worker, lambda *args: calls.append(args))
+    monkeypatch.setattr(module, worker, lambda *args: calls.append(args) or [])
     monkeypatch.setattr("sys.argv", [name, *argv])
     module.main()
     assert len(calls) == num_calls
