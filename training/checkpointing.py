@@ -61,8 +61,6 @@ def open_output_dir_from_args(args, accelerator) -> int | None:
     Refuses, with UsageError on all ranks, a folder that another process writes, or that holds another run, unless
     --overwrite moves it aside.
     """
-    if args.memory == "plan":  # which writes nothing
-        return None
     return on_main_process(accelerator, lambda: claim_output_dir_from_args(args))
 
 

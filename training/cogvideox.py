@@ -234,6 +234,32 @@ def empty_transformer(transformer_config) -> CogVideoXTransformer3DModel:
         return CogVideoXTransformer3DModel.from_config(transformer_config)
 
 
+class Outline(NamedTuple):
+    """A model as far as its memory goes, before any weights are read."""
+
+    transformer: CogVideoXTransformer3DModel  # without memory
+    stored: torch.dtype
+    shape_of: Callable  # (buckets, batch size) -> [B, S, heads, head_dim] of the largest batch
+    fps: int
+    image_to_video: bool
+    scaling_factor: float | None = None
+
+
+def outline_of(config, stored: torch.dtype) -> Outline:
+    shape_of = functools.partial(attention_shape, config)
+    return Outline(empty_transformer(config), stored, shape_of, default_fps(config), takes_image(config))
+
+
+def read_outline_from_args(args, image_to_video: bool) -> Outline:
+    """From the configurations alone: of a model on the hub no weights are fetched, and it counts as stored in bf16."""
+    config = read_config_from_args(args, image_to_video)
+    model, source = args.pretrained_model_name_or_path, (args.revision, args.cache_dir)
+    model_dir = resolve_model_dir(model, ["transformer/config.json", "vae/config.json"], *source)
+    has_weights = any((model_dir / "transformer").glob("*.safetensors"))
+    stored = stored_dtype(model_dir, args.variant) if has_weights else torch.bfloat16
+    return outline_of(config, stored)._replace(scaling_factor=load_vae_config(model_dir).scaling_factor)
+
+
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The safetensors files of a model that diffusers saved, one or several."""
     single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME

@@ -37,13 +37,11 @@ from cogvideox import (
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
     IMAGE_TO_VIDEO_PIPELINE,
-    attention_shape,
     check_buckets,
     check_sample_size,
     condition_on_first_frame,
     default_fps,
     describe_model,
-    empty_transformer,
     encode_captions,
     encode_images,
     encode_videos,
@@ -55,9 +53,11 @@ from cogvideox import (
     make_pipeline,
     num_parameters,
     ofs_input,
+    outline_of,
     pad_frames,
     pixels_to_unit,
     read_config_from_args,
+    read_outline_from_args,
     resolve_model_from_args,
     rotary_embeddings,
     sample_image_latents,
@@ -72,7 +72,7 @@ from hub import RunFacts, check_hub_from_args
 from meter import make_meter_from_args, report_memory
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 from optimizers import make_lr_scheduler_from_args
-from planning import choose_level_from_args
+from planning import plan_memory_from_args, print_plan_from_args
 from runtime import (
     START,
     check_device_from_args,
@@ -102,6 +102,8 @@ from validation import (
 
 
 def main(args) -> None:
+    if args.memory == "plan":
+        return print_plan_from_args(args, read_outline_from_args(args, image_to_video=True), is_lora=True)
     # ---------------------------------------------------------------- run
     accelerator = init_accelerator_from_args(args)
     device, num_ranks = accelerator.device, accelerator.num_processes
@@ -119,7 +121,7 @@ def main(args) -> None:
     stored = stored_dtype(model_dir, args.variant)
     dtype = compute_dtype_from_args(args, stored, device)
     check_attention_from_args(args, dtype, device)
-    scheduler, vae_config = load_scheduler(model_dir), load_vae_config(model_dir)
+    outline, scheduler, vae_config = outline_of(config, stored), load_scheduler(model_dir), load_vae_config(model_dir)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
 
     # ---------------------------------------------------------------- data; T5 comes and goes before the transformer
@@ -136,8 +138,7 @@ def main(args) -> None:
     about = RunFacts(
         *base, dataset.bucket_of, size, dtype, seed, num_ranks, plan.num_steps, is_lora=True, hub_repo=hub_repo
     )
-    shape, empty = attention_shape(config, dataset.bucket_of, args.train_batch_size), empty_transformer(config)
-    level, fill = choose_level_from_args(args, empty, shape, dtype, device, is_lora=True)
+    level, shape, fill = plan_memory_from_args(args, outline, dataset.bucket_of, dtype, device, is_lora=True)
     if is_complete_from_args(args, plan.num_steps):
         return finish_again_from_args(args, accelerator, about)
     START.mark("data")

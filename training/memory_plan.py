@@ -21,9 +21,18 @@ FP8_TRANSIENT = 4.6  # u more: rounded copies of activations and gradients
 # In u: what torch's allocator holds beyond what is used
 UNUSED = {"speed": 8.5, "balanced": 8.5, CHECKPOINTING: 14.0, "offload": 8.5, "stream": 8.5}
 FP8_UNUSED = 3.5
+SAVED_BY_SPEED_EAGER = 20.3  # of the stock block, simulated
+DEEPSPEED = 0.8 * GIB  # its buckets of gradients
 HOST_BASE = 2.9 * GIB  # Python, torch, CUDA's libraries
-DECODING = 4.2 * GIB  # the VAE at work on one video, tiled and sliced; 480x720
-DECODING_UNTILED = 13.0 * GIB
+LOADING = 1.2 * GIB  # and what reading a model takes beside its weights
+MAPPED = 0.16  # of weights whose file is mapped into memory and copied to the GPU as it is
+RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
+T5_XXL, T5_HOST = 8.96 * GIB, 16.0 * GIB  # on the GPU; loaded and converted, on the host
+# The VAE at work on one video of 49 frames, for frames of 480x720; it works through 8 frames at a time
+VAE = 0.4 * GIB
+DECODING, DECODING_UNTILED = 3.8 * GIB, 12.6 * GIB
+ENCODING, ENCODING_TILED = 8.2 * GIB, 2.6 * GIB  # the second in the ratio of the two above
+CODING_UNUSED = 2.7 * GIB  # what torch holds for training does not serve the VAE
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # a weight; None: as computed
 
 
@@ -37,15 +46,21 @@ class Run(NamedTuple):
     num_block_linears: int  # of these in attention and feed-forward, which may be quantised
     num_trained: int
     is_lora: bool
-    may_stream: bool  # frozen weights and activations may lie in host memory
+    deepspeed: bool
     rotary: bool
     item_bytes: int  # of the compute dtype
     base_precision: str
     state_bytes: int  # of the optimizer, for each trained weight
-    host_optimizer: bool
+    host_optimizer: int  # bytes on the host for each trained weight; 0: the optimizer is on the GPU
     host_gradients: bool
-    validates: bool
+    converted: bool  # the files' weights are of another dtype
+    compiled: bool
+    area: int  # pixels of the largest frame
+    raw: bool  # videos are encoded as training goes
+    renders: bool  # sample videos
+    sliced: bool
     tiled: bool
+    offloads_models: bool  # the transformer leaves the GPU while others work
     num_processes: int  # on this machine
 
 
@@ -57,38 +72,101 @@ class Need(NamedTuple):
     host: float
 
 
-def need(run: Run, level: str) -> Need:
-    """What `run` takes at `level`, a name of FASTEST_FIRST or CHECKPOINTING."""
-    batch, tokens, heads, head_dim = run.shape
-    unit = batch * tokens * heads * head_dim * run.item_bytes
-    weights = run.num_weights * run.item_bytes - quantised_bytes(run)
-    block = (run.num_block_weights * run.item_bytes - quantised_bytes(run)) / run.num_blocks
-    kept = 2 * unit + batch * tokens * heads * 4  # of a block: input, attention's output, log-sum-exp
-    resident, host = weights, HOST_BASE + (weights if run.is_lora else 2 * weights)
-    if level == "stream":
-        resident = weights - run.num_blocks * block + min(RING_SLOTS, run.num_blocks) * block
-    saved = {
-        "speed": run.num_blocks * SAVED_BY_SPEED * unit,
-        "balanced": run.num_blocks * kept,
-        CHECKPOINTING: run.num_blocks * unit,
-    }.get(level, (RETURN_SLOTS + 1) * kept)  # the last block's stay where they are
-    if level in ("offload", "stream"):
-        host = HOST_BASE + weights + (run.num_blocks - 1) * kept
-    transient = TRANSIENT[level] * unit + (0 if run.rotary else POSITIONS * unit)
-    unused = UNUSED[level] * unit
+def need(run: Run, level: str, roomy: bool = False) -> Need:
+    """What `run` takes at `level`, a name of FASTEST_FIRST or CHECKPOINTING.
+
+    `roomy`: where there is more than that, T5 encodes on the GPU, and caches are never given back.
+    """
+    unit = unit_bytes(run)
+    resident = weights_on_gpu(run, level) + trained_bytes(run)
+    resident += (VAE if run.raw else 0) + (DEEPSPEED if run.deepspeed else 0)
+    saved = saved_bytes(run, level)
+    eager = CHECKPOINTING if not run.compiled else level
+    transient, unused = TRANSIENT[eager] * unit, UNUSED[eager] * unit
+    if not run.rotary:
+        transient += POSITIONS * unit
     if run.base_precision == "fp8":
         transient, unused = transient + FP8_TRANSIENT * unit, unused + FP8_UNUSED * unit
     gradients = 0 if run.host_gradients else 4 * run.num_trained
     peak = gradients + saved + transient
     if not run.is_lora:  # gradients come as activations go
         peak = max(saved + transient, gradients + transient / 2)
-    host += run.num_trained * (4 + 4 + run.state_bytes) if run.host_optimizer else 0
-    resident += trained_bytes(run)
     allocated = resident + peak
-    if run.validates:
-        allocated = max(allocated, resident + (DECODING if run.tiled else DECODING_UNTILED))
-    shared = weights if level == "stream" else 0  # ranks of one machine share the streamed weights
-    return Need(allocated, allocated + unused, shared + run.num_processes * (host - shared))
+    reserved = allocated + unused
+    coding = coding_bytes(run, resident, roomy)
+    if coding:
+        shares = run.offloads_models and not run.raw  # the transformer's place serves the VAE
+        cached = CODING_UNUSED if roomy and not shares else 0
+        reserved, allocated = max(reserved, coding) + cached, max(allocated, coding)
+    if roomy and (run.raw or run.renders):
+        allocated, reserved = max(allocated, T5_XXL), max(reserved, T5_XXL)
+    return Need(allocated, reserved, host_peak(run, level, roomy))
+
+
+def unit_bytes(run: Run) -> int:
+    batch, tokens, heads, head_dim = run.shape
+    return batch * tokens * heads * head_dim * run.item_bytes
+
+
+def kept_bytes(run: Run) -> int:
+    """Of a block in `balanced`: its input, the attention's output and log-sum-exp."""
+    batch, tokens, heads, _ = run.shape
+    return 2 * unit_bytes(run) + batch * tokens * heads * 4
+
+
+def saved_bytes(run: Run, level: str) -> float:
+    """Activations on the GPU when the backward pass begins."""
+    if level == "speed":
+        return run.num_blocks * (SAVED_BY_SPEED if run.compiled else SAVED_BY_SPEED_EAGER) * unit_bytes(run)
+    if level == "balanced":
+        return run.num_blocks * kept_bytes(run)
+    if level == CHECKPOINTING:
+        return run.num_blocks * unit_bytes(run)
+    return (RETURN_SLOTS + 1) * kept_bytes(run)  # the last block's stay where they are
+
+
+def weights_on_gpu(run: Run, level: str) -> float:
+    weights = run.num_weights * run.item_bytes - quantised_bytes(run)
+    if level != "stream":
+        return weights
+    blocks = run.num_block_weights * run.item_bytes - quantised_bytes(run)
+    return weights - blocks + min(RING_SLOTS, run.num_blocks) * blocks / run.num_blocks
+
+
+def coding_bytes(run: Run, resident: float, roomy: bool) -> float:
+    """GPU memory while the VAE encodes or decodes, 0 if it never does. Rendering goes over to tiles where room is short."""
+    scale = run.area / (480 * 720)
+    coding = 0
+    if run.renders:
+        decoding = DECODING if run.tiled or not roomy else DECODING_UNTILED
+        coding = VAE + scale * decoding + (0 if run.offloads_models or not roomy else resident)
+    if run.raw:
+        batch = 1 if run.sliced else run.shape[0]
+        coding = max(coding, resident + batch * scale * (ENCODING_TILED if run.tiled else ENCODING))
+    return coding
+
+
+def host_peak(run: Run, level: str, roomy: bool) -> float:
+    """Of all processes of this machine; ranks share the weights that are streamed."""
+    full = run.num_weights * run.item_bytes
+    weights, travelling, shared = full - quantised_bytes(run), 0, 0
+    loading = LOADING + full * (1 if run.converted or run.base_precision != "bf16" else MAPPED)
+    if level in ("offload", "stream"):
+        travelling = (run.num_blocks - 1) * kept_bytes(run)
+    if level == "stream":
+        shared = weights
+        if run.base_precision == "bf16":
+            loading = 0
+    if not run.is_lora:
+        loading = LOADING + 4 * run.num_weights
+    peak = max(loading, travelling)
+    if run.host_optimizer:
+        peak = max(peak, LOADING + travelling + run.num_trained * run.host_optimizer)
+    if run.renders:
+        peak += RENDERING
+    if roomy and (run.raw or run.renders):
+        peak = max(peak, LOADING + T5_HOST)
+    return shared + run.num_processes * (HOST_BASE + peak)
 
 
 def quantised_bytes(run: Run) -> float:
@@ -107,30 +185,40 @@ def trained_bytes(run: Run) -> float:
 
 def levels_of(run: Run) -> tuple[str, ...]:
     """Those that the task can have, the fastest first."""
-    return FASTEST_FIRST if run.may_stream else ("speed", "balanced")
+    return FASTEST_FIRST if run.is_lora and not run.deepspeed else ("speed", "balanced")
+
+
+def fits(needed: Need, gpu_bytes: float, host_bytes: float) -> bool:
+    """Estimates: 5 % are left free."""
+    return needed.reserved * 1.05 <= gpu_bytes and needed.host * 1.05 <= host_bytes
 
 
 def fastest_that_fits(run: Run, gpu_bytes: float, host_bytes: float) -> str | None:
-    """None if no level does. Peaks are estimates: 5 % are left free."""
-    for level in levels_of(run):
-        needed = need(run, level)
-        if needed.reserved * 1.05 <= gpu_bytes and needed.host <= host_bytes:
-            return level
-    return None
+    """None if no level does."""
+    return next((level for level in levels_of(run) if fits(need(run, level), gpu_bytes, host_bytes)), None)
 
 
-def table(run: Run, gpu_bytes: float, host_bytes: float) -> str:
-    """A line for each level; `gpu_bytes` infinite: there is no GPU to compare with."""
+def closest(run: Run, gpu_bytes: float, host_bytes: float) -> tuple[str, Need]:
+    """The level that lacks the least, and what it needs."""
+    needs = {level: need(run, level) for level in levels_of(run)}
+    level = min(needs, key=lambda level: max(needs[level].reserved / gpu_bytes, needs[level].host / host_bytes))
+    return level, needs[level]
+
+
+def table(run: Run, gpu_bytes: float | None, host_bytes: float) -> str:
+    """A line for each level; `gpu_bytes` None: there is no GPU to compare with."""
     lines = [f"{'--memory':12} {'GPU, reserved':>14} {'allocated':>12} {'host':>12}  fits here"]
     for level in (CHECKPOINTING, *levels_of(run)):
         needed = need(run, level)
         sizes = [f"{size / GIB:.1f} GiB" for size in (needed.reserved, needed.allocated, needed.host)]
-        if math.isinf(gpu_bytes):
-            fits = "no GPU"
-        elif needed.reserved * 1.05 > gpu_bytes:
-            fits = f"no, {gpu_bytes / GIB:.1f} GiB are free on the GPU"
+        if gpu_bytes is None:
+            verdict = "no GPU"
+        elif fits(needed, gpu_bytes, host_bytes):
+            verdict = "yes"
+        elif fits(needed, gpu_bytes, math.inf):
+            verdict = f"no, {host_bytes / GIB:.1f} GiB are free on the host"
         else:
-            fits = "yes" if needed.host <= host_bytes else f"no, {host_bytes / GIB:.1f} GiB are free on the host"
+            verdict = f"no, {gpu_bytes / GIB:.1f} GiB are free on the GPU"
         name = "(checkpoints)" if level == CHECKPOINTING else level
-        lines.append(f"{name:13}{sizes[0]:>14} {sizes[1]:>12} {sizes[2]:>12}  {fits}")
+        lines.append(f"{name:13}{sizes[0]:>14} {sizes[1]:>12} {sizes[2]:>12}  {verdict}")
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """--memory auto and --memory plan: what a run takes at each level, on this machine, and the level that it gets."""
 
 import logging
-import math
 import os
 from collections.abc import Callable
 
@@ -10,61 +9,79 @@ import torch
 import torch.distributed
 from torch import nn
 
+from dataset import build_dataset_from_args
 from engine import block_loader_from_args
 from errors import UsageError
-from memory_plan import GIB, Run, fastest_that_fits, table
+from memory_plan import GIB, Run, closest, fastest_that_fits, table
 from optimizers import state_bytes_from_args
 from quantization import BASE_LINEARS
+from runtime import DTYPES
 from zero import uses_deepspeed
 
 
 logger = logging.getLogger(__name__)
 
 
-def choose_level_from_args(
-    args, transformer: nn.Module, shape: tuple, dtype: torch.dtype, device: torch.device, is_lora: bool
-) -> tuple[str | None, Callable | None]:
-    """(--memory, what `load_transformer` is to fill the blocks with). Before anything lies on the GPU.
+def plan_memory_from_args(
+    args, outline, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool
+) -> tuple[str | None, tuple, Callable | None]:
+    """(level, [B, S, heads, head_dim] of the largest batch, what `load_transformer` is to fill the blocks with).
 
-    auto is the fastest level that fits all ranks, UsageError where none does; plan prints what each takes and leaves.
-    `transformer` has no memory, `shape` is [B, S, heads, head_dim] of the largest batch.
+    --memory auto is the fastest level that fits all ranks, UsageError where none does. Before anything lies on the GPU.
+    `outline`: of the model, from its configuration; `buckets`: (frames, height, width) of the clips.
     """
+    shape = outline.shape_of(buckets, args.train_batch_size)
     level = args.memory
-    if level in ("auto", "plan"):
-        run = run_from_args(args, transformer, shape, dtype, is_lora)
-        gpu_bytes = free_on_gpu(device) if device.type == "cuda" else math.inf
-        free = smallest_of_all_ranks(gpu_bytes, psutil.virtual_memory().available)
-        if level == "plan":
-            print_once(table(run, *free))
-            raise SystemExit(0)
-        level = fastest_level(run, *free)
-    return level, block_loader_from_args(args, level, device)
+    if level == "auto" and device.type != "cuda":
+        logger.info("--memory auto: speed, as there is no GPU whose memory could be short")
+        level = "speed"
+    elif level == "auto":
+        run = run_from_args(args, outline, buckets, dtype, is_lora)
+        level = fastest_level(run, *smallest_of_all_ranks(free_on_gpu(device), psutil.virtual_memory().available))
+    return level, shape, block_loader_from_args(args, level, device)
 
 
 def fastest_level(run: Run, gpu_bytes: float, host_bytes: float) -> str:
     """The level of --memory auto, and in the log what it was chosen from."""
     level = fastest_that_fits(run, gpu_bytes, host_bytes)
     if level is None:
+        name, needed = closest(run, gpu_bytes, host_bytes)
         more = "" if run.is_lora else ", or --use_cpu_offload_optimizer --offload_gradients, or train a LoRA"
         raise UsageError(
             f"--memory auto: no level fits the {gpu_bytes / GIB:.1f} GiB that are free on the GPU and the "
-            f"{host_bytes / GIB:.1f} GiB of host memory; give smaller --frame_buckets, --height_buckets and "
-            f"--width_buckets or --train_batch_size 1{more}"
+            f"{host_bytes / GIB:.1f} GiB of host memory; the closest, {name}, takes {needed.reserved / GIB:.1f} and "
+            f"{needed.host / GIB:.1f}; give smaller --frame_buckets, --height_buckets and --width_buckets or "
+            f"--train_batch_size 1{more}"
         )
     logger.info("memory by level, estimated:\n%s", table(run, gpu_bytes, host_bytes))
     logger.info("--memory auto: %s", level)
     return level
 
 
-def print_once(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
+def print_plan_from_args(args, outline, is_lora: bool) -> None:
+    """--memory plan: a line for each level, from the model's `outline` and the data's sizes alone; nothing is written.
+
+    Without a GPU: what one would need.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    reading = (args, outline.fps, args.seed or 0, outline.scaling_factor, outline.image_to_video)
+    buckets = build_dataset_from_args(*reading).bucket_of
+    run = run_from_args(args, outline, buckets, DTYPES[args.mixed_precision or "bf16"], is_lora)
+    free = free_on_gpu(torch.device("cuda")) if torch.cuda.is_available() else None
+    print(table(run, free, psutil.virtual_memory().available))
 
 
-def run_from_args(args, transformer: nn.Module, shape: tuple, dtype: torch.dtype, is_lora: bool) -> Run:
-    blocks, config = transformer.transformer_blocks, transformer.config
+def run_from_args(args, outline, buckets, dtype: torch.dtype, is_lora: bool) -> Run:
+    transformer, config = outline.transformer, outline.transformer.config
+    blocks, deepspeed = transformer.transformer_blocks, uses_deepspeed()
+    zero_on_host = deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu"
+    state = state_bytes_from_args(args) + (0 if is_lora or not args.ema else 4)
+    on_host = 4 + 4 + 2 + state  # fp32 weight and gradient, and a copy that travels
+    if zero_on_host:
+        on_host += 10  # measured
     return Run(
-        shape=shape,
+        shape=outline.shape_of(buckets, args.train_batch_size),
         num_blocks=len(blocks),
         num_weights=count(transformer),
         num_block_weights=count(blocks),
@@ -73,16 +90,22 @@ def run_from_args(args, transformer: nn.Module, shape: tuple, dtype: torch.dtype
         ),
         num_trained=num_adapted(transformer, args.lora_target_modules, args.rank) if is_lora else count(transformer),
         is_lora=is_lora,
-        may_stream=is_lora and not uses_deepspeed(),
+        deepspeed=deepspeed,
         rotary=config.get("use_rotary_positional_embeddings", False)
         and not config.get("use_learned_positional_embeddings", False),
         item_bytes=dtype.itemsize,
         base_precision=args.base_precision,
-        state_bytes=state_bytes_from_args(args),
-        host_optimizer=args.use_cpu_offload_optimizer,
-        host_gradients=args.use_cpu_offload_optimizer and args.offload_gradients,
-        validates=args.validation_prompt is not None or not args.load_tensors,
+        state_bytes=state,
+        host_optimizer=on_host if args.use_cpu_offload_optimizer or zero_on_host else 0,
+        host_gradients=(args.use_cpu_offload_optimizer and args.offload_gradients) or zero_on_host,
+        converted=outline.stored != dtype,
+        compiled=not args.no_compile_blocks,
+        area=max(height * width for _, height, width in buckets),
+        raw=not args.load_tensors,
+        renders=args.validation_prompt is not None,
+        sliced=args.enable_slicing,
         tiled=args.enable_tiling,
+        offloads_models=args.enable_model_cpu_offload,
         num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 
