@@ -38,7 +38,7 @@ OPTIONAL = {
     "trackio": ("--report_to trackio", "trackio"),
     "deepspeed": ("accelerate_configs/deepspeed.yaml", "deepspeed, which builds itself with the CUDA toolkit"),
     "sageattention": ("--validation_attention sage", "sageattention"),
-    "flash-attn-4": ("--attention fa4", "--pre flash-attn-4"),
+    "flash-attn-4": ("--attention fa4", "flash-attn-4==4.0.0b36"),
     "flash-attn": (None, "flash-attn"),
 }
 
