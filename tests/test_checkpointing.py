@@ -251,6 +251,7 @@ def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
         ["--dataloader_num_workers", "4", "--pin_memory", "--nccl_timeout", "9", "--report_to", "none"],
         ["--max_train_steps", "20"],
         ["--num_train_epochs", "20"],
+        ["--memory", "balanced", "--attention", "math", "--no_compile_blocks"],
         ["--hub_token", "secret"],
         ["--report_to", "tensorboard", "--tracker_name", "mine", "--logging_dir", "there"],
         ["--config", "{out}/args.json"],
@@ -267,7 +268,7 @@ def test_flags_that_train_nothing_may_change(out, flags, more):
         ["--learning_rate", "1e-3"], ["--rank", "8"], ["--lora_alpha", "1"], ["--train_batch_size", "2"],
         ["--gradient_accumulation_steps", "2"], ["--optimizer", "adamw"], ["--mixed_precision", "bf16"],
         ["--text_dropout", "0.5"], ["--lr_scheduler", "cosine"], ["--pretrained_model_name_or_path", "n"],
-        ["--data_root", "e"],
+        ["--data_root", "e"], ["--base_precision", "int8"],
     ],
 )  # fmt: skip
 def test_flags_that_train_are_named(out, flags, more):
@@ -276,6 +277,15 @@ def test_flags_that_train_are_named(out, flags, more):
         open_output_dir_from_args(flags(*more), MAIN)
     assert str(out) in str(caught.value) and "--overwrite" in str(caught.value)
     assert str(caught.value).count(" -> ") == 1 and contents(out) == before
+
+
+def test_a_flag_that_the_run_did_not_know_yet_may_have_its_default(out, flags):
+    record = json.loads((out / "args.json").read_text())
+    del record["flags"]["base_precision"]
+    (out / "args.json").write_text(json.dumps(record))
+    assert open_output_dir_from_args(flags(), MAIN) == 5
+    with pytest.raises(UsageError, match="--base_precision None -> nf4"):
+        open_output_dir_from_args(flags("--base_precision", "nf4"), MAIN)
 
 
 def test_without_a_checkpoint_anything_may_start(out, flags):

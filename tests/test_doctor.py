@@ -130,6 +130,18 @@ def test_version_bounds(version, bounds, inside):
     assert doctor.within(version, bounds) == inside
 
 
+def test_what_triton_builds_with(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "cc")
+    assert doctor.c_compiler() == "cc"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.c_compiler() is None
+    assert doctor.python_header().name == "Python.h" and doctor.python_header().is_absolute()
+    results = [doctor.check_compiler(*found) for found in ((None, True), ("gcc", False), ("gcc", True))]
+    assert states(results) == ["WARN", "WARN", "OK"]
+    assert "install gcc" in results[0].text and "-dev" in results[1].text
+
+
 def test_memory_and_disk(tmp_path):
     assert doctor.check_memory(31.0).state == "WARN" and doctor.check_memory(64.0).state == "OK"
     assert doctor.check_disk("models", tmp_path, 19.9e9).state == "WARN"

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from PIL import Image
+from safetensors.torch import load_file
 
 import curves
 import hub
@@ -228,6 +229,19 @@ def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
     for row in ("| Rank, alpha | 4, 2 |", "| Updates | 2, of 1 clips each |", "| Optimizer | adamw |", "| Seed | 1 |",
                 "| Clips | 6, of 9 frames of 64x96 |", "| Learning rate | 0.01, constant |"):  # fmt: skip
         assert row in text
+
+
+def test_a_lora_over_quantised_weights_is_merged_into_the_exact_ones(train, tiny):
+    folder = train("t2v_lora", "--base_precision", "nf4", "--export", "merged")
+    assert "float32, most frozen weights in nf4 |" in (folder / "README.md").read_text()
+    [base_file] = (tiny("2b") / "transformer").glob("*.safetensors")
+    lora = load_file(folder / "pytorch_lora_weights.safetensors")
+    base, merged = (load_file(path) for path in (base_file, folder / "transformer" / base_file.name))
+    assert base.keys() == merged.keys()
+    for name, weight in base.items():
+        down, up = (lora.get(f"transformer.{name.removesuffix('.weight')}.lora_{part}.weight") for part in "AB")
+        exact = weight if down is None else (weight.float() + 2 / 4 * up @ down).to(weight.dtype)
+        assert torch.equal(merged[name], exact)
 
 
 def without_id_token(build):

@@ -75,6 +75,21 @@ def test_text_is_not_turned_and_padding_of_the_last_rows_is_not_written():
     assert torch.equal(turned[2], still[2])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [True, False])
+def test_inputs_of_other_strides_give_the_same(shared):
+    layers, (bases, deltas) = Layers(), make_inputs(torch.bfloat16, shared)
+    angles = torch.rand(TOKENS - TEXT, 64, device=CUDA)
+    rotary = (angles.cos(), angles.sin())
+    expected = norm_and_rotate(bases, deltas, layers.norm_q, layers.norm_k, rotary, TEXT)
+    bases, deltas = (
+        [part.transpose(0, 1).contiguous().transpose(0, 1) for part in parts] for parts in (bases, deltas)
+    )
+    rotary = [part.t().contiguous().t() for part in rotary]
+    results = norm_and_rotate(bases, deltas, layers.norm_q, layers.norm_k, rotary, TEXT)
+    assert all(torch.equal(result, reference) for result, reference in zip(results, expected, strict=True))
+
+
 def test_it_is_left_out_where_it_cannot_compute(monkeypatch):
     frozen, trained = nn.LayerNorm(64).requires_grad_(False), nn.LayerNorm(64)
     monkeypatch.setattr(norm_rope, "triton", object())

@@ -26,6 +26,7 @@ from quantization import (
     FrozenLinear,
     Int8Linear,
     Nf4Linear,
+    bytes_unquantized,
     check_base_precision,
     frozen_linears,
     num_bytes,
@@ -258,6 +259,15 @@ def test_the_linear_layers_of_attention_and_feed_forward_are_replaced(names, tin
     assert before - replaced <= names_of(transformer, nn.Linear)
     adapted = names_of(transformer, LoraLayer)
     assert adapted == {name for name in before if name.endswith(tuple(f".{name}" for name in names))}
+
+
+@everywhere
+def test_bytes_of_the_exact_model_are_known_afterwards(precision, tiny):
+    """What a merged model takes on the disk."""
+    exact = sum(param.nbytes for param in load_transformer(tiny("5b"), torch.bfloat16).parameters())
+    transformer = load_transformer(tiny("5b"), torch.bfloat16)
+    quantize_base(transformer, precision)
+    assert bytes_unquantized(transformer) == exact > num_bytes(transformer)
 
 
 @pytest.mark.parametrize("with_lora", [True, False])

@@ -134,7 +134,7 @@ def import_fa4():
         from flash_attn.cute import interface
     except ImportError as error:
         raise UsageError(
-            f"--attention fa4 needs FlashAttention-4: pip install --pre flash-attn-4 ({first_line(error)})"
+            f"--attention fa4 needs FlashAttention-4: pip install flash-attn-4==4.0.0b36 ({first_line(error)})"
         ) from error
     return interface
 

@@ -23,6 +23,7 @@ from durable import TEMPORARY, clean_up, damage, lock_folder, remove, written_fo
 from errors import Interrupted, NumbersError, StorageError, UsageError
 from hub import RunFacts, push_from_args, write_outputs_from_args
 from optimizers import join_tensors, schedule_state, split_tensors, state_bytes_from_args
+from quantization import bytes_unquantized
 from runtime import memory_report, on_main_process, remove_earlier_status, write_json, write_status
 from signals import INTERRUPTION
 from tracking import finish_trackers
@@ -122,6 +123,9 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     earlier = record["flags"]
     if earlier.get("seed") is None and flags["seed"] == record["seed"]:
         earlier = earlier | {"seed": record["seed"]}  # the seed it drew, now named
+    earlier = {
+        name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)
+    } | earlier  # new since then
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
     may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or read_state(output_dir) != "complete"
     free = FREE_FLAGS | MEMORY_FLAGS | (LENGTH_FLAGS if may_extend else set())
@@ -232,7 +236,7 @@ def check_disk_from_args(args, engine, first_step: int, num_steps: int) -> None:
     output_dir, limit = Path(args.output_dir), args.checkpoints_total_limit
     checkpoint, result = file_bytes_from_args(args, engine)
     if "merged" in args.export:  # the whole base model again
-        result += sum(param.nbytes for param in engine.transformer.parameters())
+        result += bytes_unquantized(engine.transformer)
     saves = num_steps // args.checkpointing_steps - first_step // args.checkpointing_steps
     # The newest is written before the oldest goes; those that lie there already take no more room
     together = saves if limit is None else min(saves, limit + 1 - min(limit, len(checkpoint_dirs(output_dir))))

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ OPTIONAL = {
     "trackio": ("--report_to trackio", "trackio"),
     "deepspeed": ("accelerate_configs/deepspeed.yaml", "deepspeed, which builds itself with the CUDA toolkit"),
     "sageattention": ("--validation_attention sage", "sageattention"),
-    "flash-attn-4": ("--attention fa4", "--pre flash-attn-4"),
+    "flash-attn-4": ("--attention fa4", "flash-attn-4==4.0.0b36"),
     "flash-attn": (None, "flash-attn"),
 }
 
@@ -58,6 +59,7 @@ def main() -> int:
     findings = [check_python(sys.version_info[:3])]
     findings += check_packages(read_requirements(ROOT / "requirements.txt"), installed_version)
     findings += check_gpus(*probe_driver(), probe_torch())
+    findings.append(check_compiler(c_compiler(), python_header().exists()))
     findings.append(check_memory(host_memory()))
     findings += [check_disk(name, place, free_bytes(place)) for name, place in disk_places()]
     findings += check_decoders({name: probe_decoder(name) for name in ("av", "decord") if installed_version(name)})
@@ -230,6 +232,26 @@ def check_gpu(index: int, gpu: Gpu) -> Finding:
             "WARN", f"{text}; a LoRA of CogVideoX-2b at full size takes {SMALLEST_GPU} GiB: smaller buckets"
         )
     return Finding("OK", text)
+
+
+def c_compiler() -> str | None:
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def python_header() -> Path:
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own Python
+    return Path(sysconfig.get_path("include", scheme), "Python.h")
+
+
+def check_compiler(compiler: str | None, has_header: bool) -> Finding:
+    """Triton builds in C what starts its kernels, at the first step."""
+    use = "a LoRA and compiled blocks need on a GPU"
+    if compiler is None:
+        return Finding("WARN", f"C compiler: none, which {use}; apt-get install gcc")
+    if not has_header:
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        return Finding("WARN", f"C compiler: {compiler}, without Python.h, which {use}; apt-get install {package}")
+    return Finding("OK", f"C compiler: {compiler}, with Python.h")
 
 
 # ---------------------------------------------------------------- memory and disk

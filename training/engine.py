@@ -194,8 +194,7 @@ def build_sft_engine_from_args(
 ) -> SftEngine:
     """`transformer`, on the CPU in fp32, made ready to train all its weights on `device`, computing in `dtype`.
 
-    `level` and `shape` as above. The masters start from the stored weights, not from their
-    rounding to `dtype`.
+    `level` and `shape` as above. The masters start from the stored weights, not from their rounding to `dtype`.
     """
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
     set_attention(transformer, attend, device)

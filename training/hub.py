@@ -157,10 +157,11 @@ def training_table_from_args(args, facts: RunFacts) -> str:
         rows["Layers"] = " ".join(f"`{name}`" for name in args.lora_target_modules)
     if args.ema:
         rows["Weights"] = f"their moving average, decay {args.ema_decay}"
+    frozen = "" if args.base_precision == "bf16" else f", most frozen weights in {args.base_precision}"
     rows |= {
         "Optimizer": optimizer_text_from_args(args),
         "Learning rate": schedule + (f", warm-up of {args.lr_warmup_steps} updates" if has_warmup else ""),
-        "Precision": f"computed in {dtype_name(facts.dtype)}, trained weights in float32",
+        "Precision": f"computed in {dtype_name(facts.dtype)}, trained weights in float32{frozen}",
         "Seed": str(facts.seed),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

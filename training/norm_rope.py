@@ -136,6 +136,8 @@ def norm_and_rotate_op(
     batch, num_tokens, width = delta_q.shape
     num_heads = width // HEAD_DIM
     num_rows = batch * num_tokens * num_heads
+    # The kernel goes from token to token by one stride, also from sample to sample
+    bases = [base.contiguous() for base in bases]
     base_q, base_k, base_v = bases if len(bases) == 3 else bases[0].chunk(3, dim=-1)
     query, key, value, sum_q, sum_k = (delta_q.new_empty(batch, num_tokens, num_heads, HEAD_DIM) for _ in range(5))
     wrap_triton(forward_kernel)[grid_of(num_rows)](
@@ -165,7 +167,7 @@ def backward_op(
 
 def rotation_or(anything: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None):
     """The kernels take tensors in their place, which they do not read."""
-    return (anything, anything) if cos is None else (cos, sin)
+    return (anything, anything) if cos is None else (cos.contiguous(), sin.contiguous())
 
 
 def keep_for_backward(ctx, inputs, output):

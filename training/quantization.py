@@ -63,6 +63,16 @@ def num_bytes(module: nn.Module) -> int:
     return sum(param.nbytes for param in module.parameters() if not param.requires_grad)
 
 
+def bytes_unquantized(transformer: nn.Module) -> int:
+    """Of all parameters, quantised layers counted as they came."""
+    num_bytes = sum(param.nbytes for param in transformer.parameters())
+    for layer in transformer.modules():
+        if isinstance(layer, FrozenLinear):
+            num_bytes += layer.in_features * layer.out_features * layer.compute_dtype.itemsize
+            num_bytes -= sum(part.nbytes for part in layer.stored())
+    return num_bytes
+
+
 def check_base_precision(precision: str, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse what this machine cannot compute; called before anything is loaded."""
     if precision == "fp8":
