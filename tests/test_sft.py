@@ -177,6 +177,7 @@ def fits(*flags, weights=5.57e9, dtype=torch.bfloat16):
 @pytest.fixture
 def card_of_80_gb(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 120 * 2**30}))
 
 

@@ -426,8 +426,10 @@ def test_t5_goes_where_there_is_room(monkeypatch):
     model = torch.nn.Linear(1024, 1024, bias=False)  # 4 MiB
     gpu = torch.device("cuda")
     for free, expected in ((2**30 + 2**22, True), (2**30 + 2**22 - 1, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * 2**30))
-        assert fits(model, gpu) is expected
+        for card, share in ((free, 1.0), (80 * 2**30, free / (80 * 2**30))):  # what is left, or what may be taken
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, card=card: (card, 80 * 2**30))
+            monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
+            assert fits(model, gpu) is expected
     assert fits(model, CPU)
 
 

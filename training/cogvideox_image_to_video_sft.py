@@ -151,7 +151,7 @@ def main(args) -> None:
     if needs_encoders:
         captions = [] if args.load_tensors else [*dataset.prompts, *held_out_clips.prompts]
         texts = ["", *captions, *prompts]
-        embeds = encode_captions(model_dir, texts, dtype, device, text_length(config), args.variant)
+        embeds = encode_captions(model_dir, texts, dtype, device, text_length(config), args.variant, level)
         vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling)
         vae.to("cpu" if args.load_tensors else device)  # prepared data needs it in validation alone
     if args.text_dropout:

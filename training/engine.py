@@ -48,7 +48,7 @@ from sft import (
     save_transformer,
     save_weights,
 )
-from streaming import load_blocks, offload_activations, stream_weights
+from streaming import free_on_gpu, load_blocks, offload_activations, stream_weights
 from zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 
 
@@ -62,6 +62,7 @@ class Engine:
     transformer: nn.Module
     params: list[nn.Parameter]
     facts: dict  # what inference must do as training did, beyond a plain load; written beside the result
+    level: str | None  # of memory
 
     def gather(self) -> None:
         """Fill `params` in before they are written, where ranks share them. All ranks must call it."""
@@ -180,7 +181,7 @@ def build_lora_engine_from_args(
     set_memory_level_from_args(args, level, transformer, device)
     transformer.to(device).train()
     trained = masters.params if masters else params
-    return LoraEngine(transformer, trained, inference_facts_from_args(args), pipeline_class, masters)
+    return LoraEngine(transformer, trained, inference_facts_from_args(args), level, pipeline_class, masters)
 
 
 def build_sft_engine_from_args(
@@ -213,7 +214,7 @@ def build_sft_engine_from_args(
     if ema:
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
     save_dtype = SAVE_DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
-    return SftEngine(transformer, params, inference_facts_from_args(args), save_dtype, masters, ema)
+    return SftEngine(transformer, params, inference_facts_from_args(args), level, save_dtype, masters, ema)
 
 
 def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
@@ -300,7 +301,7 @@ def check_sft_fits_from_args(args, num_weights: float, dtype: torch.dtype, devic
         return
     on_device, on_host = sft_bytes_per_weight_from_args(args, dtype)
     size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"
-    free = torch.cuda.mem_get_info(device)[0] / 2**30
+    free = free_on_gpu(device) / 2**30
     if on_device * size > free:
         raise UsageError(
             f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device_from_args(args)}, and {free:.0f} GiB "

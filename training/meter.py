@@ -275,8 +275,14 @@ def keep_lines_before(path: Path, first_step: int) -> None:
 
 
 def report_memory(meter: StepMeter, step: int, when: str) -> None:
-    """One line for people and one in metrics.jsonl; `when` is "before_training" and the like. All ranks call it."""
-    figures = memory_report(meter.accelerator.device)
+    """One line for people and one in metrics.jsonl; `when` is "before_training" and the like. All ranks call it.
+
+    Peaks on the GPU are those since the last report.
+    """
+    device = meter.accelerator.device
+    figures = memory_report(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     meter.write_event(step, "memory", when=when, **figures)
     texts = [f"{name.removesuffix('_gib').replace('_', ' ')} {value:.2f}" for name, value in figures.items()]
     logger.info("memory %s, GiB: %s", when.replace("_", " "), ", ".join(texts))

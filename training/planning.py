@@ -16,6 +16,7 @@ from memory_plan import GIB, Run, closest, fastest_that_fits, table
 from optimizers import state_bytes_from_args
 from quantization import BASE_LINEARS
 from runtime import DTYPES
+from streaming import free_on_gpu
 from zero import uses_deepspeed
 
 
@@ -124,12 +125,6 @@ def num_adapted(transformer: nn.Module, targets: list[str], rank: int) -> int:
     return sum(
         rank * (layer.in_features + layer.out_features) for name, layer in linears(transformer) if name.endswith(ends)
     )
-
-
-def free_on_gpu(device: torch.device) -> float:
-    """Bytes, at most the share of the card that this process may take."""
-    free, total = torch.cuda.mem_get_info(device)
-    return min(free, total * torch.cuda.get_per_process_memory_fraction(device))
 
 
 def smallest_of_all_ranks(*numbers: float) -> list[float]:

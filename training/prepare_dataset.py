@@ -43,11 +43,13 @@ from cogvideox import (
     encode_images,
     encode_prompts,
     encode_videos,
+    free_memory,
     load_text_encoder,
     load_vae,
     load_vae_config,
     num_parameters,
     pixels_to_unit,
+    place_text_encoder,
     read_config,
     resolve_model_dir,
     text_length,
@@ -240,12 +242,14 @@ def write_embeddings_from_args(
     if max_length != text_length(config):
         logger.warning("--max_sequence_length %d: this checkpoint was made for %d", max_length, text_length(config))
     tokenizer, text_encoder = load_text_encoder(model_dir, DTYPES[args.dtype], args.variant)
-    text_encoder.to(device)
+    place_text_encoder(text_encoder, device)
     # One at a time: 226 tokens fill a GPU, and what a caption's neighbours are must not change its bits
     for prompt, files in tqdm(wanted.items(), desc="captions", disable=rank > 0):
         prompt_embeds = encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
         for path, key in files:
             write_tensors(output_dir / path, {"prompt_embeds": prompt_embeds}, key)
+    del text_encoder
+    free_memory(device)
 
 
 # ---------------------------------------------------------------- pixels

@@ -40,6 +40,13 @@ NO_OUTER_CHECKPOINT = "with streaming, checkpoints are inside of the blocks, not
 # ---------------------------------------------------------------- host memory and copies
 
 
+def free_on_gpu(device: torch.device) -> float:
+    """Bytes that this process may still take there, at most its share of the card if one is set."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_reserved(device)
+    return min(free, share)
+
+
 class PageLocked(mmap.mmap):
     """Memory of its own pages, so that CUDA can lock it: torch's allocator would round up to a power of two."""
 

@@ -5,6 +5,7 @@ Sizes are (frames, height, width) in pixels.
 """
 
 import contextlib
+import functools
 import http.client
 import io
 import logging
@@ -149,11 +150,13 @@ def validate_from_args(
     """Held-out loss and sample videos of the weights after `step` updates; all ranks take part."""
     if not (samples.prompts or held_out.num_clips):
         return
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()  # what training holds and does not use is no part of validation's peak
     report_memory(meter, step, "before_validation")
     directory = Path(args.output_dir, "samples", f"step_{step}")
-    with keep_random_state(accelerator.device), engine.inference() as transformer:
+    with keep_random_state(accelerator.device), engine.inference():
         sums, loss_problem = attempt(lambda: sum_losses(held_out))
-        _, render_problem = attempt(lambda: render_from_args(args, accelerator, samples, transformer, directory))
+        _, render_problem = attempt(lambda: render_from_args(args, accelerator, engine, samples, directory))
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     # Ranks finish at different times; what follows may wait for all of them in a collective
@@ -215,8 +218,9 @@ def keep_random_state(device: torch.device):
 # ---------------------------------------------------------------- rendering
 
 
-def render_from_args(args, accelerator, samples: Samples, transformer: nn.Module, directory: Path) -> None:
+def render_from_args(args, accelerator, engine, samples: Samples, directory: Path) -> None:
     """Write this rank's share of the videos, each with its prompt beside it: <prompt>_<video>.mp4 and .txt."""
+    transformer, in_tiles = engine.transformer, engine.level in ("offload", "stream")
     jobs = [(number, video) for number in range(len(samples.prompts)) for video in range(args.num_validation_videos)]
     own_jobs = jobs[accelerator.process_index :: accelerator.num_processes]
     if not own_jobs:
@@ -225,15 +229,19 @@ def render_from_args(args, accelerator, samples: Samples, transformer: nn.Module
     pipe.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False, desc="validation")
     sage = args.validation_attention == "sage"
     offload, device = args.enable_model_cpu_offload, accelerator.device
+    small = functools.partial(tiled, pipe.vae, args.enable_slicing, args.enable_tiling)
+    if in_tiles and not args.enable_tiling:
+        logger.info("videos are decoded in tiles: at --memory %s there is no room for whole ones", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
-            render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
+            with small() if in_tiles else contextlib.nullcontext():
+                render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
             return
         except torch.cuda.OutOfMemoryError as error:
             logger.warning(
                 "validation: %s; tried again in tiles, with one model at a time on the GPU", one_line(error)
             )
-        with tiled(pipe.vae, args.enable_slicing, args.enable_tiling):
+        with small():
             offload = offload or device.type == "cuda"
             render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
 
