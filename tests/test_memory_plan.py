@@ -135,6 +135,13 @@ def test_what_comes_beside_training_counts():
     assert averaged - need(sft, "balanced").allocated == 4 * sft.num_trained
 
 
+def test_t5_and_decoding_are_small_where_weights_are_on_the_host():
+    run = make_run("2b", "--validation_prompt", "x")
+    assert (
+        need(run, "stream", roomy=True).allocated < 6 * GIB < 8.9 * GIB < need(run, "balanced", roomy=True).allocated
+    )
+
+
 def test_ranks_of_one_machine_share_streamed_weights(monkeypatch):
     one = make_run("5b")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

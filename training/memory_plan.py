@@ -27,7 +27,7 @@ HOST_BASE = 2.9 * GIB  # Python, torch, CUDA's libraries
 LOADING = 1.2 * GIB  # and what reading a model takes beside its weights
 MAPPED = 0.16  # of weights whose file is mapped into memory and copied to the GPU as it is
 RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
-T5_XXL, T5_HOST = 8.96 * GIB, 16.0 * GIB  # on the GPU; loaded and converted, on the host
+T5_XXL, T5_STREAMED, T5_HOST = 8.96 * GIB, 1.4 * GIB, 16.0 * GIB  # on the GPU; loaded and converted, on the host
 # The VAE at work on one video of 49 frames, for frames of 480x720; it works through 8 frames at a time
 VAE = 0.4 * GIB
 DECODING, DECODING_UNTILED = 3.8 * GIB, 12.6 * GIB
@@ -93,13 +93,15 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused
-    coding = coding_bytes(run, resident, roomy)
+    thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are decoded in tiles
+    coding = coding_bytes(run, resident, roomy, run.tiled or thrifty or not roomy)
     if coding:
         shares = run.offloads_models and not run.raw  # the transformer's place serves the VAE
         cached = CODING_UNUSED if roomy and not shares else 0
         reserved, allocated = max(reserved, coding) + cached, max(allocated, coding)
     if roomy and (run.raw or run.renders):
-        allocated, reserved = max(allocated, T5_XXL), max(reserved, T5_XXL)
+        text = T5_STREAMED if thrifty else T5_XXL
+        allocated, reserved = max(allocated, text), max(reserved, text)
     return Need(allocated, reserved, host_peak(run, level, roomy))
 
 
@@ -133,13 +135,16 @@ def weights_on_gpu(run: Run, level: str) -> float:
     return weights - blocks + min(RING_SLOTS, run.num_blocks) * blocks / run.num_blocks
 
 
-def coding_bytes(run: Run, resident: float, roomy: bool) -> float:
-    """GPU memory while the VAE encodes or decodes, 0 if it never does. Rendering goes over to tiles where room is short."""
+def coding_bytes(run: Run, resident: float, roomy: bool, tiled: bool) -> float:
+    """GPU memory while the VAE encodes or decodes, 0 if it never does. Where room is short, it decodes alone."""
     scale = run.area / (480 * 720)
     coding = 0
     if run.renders:
-        decoding = DECODING if run.tiled or not roomy else DECODING_UNTILED
-        coding = VAE + scale * decoding + (0 if run.offloads_models or not roomy else resident)
+        coding = (
+            VAE
+            + scale * (DECODING if tiled else DECODING_UNTILED)
+            + (0 if run.offloads_models or not roomy else resident)
+        )
     if run.raw:
         batch = 1 if run.sliced else run.shape[0]
         coding = max(coding, resident + batch * scale * (ENCODING_TILED if run.tiled else ENCODING))
