@@ -130,6 +130,7 @@ def test_levels_compile_on_a_gpu_unless_told_not_to(level, monkeypatch):
     compiled = []
     monkeypatch.setattr(engine, "compile_blocks", lambda blocks, backend: compiled.append(backend))
     monkeypatch.setattr(engine, "checkpoint_blocks", lambda blocks, ops: None)
+    monkeypatch.setattr(engine, "uses_triton", lambda device: device.type == "cuda")
     transformer = torch.nn.Module()
     transformer.transformer_blocks = []
     base = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--memory", level]

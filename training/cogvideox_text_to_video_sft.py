@@ -137,9 +137,9 @@ def main(args) -> None:
     about = RunFacts(
         *base, dataset.bucket_of, size, dtype, seed, num_ranks, plan.num_steps, is_lora=False, hub_repo=hub_repo
     )
-    level, shape, fill = plan_memory_from_args(args, outline, dataset.bucket_of, dtype, device, is_lora=False)
     if is_complete_from_args(args, plan.num_steps):
         return finish_again_from_args(args, accelerator, about)
+    level, shape, fill = plan_memory_from_args(args, outline, dataset.bucket_of, dtype, device, is_lora=False)
     START.mark("data")
     vae, embeds = None, {}
     if needs_encoders:

@@ -14,9 +14,13 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import NamedTuple
+
+
+sys.path.insert(0, str(Path(__file__).parent))  # python -I, which looks at nothing of the user's, leaves it out
+
+from toolchain import c_compiler, python_header
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,15 +236,6 @@ def check_gpu(index: int, gpu: Gpu) -> Finding:
             "WARN", f"{text}; a LoRA of CogVideoX-2b at full size takes {SMALLEST_GPU} GiB: smaller buckets"
         )
     return Finding("OK", text)
-
-
-def c_compiler() -> str | None:
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-
-
-def python_header() -> Path:
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own Python
-    return Path(sysconfig.get_path("include", scheme), "Python.h")
 
 
 def check_compiler(compiler: str | None, has_header: bool) -> Finding:

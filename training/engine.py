@@ -49,11 +49,13 @@ from sft import (
     save_weights,
 )
 from streaming import free_on_gpu, load_blocks, offload_activations, stream_weights
+from toolchain import missing_for_triton
 from zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 
 
 logger = logging.getLogger(__name__)
 
+TRITON_CAPABILITY = (8, 0)  # Ampere: what Triton supports
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -243,11 +245,22 @@ def set_attention(transformer: nn.Module, attend: Callable, device: torch.device
     processor = JointAttention(attend)
     if device.type == "cuda":
         adapted = [is_plain(layer) for attn in attentions for layer in (attn.to_q, attn.to_k, attn.to_v)]
-        fuse = all(adapted) and all(can_fuse(attn.norm_q, attn.norm_k) for attn in attentions)
+        fuse = uses_triton(device) and all(adapted) and all(can_fuse(attn.norm_q, attn.norm_k) for attn in attentions)
         projection = functools.partial(project, linears=frozen_linears)
         processor = JointAttention(attend, projection, fused_heads if fuse else None)
     for attn in attentions:
         attn.processor = processor
+
+
+@functools.cache  # it warns once
+def uses_triton(device: torch.device) -> bool:
+    """True where Triton's kernels can be built and run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+        return False
+    lack = missing_for_triton()
+    if lack:
+        logger.warning("steps are slower than they could be, without compiled kernels: %s", lack)
+    return lack is None
 
 
 def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -266,7 +279,7 @@ def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, 
     elif level in ("balanced", "offload", "stream"):
         checkpoint_blocks(transformer.transformer_blocks, SAVED_OPS)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    by_level = level and device.type == "cuda" and not args.no_compile_blocks
+    by_level = level and not args.no_compile_blocks and uses_triton(device)
     if args.compile_blocks or by_level or backend != "no":
         compile_blocks(transformer.transformer_blocks, "inductor" if backend == "no" else backend)
     if level in ("offload", "stream"):

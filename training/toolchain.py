@@ -1,0 +1,25 @@
+"""What Triton builds with at a run's first step, in C, and whether it is there."""
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+
+def c_compiler() -> str | None:
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def python_header() -> Path:
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own Python
+    return Path(sysconfig.get_path("include", scheme), "Python.h")
+
+
+def missing_for_triton() -> str | None:
+    """What is lacking, with the command that installs it; None if nothing is."""
+    if c_compiler() is None:
+        return "there is no C compiler; apt-get install gcc"
+    if not python_header().exists():
+        return f"Python.h is missing; apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return None
