@@ -16,11 +16,12 @@ from step_time import GIB, ROOT, run_script
 
 
 class CopyClock:
-    """Waits for copies and reserved bytes, by update."""
+    """Waits for copies and reserved bytes, by update. One optimizer ends the updates."""
 
     def __init__(self, torch):
         self.torch = torch
         self.waits, self.ends = [], []  # events of the update being made, and of all updates' ends
+        self.unread = None  # waits of the update before, which the GPU may still be at
         self.waited, self.reserved = [], []  # seconds and bytes, one an update
 
     def event(self):
@@ -42,12 +43,17 @@ class CopyClock:
         register_optimizer_step_post_hook(lambda *_: self.on_step())
 
     def on_step(self):
-        """The first of several optimizers would end the update: an offloading one is no case for this script."""
+        self.read()
+        self.unread, self.waits = self.waits, []
         self.ends.append(self.event())
-        self.ends[-1].synchronize()
-        self.waited.append(sum(start.elapsed_time(end) for start, end in self.waits) / 1000)
-        self.waits = []
         self.reserved.append(self.torch.cuda.memory_reserved())
+
+    def read(self):
+        """One update late, so that the host does not wait for the GPU where a run would not."""
+        if self.unread is not None:
+            self.ends[-1].synchronize()
+            self.waited.append(sum(start.elapsed_time(end) for start, end in self.unread) / 1000)
+            self.unread = None
 
     def durations(self):
         """Seconds of each update but the first, which has no start."""
@@ -97,6 +103,7 @@ def main():
     clock = CopyClock(torch)
     clock.install(streaming)
     exit_code = run_script(args.command)
+    clock.read()
     if exit_code == 0 and len(clock.ends) > args.warmup + 1:
         print(summary(clock.durations(), clock.waited, clock.reserved, args.warmup), flush=True)
     sys.exit(exit_code)
