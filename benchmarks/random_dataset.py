@@ -38,15 +38,19 @@ def write_clip_files(out, stem, size, text_shape, generator):
 
 
 def write_dataset(out, num_clips, frames, height, width, text_shape=(226, 4096), seed=0):
-    """Write `num_clips` random clips to the folder `out`; the videos named in the manifest do not exist."""
-    out, size = Path(out), latent_size(frames, height, width)
+    """Write `num_clips` random clips to the folder `out`; the videos named in the manifest do not exist.
+
+    `frames` may be several numbers, which the clips take in turn.
+    """
+    out, counts = Path(out), [frames] if isinstance(frames, int) else frames
+    sizes = [latent_size(count, height, width) for count in counts]
     for folder in ("video_latents", "prompt_embeds", "image_latents"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    metadata = {"num_frames": frames, "height": height, "width": width}
     rows = []
     for index in range(num_clips):
-        fields = write_clip_files(out, f"random_{index:05d}", size, text_shape, generator)
+        metadata = {"num_frames": counts[index % len(counts)], "height": height, "width": width}
+        fields = write_clip_files(out, f"random_{index:05d}", sizes[index % len(sizes)], text_shape, generator)
         rows.append({"prompt": f"random clip number {index}", **fields, "metadata": metadata})
     empty = {"prompt_embeds": torch.randn(text_shape, generator=generator)}
     save_file(empty, out / "prompt_embeds" / "_empty.safetensors")
@@ -59,7 +63,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--num_clips", type=int, default=8, help="clips (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=49, help="pixel frames of a clip, 4k+1 (default: %(default)s)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        nargs="+",
+        default=[49],
+        help="pixel frames of a clip, 4k+1; of several numbers clips take one each in turn",
+    )
     parser.add_argument("--height", type=int, default=480, help="pixel height (default: %(default)s)")
     parser.add_argument("--width", type=int, default=720, help="pixel width (default: %(default)s)")
     parser.add_argument("--text_length", type=int, default=226, help="tokens of a prompt (default: %(default)s)")
@@ -71,7 +81,8 @@ def main():
         write_dataset(args.out, args.num_clips, args.frames, args.height, args.width, text_shape, args.seed)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{args.num_clips} random clips of {args.frames}x{args.height}x{args.width}: {args.out}")
+    frames = " or ".join(map(str, args.frames))
+    print(f"{args.num_clips} random clips of {frames}x{args.height}x{args.width}: {args.out}")
 
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ def parse_args(argv):
     parser.add_argument("--csv", type=Path, help="append a row to this file")
     parser.add_argument("--label", default="", help="name of the row")
     parser.add_argument("--memory_cap", type=float, metavar="GIB", help="the most that torch may reserve on the GPU")
+    parser.add_argument("--deterministic", action="store_true", help="torch's deterministic algorithms, slower")
     parser.add_argument("--model_tflop", type=float, help="of a step, by flops.py: gives the model FLOP utilisation")
     args = parser.parse_args(argv[:split])
     args.command = argv[split + 1 :]
@@ -215,8 +216,11 @@ def main():
     args = parse_args(sys.argv[1:])
     if args.csv:
         check_csv(args.csv)
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
     import torch
 
+    torch.use_deterministic_algorithms(args.deterministic)
     clock = StepClock(torch)
     clock.install()
     if args.memory_cap:

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import draw_memory
 import memory_rows
+import overlap
+import same_files
 import step_time
 import tables
 from flops import latent_size, num_tokens, peak_tflops, step_flops
@@ -109,6 +111,14 @@ def test_random_dataset_layout(tmp_path):
         assert moments.shape == (32, 3, 8, 12)
         assert load_file(tmp_path / row["prompt_embed"])["prompt_embeds"].shape == (226, 32)
     assert load_file(tmp_path / "prompt_embeds" / "_empty.safetensors")["prompt_embeds"].shape == (226, 32)
+
+
+def test_clips_of_two_lengths_take_turns(tmp_path):
+    write_dataset(tmp_path, num_clips=3, frames=[9, 5], height=64, width=96, text_shape=(226, 32))
+    rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    assert [row["metadata"]["num_frames"] for row in rows] == [9, 5, 9]
+    shapes = [load_file(tmp_path / row["video_latent"])["moments"].shape for row in rows]
+    assert shapes == [(32, 3, 8, 12), (32, 2, 8, 12), (32, 3, 8, 12)]
 
 
 def test_random_dataset_refuses_sizes_the_vae_does_not_take(tmp_path):
@@ -436,3 +446,72 @@ def test_figures_of_memory_are_drawn_of_the_rows_that_both_have(tmp_path, monkey
     assert [drawn.name for drawn in tmp_path.glob("*.png")] == ["lora_2b.png"]
     with Image.open(tmp_path / "lora_2b.png") as image:
         assert len(image.convert("RGB").getcolors(2**20)) > 10
+
+
+# ---------------------------------------------------------------- exactness and overlap of the levels
+
+
+def test_levels_are_proven_by_their_hashes(work, monkeypatch, capsys):
+    monkeypatch.setattr(same_files, "card_name", lambda: "cpu")
+    width = json.loads((work / "models/tiny/transformer/config.json").read_text())["text_embed_dim"]
+    write_dataset(work / "data/9+5x64x96", num_clips=4, frames=[9, 5], height=64, width=96, text_shape=(226, width))
+    argv = ["same_files.py", "tiny", "--levels", "balanced", "stream", "--times", "1", "--steps", "2", "--jobs", "2"]
+    argv += ["--frames", "9", "5", "--attention", "math", "--work", str(work), "--csv", str(work / "same.csv")]
+    monkeypatch.setattr("sys.argv", argv)
+    assert same_files.main() == 0
+    rows = same_files.read_rows(work / "same.csv")
+    assert len(rows) == 2 and len({row["sha256"] for row in rows}) == 1
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["tiny", "balanced", "1"], ["tiny", "stream", "1"],
+    ]  # fmt: skip
+    monkeypatch.setattr(same_files, "train", None)  # nothing is trained again
+    assert same_files.main() == 0
+    path = work / "same.csv"
+    path.write_text(path.read_text().replace(rows[1]["sha256"], "0" * 64, 1))
+    assert same_files.main() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "tiny: not proven, hashes differ or runs are missing"
+
+
+class FakeCuda:
+    """A clock that goes on by a millisecond with each event, and by ten in a wait for a copy."""
+
+    time = 0.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            FakeCuda.time += 1
+            self.time = FakeCuda.time
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    @staticmethod
+    def memory_reserved():
+        return 3 * 2**30 + int(FakeCuda.time) * 2**20
+
+
+def test_waits_for_copies_are_a_share_of_the_update(monkeypatch):
+    def wait(event):
+        FakeCuda.time += 10
+
+    streaming = SimpleNamespace(wait=wait)
+    clock = overlap.CopyClock(SimpleNamespace(cuda=FakeCuda))
+    steps = []
+    hooks = sys.modules["torch.optim.optimizer"]
+    monkeypatch.setattr(hooks, "register_optimizer_step_post_hook", steps.append)
+    clock.install(streaming)
+    for _ in range(4):
+        FakeCuda.time += 50
+        streaming.wait(None)
+        steps[0](None)
+    clock.read()
+    assert clock.waited == [0.011] * 4 and clock.durations() == [pytest.approx(0.063)] * 3
+    times, memory = overlap.summary(clock.durations(), clock.waited, clock.reserved, warmup=1).splitlines()
+    assert times == "3 updates of 0.063 s: 17.46% of the time waits for copies (at most 17.46%)"
+    assert memory.endswith("grew by 126 MiB")

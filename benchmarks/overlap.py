@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Run a training script unchanged and print how long the GPU waits for copies, and what torch holds as the run goes on.
+
+    python benchmarks/overlap.py --warmup 5 -- training/cogvideox_text_to_video_lora.py --memory stream FLAGS
+
+A wait is the time between two events on the compute stream, before and after it waits for a copy: 0 where the copy is
+done by then. The share is that of an update, from one optimizer step to the next. Reserved memory is read after every
+update.
+"""
+
+import argparse
+import statistics
+import sys
+
+from step_time import GIB, ROOT, run_script
+
+
+class CopyClock:
+    """Waits for copies and reserved bytes, by update. One optimizer ends the updates."""
+
+    def __init__(self, torch):
+        self.torch = torch
+        self.waits, self.ends = [], []  # events of the update being made, and of all updates' ends
+        self.unread = None  # waits of the update before, which the GPU may still be at
+        self.waited, self.reserved = [], []  # seconds and bytes, one an update
+
+    def event(self):
+        event = self.torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def install(self, streaming):
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        wait = streaming.wait
+
+        def timed_wait(event):
+            start = self.event()
+            wait(event)
+            self.waits.append((start, self.event()))
+
+        streaming.wait = timed_wait
+        register_optimizer_step_post_hook(lambda *_: self.on_step())
+
+    def on_step(self):
+        self.read()
+        self.unread, self.waits = self.waits, []
+        self.ends.append(self.event())
+        self.reserved.append(self.torch.cuda.memory_reserved())
+
+    def read(self):
+        """One update late, so that the host does not wait for the GPU where a run would not."""
+        if self.unread is not None:
+            self.ends[-1].synchronize()
+            self.waited.append(sum(start.elapsed_time(end) for start, end in self.unread) / 1000)
+            self.unread = None
+
+    def durations(self):
+        """Seconds of each update but the first, which has no start."""
+        return [start.elapsed_time(end) / 1000 for start, end in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def summary(durations, waited, reserved, warmup):
+    """One line each of times and memory after the first `warmup` updates."""
+    durations, waited = durations[warmup - 1 :], waited[warmup:]
+    share = sum(waited) / sum(durations)
+    largest = max(wait / duration for wait, duration in zip(waited, durations, strict=True))
+    median = statistics.median(durations)
+    first, last = reserved[warmup], reserved[-1]
+    return (
+        f"{len(durations)} updates of {median:.3f} s: {share:.2%} of the time waits for copies (at most {largest:.2%})\n"
+        f"reserved {first / GIB:.3f} GiB after update {warmup + 1}, {last / GIB:.3f} after update {len(reserved)}, "
+        f"{max(reserved[warmup:]) / GIB:.3f} at most: grew by {(last - first) / 2**20:.0f} MiB"
+    )
+
+
+def parse_args(argv):
+    """Our own flags stand before `--`, the script and its flags after it."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage="%(prog)s [--warmup N] -- script.py ...", formatter_class=formatter
+    )
+    parser.add_argument("--warmup", type=int, default=5, help="first updates left out (default: %(default)s)")
+    args = parser.parse_args(argv[:split])
+    args.command = argv[split + 1 :]
+    if not args.command:
+        parser.error("name the script after --")
+    if args.warmup < 1:
+        parser.error("--warmup: at least 1, the first update has no start")
+    return args
+
+
+def main():
+    args = parse_args(sys.argv[1:])
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("needs a GPU: on a CPU copies are done at once")
+    sys.path.insert(0, str(ROOT / "training"))
+    import streaming
+
+    clock = CopyClock(torch)
+    clock.install(streaming)
+    exit_code = run_script(args.command)
+    clock.read()
+    if exit_code == 0 and len(clock.ends) > args.warmup + 1:
+        print(summary(clock.durations(), clock.waited, clock.reserved, args.warmup), flush=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Train a LoRA by its own script several times at several memory levels: the files must be the same bytes.
+
+    python benchmarks/same_files.py 2b 5b --jobs 3
+
+A similarity would not see a copy that now and then comes too late; a hash does. The models have the real size and random
+weights; clips of two lengths take turns, two to an update, with torch's deterministic algorithms. A run that the CSV
+has is not made again, so that several calls may fill it. The exit code is 1 unless every model has one hash.
+"""
+
+import argparse
+import csv
+import hashlib
+import itertools
+import shlex
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench import MODELS, RowError, card_name, make_once, parse_row, run_logged, script_of
+from step_time import ROOT, append_row, check_csv, package_versions
+
+
+LEVELS = ("balanced", "offload", "stream")
+FIELDS = ["model", "level", "attention", "steps", "frames", "run", "sha256", "card", *package_versions(), "command"]
+
+
+def runs_of(args):
+    """What each run is called by in the CSV; the levels take turns, so that an unfinished file says something too."""
+    kinds = itertools.product(args.models, range(1, args.times + 1), args.levels)
+    fixed = {"attention": args.attention, "steps": str(args.steps), "frames": "+".join(map(str, args.frames))}
+    return [{"model": model, "level": level, **fixed, "run": str(number)} for model, number, level in kinds]
+
+
+def key_of(run):
+    return tuple(run[name] for name in ("model", "level", "attention", "steps", "frames", "run"))
+
+
+def command_of(run, args, output_dir):
+    row = parse_row(f"{run['model']}-{run['level']}")
+    command = [sys.executable, ROOT / "benchmarks/step_time.py", "--deterministic", "--", script_of(row)]
+    command += ["--pretrained_model_name_or_path", f"models/{row.model}", "--data_root", data_folder(row.model, args)]
+    command += ["--load_tensors", "--output_dir", output_dir, "--memory", run["level"], "--attention", args.attention]
+    command += ["--rank", 64, "--lora_alpha", 64, "--train_batch_size", 1, "--gradient_accumulation_steps", 2]
+    command += ["--max_train_steps", args.steps, "--mixed_precision", "bf16", "--optimizer", "adamw", "--seed", 42]
+    command += ["--learning_rate", "1e-4", "--lr_warmup_steps", 0, "--checkpointing_steps", 100000]
+    return [str(word) for word in command]
+
+
+def data_folder(model, args):
+    return "data/" + "x".join(["+".join(map(str, args.frames)), *map(str, MODELS[model][1:])])
+
+
+def make_inputs(model, args):
+    """Models and data as bench.py makes them, in the same work folder."""
+    log_path = args.work / "logs" / f"same_files-{model}.log"
+    make_once(args.work / f"models/{model}", "random_pipeline.py", log_path, "--kind", model, "--text_encoder", "tiny")
+    size = ["--frames", *args.frames, "--height", MODELS[model][1], "--width", MODELS[model][2]]
+    make_once(args.work / data_folder(model, args), "random_dataset.py", log_path, *size, "--num_clips", 8)
+
+
+def train(run, args, card):
+    """Make one run and append it to the CSV."""
+    name = f"same_files-{run['model']}-{run['level']}-{run['run']}"
+    output_dir, log_path = args.work / "runs" / name, args.work / "logs" / f"{name}.log"
+    shutil.rmtree(output_dir, ignore_errors=True)
+    log_path.unlink(missing_ok=True)
+    command = command_of(run, args, f"runs/{name}")
+    run_logged(command, log_path, cwd=args.work)
+    digest = hashlib.sha256((output_dir / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
+    shown = shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")
+    append_row(args.csv, run | {"sha256": digest, "card": card, **package_versions(), "command": shown}, FIELDS)
+    shutil.rmtree(output_dir)
+
+
+def read_rows(path):
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def report(rows, wanted):
+    """Print what the levels gave; returns the models that have not one hash alone, with all their runs."""
+    rows = [row for row in rows if key_of(row) in wanted]
+    bad = []
+    print(f"{'model':11} {'level':9} runs  sha256")
+    for model in dict.fromkeys(key[0] for key in wanted):
+        ours = [row for row in rows if row["model"] == model]
+        for level in dict.fromkeys(key[1] for key in wanted):
+            hashes = [row["sha256"][:16] for row in ours if row["level"] == level]
+            print(f"{model:11} {level:9} {len(hashes):4}  {' '.join(dict.fromkeys(hashes))}")
+        is_whole = len(ours) == sum(key[0] == model for key in wanted)
+        if len({row["sha256"] for row in ours}) != 1 or not is_whole:
+            bad.append(model)
+    return bad
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=MODELS, metavar="MODEL", help="such as 5b")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="of --memory")
+    parser.add_argument("--times", type=int, default=3, help="runs at each level (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="updates of a run (default: %(default)s)")
+    parser.add_argument("--frames", type=int, nargs=2, default=(49, 25), help="of the clips (default: 49 25)")
+    parser.add_argument("--attention", default="fa4", help="a kernel with a deterministic backward pass")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once on the GPU")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/same_files.csv", help="file to go on with")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs/bench", help="folder of models, data and logs")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    args.work, args.csv = args.work.resolve(), args.csv.resolve()
+    check_csv(args.csv, FIELDS)
+    for model in args.models:
+        make_inputs(model, args)
+    done = {key_of(row) for row in read_rows(args.csv)}
+    runs, card = runs_of(args), card_name()
+
+    def attempt(run):
+        try:
+            train(run, args, card)
+        except RowError as error:
+            print(f"{run['model']} {run['level']} {run['run']}: FAILED, {error}", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(attempt, [run for run in runs if key_of(run) not in done]))
+    bad = report(read_rows(args.csv), {key_of(run): None for run in runs})
+    for model in bad:
+        print(f"{model}: not proven, hashes differ or runs are missing")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
