@@ -29,7 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 import cogvideox_image_to_video_lora
 import cogvideox_text_to_video_lora
 from args import BASE_PRECISIONS, MEMORY_LEVELS, parse_training_args
-from cogvideox import attention_shape, load_scheduler, load_transformer, load_vae_config, read_config, takes_image
+from cogvideox import (
+    attention_shape,
+    load_scheduler,
+    load_transformer,
+    load_vae_config,
+    read_config,
+    resolve_model_dir,
+    takes_image,
+)
 from dataset import LatentDataset, collate
 from engine import build_lora_engine_from_args
 from errors import UserError
@@ -53,7 +61,8 @@ class Task:
     """How a model's own script makes inputs and losses, and the noise schedule."""
 
     def __init__(self, model_dir, device):
-        self.model_dir, self.device = Path(model_dir), device
+        parts = ["transformer", "scheduler", "vae/config.json"]
+        self.model_dir, self.device = resolve_model_dir(model_dir, parts), device
         self.config = config = read_config(self.model_dir, "transformer")
         scheduler, vae_config = load_scheduler(self.model_dir), load_vae_config(self.model_dir)
         script = cogvideox_image_to_video_lora if takes_image(config) else cogvideox_text_to_video_lora

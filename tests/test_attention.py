@@ -589,3 +589,15 @@ def test_the_trial_on_a_gpu_chooses_keeps_and_says(tmp_path, monkeypatch, caplog
     assert "timed before" in lines(caplog)[-1]
     for name in attention_trial.candidates(CUDA):
         assert pick(name, shape=(1, 1024, 8, 64)) == name
+
+
+def test_an_error_of_the_device_ends_the_trial(monkeypatch):
+    """What runs after it fails too: another kernel must not be blamed."""
+
+    def broken(query, key, value):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(attention_trial, "make_attend", lambda name: broken)
+    inputs = [torch.ones(1, 4, 2, 8) for _ in range(4)]
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        attention_trial.attempt("flash", inputs)

@@ -403,3 +403,12 @@ def test_image_to_video_of_the_shipped_model():
     pipe = load(CogVideoXImageToVideoPipeline, SHIPPED_I2V)
     scores = measure.measure_image_to_video(pipe, world.test_contents(), max_sequence_length=networks.TEXT_LENGTH)
     assert scores["psnr_of_first_frame"] >= 20 and scores["direction"] >= 0.8
+
+
+@pytest.mark.parametrize("script", ["measure.py", "compare.py"])
+def test_a_folder_without_a_model_is_one_line(script, tmp_path):
+    more = ["--concept", "star", "--lora", "l", "--out", str(tmp_path)] if script == "compare.py" else []
+    command = [sys.executable, str(ROOT / "tiny_model" / script), "--model", str(tmp_path / "none"), *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("none: no pipeline is in it; tiny_model/pretrain.py writes one")

@@ -17,7 +17,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from PIL import Image, ImageDraw
 
 from judge import accuracy, confusion, judge
-from measure import GUIDANCE, STEPS, captions_of, sample, score_line
+from measure import GUIDANCE, STEPS, captions_of, check_pipeline, sample, score_line
 from networks import TEXT_LENGTH
 from world import CONCEPTS, FPS, SIZE, test_contents
 
@@ -90,6 +90,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.lora) == bool(args.transformer):
         parser.error("give --lora or --transformer")
+    check_pipeline(parser, args.model)
     return args
 
 

@@ -128,7 +128,17 @@ def parse_args() -> argparse.Namespace:
         "--max_sequence_length", type=int, default=226, help="text tokens; the small model takes 32 too"
     )
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_pipeline(parser, args.model)
+    if args.image_model:
+        check_pipeline(parser, args.image_model)
+    return args
+
+
+def check_pipeline(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Refuse in one line what diffusers would end on with a traceback."""
+    if not (folder / "model_index.json").exists():
+        parser.error(f"{folder}: no pipeline is in it; tiny_model/pretrain.py writes one")
 
 
 def main() -> None:

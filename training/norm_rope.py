@@ -1,8 +1,8 @@
 """Triton kernels for what torch.compile leaves in several passes over memory.
 
 Between the product that gives queries, keys and values and the attention lie: adding what the adapters gave, LayerNorm
-of queries and keys over each head, RoPE. As one kernel each way that is 14 passes over tensors of [B, S, D] less than
-what the compiler makes of it: 1.5 % of a step of CogVideoX-5b on an H100.
+of queries and keys over each head, RoPE. One kernel each way passes over memory once, and hands the gradients of the
+three on as one tensor: about 1 % of a step of CogVideoX-5b on an H100 (46.3 to 45.9 ms a block for the second part).
 """
 
 from collections.abc import Sequence
