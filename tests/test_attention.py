@@ -286,9 +286,12 @@ def test_a_compiled_block_is_one_graph_and_keeps_it_too(name, block_of, flash):
     expected, expected_grads = run_block(block, inputs)
     checkpointed(block, SAVED_OPS).compile(fullgraph=True, dynamic=False, backend="aot_eager")
     run_block(block, inputs)
+    flash.calls.clear()
     (results, grads), count = runs_of(FORWARD[name], lambda: run_block(block, inputs))
     agree(results, expected, 1e-6)
     agree(grads.values(), expected_grads.values(), 1e-5)
+    if name == "fa4":  # torch's profilers do not all name an operator in Python: forward, and backward
+        count = len(flash.calls) - 1
     assert count == (name != "math")  # which is made of plain products
 
 
