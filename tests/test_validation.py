@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 
 import av
 import numpy as np
@@ -35,6 +36,7 @@ from errors import UsageError
 from runtime import StepPlan
 from test_lora_inference import parse_args, render
 from test_scripts import (  # noqa: F401
+    ROOT,
     clips,
     command,
     losses,
@@ -47,6 +49,8 @@ from test_scripts import (  # noqa: F401
     stops,
     train,
 )
+from world import draw_clips
+from world import test_contents as contents_to_test
 
 
 CPU = torch.device("cpu")
@@ -422,6 +426,26 @@ def test_the_vae_is_sliced_and_tiled_as_flagged(train, module, sampling, monkeyp
     assert vaes[0].use_slicing and vaes[0].use_tiling
 
 
+def test_small_tiles_lie_where_whole_frames_have_them():
+    """Tiles that do not overlap by whole latents would come out in another size, or shifted. With the shipped VAE."""
+    vae = cogvideox.load_vae(ROOT / "assets/tiny-cogvideox", torch.float32)
+    vae.tile_sample_min_height, vae.tile_sample_min_width = 120, 180  # as if made for 240x360
+    clip = F.interpolate(draw_clips(torch.tensor(contents_to_test(1)), seed=0)[0], (160, 240), mode="bilinear")
+    with torch.no_grad():
+        latents = vae.encode((2 * clip - 1).transpose(0, 1)[None]).latent_dist.mode()
+        whole = vae.decode(latents).sample
+        with validation.in_small_pieces(vae):
+            assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (80, 120)
+            tiles = vae.decode(latents).sample
+    assert tiles.shape == whole.shape
+    # Each tile has its own group norms, and with them brightness: what must be in place is the outline
+    for axis in (-1, -2):
+        edges, expected = (frames.diff(dim=axis).abs() for frames in (tiles, whole))
+        likeness = {shift: float((edges.roll(shift, axis) * expected).sum()) for shift in range(-8, 9)}
+        assert max(likeness, key=likeness.get) == 0
+    assert (vae.tile_sample_min_height, vae.tile_sample_min_width, vae.use_tiling) == (120, 180, False)
+
+
 def test_t5_goes_where_there_is_room(monkeypatch):
     model = torch.nn.Linear(1024, 1024, bias=False)  # 4 MiB
     gpu = torch.device("cuda")
@@ -465,6 +489,29 @@ def test_weights_that_are_parts_of_a_buffer_stay_where_they_are(tiny, caplog):
     with validation.placed(pipe, CPU, offload=True):
         assert not hasattr(transformer, "_hf_hook")
     assert "the transformer stays" in caplog.text
+
+
+def test_what_a_full_gpu_held_is_gone_before_weights_come_back(tiny, monkeypatch):
+    """The frames of a failed decode hold its tensors as long as the exception has a traceback."""
+    transformer = cogvideox.load_transformer(tiny("5b"), torch.float32)
+    vae = cogvideox.load_vae(tiny("5b"), torch.float32)
+    scheduler = cogvideox.load_scheduler(tiny("5b"))
+    pipe = cogvideox.make_pipeline(cogvideox.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
+    held, held_at_return, move = [], [], torch.nn.Module.to
+
+    def decode():
+        activations = torch.zeros(4)
+        held.append(weakref.ref(activations))
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    def watched(model, *places):
+        held_at_return.extend(reference() for reference in held)
+        return move(model, *places)
+
+    monkeypatch.setattr(torch.nn.Module, "to", watched)
+    with pytest.raises(torch.cuda.OutOfMemoryError), validation.placed(pipe, CPU, offload=True):
+        decode()
+    assert held_at_return and not any(tensor is not None for tensor in held_at_return)
 
 
 # ---------------------------------------------------------------- SageAttention

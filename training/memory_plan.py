@@ -30,7 +30,7 @@ RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
 T5_XXL, T5_STREAMED, T5_HOST = 8.96 * GIB, 1.4 * GIB, 16.0 * GIB  # on the GPU; loaded and converted, on the host
 # The VAE at work on one video of 49 frames, for frames of 480x720; it works through 8 frames at a time
 VAE = 0.4 * GIB
-DECODING, DECODING_UNTILED = 3.8 * GIB, 12.6 * GIB
+DECODING_SMALL, DECODING, DECODING_UNTILED = 1.9 * GIB, 3.8 * GIB, 12.6 * GIB
 ENCODING, ENCODING_TILED = 8.2 * GIB, 2.6 * GIB  # the second in the ratio of the two above
 CODING_UNUSED = 2.7 * GIB  # what torch holds for training does not serve the VAE
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # a weight; None: as computed
@@ -93,8 +93,8 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused
-    thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are decoded in tiles
-    coding = coding_bytes(run, resident, roomy, run.tiled or thrifty or not roomy)
+    thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are decoded in small tiles
+    coding = coding_bytes(run, resident, roomy, thrifty)
     if coding:
         shares = run.offloads_models and not run.raw  # the transformer's place serves the VAE
         cached = CODING_UNUSED if roomy and not shares else 0
@@ -135,16 +135,16 @@ def weights_on_gpu(run: Run, level: str) -> float:
     return weights - blocks + min(RING_SLOTS, run.num_blocks) * blocks / run.num_blocks
 
 
-def coding_bytes(run: Run, resident: float, roomy: bool, tiled: bool) -> float:
-    """GPU memory while the VAE encodes or decodes, 0 if it never does. Where room is short, it decodes alone."""
+def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float:
+    """GPU memory while the VAE encodes or decodes, 0 if it never does. Where room is short for whole frames or large
+    tiles, it decodes alone.
+    """
     scale = run.area / (480 * 720)
     coding = 0
     if run.renders:
-        coding = (
-            VAE
-            + scale * (DECODING if tiled else DECODING_UNTILED)
-            + (0 if run.offloads_models or not roomy else resident)
-        )
+        whole = DECODING if run.tiled else DECODING_UNTILED
+        coding = VAE + scale * (DECODING_SMALL if thrifty or not roomy else whole)
+        coding += 0 if run.offloads_models or not (roomy or thrifty) else resident
     if run.raw:
         batch = 1 if run.sliced else run.shape[0]
         coding = max(coding, resident + batch * scale * (ENCODING_TILED if run.tiled else ENCODING))

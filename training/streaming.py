@@ -42,9 +42,11 @@ NO_OUTER_CHECKPOINT = "with streaming, checkpoints are inside of the blocks, not
 
 def free_on_gpu(device: torch.device) -> float:
     """Bytes that this process may still take there, at most its share of the card if one is set."""
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     free, total = torch.cuda.mem_get_info(device)
-    share = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_reserved(device)
+    fraction = torch.cuda.get_per_process_memory_fraction(
+        device.index
+    )  # of "cuda", without an index, it knows nothing
+    share = total * fraction - torch.cuda.memory_reserved(device)
     return min(free, share)
 
 
