@@ -323,9 +323,8 @@ def placed(pipe, device: torch.device, offload: bool):
             pipe.vae.to(device)
         yield
     except torch.cuda.OutOfMemoryError as error:
-        traceback.clear_frames(
-            error.__traceback__
-        )  # or what the pipeline held stays there while the weights come back
+        # What the pipeline held would still be there when the weights come back
+        traceback.clear_frames(error.__traceback__)
         raise
     finally:
         if offload:
