@@ -4,7 +4,9 @@
     python benchmarks/tables.py
 
 Rows are those of benchmarks/speed.csv, of a row measured twice on one card the later. The original's figures beside them
-are those of benchmarks/original_speed.csv. Where a table would have no row, nothing stands between its markers.
+are those of benchmarks/original_speed.csv. A cap does not change the time of a step, and rows under a cap may share the
+GPU: their time is that of the same model and level without one. Where a table would have no row, nothing stands between
+its markers.
 """
 
 import argparse
@@ -75,7 +77,19 @@ def gib(figures, name):
     return f"{float(figures[name]):.1f} GiB"
 
 
-def speed_cells(row, figures, originals, words):
+def minutes_of(row, figures, pairs):
+    """Of 1,000 steps of the row without cap and videos on the same card, by its fastest kernel; None if not measured."""
+
+    def bare(row):
+        added = tuple(name for name in row.additions if not re.match(r"@|\+validated|\+xxl|\+cap", name))
+        return row._replace(label="", additions=added, cap=None)
+
+    alike = [other for kind, other in pairs if kind.cap is None and bare(kind) == bare(row)]
+    seconds = [float(other["median_s"]) for other in alike if other["card"] == figures["card"]]
+    return 1000 * min(seconds) / 60 if seconds else None
+
+
+def speed_cells(row, figures, pairs, originals, words):
     share = f"{float(figures['mfu']):.0%}".replace("%", " %") if figures["mfu"] else ""
     return [
         NAMES[row.model], size_of(row), level_of(row), attention_of(row),
@@ -84,11 +98,12 @@ def speed_cells(row, figures, originals, words):
     ]  # fmt: skip
 
 
-def fits_cells(row, figures, originals, words):
-    minutes = 1000 * float(figures["median_s"]) / 60
+def fits_cells(row, figures, pairs, originals, words):
+    minutes = minutes_of(row, figures, pairs)
+    time = "" if minutes is None else f"{minutes:.0f} {words['minutes']}"
     return [
         f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row), gib(figures, "reserved_gib"),
-        gib(figures, "host_gib"), f"{minutes:.0f} {words['minutes']}", words["yes" if row.is_validated else "no"],
+        gib(figures, "host_gib"), time, words["yes" if row.is_validated else "no"],
     ]  # fmt: skip
 
 
@@ -107,14 +122,18 @@ def versions_of(rows):
 def table(kind, page_name, rows, originals):
     """The table's Markdown and the versions below it; "" without rows."""
     is_capped, cells = kind == "fits", {"speed": speed_cells, "fits": fits_cells}[kind]
-    pairs = [pair for pair in latest(rows) if (pair[0].cap is not None) == is_capped]
+    measured = latest(rows)
+    pairs = [pair for pair in measured if (pair[0].cap is not None) == is_capped]
     if not pairs:
         return ""
     if is_capped:
         pairs.sort(key=lambda pair: -pair[0].cap)
     heading = HEADINGS[kind][page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
-    lines += [f"| {' | '.join(cells(*pair, originals, WORDS[page_name]))} |".replace("|  |", "| |") for pair in pairs]
+    lines += [
+        f"| {' | '.join(cells(*pair, measured, originals, WORDS[page_name]))} |".replace("|  |", "| |")
+        for pair in pairs
+    ]
     versions = VERSIONS[page_name].format(versions_of([figures for _, figures in pairs]))
     return "\n".join(["", *lines, "", versions, "", ""])
 

@@ -429,6 +429,17 @@ def test_the_tables_of_speed_are_those_of_the_csv(page):
     assert read(page) == written, "run python benchmarks/tables.py"
 
 
+def test_the_changes_of_losses_and_gradients_are_those_of_the_csv():
+    with open(ROOT / "benchmarks/exactness.csv", newline="") as file:
+        measured = {row["row"]: row for row in csv.DictReader(file) if row["row"] != "reference"}
+    text = section("What was measured").split("\n### What it changes\n")[1].split("\n### ")[0]
+    shown = {cells[0].strip("`"): cells[1:] for cells in table_rows(text)[1:]}
+    assert shown == {
+        label: [f"{100 * float(row['largest_step_change']):.4f} %", f"{float(row['cosine_min']):.5f}"]
+        for label, row in measured.items()
+    }
+
+
 @pytest.mark.parametrize("row", bench.rows_in(ROOT / "benchmarks/lora_memory.csv"), ids=lambda row: row["label"])
 def test_every_lora_needs_less_memory_than_the_originals(row):
     [pair] = memory_rows.side_by_side(row["label"].split()[0], [row])

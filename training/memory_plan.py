@@ -28,11 +28,13 @@ LOADING = 1.2 * GIB  # and what reading a model takes beside its weights
 MAPPED = 0.16  # of weights whose file is mapped into memory and copied to the GPU as it is
 RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
 T5_XXL, T5_STREAMED, T5_HOST = 8.96 * GIB, 1.4 * GIB, 16.0 * GIB  # on the GPU; loaded and converted, on the host
+DENOISING = 13.8  # u of one sample: a block without gradients; guidance makes it two
 # The VAE at work on one video of 49 frames, for frames of 480x720; it works through 8 frames at a time
 VAE = 0.4 * GIB
-DECODING_SMALL, DECODING, DECODING_UNTILED = 1.9 * GIB, 3.8 * GIB, 12.6 * GIB
+DECODING_SMALL, DECODING, DECODING_UNTILED = 1.8 * GIB, 3.8 * GIB, 12.6 * GIB
 ENCODING, ENCODING_TILED = 8.2 * GIB, 2.6 * GIB  # the second in the ratio of the two above
 CODING_UNUSED = 2.7 * GIB  # what torch holds for training does not serve the VAE
+RENDERING_UNUSED = 0.5 * GIB  # in `offload` and `stream`, where training holds little that rendering does not
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # a weight; None: as computed
 
 
@@ -94,11 +96,13 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
     allocated = resident + peak
     reserved = allocated + unused
     thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are decoded in small tiles
-    coding = coding_bytes(run, resident, roomy, thrifty)
+    returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # their memory stays
+    coding = coding_bytes(run, resident + returning, roomy, thrifty)
     if coding:
         shares = run.offloads_models and not run.raw  # the transformer's place serves the VAE
         cached = CODING_UNUSED if roomy and not shares else 0
-        reserved, allocated = max(reserved, coding) + cached, max(allocated, coding)
+        reserved = max(reserved, coding + (RENDERING_UNUSED if thrifty else 0)) + cached
+        allocated = max(allocated, coding)
     if roomy and (run.raw or run.renders):
         text = T5_STREAMED if thrifty else T5_XXL
         allocated, reserved = max(allocated, text), max(reserved, text)
@@ -143,7 +147,8 @@ def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float
     coding = 0
     if run.renders:
         whole = DECODING if run.tiled else DECODING_UNTILED
-        coding = VAE + scale * (DECODING_SMALL if thrifty or not roomy else whole)
+        decoding = scale * (DECODING_SMALL if thrifty or not roomy else whole)
+        coding = VAE + max(decoding, 2 * DENOISING * unit_bytes(run) / run.shape[0])
         coding += 0 if run.offloads_models or not (roomy or thrifty) else resident
     if run.raw:
         batch = 1 if run.sliced else run.shape[0]
