@@ -4,8 +4,8 @@ On the CPU every copy is done at once. `late_copies` has each done as late as it
 it: a wait that is missing, or memory given back too early, then shows here and not only on a GPU.
 """
 
-import gc
 import functools
+import gc
 import multiprocessing
 import weakref
 from collections import deque
