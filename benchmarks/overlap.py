@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Run a training script unchanged and print how long the GPU waits for copies, and what torch holds as the run goes on.
 
-    python benchmarks/overlap.py --warmup 5 -- training/cogvideox_text_to_video_lora.py --memory stream FLAGS
+    python benchmarks/overlap.py --warmup 5 --csv benchmarks/overlap.csv -- \
+        training/cogvideox_text_to_video_lora.py --memory stream FLAGS
 
 A wait is the time between two events on the compute stream, before and after it waits for a copy: 0 where the copy is
 done by then. The share is that of an update, from one optimizer step to the next. Reserved memory is read after every
@@ -9,10 +10,16 @@ update.
 """
 
 import argparse
+import shlex
 import statistics
 import sys
+from pathlib import Path
 
-from step_time import GIB, ROOT, run_script
+from step_time import GIB, ROOT, append_row, check_csv, package_versions, run_script
+
+
+FIELDS = ["updates", "median_s", "waiting", "largest_waiting", "reserved_gib", "largest_reserved_gib", "grown_mib"]
+FIELDS += ["card", *package_versions(), "command"]
 
 
 class CopyClock:
@@ -60,17 +67,28 @@ class CopyClock:
         return [start.elapsed_time(end) / 1000 for start, end in zip(self.ends, self.ends[1:], strict=False)]
 
 
-def summary(durations, waited, reserved, warmup):
-    """One line each of times and memory after the first `warmup` updates."""
-    durations, waited = durations[warmup - 1 :], waited[warmup:]
-    share = sum(waited) / sum(durations)
-    largest = max(wait / duration for wait, duration in zip(waited, durations, strict=True))
-    median = statistics.median(durations)
-    first, last = reserved[warmup], reserved[-1]
+def figures(durations, waited, reserved, warmup):
+    """What a row of the CSV says of the updates after the first `warmup`: shares of time, and memory at their end."""
+    durations, waited, reserved = durations[warmup - 1 :], waited[warmup:], reserved[warmup:]
+    shares = [wait / duration for wait, duration in zip(waited, durations, strict=True)]
+    return {
+        "updates": len(durations),
+        "median_s": round(statistics.median(durations), 3),
+        "waiting": round(sum(waited) / sum(durations), 4),
+        "largest_waiting": round(max(shares), 4),
+        "reserved_gib": round(reserved[-1] / GIB, 3),
+        "largest_reserved_gib": round(max(reserved) / GIB, 3),
+        "grown_mib": round((reserved[-1] - reserved[0]) / 2**20),
+    }
+
+
+def said(row):
+    """The same in two lines to read."""
     return (
-        f"{len(durations)} updates of {median:.3f} s: {share:.2%} of the time waits for copies (at most {largest:.2%})\n"
-        f"reserved {first / GIB:.3f} GiB after update {warmup + 1}, {last / GIB:.3f} after update {len(reserved)}, "
-        f"{max(reserved[warmup:]) / GIB:.3f} at most: grew by {(last - first) / 2**20:.0f} MiB"
+        f"{row['updates']} updates of {row['median_s']} s: {row['waiting']:.2%} of the time waits for copies "
+        f"(at most {row['largest_waiting']:.2%})\n"
+        f"reserved {row['reserved_gib']} GiB at the end, {row['largest_reserved_gib']} at most: "
+        f"grew by {row['grown_mib']} MiB"
     )
 
 
@@ -79,9 +97,10 @@ def parse_args(argv):
     split = argv.index("--") if "--" in argv else len(argv)
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [--warmup N] -- script.py ...", formatter_class=formatter
+        description=__doc__, usage="%(prog)s [--warmup N] [--csv FILE] -- script.py ...", formatter_class=formatter
     )
     parser.add_argument("--warmup", type=int, default=5, help="first updates left out (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, help="file to append a row to")
     args = parser.parse_args(argv[:split])
     args.command = argv[split + 1 :]
     if not args.command:
@@ -93,6 +112,8 @@ def parse_args(argv):
 
 def main():
     args = parse_args(sys.argv[1:])
+    if args.csv:
+        check_csv(args.csv, FIELDS)
     import torch
 
     if not torch.cuda.is_available():
@@ -105,7 +126,12 @@ def main():
     exit_code = run_script(args.command)
     clock.read()
     if exit_code == 0 and len(clock.ends) > args.warmup + 1:
-        print(summary(clock.durations(), clock.waited, clock.reserved, args.warmup), flush=True)
+        row = figures(clock.durations(), clock.waited, clock.reserved, args.warmup)
+        print(said(row), flush=True)
+        if args.csv:
+            command = shlex.join(args.command).replace(f"{ROOT}/", "")
+            about = {"card": torch.cuda.get_device_name(), **package_versions(), "command": command}
+            append_row(args.csv, row | about, FIELDS)
     sys.exit(exit_code)
 
 

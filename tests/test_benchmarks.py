@@ -520,6 +520,7 @@ def test_waits_for_copies_are_a_share_of_the_update(monkeypatch):
         steps[0](None)
     clock.read()
     assert clock.waited == [0.011] * 4 and clock.durations() == [pytest.approx(0.063)] * 3
-    times, memory = overlap.summary(clock.durations(), clock.waited, clock.reserved, warmup=1).splitlines()
+    row = overlap.figures(clock.durations(), clock.waited, clock.reserved, warmup=1)
+    times, memory = overlap.said(row).splitlines()
     assert times == "3 updates of 0.063 s: 17.46% of the time waits for copies (at most 17.46%)"
-    assert memory.endswith("grew by 126 MiB")
+    assert memory.endswith("grew by 126 MiB") and set(row) <= set(overlap.FIELDS)

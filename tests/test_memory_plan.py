@@ -244,7 +244,7 @@ def test_auto_trains_what_a_run_without_trains_and_another_level_goes_on_with_it
 
 def test_a_share_of_the_card_is_all_that_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 0.25, 0: 0.25}[index])
     assert planning.free_on_gpu(CUDA) == 20 * GIB
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 1.0, 0: 1.0}[index])
     assert planning.free_on_gpu(CUDA) == 70 * GIB

@@ -64,6 +64,7 @@ def new_text_encoder(vocab_size: int) -> T5EncoderModel:
 def image_to_video_from(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
     """The same transformer with inputs for image latents, which at first it does not look at."""
     config = {**transformer.config, "in_channels": 2 * transformer.config.in_channels}
+    config.pop("_name_or_path", None)
     grown, state = CogVideoXTransformer3DModel.from_config(config), transformer.state_dict()
     weight = state["patch_embed.proj.weight"]  # [D, C, p, p]
     state["patch_embed.proj.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)

@@ -28,7 +28,8 @@ SAMPLE = ROOT / "assets" / "tests" / "videos" / "circle_right.mp4"
 GIB = 2**30
 MODEL_DISK = 20e9  # bytes: what a model takes, T5-XXL included
 HOST_MEMORY = 32  # GiB: T5-XXL in fp32 takes 18 while the data is prepared
-SMALLEST_GPU = 9  # GiB: a LoRA of 2b, the least of the README's table
+SMALLEST_GPU = 4  # GiB: a LoRA of 2b at --memory stream, the least of the README's table, and what CUDA takes
+PREPARING = 10  # GiB: of data, whole frames at a time
 # PyTorch's builds by the major CUDA that a driver must support: any driver of that major runs them
 TORCH_BUILDS = {12: "cu126", 13: "cu130"}
 
@@ -235,6 +236,8 @@ def check_gpu(index: int, gpu: Gpu) -> Finding:
         return Finding(
             "WARN", f"{text}; a LoRA of CogVideoX-2b at full size takes {SMALLEST_GPU} GiB: smaller buckets"
         )
+    if gpu.memory < PREPARING:
+        text += "; prepare data with --use_slicing --use_tiling"
     return Finding("OK", text)
 
 

@@ -147,9 +147,10 @@ def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float
     coding = 0
     if run.renders:
         whole = DECODING if run.tiled else DECODING_UNTILED
-        decoding = scale * (DECODING_SMALL if thrifty or not roomy else whole)
-        coding = VAE + max(decoding, 2 * DENOISING * unit_bytes(run) / run.shape[0])
-        coding += 0 if run.offloads_models or not (roomy or thrifty) else resident
+        vae, alone = (0 if run.raw else VAE), run.offloads_models or not (roomy or thrifty)
+        denoising = resident + 2 * DENOISING * unit_bytes(run) / run.shape[0] + (0 if alone else vae)
+        decoding = scale * (DECODING_SMALL if thrifty or not roomy else whole) + (VAE if alone else resident + vae)
+        coding = max(denoising, decoding)
     if run.raw:
         batch = 1 if run.sliced else run.shape[0]
         coding = max(coding, resident + batch * scale * (ENCODING_TILED if run.tiled else ENCODING))

@@ -43,9 +43,8 @@ NO_OUTER_CHECKPOINT = "with streaming, checkpoints are inside of the blocks, not
 def free_on_gpu(device: torch.device) -> float:
     """Bytes that this process may still take there, at most its share of the card if one is set."""
     free, total = torch.cuda.mem_get_info(device)
-    fraction = torch.cuda.get_per_process_memory_fraction(
-        device.index
-    )  # of "cuda", without an index, it knows nothing
+    # By its index: a plain "cuda" is refused there
+    fraction = torch.cuda.get_per_process_memory_fraction(device.index)
     share = total * fraction - torch.cuda.memory_reserved(device)
     return min(free, share)
 

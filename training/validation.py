@@ -38,10 +38,8 @@ from tracking import log_values
 
 logger = logging.getLogger(__name__)
 
-TILE_OVERLAP, TILE_STEP = (
-    1 / 5,
-    40,
-)  # pixels: five latents, so that a fifth is whole ones, as diffusers' blending needs
+# Of small tiles: overlap, and pixels of five latents, so that a fifth is whole ones, as diffusers' blending needs
+TILE_OVERLAP, TILE_STEP = 1 / 5, 40
 FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # the most that an image's URL may give and take
 GIF_SIDE = 320  # pixels: longest side of the pictures that tensorboard gets
 
@@ -234,7 +232,7 @@ def render_from_args(args, accelerator, engine, samples: Samples, directory: Pat
     sage = args.validation_attention == "sage"
     offload, device = args.enable_model_cpu_offload, accelerator.device
     if in_tiles:
-        logger.info("videos are decoded in small tiles: at --memory %s there is no room for larger ones", engine.level)
+        logger.info("at --memory %s videos are decoded in small tiles", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
             with in_small_pieces(pipe.vae) if in_tiles else contextlib.nullcontext():
@@ -264,14 +262,13 @@ def render_jobs_from_args(
 def in_small_pieces(vae):
     """A VAE that works on small tiles, as it was again afterwards: training may encode with it.
 
-    Tiles of 160x240 for 480x720, two thirds of diffusers' side: they take less than half of the memory.
+    Tiles of 160x240 for 480x720, two thirds of diffusers' side: they take less than half of the memory. Group norms are
+    of a tile, so that brightness may differ between tiles.
     """
     names = [name for name in vars(vae) if name.startswith("tile_") or name in ("use_slicing", "use_tiling")]
     before = {name: getattr(vae, name) for name in names}
-    height, width = (
-        max(TILE_STEP, side * 2 // 3 // TILE_STEP * TILE_STEP)
-        for side in (vae.tile_sample_min_height, vae.tile_sample_min_width)
-    )
+    sides = (vae.tile_sample_min_height, vae.tile_sample_min_width)
+    height, width = (max(TILE_STEP, side * 2 // 3 // TILE_STEP * TILE_STEP) for side in sides)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     vae.enable_slicing()
@@ -322,7 +319,7 @@ def placed(pipe, device: torch.device, offload: bool):
         else:
             pipe.vae.to(device)
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except Exception as error:
         # What the pipeline held would still be there when the weights come back
         traceback.clear_frames(error.__traceback__)
         raise
