@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Show and measure what fine-tuning taught the small model: the same captions and noise before it and after it.
 
-    python tiny_model/compare.py --concept star --lora outputs/teach/run --out outputs/teach
+    python tiny_model/compare.py --concept pink --lora outputs/teach/run --out outputs/teach
 
 Writes a contact sheet (caption, before, after) and a video of the same, and prints accuracies on new captions of the
 concept and on captions of what the model knew. Exit code 1 if --at_least says that more was to be learned.
@@ -72,6 +72,16 @@ def write_video(path: Path, before: torch.Tensor, after: torch.Tensor) -> None:
     encode_video(path, frames.contiguous().numpy(), FPS)
 
 
+def summary(numbers: dict[str, dict[str, float]], concept: str, num_clips: int) -> str:
+    """Captions obeyed before and after, in a sentence each."""
+    obeyed = {name: round(scores["caption"] * num_clips) for name, scores in numbers.items()}
+    sentence = "{what}: {before} of {count} obeyed before, {after} after"
+    return "\n".join(
+        sentence.format(what=what, before=obeyed[f"{name} before"], after=obeyed[f"{name} after"], count=num_clips)
+        for name, what in ((concept, f"new captions with {concept!r}"), ("known", "captions of what the model knew"))
+    )
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
@@ -117,7 +127,7 @@ def main(argv=None) -> None:
     contact_sheet(prompts, *shown).save(args.out / "contact_sheet.png")
     write_video(args.out / "before_and_after.mp4", *shown)
     (args.out / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    print(f"{args.out}/contact_sheet.png, {args.out}/before_and_after.mp4, {args.out}/numbers.json")
+    print(summary(numbers, args.concept, args.num_clips))
     learned = numbers[f"{args.concept} after"]["caption"]
     if args.at_least and learned < args.at_least:
         sys.exit(

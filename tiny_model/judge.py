@@ -19,6 +19,7 @@ from world import (
     COLOURS,
     FADE,
     MEASURED,
+    NAMES,
     SIZE,
     STRIPE,
     STRIPE_PERIOD,
@@ -41,10 +42,7 @@ LEAST_STRIPE, LEAST_FADE = 0.04, 0.06  # of 1: amplitude of the stripes' wave, d
 def judge(clips: torch.Tensor) -> list[dict[str, str | None]]:
     """A word or None per attribute for each of the clips [B, F', 3, h, w] in 0..1."""
     clips = smooth(clips.float())
-    background = clips.permute(0, 2, 3, 1, 4).flatten(3).median(-1).values  # [B, 3, h]
-    difference = (clips - background[:, None, :, :, None]).norm(dim=2)  # [B, F', h, w]
-    contrast = difference.flatten(2).topk(CORE_PIXELS).values.mean(-1)  # [B, F']
-    coverage = (2 * difference / contrast.clamp(min=1e-3)[..., None, None] - 0.5).clamp(0, 1)
+    background, contrast, coverage = separate(clips)
     area = coverage.sum((2, 3))  # [B, F']
     visible = (contrast > LEAST_CONTRAST) & (area > AREA_LIMITS[0]) & (area < AREA_LIMITS[1])
     is_there = visible.all(1)
@@ -52,11 +50,19 @@ def judge(clips: torch.Tensor) -> list[dict[str, str | None]]:
     overlaps = shape_overlaps(coverage, area, centres)  # [B, shapes]
     columns = {
         "shape": words("shape", overlaps.argmax(1), is_there & (overlaps.amax(1) > LEAST_OVERLAP)),
-        "colour": colour_words(clips, coverage, is_there),
+        "colour": colour_words(inside_colours(clips, coverage), is_there),
         **motion_words(centres, is_there),
         **background_words(background),
     }
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def separate(clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(background [B, 3, h], the shape's contrast with it [B, F'], how much of each pixel it covers [B, F', h, w])."""
+    background = clips.permute(0, 2, 3, 1, 4).flatten(3).median(-1).values
+    difference = (clips - background[:, None, :, :, None]).norm(dim=2)  # [B, F', h, w]
+    contrast = difference.flatten(2).topk(CORE_PIXELS).values.mean(-1)
+    return background, contrast, (2 * difference / contrast.clamp(min=1e-3)[..., None, None] - 0.5).clamp(0, 1)
 
 
 def smooth(clips: torch.Tensor) -> torch.Tensor:
@@ -99,12 +105,16 @@ def shape_overlaps(coverage: torch.Tensor, area: torch.Tensor, centres: torch.Te
     return torch.stack(overlaps, 1)
 
 
-def colour_words(clips: torch.Tensor, coverage: torch.Tensor, is_there: torch.Tensor) -> list[str | None]:
-    """The named colour nearest to the mean of the shape's inside, its edge left out."""
+def inside_colours(clips: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
+    """[B, 3]: mean of the shape's inside, its edge left out."""
     inside = -F.max_pool2d(-coverage, 3, stride=1, padding=1)  # a pixel counts as its least covered neighbour
     weights = inside.square()[:, :, None]
-    colours = (clips * weights).sum((1, 3, 4)) / weights.sum((1, 3, 4)).clamp(min=1e-3)  # [B, 3]
-    distances = torch.cdist(colours, named(COLOURS, clips))
+    return (clips * weights).sum((1, 3, 4)) / weights.sum((1, 3, 4)).clamp(min=1e-3)
+
+
+def colour_words(colours: torch.Tensor, is_there: torch.Tensor) -> list[str | None]:
+    """The named colour nearest to each of `colours` [B, 3]."""
+    distances = torch.cdist(colours, named(COLOURS, colours))
     return words("colour", distances.argmin(1), is_there & (distances.amin(1) < FARTHEST_COLOUR))
 
 
@@ -143,6 +153,24 @@ def background_words(background: torch.Tensor) -> dict[str, list]:
 
 
 # ---------------------------------------------------------------- scores
+
+
+def colour_errors(clips: torch.Tensor, contents: Sequence) -> dict[str, float]:
+    """How far shape and background are from the colours that the contents name, in units of 255, mean over the clips.
+
+    "distance" is that of RGB; "chroma" that of the largest minus the least of R, G and B: above 0 is over-saturated.
+    """
+    clips = smooth(clips.float())
+    background, _, coverage = separate(clips)
+    seen = torch.stack([inside_colours(clips, coverage), background.mean(-1)], 1)  # [B, 2, 3]
+    rows = torch.tensor(contents)
+    added = torch.tensor([0, FADE / 2, STRIPE / 2])[rows[:, NAMES.index("pattern")]] / 255
+    colours, backgrounds = named(COLOURS, clips), named(BACKGROUNDS, clips)
+    true = torch.stack(
+        [colours[rows[:, NAMES.index("colour")]], backgrounds[rows[:, NAMES.index("background")]] + added[:, None]], 1
+    )
+    chroma = (seen.amax(-1) - seen.amin(-1)) - (true.amax(-1) - true.amin(-1))
+    return {"distance": float(255 * (seen - true).norm(dim=-1).mean()), "chroma": float(255 * chroma.mean())}
 
 
 def accuracy(verdicts: Sequence[dict], contents: Sequence) -> dict[str, float]:

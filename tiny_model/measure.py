@@ -31,7 +31,7 @@ from world import (
 )
 
 
-STEPS, GUIDANCE = 25, 6.0
+STEPS, GUIDANCE = 25, 3.0
 TEST_SEED = 1  # of geometry and sampling noise
 
 

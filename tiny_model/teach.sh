@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Teach the small model a concept that it has never seen, by the project's own wrappers, and show what it learned.
 #
-#   tiny_model/teach.sh              # a LoRA of "star", a shape
-#   tiny_model/teach.sh pink         # a colour
-#   METHOD=sft tiny_model/teach.sh striped
+#   tiny_model/teach.sh              # a LoRA of "pink", a colour
+#   tiny_model/teach.sh striped      # a pattern
+#   METHOD=sft tiny_model/teach.sh pink
 #
 # Runs on a CPU. Everything lands in OUT, made anew each time.
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 
-concept="${1:-star}"                       # star, pink or striped
+concept="${1:-pink}"                       # pink, striped or star
 METHOD="${METHOD:-lora}"                   # lora or sft
 MODEL="${MODEL:-assets/tiny-cogvideox}"
 OUT="${OUT:-outputs/teach-$METHOD-$concept}"
 NUM_CLIPS="${NUM_CLIPS:-12}"               # that teach it
-KNOWN_CLIPS="${KNOWN_CLIPS:-0}"            # of what it knows, mixed in
+KNOWN_CLIPS="${KNOWN_CLIPS:-12}"           # of what it knows, mixed in: without them it forgets it
 STEPS="${STEPS:-240}"
 BATCH_SIZE="${BATCH_SIZE:-4}"
 MEASURED_CLIPS="${MEASURED_CLIPS:-12}"     # of the concept, and as many of what the model knew
@@ -40,7 +40,7 @@ fi
 rm -rf "$OUT"
 mkdir -p "$OUT"
 
-say "1/4  $NUM_CLIPS clips of $concept with captions"
+say "1/4  $NUM_CLIPS clips of $concept and $KNOWN_CLIPS of what the model knows, with captions"
 python tiny_model/world.py "$OUT/clips" --concept "$concept" --num_clips "$NUM_CLIPS" \
     --num_known "$KNOWN_CLIPS"
 
@@ -61,3 +61,14 @@ result=(--lora "$run")
 [[ $METHOD == lora ]] || result=(--transformer "$run")
 python tiny_model/compare.py --model "$MODEL" "${result[@]}" --concept "$concept" --out "$OUT" \
     --num_clips "$MEASURED_CLIPS" --at_least "$AT_LEAST"
+
+say "done"
+cat << END
+contact sheet   $OUT/contact_sheet.png
+video           $OUT/before_and_after.mp4
+accuracies      $OUT/numbers.json
+clips           $OUT/clips
+prepared data   $OUT/prepared
+result          $run
+loss curve      $OUT/loss.png
+END

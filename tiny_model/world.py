@@ -144,6 +144,13 @@ def teaching_contents(concept: str, count: int = NUM_TAUGHT, seed: int = 0) -> l
     return balanced(all_contents(concept), count, random.Random(draw_seed(seed, f"teach {concept}")))
 
 
+def known_contents(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """Contents of pretraining, as varied as so few can be: beside a concept they keep it from taking over."""
+    return balanced(
+        [tuple(row) for row in training_contents().tolist()], count, random.Random(draw_seed(seed, "known"))
+    )
+
+
 def test_contents(count: int = 100, concept: str | None = None, seed: int = 0) -> list[tuple[int, ...]]:
     """`count` contents that pretraining never sees; with a `concept`, of it, and in no triple of its teaching clips."""
     if concept:
@@ -303,8 +310,7 @@ def main() -> None:
     args = parser.parse_args()
     contents = teaching_contents(args.concept, args.num_clips, args.seed) if args.concept else []
     num_known = args.num_known if args.concept else args.num_clips
-    known = [tuple(row) for row in training_contents().tolist()]
-    contents += random.Random(draw_seed(args.seed, "known")).sample(known, num_known)
+    contents += known_contents(num_known, args.seed)
     write_dataset(args.out, contents, args.seed, args.num_frames)
     print(f"{len(contents)} clips: {args.out}")
 
