@@ -86,17 +86,17 @@ def write_clip(out: Path, size: tuple[int, int, int], fps: int) -> np.ndarray:
     return frames
 
 
-def run_wrapper(name: str, **settings) -> None:
+def run_wrapper(name: str, *flags: str, **settings) -> None:
     environment = {**os.environ, **{key: str(value) for key, value in settings.items()}}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # this very Python
-    subprocess.run([str(ROOT / name)], env=environment, check=True)
+    subprocess.run([str(ROOT / name), *flags], env=environment, check=True)
 
 
-def prepare_and_train(args, size: tuple[int, int, int], image_to_video: bool, dtype: str) -> Path:
+def prepare_and_train(args, size: tuple[int, int, int], config: dict, dtype: str) -> Path:
     """The LoRA's folder."""
-    frames, height, width = size
+    (frames, height, width), image_to_video = size, takes_image(config)
     run_wrapper(
-        "prepare_dataset.sh", MODEL=args.model, DATA_ROOT=args.out / "clip", OUTPUT_ROOT=args.out / "prepared",
+        "prepare_dataset.sh", "--max_sequence_length", str(text_length(config)), MODEL=args.model, DATA_ROOT=args.out / "clip", OUTPUT_ROOT=args.out / "prepared",
         HEIGHT_BUCKETS=height, WIDTH_BUCKETS=width, FRAME_BUCKETS=frames, MAX_NUM_FRAMES=frames, NUM_WORKERS=0,
         DTYPE=dtype, IMAGE_LATENTS=str(image_to_video).lower(),
     )  # fmt: skip
@@ -145,9 +145,9 @@ def pipeline_inputs(pipe, options: dict) -> dict:
         handle.remove()
 
 
-def differences(pipe, batch: dict, vae_config, options: dict, max_length: int) -> dict[str, float]:
+def differences(pipe, batch: dict, vae_config, options: dict) -> dict[str, float]:
     """Relative differences of what training and the pipeline feed the transformer."""
-    theirs, config = pipeline_inputs(pipe, {**options, "max_sequence_length": max_length}), pipe.transformer.config
+    theirs, config = pipeline_inputs(pipe, options), pipe.transformer.config
     latents = pad_frames(sample_latents(batch["moments"], torch.zeros(1), vae_config), config.patch_size_t)
     found = {
         "prompt embeddings": relative(batch["prompt_embeds"], theirs["encoder_hidden_states"]),
@@ -238,11 +238,11 @@ def main(argv=None) -> int:
     config = read_config(model_dir, "transformer")
     size, image_to_video = tuple(args.size or base_size(config)), takes_image(config)
     frames = write_clip(args.out / "clip", size, default_fps(config))
-    lora = prepare_and_train(args, size, image_to_video, dtype)
+    lora = prepare_and_train(args, size, config, dtype)
 
     batch, vae_config = read_prepared(args.out / "prepared"), load_vae_config(model_dir)
     alphas_cumprod = load_scheduler(model_dir).alphas_cumprod
-    options = {"num_frames": size[0], "height": size[1], "width": size[2]}
+    options = {"num_frames": size[0], "height": size[1], "width": size[2], "max_sequence_length": text_length(config)}
     if image_to_video:
         options["image"] = Image.fromarray(frames[0])
     numbers = {}
@@ -252,7 +252,7 @@ def main(argv=None) -> int:
         )
         pipe.set_progress_bar_config(disable=True)
         if not more:
-            inputs = differences(pipe, batch, vae_config, options, text_length(config))
+            inputs = differences(pipe, batch, vae_config, options)
         numbers[f"loss {name}"] = clip_loss(pipe, batch, vae_config, alphas_cumprod, pipe.transformer.dtype)
         numbers[f"PSNR of a sample {name}, dB"] = sample_psnr(pipe, frames, options, args.num_inference_steps)
         del pipe

@@ -50,3 +50,22 @@ def test_a_fine_tuned_transformer_is_used(tiny, tmp_path):
     flags += ["--width", "48", "--num_inference_steps", "1"]
     tuned = render(parse_args([*flags, "--transformer_path", str(tmp_path)]))
     assert np.abs(tuned - render(parse_args(flags))).max() > 1e-3
+
+
+def test_a_pretrained_model_draws_its_caption_and_a_lora_of_weight_0_leaves_it(tmp_path):
+    """With a model that draws: what comes out is what the caption says, to the pixel with and without an idle LoRA."""
+    import judge
+    import world
+    from cogvideox import TEXT_TO_VIDEO_PIPELINE
+    from test_tiny_model import SHIPPED
+
+    content = world.test_contents(1)[0]
+    save_lora(trained_transformer(SHIPPED), tmp_path, TEXT_TO_VIDEO_PIPELINE)
+    flags = ["--prompt", world.caption(content), "--model_path", str(SHIPPED), "--guidance_scale", "3"]
+    flags += ["--num_frames", "9", "--height", "64", "--width", "64", "--num_inference_steps", "10"]
+    drawn = render(parse_args(flags))
+    [verdict] = judge.judge(torch.from_numpy(drawn).permute(0, 3, 1, 2)[None])
+    assert verdict == world.words_of(content)
+    flags += ["--lora_path", str(tmp_path)]
+    assert np.array_equal(render(parse_args([*flags, "--lora_weight", "0"])), drawn)
+    assert np.abs(render(parse_args(flags)) - drawn).mean() > 1e-3

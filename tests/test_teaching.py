@@ -36,6 +36,7 @@ def prepared(tmp_path_factory):
     argv = ["--model_id", SHIPPED, "--data_root", clips, "--output_dir", out, "--save_latents_and_embeddings"]
     argv += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--dtype", "fp32"]
     argv += ["--height_buckets", 64, "--width_buckets", 64, "--frame_buckets", 9]
+    argv += ["--max_sequence_length", networks.TEXT_LENGTH]
     prepare_dataset.main(parse_prepare_args(list(map(str, argv))))
     release_locks()
     return out

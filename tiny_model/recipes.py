@@ -55,7 +55,7 @@ def prepare(args) -> Path:
     subprocess.run([sys.executable, *world], check=True)
     sizes = {"HEIGHT_BUCKETS": 64, "WIDTH_BUCKETS": 64, "FRAME_BUCKETS": 9, "MAX_NUM_FRAMES": 9}
     given = {"MODEL": args.model, "DATA_ROOT": clips, "OUTPUT_ROOT": prepared, "DTYPE": "fp32", "NUM_WORKERS": 0}
-    run_script("prepare_dataset.sh", {**sizes, **given})
+    run_script("prepare_dataset.sh", {**sizes, **given}, "--max_sequence_length", str(TEXT_LENGTH))
     return prepared
 
 

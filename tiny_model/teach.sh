@@ -46,7 +46,7 @@ python tiny_model/world.py "$OUT/clips" --concept "$concept" --num_clips "$NUM_C
 
 say "2/4  clips and captions to moments and embeddings"
 DATA_ROOT="$OUT/clips" OUTPUT_ROOT="$OUT/prepared" HEIGHT_BUCKETS=64 WIDTH_BUCKETS=64 FRAME_BUCKETS=9 \
-    MAX_NUM_FRAMES=9 DTYPE=fp32 ./prepare_dataset.sh
+    MAX_NUM_FRAMES=9 DTYPE=fp32 ./prepare_dataset.sh --max_sequence_length 32
 
 say "3/4  training"
 DATA_ROOT="$OUT/prepared" OUTPUT_ROOT="$OUT" MIXED_PRECISION=no LEARNING_RATES="$LEARNING_RATE" LR_SCHEDULES=cosine \
