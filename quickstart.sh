@@ -4,4 +4,4 @@
 # quickstart-output/, made anew each time.
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
-OUT=quickstart-output AT_LEAST=0.5 exec tiny_model/teach.sh pink
+OUT=quickstart-output MEASURED_CLIPS=12 AT_LEAST=0.5 exec tiny_model/teach.sh pink

@@ -1,9 +1,10 @@
 """What the pages say can be typed: their commands parse, their Python runs, the flags and files that they name exist.
 
-README.md and the pages of assets/, each with its Chinese twin: what agrees with English code blocks is checked once.
+README.md, the pages of assets/ and of tiny_model/, each with its Chinese twin: what agrees with English code blocks is checked once.
 """
 
 import csv
+import importlib
 import os
 import re
 import runpy
@@ -25,6 +26,7 @@ import random_pipeline
 import step_time
 import tables
 import test_lora_inference
+import world
 from args import (
     EPILOG,
     SCRIPTS,
@@ -39,9 +41,10 @@ from test_shell import CONFIGS, ORIGINAL_SWEEP
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FLAGS_PAGE = ROOT / "assets/flags.md"
-TRANSLATED = [README, ROOT / "assets/dataset.md", ROOT / "assets/contribute.md"]
+TRANSLATED = [README, ROOT / "assets/dataset.md", ROOT / "assets/contribute.md", ROOT / "tiny_model/README.md"]
 PAGES = [*TRANSLATED, FLAGS_PAGE]
-by_page = pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.stem)
+name_of = lambda page: "-".join(page.relative_to(ROOT).with_suffix("").parts)  # noqa: E731
+by_page = pytest.mark.parametrize("page", TRANSLATED, ids=name_of)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SCRIPT_KEYS = {name: key for key, name in SCRIPTS.items()}
 KIND_OF_MODEL = {
@@ -70,7 +73,7 @@ def prose(page):
 def code_blocks(language):
     """pytest parameters, one a block of the English pages, named after its first line."""
     return [
-        pytest.param(match[2], id=f"{page.stem}-line{read(page).count(chr(10), 0, match.start()) + 2}")
+        pytest.param(match[2], id=f"{name_of(page)}-line{read(page).count(chr(10), 0, match.start()) + 2}")
         for page in TRANSLATED
         for match in FENCE.finditer(read(page))
         if match[1] == language
@@ -117,7 +120,11 @@ def unrolled(block):
 def check_command(settings, words, monkeypatch):
     """Give the words to the parser that they are meant for; a program that nothing here knows is an error."""
     program, *rest = words
-    if program.startswith("./"):
+    if program == "tiny_model/teach.sh":
+        assert set(rest) < set(world.CONCEPTS)
+        text = read(ROOT / program)
+        assert all(re.search(rf"^ *{name}=", text, re.M) for name in settings)
+    elif program.startswith("./"):
         check_wrapper(settings, words, monkeypatch)
     elif program == "accelerate":
         from accelerate.commands.launch import launch_command_parser
@@ -165,6 +172,9 @@ def check_script(script, argv, monkeypatch):
         assert [word for word in argv if word.endswith("metrics.jsonl")]
     elif name in ("assets/make_flags.py", "benchmarks/tables.py", "benchmarks/draw_memory.py"):
         assert not argv
+    elif name.startswith("tiny_model/"):
+        monkeypatch.chdir(ROOT)  # where the model's folder is looked for
+        importlib.import_module(Path(name).stem).parse_args(argv)
     elif name.startswith("benchmarks/"):
         check_benchmark(name, argv, monkeypatch)
     elif argv == ["--help"]:
@@ -233,7 +243,7 @@ def test_wrong_commands_would_be_found(line, monkeypatch):
 # ---------------------------------------------------------------- Python
 
 # Sizes and steps of the examples, and what they become for a tiny pipeline
-SIZES = {"49": "9", "33": "17", "480": "64", "720": "96", "50": "2"}
+SIZES = {"49": "9", "33": "17", "480": "64", "720": "96", "50": "2", "25": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +279,7 @@ def run_block(results, tiny, tmp_path, monkeypatch):
         code = re.sub(r'"([\w-]+/CogVideoX[\w.-]+)"', lambda match: repr(str(tiny(KIND_OF_MODEL[match[1]]))), block)
         sizes = r"\b(num_frames|height|width|num_inference_steps)=(\d+)"
         code = re.sub(sizes, lambda match: f"{match[1]}={SIZES[match[2]]}", code)
+        code = code.replace('"assets/', f'"{ROOT}/assets/')
         Path("block.py").write_text(code.replace("torch.bfloat16", "torch.float32"))
         return runpy.run_path("block.py")
 
@@ -283,6 +294,8 @@ def test_python_blocks_run(block, run_block, capsys):
         return
     # Dropped positions are what other sizes work with
     size = (17, 64, 64) if "use_learned_positional_embeddings=False" in block else (9, 64, 96)
+    if "tiny-cogvideox" in block:
+        size = (9, 64, 64)
     with av.open("output.mp4") as video:
         stream = video.streams.video[0]
         assert (stream.frames, stream.height, stream.width) == size
@@ -310,12 +323,17 @@ def test_raw_first_frames_are_left_as_the_vae_gave_them(run_block):
 
 def flags_of_other_scripts():
     """Options of the scripts whose parsers nothing else here imports."""
-    scripts = [*ROOT.glob("benchmarks/*.py"), ROOT / "tests/test_lora_inference.py", ROOT / "tests/tiny_pipeline.py"]
+    scripts = [
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("tiny_model/*.py"),
+        ROOT / "tests/test_lora_inference.py",
+        ROOT / "tests/tiny_pipeline.py",
+    ]
     pattern = r'add_argument\(\s*"(--[\w-]+)"'
     return {flag for script in scripts for flag in re.findall(pattern, script.read_text(encoding="utf-8"))}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_named_in_the_text_exist(page):
     parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
     known = {flag for parser in parsers for flag in parser._option_string_actions} | flags_of_other_scripts()
@@ -350,11 +368,12 @@ def test_exit_codes_are_those_of_the_scripts():
 
 @by_page
 def test_files_named_in_the_text_exist(page):
-    folders = "accelerate_configs|assets|benchmarks|tests|training"
+    folders = "accelerate_configs|assets|benchmarks|tests|tiny_model|training"
     pattern = rf"(?<![\w/.-])(?:(?:{folders})/[\w./-]*\w|\w+\.sh)"
     named = set(re.findall(pattern, read(page)))
     assert named
-    assert not [name for name in named if not (ROOT / name).exists() and not (ROOT / "training" / name).exists()]
+    folders = [ROOT, ROOT / "training", ROOT / "tiny_model"]
+    assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
 
 
 def test_the_layout_names_every_module():
@@ -469,7 +488,7 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *map(twin, TRANSLATED)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *map(twin, TRANSLATED)], ids=name_of)
 def test_links_within_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https://)([^)]+)\)", prose(page)):
         name, _, anchor = target.partition("#")

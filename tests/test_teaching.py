@@ -23,7 +23,7 @@ from test_tiny_model import SHIPPED
 
 pytestmark = pytest.mark.slow
 
-CONCEPT, NUM_CLIPS, SAMPLING_STEPS = "pink", 16, 10
+CONCEPT, NUM_CLIPS = "pink", 16
 RECIPES = {"lora": ("1e-3", ["--rank", "64", "--lora_alpha", "64"]), "sft": ("1e-4", [])}
 STEPS = 240
 
@@ -52,7 +52,8 @@ def teach(prepared, out, method="lora", steps=STEPS):
     argv = ["--pretrained_model_name_or_path", SHIPPED, "--data_root", prepared, "--load_tensors", "--output_dir", out]
     argv += ["--mixed_precision", "no", "--optimizer", "adamw", "--learning_rate", rate, "--lr_scheduler", "cosine"]
     argv += ["--lr_warmup_steps", 20, "--max_train_steps", steps, "--train_batch_size", 4, "--text_dropout", 0.1]
-    argv += ["--stratified_timesteps", "--checkpointing_steps", 100000, "--seed", 42, *more]
+    argv += ["--beta2", 0.95, "--weight_decay", 0.001, "--stratified_timesteps", "--seed", 42, *more]
+    argv += ["--checkpointing_steps", 100000]
     script_of(method).main(parse_training_args(f"t2v_{method}", list(map(str, argv))))
     return out
 
@@ -70,8 +71,7 @@ def load(run=None):
 
 
 def draw(pipe, contents):
-    options = {"num_inference_steps": SAMPLING_STEPS, "max_sequence_length": networks.TEXT_LENGTH}
-    return measure.sample(pipe, measure.captions_of(contents), **options)
+    return measure.sample(pipe, measure.captions_of(contents), max_sequence_length=networks.TEXT_LENGTH)
 
 
 def scores(pipe):

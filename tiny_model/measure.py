@@ -113,7 +113,7 @@ def score_line(scores: dict[str, float]) -> str:
     )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
     parser.add_argument("--image_model", type=Path, help="the image-to-video folder; none: not measured")
@@ -128,7 +128,7 @@ def parse_args() -> argparse.Namespace:
         "--max_sequence_length", type=int, default=226, help="text tokens; the small model takes 32 too"
     )
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_pipeline(parser, args.model)
     if args.image_model:
         check_pipeline(parser, args.image_model)

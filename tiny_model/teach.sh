@@ -17,12 +17,12 @@ NUM_CLIPS="${NUM_CLIPS:-12}"               # that teach it
 KNOWN_CLIPS="${KNOWN_CLIPS:-12}"           # of what it knows, mixed in: without them it forgets it
 STEPS="${STEPS:-240}"
 BATCH_SIZE="${BATCH_SIZE:-4}"
-MEASURED_CLIPS="${MEASURED_CLIPS:-12}"     # of the concept, and as many of what the model knew
+MEASURED_CLIPS="${MEASURED_CLIPS:-24}"     # of the concept, and as many of what the model knew
 AT_LEAST="${AT_LEAST:-0}"                  # share of the concept's new captions that must be obeyed afterwards
 if [[ $METHOD == lora ]]; then
     LEARNING_RATE="${LEARNING_RATE:-1e-3}"
 else
-    LEARNING_RATE="${LEARNING_RATE:-3e-4}"
+    LEARNING_RATE="${LEARNING_RATE:-1e-4}"
 fi
 export MODEL NUM_WORKERS=0
 # Tensors this small are not worth a second thread.
