@@ -15,6 +15,7 @@ import judge as judging
 import measure
 import networks
 import pretrain
+import recipes
 import world
 
 
@@ -375,6 +376,32 @@ def test_teaching_goes_through_the_wrappers(untrained, tmp_path, method):
     assert done.returncode == 0, done.stdout + done.stderr
     names = {"clips", "prepared", "contact_sheet.png", "before_and_after.mp4", "numbers.json", "loss.png"}
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_row_of_recipes_is_trained_by_the_wrapper_and_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "MEASURED_AT", (2, 4))
+    monkeypatch.setattr(recipes, "SAMPLING_STEPS", 4)
+    monkeypatch.setattr(recipes, "LEARNED", 0.0)  # reached at the first look
+    given = ["--model", str(SHIPPED), "--out", str(tmp_path), "--csv", str(tmp_path / "r.csv"), "--num_clips", "2"]
+    args, row = recipes.parse_args(given), recipes.grid()[-1]
+    found = recipes.measure_row(args, recipes.prepare(args), row)
+    assert list(found) == [*recipes.GRID, *recipes.RESULTS] and row.items() <= found.items()
+    assert found["steps_to_70"] == 2 and 0 < found["seconds_to_70"] < 60
+    assert 0 <= found["known"] <= 1 and found["colour_distance"] > 0
+    config = json.loads(next(tmp_path.glob("3e-3_*/*/args.json")).read_text())["flags"]
+    assert (config["rank"], config["learning_rate"], config["stratified_timesteps"]) == (64, 3e-3, True)
+
+
+def test_rows_of_recipes_are_kept_in_the_order_of_the_grid(tmp_path):
+    rows = [row | dict.fromkeys(recipes.RESULTS, "0.5") for row in recipes.grid()]
+    recipes.write_rows(tmp_path / "r.csv", [rows[5], rows[0], rows[20]])
+    assert recipes.rows_of(tmp_path / "r.csv") == [rows[0], rows[5], rows[20]]
+
+
+def test_the_recipes_of_the_repository_are_those_of_the_grid():
+    rows = recipes.rows_of(ROOT / "tiny_model/recipes.csv")
+    assert [{name: row[name] for name in recipes.GRID} for row in rows] == recipes.grid()
 
 
 # ---------------------------------------------------------------- the model that is shipped
