@@ -35,7 +35,7 @@ $(TORCH_STAMP):
 	@rm -f $(VENV)/.installed-*
 	@touch $(STAMP) $(TORCH_STAMP)
 
-quickstart: install  ## Prepare, train and sample with a tiny model on the CPU: a few minutes
+quickstart: install  ## Teach a small model a colour that it has never seen, on the CPU: two minutes
 	./quickstart.sh
 
 test: install  ## Run the tests that need neither a GPU nor minutes

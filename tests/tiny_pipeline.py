@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a complete CogVideoX pipeline folder with tiny random weights, offline, for tests and the quickstart.
+"""Write a complete CogVideoX pipeline folder with tiny random weights, offline, for tests.
 
     python tests/tiny_pipeline.py OUT --kind 5b
 
