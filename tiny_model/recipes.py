@@ -36,7 +36,7 @@ GRID = {
     "text_dropout": ("0", "0.1"),
     "timesteps": ("uniform", "stratified"),
 }
-MEASURED_AT = (40, 80, 120)  # updates
+MEASURED_AT = (40, 80, 120)  # updates, multiples of the first
 LEARNED, HIGH_GUIDANCE, SAMPLING_STEPS = 0.7, 6.0, 10
 BATCH_SIZE = 4
 RESULTS = ("steps_to_70", "seconds_to_70", "concept", "known", "colour_distance", "chroma")
@@ -65,7 +65,7 @@ def train(model: Path, prepared: Path, out: Path, row: dict[str, str]) -> list[t
         "MODEL": model, "DATA_ROOT": prepared, "OUTPUT_ROOT": out, "MIXED_PRECISION": "no", "NUM_WORKERS": 0,
         "LEARNING_RATES": row["learning_rate"], "LR_SCHEDULES": "constant_with_warmup", "LR_WARMUP_STEPS": 10,
         "LORA_RANK": row["rank"], "LORA_ALPHA": row["rank"], "TEXT_DROPOUT": row["text_dropout"],
-        "MAX_TRAIN_STEPS": MEASURED_AT[-1], "CHECKPOINTING_STEPS": 40,
+        "MAX_TRAIN_STEPS": MEASURED_AT[-1], "CHECKPOINTING_STEPS": MEASURED_AT[0],
     }  # fmt: skip
     more = ["--stratified_timesteps"] if row["timesteps"] == "stratified" else []
     run_script("train_text_to_video_lora.sh", settings, "--train_batch_size", str(BATCH_SIZE), *more)
