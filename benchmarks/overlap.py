@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from step_time import GIB, ROOT, append_row, check_csv, package_versions, run_script
+from step_time import GIB, ROOT, append_row, check_csv, package_versions, parse_before_script, run_script
 
 
 FIELDS = ["updates", "median_s", "waiting", "largest_waiting", "reserved_gib", "largest_reserved_gib", "grown_mib"]
@@ -93,18 +93,13 @@ def said(row):
 
 
 def parse_args(argv):
-    """Our own flags stand before `--`, the script and its flags after it."""
-    split = argv.index("--") if "--" in argv else len(argv)
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [--warmup N] [--csv FILE] -- script.py ...", formatter_class=formatter
     )
     parser.add_argument("--warmup", type=int, default=5, help="first updates left out (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="file to append a row to")
-    args = parser.parse_args(argv[:split])
-    args.command = argv[split + 1 :]
-    if not args.command:
-        parser.error("name the script after --")
+    args = parse_before_script(parser, argv)
     if args.warmup < 1:
         parser.error("--warmup: at least 1, the first update has no start")
     return args

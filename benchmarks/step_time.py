@@ -192,9 +192,17 @@ def append_row(path, row, fields=FIELDS):
         writer.writerow(row)
 
 
-def parse_args(argv):
-    """Our own flags stand before `--`, the script and its flags after it."""
+def parse_before_script(parser, argv):
+    """Our own flags stand before `--`; the script and its flags, after it, are the result's `command`."""
     split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    args.command = argv[split + 1 :]
+    if not args.command:
+        parser.error("name the script after --")
+    return args
+
+
+def parse_args(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         description=__doc__, usage="%(prog)s [flags] -- script.py ...", formatter_class=formatter
@@ -205,11 +213,7 @@ def parse_args(argv):
     parser.add_argument("--memory_cap", type=float, metavar="GIB", help="the most that torch may reserve on the GPU")
     parser.add_argument("--deterministic", action="store_true", help="torch's deterministic algorithms, slower")
     parser.add_argument("--model_tflop", type=float, help="of a step, by flops.py: gives the model FLOP utilisation")
-    args = parser.parse_args(argv[:split])
-    args.command = argv[split + 1 :]
-    if not args.command:
-        parser.error("name the script after --")
-    return args
+    return parse_before_script(parser, argv)
 
 
 def main():

@@ -123,9 +123,8 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     earlier = record["flags"]
     if earlier.get("seed") is None and flags["seed"] == record["seed"]:
         earlier = earlier | {"seed": record["seed"]}  # the seed it drew, now named
-    earlier = {
-        name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)
-    } | earlier  # new since then
+    # Flags that are new since then count as they are now, unless they were given
+    earlier = {name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)} | earlier
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
     may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or read_state(output_dir) != "complete"
     free = FREE_FLAGS | MEMORY_FLAGS | (LENGTH_FLAGS if may_extend else set())

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from errors import NumbersError
 from formats import first_few
 from runtime import START, Start, memory_report, write_text
+from streaming import gather_objects
 from tracking import log_values
 from update import Update
 
@@ -81,15 +81,6 @@ class BadSteps:
         names = [f"{index} ({self.sources[index]})" for index in sorted(set(bad or (index for index, _ in pairs)))]
         what = "loss is not finite for" if bad else "gradient is not finite, among"
         return f"the {what} {'sample' if len(names) == 1 else 'samples'} {first_few(names)}"
-
-
-def gather_objects(value) -> list:
-    """`value` of every rank, by rank."""
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 # ---------------------------------------------------------------- updates

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import psutil
 import torch
-import torch.distributed
 from torch import nn
 
 from dataset import build_dataset_from_args
@@ -16,7 +15,7 @@ from memory_plan import GIB, Run, closest, fastest_that_fits, table
 from optimizers import state_bytes_from_args
 from quantization import BASE_LINEARS
 from runtime import DTYPES
-from streaming import free_on_gpu
+from streaming import free_on_gpu, gather_objects
 from zero import uses_deepspeed
 
 
@@ -129,8 +128,4 @@ def num_adapted(transformer: nn.Module, targets: list[str], rank: int) -> int:
 
 def smallest_of_all_ranks(*numbers: float) -> list[float]:
     """The smallest of each over all ranks, so that they choose alike."""
-    if not torch.distributed.is_initialized():
-        return list(numbers)
-    gathered = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, numbers)
-    return [min(values) for values in zip(*gathered, strict=True)]
+    return [min(values) for values in zip(*gather_objects(numbers), strict=True)]

@@ -584,7 +584,7 @@ def memory_file(num_bytes: int) -> tuple[int, bool]:
 
 
 def gather_objects(value) -> list:
-    """`value` of every rank."""
+    """`value` of every rank, by rank."""
     if not torch.distributed.is_initialized():
         return [value]
     values = [None] * torch.distributed.get_world_size()
