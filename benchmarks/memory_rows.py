@@ -10,8 +10,8 @@ A row is an optimizer; its loss on fixed noise and timesteps is taken before and
 original_memory.csv: the original's published figures for one GPU, whose optimizer, batch size and rank it has. What
 the original trained with checkpointing is trained at --level, what it trained without at --memory speed.
 
-Each row trains, validates in the middle and tests at the end, rendering 2 denoising steps: the peak does not depend on
-their number. The text encoder may be tiny, since prompts are encoded before the transformer is loaded. Rows that the
+Each row trains, validates in the middle, after two updates at least since an optimizer's states come with the first, and
+tests at the end, rendering 2 denoising steps: the peak does not depend on their number. The text encoder may be tiny, since prompts are encoded before the transformer is loaded. Rows that the
 file has already are left out, so that several calls may fill it. A row that fails is named and not in the file; the
 others go on, and the exit code is 1.
 """
@@ -112,6 +112,7 @@ def original_rows(args):
 def original_row(original, level):
     rank = original["lora_rank"]
     flags = ["--memory", level, "--train_batch_size", original["batch"], "--rank", rank, "--lora_alpha", rank]
+    flags.append("--no_first_validation")  # as the original
     return Row(f"{name_of(original)} {level}", "lora", ORIGINAL_OPTIMIZERS[original["optimizer"]], flags)
 
 
@@ -129,6 +130,10 @@ def side_by_side(model, rows):
 # ---------------------------------------------------------------- a row
 
 
+def middle_of(steps):
+    return max(2, steps // 2)
+
+
 def command_of(args, row, output_dir):
     """argv of one row."""
     command = [sys.executable]
@@ -141,7 +146,7 @@ def command_of(args, row, output_dir):
     command += ["--max_train_steps", str(args.steps), "--lr_warmup_steps", "0", "--log_every", "1"]
     command += ["--checkpointing_steps", str(10 * args.steps), "--enable_slicing", "--enable_tiling"]
     command += ["--validation_prompt", "A red ball rolls over the grass.", "--num_inference_steps", "2"]
-    command += ["--validation_steps", str(args.steps // 2), "--learning_rate", LEARNING_RATES[row.task]]
+    command += ["--validation_steps", str(middle_of(args.steps)), "--learning_rate", LEARNING_RATES[row.task]]
     return [*command, *row.flags, *OPTIMIZERS[row.optimizer]]
 
 
@@ -149,7 +154,7 @@ def memory_figures(events, middle):
     """MOMENTS x FIGURES of the memory events of a run that validated after `middle` updates.
 
     Peaks are of all that came before; those of the last moment are the test's own where the script starts its counters
-    anew for it, as the original did. The videos of the untrained model, which the original did not render, do not count.
+    anew for it, as the original did. Videos of the untrained model, which the original did not render, do not count.
     """
     events = [event for event in events if (event["step"], event["when"]) != (0, "after_validation")]
     names = [(event["step"], event["when"]) for event in events]
@@ -178,7 +183,7 @@ def row_of(row, args, command, total, output_dir):
     figures["median_s"] = round(statistics.median(updates[2:]), 4) if alone and len(updates) > 2 else None
     figures["loss_before"], figures["loss_after"] = (held_out[0], held_out[-1]) if held_out else (None, None)
     figures["host_peak_gib"] = memory[-1].get("host_peak_gib")
-    figures |= memory_figures(memory, args.steps // 2)
+    figures |= memory_figures(memory, middle_of(args.steps))
     return figures | {name: version for name, version in package_versions().items() if name in FIELDS}
 
 
@@ -192,7 +197,8 @@ def measure(args, row, card):
     start = time.perf_counter()
     run_logged(command, log_path)
     figures = row_of(row, args, command, time.perf_counter() - start, output_dir) | {"card": card}
-    videos = [output_dir / f"samples/step_{step}/0_0.mp4" for step in (0, args.steps // 2, args.steps)]
+    steps = (middle_of(args.steps), args.steps)
+    videos = [output_dir / f"samples/step_{step}/0_0.mp4" for step in steps]
     if missing := [video for video in videos if not video.exists()]:
         raise RowError(f"validation left no {missing[0]}; see {log_path}")
     shutil.rmtree(output_dir)  # gigabytes, in full fine-tuning
@@ -218,12 +224,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("--tasks", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--steps", type=int, default=10, help="updates, at least 2 (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="updates, at least 3 (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once on one GPU: memory is measured, time is not")
     parser.add_argument("--work", type=Path, default=Path("outputs/memory_rows"), help="folder of the runs")
     args = parser.parse_args(argv)
-    if args.steps < 2:
-        parser.error("--steps: at least 2, validation is in the middle")
+    if args.steps < 3:
+        parser.error("--steps: at least 3, validation is in the middle")
     if args.original and not read_originals(args.label):
         parser.error(f"--original --label {args.label}: {ORIGINAL_ROWS.name} has no such model")
     return args

@@ -421,7 +421,7 @@ def test_memory_rows_run_and_are_not_run_twice(tiny, prepared_data, tmp_path, mo
     monkeypatch.setattr(memory_rows, "card_name", lambda: "cpu")
     path = tmp_path / "rows.csv"
     argv = ["memory_rows.py", str(path), "--model", str(tiny("5b")), "--data", str(prepared_data), "--label", "2b"]
-    argv += ["--original", "--steps", "2", "--level", "balanced", "--jobs", "2", "--work", str(tmp_path / "work")]
+    argv += ["--original", "--steps", "3", "--level", "balanced", "--jobs", "2", "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", argv)
     assert memory_rows.main() == 1
     failed, done = sorted(capsys.readouterr().out.splitlines())

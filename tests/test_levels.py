@@ -96,28 +96,28 @@ TILES = ["--enable_slicing", "--enable_tiling"]
 OFFLOAD = ["--enable_model_cpu_offload"]
 
 
-def train_in_small_tiles(train, monkeypatch, *flags):
-    """Without a level, its videos decoded as `offload` and `stream` do."""
+def train_in_small_pieces(train, monkeypatch, *flags):
+    """Without a level, its videos rendered as at `offload` and `stream`."""
     render = validation.render_jobs_from_args
 
-    def in_small_tiles(args, pipe, *rest):
-        with validation.in_small_pieces(pipe.vae):
+    def in_small_pieces(args, pipe, *rest):
+        with validation.in_small_pieces(pipe, validation.SMALL):
             return render(args, pipe, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(validation, "render_jobs_from_args", in_small_tiles)
+        patched.setattr(validation, "render_jobs_from_args", in_small_pieces)
         return train("small", *flags)
 
 
 def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, module, monkeypatch, caplog):
-    """Balanced decodes as the flags say; where weights or activations are on the host it is small tiles by themselves."""
+    """Balanced renders as the flags say; where weights or activations are on the host it is in small pieces by itself."""
     caplog.set_level(logging.INFO)
     vaes, load = [], module.load_vae
     monkeypatch.setattr(module, "load_vae", lambda *given: vaes.append(load(*given)) or vaes[-1])
     flags = [*sampling(), "--max_train_steps", "2", "--validation_steps", "1"]
     plain = train("plain", *flags, *TILES)
-    assert "decoded in small tiles" not in caplog.text
-    small = train_in_small_tiles(train, monkeypatch, *flags)
+    assert "rendered in small pieces" not in caplog.text
+    small = train_in_small_pieces(train, monkeypatch, *flags)
     for level in LEVELS[:1] if script.key.endswith("sft") else LEVELS:
         more = TILES if level == "balanced" else OFFLOAD
         out = train(level, *flags, "--memory", level, *more)
@@ -125,7 +125,7 @@ def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, 
         same = plain if level == "balanced" else small
         assert [video_bytes(out, step) == video_bytes(same, step) for step in (0, 1, 2)] == [True] * 3
         assert result_hash(out) == result_hash(plain)
-        assert f"at --memory {level} videos are decoded in small tiles" in caplog.text or level == "balanced"
+        assert f"at --memory {level} videos are rendered in small pieces" in caplog.text or level == "balanced"
         assert vaes[-1].use_tiling == vaes[-1].use_slicing == (level == "balanced")  # as before
 
 

@@ -91,7 +91,7 @@ def test_validation_that_runs_out_of_memory_is_tried_in_tiles(train, monkeypatch
         out = train("out", "--max_train_steps", "3", *PROMPT, raw=True)
     assert tiles == [False, True] * 3  # each time anew: training goes on without tiles
     assert {path.parent.name for path in out.glob("samples/*/0_0.mp4")} == {"step_0", "step_2", "step_3"}
-    assert "tried again in small tiles" in caplog.text and "failed" not in caplog.text
+    assert "tried again in small pieces" in caplog.text and "failed" not in caplog.text
 
 
 @one_script

@@ -49,6 +49,7 @@ from test_scripts import (  # noqa: F401
     stops,
     train,
 )
+from tiny_pipeline import KINDS
 from world import draw_clips
 from world import test_contents as contents_to_test
 
@@ -155,6 +156,15 @@ def test_a_resumed_run_renders_no_untrained_sample(train, sampling):
     assert not (out / "samples").exists()
     train("out", "--max_train_steps", "2", *sampling())  # validation may be added to a run
     assert sampled(out) == {2: ["0_0"]}
+
+
+def test_the_untrained_model_is_left_out_where_asked(train, sampling, prepared, script):
+    flags = [*sampling(), "--validation_data_root", str(prepared(script.kind)), "--validation_num_clips", "2"]
+    flags += ["--max_train_steps", "2", "--validation_steps", "1"]
+    plain, later = train("plain", *flags), train("later", *flags, "--no_first_validation")
+    assert sampled(later) == {1: ["0_0"], 2: ["0_0"]}
+    assert [event["step"] for event in events(later, "held_out_loss")] == [1, 2]
+    assert [video_bytes(later, step) for step in (1, 2)] == [video_bytes(plain, step) for step in (1, 2)]
 
 
 def test_training_does_not_notice(train, module, sampling, prepared, script, monkeypatch):
@@ -426,7 +436,10 @@ def test_the_vae_is_sliced_and_tiled_as_flagged(train, module, sampling, monkeyp
     assert vaes[0].use_slicing and vaes[0].use_tiling
 
 
-def test_small_tiles_lie_where_whole_frames_have_them():
+@pytest.mark.parametrize(
+    ("tiles", "size"), [(validation.SMALL, (80, 120)), (validation.SMALLEST, (40, 80))], ids=["small", "smallest"]
+)
+def test_small_tiles_lie_where_whole_frames_have_them(tiles, size):
     """Tiles that do not overlap by whole latents would come out in another size, or shifted. With the shipped VAE."""
     vae = cogvideox.load_vae(ROOT / "assets/tiny-cogvideox", torch.float32)
     vae.tile_sample_min_height, vae.tile_sample_min_width = 120, 180  # as if made for 240x360
@@ -434,16 +447,43 @@ def test_small_tiles_lie_where_whole_frames_have_them():
     with torch.no_grad():
         latents = vae.encode((2 * clip - 1).transpose(0, 1)[None]).latent_dist.mode()
         whole = vae.decode(latents).sample
-        with validation.in_small_pieces(vae):
-            assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (80, 120)
-            tiles = vae.decode(latents).sample
-    assert tiles.shape == whole.shape
+        with validation.in_small_tiles(vae, tiles):
+            assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == size
+            tiled = vae.decode(latents).sample
+    assert tiled.shape == whole.shape
     # Each tile has its own group norms, and with them brightness: what must be in place is the outline
     for axis in (-1, -2):
-        edges, expected = (frames.diff(dim=axis).abs() for frames in (tiles, whole))
+        edges, expected = (frames.diff(dim=axis).abs() for frames in (tiled, whole))
         likeness = {shift: float((edges.roll(shift, axis) * expected).sum()) for shift in range(-8, 9)}
         assert max(likeness, key=likeness.get) == 0
     assert (vae.tile_sample_min_height, vae.tile_sample_min_width, vae.use_tiling) == (120, 180, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_guidance_may_pass_one_by_one(kind, tiny, image):
+    """The same video to rounding, from blocks that see one sample; the stock pipeline calls the transformer."""
+    pipe = DiffusionPipeline.from_pretrained(tiny(kind), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    frames, height, width = SIZE
+    call = {"prompt": PROMPTS, "num_frames": frames, "height": height, "width": width, "num_inference_steps": 3}
+    call |= {"image": [Image.open(image)] * 2} if kind.endswith("i2v") else {}
+    batches = []
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(
+        lambda block, inputs, named: batches.append(len(named["hidden_states"])), with_kwargs=True
+    )
+    forward = pipe.transformer.forward
+
+    def sample():
+        return pipe(**call, output_type="latent", generator=torch.Generator().manual_seed(0)).frames
+
+    whole = sample()
+    assert batches == [4] * 3
+    batches.clear()
+    with validation.one_sample_at_a_time(pipe.transformer):
+        parts = sample()
+    assert batches == [1] * 12
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    assert pipe.transformer.forward == forward
 
 
 def test_t5_goes_where_there_is_room(monkeypatch):

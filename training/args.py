@@ -84,7 +84,7 @@ IDLE_WITHOUT = (
     (
         "--validation_prompt or --validation_data_root",
         lambda args: args.validation_prompt is not None or args.validation_data_root is not None,
-        ("validation_epochs", "validation_steps"),
+        ("validation_epochs", "validation_steps", "no_first_validation"),
     ),
     ("--validation_data_root", lambda args: args.validation_data_root is not None, ("validation_num_clips",)),
     ("--report_to", lambda args: args.report_to not in (None, "none"), ("tracker_name", "logging_dir")),
@@ -985,6 +985,11 @@ def add_validation_flags(parser: FlagParser):
     group.add_argument("--validation_epochs", type=int, metavar="N", default=50, help="epochs between validations")
     group.add_argument(
         "--validation_steps", type=int, metavar="UPDATES", help="updates between validations, in place of epochs"
+    )
+    group.add_argument(
+        "--no_first_validation",
+        action="store_true",
+        help="none before the first step: runs of one sweep would all render the same untrained model",
     )
     group.add_argument(
         "--validation_data_root",

@@ -183,7 +183,7 @@ def main(args) -> None:
     samples = Samples(prompts, images, size, fps, seed, embeds, pipeline)
     validate = functools.partial(validate_from_args, args, accelerator, meter, engine, samples, held_out)
     report_memory(meter, first_step, "before_training")
-    if first_step == 0:
+    if first_step == 0 and not args.no_first_validation:
         validate(0)
     START.mark("validation")
 

@@ -16,7 +16,8 @@ RETURN_SLOTS = 2  # blocks of saved activations that come back, in `offload` and
 # In u: what one block's backward pass takes at most, beside what is saved
 TRANSIENT = {"speed": 8.0, "balanced": 16.1, CHECKPOINTING: 20.7, "offload": 16.1, "stream": 16.1}
 SAVED_BY_SPEED = 13.1  # u a block, in compiled ones
-POSITIONS = 4.6  # u, of learned and of sinusoidal positions, which lie beside the hidden states
+# u of one sample: learned and sinusoidal positions in fp32, and what adding them to the hidden states takes
+POSITIONS, ADDING_POSITIONS = 2.0, 2.6
 FP8_TRANSIENT = 4.6  # u more: rounded copies of activations and gradients
 # In u: what torch's allocator holds beyond what is used
 UNUSED = {"speed": 8.5, "balanced": 8.5, CHECKPOINTING: 14.0, "offload": 8.5, "stream": 8.5}
@@ -25,16 +26,20 @@ SAVED_BY_SPEED_EAGER = 20.3  # of the stock block, simulated
 DEEPSPEED = 0.8 * GIB  # its buckets of gradients
 HOST_BASE = 2.9 * GIB  # Python, torch, CUDA's libraries
 LOADING = 1.2 * GIB  # and what reading a model takes beside its weights
+CONVERTED = 0.65  # of weights of another dtype in the file: what their conversion leaves to the host's allocator
 MAPPED = 0.16  # of weights whose file is mapped into memory and copied to the GPU as it is
 RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
 T5_XXL, T5_STREAMED, T5_HOST = 8.96 * GIB, 1.4 * GIB, 16.0 * GIB  # on the GPU; loaded and converted, on the host
-DENOISING = 13.8  # u of one sample: a block without gradients; guidance makes it two
-# The VAE at work on one video of 49 frames, for frames of 480x720; it works through 8 frames at a time
+DENOISING = (
+    13.8  # u of one sample: a block without gradients; guidance makes it two, one at a time where room is short
+)
+# The VAE at work on one video; it works through 8 frames at a time, whole ones of 480x720 or tiles
 VAE = 0.4 * GIB
-DECODING_SMALL, DECODING, DECODING_UNTILED = 1.8 * GIB, 3.8 * GIB, 12.6 * GIB
-ENCODING, ENCODING_TILED = 8.2 * GIB, 2.6 * GIB  # the second in the ratio of the two above
-CODING_UNUSED = 2.7 * GIB  # what torch holds for training does not serve the VAE
-RENDERING_UNUSED = 0.5 * GIB  # in `offload` and `stream`, where training holds little that rendering does not
+DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB
+VIDEO = 3.6 * 3  # numbers a pixel: overlapping tiles, rows of them and the video, 3 channels each
+ENCODING, ENCODING_TILED = 8.2 * GIB, 2.6 * GIB  # the second in the ratio of whole frames to tiles above
+# What torch holds beside it where there is room, and in small pieces at least
+CODING_UNUSED, SMALL_UNUSED, SMALL_UNUSED_AT_LEAST = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # a weight; None: as computed
 
 
@@ -58,6 +63,7 @@ class Run(NamedTuple):
     converted: bool  # the files' weights are of another dtype
     compiled: bool
     area: int  # pixels of the largest frame
+    pixels: int  # of all frames of the largest clip
     raw: bool  # videos are encoded as training goes
     renders: bool  # sample videos
     sliced: bool
@@ -82,11 +88,12 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
     unit = unit_bytes(run)
     resident = weights_on_gpu(run, level) + trained_bytes(run)
     resident += (VAE if run.raw else 0) + (DEEPSPEED if run.deepspeed else 0)
+    resident += 0 if run.rotary else POSITIONS * unit / run.shape[0]
     saved = saved_bytes(run, level)
     eager = CHECKPOINTING if not run.compiled else level
     transient, unused = TRANSIENT[eager] * unit, UNUSED[eager] * unit
     if not run.rotary:
-        transient += POSITIONS * unit
+        transient += ADDING_POSITIONS * unit / run.shape[0]
     if run.base_precision == "fp8":
         transient, unused = transient + FP8_TRANSIENT * unit, unused + FP8_UNUSED * unit
     gradients = 0 if run.host_gradients else 4 * run.num_trained
@@ -95,13 +102,13 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused
-    thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are decoded in small tiles
+    thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are rendered in small pieces
     returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # their memory stays
     coding = coding_bytes(run, resident + returning, roomy, thrifty)
     if coding:
-        shares = run.offloads_models and not run.raw  # the transformer's place serves the VAE
-        cached = CODING_UNUSED if roomy and not shares else 0
-        reserved = max(reserved, coding + (RENDERING_UNUSED if thrifty else 0)) + cached
+        reserved = max(reserved, coding + coding_unused(run, roomy, thrifty))
+        # What torch holds for training is given back before rendering; a loop that encodes holds it all the time
+        reserved += CODING_UNUSED if roomy and run.raw else 0
         allocated = max(allocated, coding)
     if roomy and (run.raw or run.renders):
         text = T5_STREAMED if thrifty else T5_XXL
@@ -146,15 +153,26 @@ def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float
     scale = run.area / (480 * 720)
     coding = 0
     if run.renders:
-        whole = DECODING if run.tiled else DECODING_UNTILED
+        whole = DECODING if run.tiled else scale * DECODING_UNTILED
         vae, alone = (0 if run.raw else VAE), run.offloads_models or not (roomy or thrifty)
-        denoising = resident + 2 * DENOISING * unit_bytes(run) / run.shape[0] + (0 if alone else vae)
-        decoding = scale * (DECODING_SMALL if thrifty or not roomy else whole) + (VAE if alone else resident + vae)
+        in_pieces = thrifty or not roomy
+        at_once = (1 if in_pieces else 2) * unit_bytes(run) / run.shape[0]
+        denoising = resident + DENOISING * at_once + (0 if alone else vae)
+        decoding = (DECODING_SMALL if in_pieces else whole) + VIDEO * run.item_bytes * run.pixels
+        decoding += VAE if alone else resident + vae
         coding = max(denoising, decoding)
     if run.raw:
         batch = 1 if run.sliced else run.shape[0]
         coding = max(coding, resident + batch * scale * (ENCODING_TILED if run.tiled else ENCODING))
     return coding
+
+
+def coding_unused(run: Run, roomy: bool, thrifty: bool) -> float:
+    """What torch reserves beyond coding_bytes."""
+    if thrifty:
+        return SMALL_UNUSED if roomy else SMALL_UNUSED_AT_LEAST
+    shares = run.offloads_models and not run.raw  # the transformer's place serves the VAE
+    return CODING_UNUSED if roomy and run.renders and not shares else 0
 
 
 def host_peak(run: Run, level: str, roomy: bool) -> float:
@@ -170,11 +188,11 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
             loading = 0
     if not run.is_lora:
         loading = LOADING + 4 * run.num_weights
-    peak = max(loading, travelling)
+    left = CONVERTED * full if run.converted and level == "offload" else 0
+    peak = max(loading, travelling + left) + (RENDERING if run.renders else 0)
     if run.host_optimizer:
-        peak = max(peak, LOADING + travelling + run.num_trained * run.host_optimizer)
-    if run.renders:
-        peak += RENDERING
+        loaded = 0 if level == "stream" else LOADING
+        peak = max(peak, loaded + travelling + run.num_trained * run.host_optimizer)
     if roomy and (run.raw or run.renders):
         peak = max(peak, LOADING + T5_HOST)
     return shared + run.num_processes * (HOST_BASE + peak)

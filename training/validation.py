@@ -38,7 +38,9 @@ from tracking import log_values
 
 logger = logging.getLogger(__name__)
 
-# Of small tiles: overlap, and pixels of five latents, so that a fifth is whole ones, as diffusers' blending needs
+# Of small tiles: side, of diffusers' tiles; overlap; and pixels of five latents, so that a fifth is whole ones, as
+# diffusers' blending needs
+SMALL, SMALLEST = 2 / 3, 1 / 2
 TILE_OVERLAP, TILE_STEP = 1 / 5, 40
 FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # the most that an image's URL may give and take
 GIF_SIDE = 320  # pixels: longest side of the pictures that tensorboard gets
@@ -222,7 +224,7 @@ def keep_random_state(device: torch.device):
 
 def render_from_args(args, accelerator, engine, samples: Samples, directory: Path) -> None:
     """Write this rank's share of the videos, each with its prompt beside it: <prompt>_<video>.mp4 and .txt."""
-    transformer, in_tiles = engine.transformer, engine.level in ("offload", "stream")
+    transformer, is_thrifty = engine.transformer, engine.level in ("offload", "stream")
     jobs = [(number, video) for number in range(len(samples.prompts)) for video in range(args.num_validation_videos)]
     own_jobs = jobs[accelerator.process_index :: accelerator.num_processes]
     if not own_jobs:
@@ -231,18 +233,19 @@ def render_from_args(args, accelerator, engine, samples: Samples, directory: Pat
     pipe.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False, desc="validation")
     sage = args.validation_attention == "sage"
     offload, device = args.enable_model_cpu_offload, accelerator.device
-    if in_tiles:
-        logger.info("at --memory %s videos are decoded in small tiles", engine.level)
+    if is_thrifty:
+        logger.info("at --memory %s videos are rendered in small pieces", engine.level)
+    tiles = SMALLEST if is_thrifty else SMALL  # of the second attempt
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
-            with in_small_pieces(pipe.vae) if in_tiles else contextlib.nullcontext():
+            with in_small_pieces(pipe, SMALL) if is_thrifty else contextlib.nullcontext():
                 render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
             return
         except torch.cuda.OutOfMemoryError as error:
             logger.warning(
-                "validation: %s; tried again in small tiles, with one model at a time on the GPU", one_line(error)
+                "validation: %s; tried again in small pieces, with one model at a time on the GPU", one_line(error)
             )
-        with in_small_pieces(pipe.vae):
+        with in_small_pieces(pipe, tiles):
             offload = offload or device.type == "cuda"
             render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
 
@@ -259,18 +262,48 @@ def render_jobs_from_args(
 
 
 @contextlib.contextmanager
-def in_small_pieces(vae):
+def in_small_pieces(pipe, tiles: float):
+    """Guidance's two samples pass through the transformer one by one, and the VAE works on small tiles, SMALL or SMALLEST."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with one_sample_at_a_time(pipe.transformer), in_small_tiles(pipe.vae, tiles):
+        yield
+
+
+@contextlib.contextmanager
+def one_sample_at_a_time(transformer):
+    """A transformer that takes its batch as the pipelines give it, [B, ...] in every input but RoPE, in B parts: a block's
+    activations are of one sample. Streamed weights pass B times.
+    """
+    forward, own = transformer.forward, vars(transformer).get("forward")
+
+    def forward_each(hidden_states, encoder_hidden_states, timestep, return_dict=True, **shared):
+        batches = (hidden_states, encoder_hidden_states, timestep)
+        parts = zip(*(batch.split(1) for batch in batches), strict=True)
+        names = ("hidden_states", "encoder_hidden_states", "timestep")
+        outputs = [forward(**dict(zip(names, part, strict=True)), **shared, return_dict=False)[0] for part in parts]
+        return (torch.cat(outputs),)
+
+    transformer.forward = forward_each
+    try:
+        yield
+    finally:
+        del transformer.forward
+        if own is not None:
+            transformer.forward = own
+
+
+@contextlib.contextmanager
+def in_small_tiles(vae, tiles: float):
     """A VAE that works on small tiles, as it was again afterwards: training may encode with it.
 
-    Tiles of 160x240 for 480x720, two thirds of diffusers' side: they take less than half of the memory. Group norms are
-    of a tile, so that brightness may differ between tiles.
+    SMALL are 160x240 for 480x720 and take less than half of the memory of diffusers' tiles, SMALLEST 120x160, a quarter.
+    Group norms are of a tile, so that brightness may differ between tiles.
     """
     names = [name for name in vars(vae) if name.startswith("tile_") or name in ("use_slicing", "use_tiling")]
     before = {name: getattr(vae, name) for name in names}
     sides = (vae.tile_sample_min_height, vae.tile_sample_min_width)
-    height, width = (max(TILE_STEP, side * 2 // 3 // TILE_STEP * TILE_STEP) for side in sides)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    height, width = (max(TILE_STEP, int(side * tiles) // TILE_STEP * TILE_STEP) for side in sides)
     vae.enable_slicing()
     vae.enable_tiling(height, width, TILE_OVERLAP, TILE_OVERLAP)
     try:
