@@ -10,10 +10,10 @@ A row is an optimizer; its loss on fixed noise and timesteps is taken before and
 original_memory.csv: the original's published figures for one GPU, whose optimizer, batch size and rank it has. What
 the original trained with checkpointing is trained at --level, what it trained without at --memory speed.
 
-Each row trains, validates in the middle, after two updates at least since an optimizer's states come with the first, and
-tests at the end, rendering 2 denoising steps: the peak does not depend on their number. The text encoder may be tiny, since prompts are encoded before the transformer is loaded. Rows that the
-file has already are left out, so that several calls may fill it. A row that fails is named and not in the file; the
-others go on, and the exit code is 1.
+Each row trains, validates in the middle, after two updates at least since an optimizer's states come with the first,
+and tests at the end, rendering 2 denoising steps: the peak does not depend on their number. The text encoder may be
+tiny, since prompts are encoded before the transformer is loaded. Rows that the file has already are left out, so that
+several calls may fill it. A row that fails is named and not in the file; the others go on, and the exit code is 1.
 """
 
 import argparse

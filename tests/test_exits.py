@@ -59,6 +59,7 @@ def start(tmp_path):
         return subprocess.Popen(
             [TRAIN], env=env, cwd=tmp_path / "work", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run behind a `&`
         )  # fmt: skip
 
     return begin

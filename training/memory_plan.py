@@ -30,9 +30,7 @@ CONVERTED = 0.65  # of weights of another dtype in the file: what their conversi
 MAPPED = 0.16  # of weights whose file is mapped into memory and copied to the GPU as it is
 RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
 T5_XXL, T5_STREAMED, T5_HOST = 8.96 * GIB, 1.4 * GIB, 16.0 * GIB  # on the GPU; loaded and converted, on the host
-DENOISING = (
-    13.8  # u of one sample: a block without gradients; guidance makes it two, one at a time where room is short
-)
+DENOISING = 13.8  # u of a sample: a block without gradients. Guidance makes it two, one by one where room is short
 # The VAE at work on one video; it works through 8 frames at a time, whole ones of 480x720 or tiles
 VAE = 0.4 * GIB
 DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB

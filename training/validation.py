@@ -272,17 +272,17 @@ def in_small_pieces(pipe, tiles: float):
 
 @contextlib.contextmanager
 def one_sample_at_a_time(transformer):
-    """A transformer that takes its batch as the pipelines give it, [B, ...] in every input but RoPE, in B parts: a block's
-    activations are of one sample. Streamed weights pass B times.
+    """A transformer that takes the batch of a pipeline's call in parts: a block's activations are of one sample.
+
+    `ofs` and RoPE are the same for all. Streamed weights pass once for each sample.
     """
     forward, own = transformer.forward, vars(transformer).get("forward")
 
-    def forward_each(hidden_states, encoder_hidden_states, timestep, return_dict=True, **shared):
-        batches = (hidden_states, encoder_hidden_states, timestep)
-        parts = zip(*(batch.split(1) for batch in batches), strict=True)
-        names = ("hidden_states", "encoder_hidden_states", "timestep")
-        outputs = [forward(**dict(zip(names, part, strict=True)), **shared, return_dict=False)[0] for part in parts]
-        return (torch.cat(outputs),)
+    def forward_each(hidden_states, encoder_hidden_states, timestep, return_dict=False, **shared):
+        velocities = []
+        for sample in zip(*(x.split(1) for x in (hidden_states, encoder_hidden_states, timestep)), strict=True):
+            velocities += forward(*sample, return_dict=False, **shared)
+        return (torch.cat(velocities),)
 
     transformer.forward = forward_each
     try:
