@@ -197,7 +197,7 @@ def measure(args, row, card):
     start = time.perf_counter()
     run_logged(command, log_path)
     figures = row_of(row, args, command, time.perf_counter() - start, output_dir) | {"card": card}
-    steps = (middle_of(args.steps), args.steps)
+    steps = [middle_of(args.steps), args.steps] + ([] if "--no_first_validation" in command else [0])
     videos = [output_dir / f"samples/step_{step}/0_0.mp4" for step in steps]
     if missing := [video for video in videos if not video.exists()]:
         raise RowError(f"validation left no {missing[0]}; see {log_path}")

@@ -411,7 +411,14 @@ def test_every_lora_of_the_original_on_one_gpu_has_a_row():
     eight_bit = next(row for row in rows if row.label == "5b lora adamw-8bit batch 4 rank 256 stream")
     argv = memory_rows.command_of(memory_rows.parse_args([*args, "5b"]), eight_bit, Path("out"))
     assert "--use_8bit" in argv
-    assert "--rank 256 --lora_alpha 256" in " ".join(argv)
+    assert "--rank 256 --lora_alpha 256 --no_first_validation" in " ".join(argv)
+
+
+def test_memory_is_taken_after_the_optimizer_has_its_states(capsys):
+    assert [memory_rows.middle_of(steps) for steps in (3, 4, 5, 10)] == [2, 2, 2, 5]
+    with pytest.raises(SystemExit):
+        memory_rows.parse_args(["x.csv", "--model", "m", "--data", "d", "--label", "2b", "--steps", "2"])
+    assert "at least 3" in capsys.readouterr().err
 
 
 def test_memory_rows_run_and_are_not_run_twice(tiny, prepared_data, tmp_path, monkeypatch, capsys):

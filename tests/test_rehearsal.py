@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,19 +78,34 @@ def test_the_rehearsal_leaves_nothing_and_a_resumed_run_has_none(train, module, 
 
 
 @one_script
-def test_validation_that_runs_out_of_memory_is_tried_in_tiles(train, monkeypatch, caplog):
-    tiles, render = [], validation.render_one_from_args
+@pytest.mark.parametrize(
+    ("flags", "first", "second"), [((), (2, 0), (1, 2 / 3)), (("--memory", "stream"), (1, 2 / 3), (1, 1 / 2))]
+)
+def test_validation_that_runs_out_of_memory_is_tried_in_pieces(flags, first, second, train, monkeypatch, caplog):
+    """(samples at once in the transformer, side of a tile as a part of diffusers'; 0: none) of each attempt."""
+    attempts, render = [], validation.render_one_from_args
 
     def full(args, pipe, *rest):
-        tiles.append(pipe.vae.use_tiling)
-        if not pipe.vae.use_tiling:
+        batches, block, vae = set(), pipe.transformer.transformer_blocks[0], pipe.vae
+        hook = block.register_forward_pre_hook(
+            lambda block, inputs, named: batches.add(len(named["hidden_states"])), with_kwargs=True
+        )
+        try:
+            render(args, pipe, *rest)
+        finally:
+            hook.remove()
+        side = vae.tile_sample_min_height if vae.use_tiling else 0
+        attempts.append((*batches, side))
+        if len(attempts) % 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
-        return render(args, pipe, *rest)
+        return np.zeros((9, 64, 96, 3), np.uint8)  # at this step tiles overlap by no whole latents
 
     monkeypatch.setattr(validation, "render_one_from_args", full)
+    monkeypatch.setattr(validation, "TILE_STEP", 8)  # both sizes are less than the usual step
     with caplog.at_level(logging.WARNING):
-        out = train("out", "--max_train_steps", "3", *PROMPT, raw=True)
-    assert tiles == [False, True] * 3  # each time anew: training goes on without tiles
+        out = train("out", "--max_train_steps", "3", *PROMPT, *flags)
+    whole = 48  # of the tiny VAE
+    assert attempts == [(batch, int(part * whole)) for batch, part in (first, second)] * 3  # each time anew
     assert {path.parent.name for path in out.glob("samples/*/0_0.mp4")} == {"step_0", "step_2", "step_3"}
     assert "tried again in small pieces" in caplog.text and "failed" not in caplog.text
 

@@ -35,8 +35,8 @@ DENOISING = 13.8  # u of a sample: a block without gradients. Guidance makes it 
 VAE = 0.4 * GIB
 DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB
 VIDEO = 3.6 * 3  # numbers a pixel: overlapping tiles, rows of them and the video, 3 channels each
-ENCODING, ENCODING_TILED = 8.2 * GIB, 2.6 * GIB  # the second in the ratio of whole frames to tiles above
-# What torch holds beside it where there is room, and in small pieces at least
+ENCODING, ENCODING_TILED = 8.2 * GIB, 2.3 * GIB  # the second not measured: in the ratio of frames to tiles above
+# What torch holds beside it: where there is room, in small pieces where there is, and at `offload` and `stream` at least
 CODING_UNUSED, SMALL_UNUSED, SMALL_UNUSED_AT_LEAST = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # a weight; None: as computed
 
@@ -81,7 +81,7 @@ class Need(NamedTuple):
 def need(run: Run, level: str, roomy: bool = False) -> Need:
     """What `run` takes at `level`, a name of FASTEST_FIRST or CHECKPOINTING.
 
-    `roomy`: where there is more than that, T5 encodes on the GPU, and caches are never given back.
+    `roomy`: where there is more than that, T5 encodes on the GPU, and torch keeps what rendering no longer uses.
     """
     unit = unit_bytes(run)
     resident = weights_on_gpu(run, level) + trained_bytes(run)
@@ -105,7 +105,7 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
     coding = coding_bytes(run, resident + returning, roomy, thrifty)
     if coding:
         reserved = max(reserved, coding + coding_unused(run, roomy, thrifty))
-        # What torch holds for training is given back before rendering; a loop that encodes holds it all the time
+        # What torch holds for training is given back before rendering; a loop that encodes holds both all the time
         reserved += CODING_UNUSED if roomy and run.raw else 0
         allocated = max(allocated, coding)
     if roomy and (run.raw or run.renders):
@@ -161,7 +161,7 @@ def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float
         coding = max(denoising, decoding)
     if run.raw:
         batch = 1 if run.sliced else run.shape[0]
-        coding = max(coding, resident + batch * scale * (ENCODING_TILED if run.tiled else ENCODING))
+        coding = max(coding, resident + batch * (ENCODING_TILED if run.tiled else scale * ENCODING))
     return coding
 
 
@@ -169,8 +169,8 @@ def coding_unused(run: Run, roomy: bool, thrifty: bool) -> float:
     """What torch reserves beyond coding_bytes."""
     if thrifty:
         return SMALL_UNUSED if roomy else SMALL_UNUSED_AT_LEAST
-    shares = run.offloads_models and not run.raw  # the transformer's place serves the VAE
-    return CODING_UNUSED if roomy and run.renders and not shares else 0
+    shares = run.offloads_models  # the transformer's place serves the VAE
+    return CODING_UNUSED if roomy and run.renders and not run.raw and not shares else 0
 
 
 def host_peak(run: Run, level: str, roomy: bool) -> float:
@@ -187,10 +187,12 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
     if not run.is_lora:
         loading = LOADING + 4 * run.num_weights
     left = CONVERTED * full if run.converted and level == "offload" else 0
-    peak = max(loading, travelling + left) + (RENDERING if run.renders else 0)
+    peak = max(loading, travelling + left)
     if run.host_optimizer:
         loaded = 0 if level == "stream" else LOADING
         peak = max(peak, loaded + travelling + run.num_trained * run.host_optimizer)
+    if run.renders:
+        peak += RENDERING
     if roomy and (run.raw or run.renders):
         peak = max(peak, LOADING + T5_HOST)
     return shared + run.num_processes * (HOST_BASE + peak)

@@ -77,8 +77,7 @@ def run_from_args(args, outline, buckets, dtype: torch.dtype, is_lora: bool) -> 
     blocks, deepspeed = transformer.transformer_blocks, uses_deepspeed()
     zero_on_host = deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu"
     state = state_bytes_from_args(args) + (0 if is_lora or not args.ema else 4)
-    on_host = state + 4 + 4 + 2  # fp32 weight and gradient, and a copy that travels
-    on_host += 8 if is_lora else 0  # measured; saving is part of it
+    on_host = 4 + 4 + 2 + state  # fp32 weight and gradient, and a copy that travels
     if zero_on_host:
         on_host += 10  # measured
     return Run(

@@ -263,7 +263,7 @@ def render_jobs_from_args(
 
 @contextlib.contextmanager
 def in_small_pieces(pipe, tiles: float):
-    """Guidance's two samples pass through the transformer one by one, and the VAE works on small tiles, SMALL or SMALLEST."""
+    """Guidance's two samples pass through the transformer one by one, and the VAE works on SMALL or SMALLEST tiles."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with one_sample_at_a_time(pipe.transformer), in_small_tiles(pipe.vae, tiles):
@@ -297,8 +297,8 @@ def one_sample_at_a_time(transformer):
 def in_small_tiles(vae, tiles: float):
     """A VAE that works on small tiles, as it was again afterwards: training may encode with it.
 
-    SMALL are 160x240 for 480x720 and take less than half of the memory of diffusers' tiles, SMALLEST 120x160, a quarter.
-    Group norms are of a tile, so that brightness may differ between tiles.
+    SMALL are 160x240 for 480x720, less than half of the memory of diffusers' tiles, SMALLEST 120x160, a quarter. Group
+    norms are of a tile, so that brightness may differ between tiles.
     """
     names = [name for name in vars(vae) if name.startswith("tile_") or name in ("use_slicing", "use_tiling")]
     before = {name: getattr(vae, name) for name in names}
