@@ -193,9 +193,10 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
         peak = max(peak, loaded + travelling + run.num_trained * run.host_optimizer)
     if run.renders:
         peak += RENDERING
-    if roomy and (run.raw or run.renders):
-        peak = max(peak, LOADING + T5_HOST)
-    return shared + run.num_processes * (HOST_BASE + peak)
+    total = shared + run.num_processes * (HOST_BASE + peak)
+    if roomy and (run.raw or run.renders):  # T5 is gone before the transformer comes
+        total = max(total, run.num_processes * (HOST_BASE + LOADING + T5_HOST))
+    return total
 
 
 def quantised_bytes(run: Run) -> float:
