@@ -475,6 +475,11 @@ def test_without_a_network_the_real_client_is_refused_in_one_line(stops, monkeyp
     assert "error: --push_to_hub: my-run cannot be written (" in stops(2, "t2v_lora", "--push_to_hub")
 
 
+def test_a_defect_is_not_blamed_on_the_hub(stops, fake_hub):
+    fake_hub.errors["create_repo"] = TypeError("a wrong call")
+    assert stops(70, "t2v_lora", "--push_to_hub").endswith("error: TypeError('a wrong call')")
+
+
 def test_a_failing_upload_keeps_everything_and_is_tried_again(stops, train, fake_hub, tmp_path, monkeypatch):
     folder = tmp_path / "my-run"
     fake_hub.errors["upload_folder"] = ConnectionError("the line is cut")

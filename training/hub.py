@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import torch
 from huggingface_hub import HfApi, ModelCardData
 
@@ -20,6 +21,8 @@ from sft import SUBFOLDER
 
 logger = logging.getLogger(__name__)
 
+# Of the client: refusals and disks, names that are none, its own transfer of large files, the line
+HUB_ERRORS = (OSError, ValueError, RuntimeError, httpx.HTTPError)
 LOSS_NAME, CARD_NAME = "loss.png", "README.md"
 # All that is ever uploaded: no args.json, which may name local paths, no checkpoints, logs or optimizer states
 UPLOADED = (
@@ -291,7 +294,7 @@ def make_repo_from_args(args) -> str:
         repo = wanted if "/" in wanted else f"{api.whoami()['name']}/{wanted}"
         api.create_repo(repo, private=not args.hub_public, exist_ok=True)
         api.auth_check(repo, write=True)  # an existing one may be another's, or the token for reading only
-    except Exception as error:
+    except HUB_ERRORS as error:
         raise UsageError(
             f"--push_to_hub: {wanted} cannot be written ({first_line(error)}); log in with `hf auth login`, set "
             "HF_TOKEN to a token that may write, or leave the flag out and upload later"
@@ -316,7 +319,7 @@ def push_from_args(args, repo: str) -> None:
             allow_patterns=list(UPLOADED),
             commit_message="Upload the result of training",
         )
-    except Exception as error:
+    except HUB_ERRORS as error:
         raise StorageError(
             f"the run is complete and kept in {args.output_dir}, but its upload failed ({first_line(error)}); run the "
             f"same command again, or: {upload_command(repo, args.output_dir)}"
