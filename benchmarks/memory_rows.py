@@ -238,6 +238,9 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     check_csv(args.csv, FIELDS)
+    for flag, folder, maker in (("model", args.model, "pipeline"), ("data", args.data, "dataset")):
+        if not Path(folder).is_dir():
+            sys.exit(f"--{flag} {folder}: no such folder; benchmarks/random_{maker}.py makes one")
     done = {row["label"] for row in rows_in(args.csv)}
     rows = original_rows(args) if args.original else optimizer_rows(args)
     rows, card = [row for row in rows if row.label not in done], card_name()

@@ -421,6 +421,13 @@ def test_memory_is_taken_after_the_optimizer_has_its_states(capsys):
     assert "at least 3" in capsys.readouterr().err
 
 
+def test_memory_rows_of_no_model_are_refused_once(tmp_path, monkeypatch):
+    argv = ["memory_rows.py", str(tmp_path / "x.csv"), "--model", "nowhere", "--data", str(tmp_path), "--label", "2b"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="^--model nowhere: no such folder; benchmarks/random_pipeline.py makes one$"):
+        memory_rows.main()
+
+
 def test_memory_rows_run_and_are_not_run_twice(tiny, prepared_data, tmp_path, monkeypatch, capsys):
     [original] = [row for row in memory_rows.read_originals("2b") if row["optimizer"] == "AdamW"][5:6]
     originals = [original | {"lora_rank": "4"}, original | {"batch": "0"}]

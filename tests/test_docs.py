@@ -203,6 +203,9 @@ def check_benchmark(name, argv, monkeypatch):
         "benchmarks/exactness.py": (exactness, "rows_of", 1),
     }[name]
     calls = []
+    for flag, value in zip(argv, argv[1:], strict=False):
+        if name == "benchmarks/memory_rows.py" and flag in ("--model", "--data"):
+            Path(value).mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(memory_rows, "card_name", lambda: "cpu")
     monkeypatch.setattr(module, worker, lambda *args: calls.append(args) or [])
     monkeypatch.setattr("sys.argv", [name, *argv])

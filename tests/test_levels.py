@@ -110,7 +110,7 @@ def train_in_small_pieces(train, monkeypatch, *flags):
 
 
 def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, module, monkeypatch, caplog):
-    """Balanced renders as the flags say; where weights or activations are on the host in small pieces."""
+    """Balanced renders as the flags say, the levels that keep weights or activations on the host in small pieces."""
     caplog.set_level(logging.INFO)
     vaes, load = [], module.load_vae
     monkeypatch.setattr(module, "load_vae", lambda *given: vaes.append(load(*given)) or vaes[-1])

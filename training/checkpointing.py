@@ -38,7 +38,8 @@ FREE_FLAGS = {
     "dataloader_num_workers",
     "enable_model_cpu_offload", "export", "guidance_scale", "height", "hub_model_id", "hub_public", "log_every",
     "logging_dir", "max_bad_steps", "nccl_timeout", "no_first_validation", "num_inference_steps",
-    "num_validation_videos", "output_dir", "overwrite", "pin_memory", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_name", "use_dynamic_cfg",
+    "num_validation_videos", "output_dir", "overwrite", "pin_memory", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "tracker_name", "use_dynamic_cfg",
     "validation_attention", "validation_data_root", "validation_epochs", "validation_images", "validation_num_clips",
     "validation_prompt", "validation_prompt_separator", "validation_steps", "width",
 }  # fmt: skip

@@ -166,11 +166,12 @@ def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float
 
 
 def coding_unused(run: Run, roomy: bool, thrifty: bool) -> float:
-    """What torch reserves beyond coding_bytes."""
+    """What torch reserves beyond coding_bytes; what a loop that encodes holds all the time is counted by its caller."""
     if thrifty:
         return SMALL_UNUSED if roomy else SMALL_UNUSED_AT_LEAST
-    shares = run.offloads_models  # the transformer's place serves the VAE
-    return CODING_UNUSED if roomy and run.renders and not run.raw and not shares else 0
+    if run.raw or run.offloads_models:  # the latter: the transformer's place serves the VAE
+        return 0
+    return CODING_UNUSED if roomy and run.renders else 0
 
 
 def host_peak(run: Run, level: str, roomy: bool) -> float:
