@@ -3,14 +3,16 @@
 import hashlib
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogvideox import TEXT_TO_VIDEO_PIPELINE, load_transformer
 from errors import UsageError
-from lora import ADAPTER, WEIGHTS_NAME, add_lora, check_saved_lora, load_lora, save_lora
+from lora import ADAPTER, WEIGHTS_NAME, add_lora, check_saved_lora, finish_header, load_lora, save_lora
 
 
 def trained_transformer(model_dir, rank=4, alpha=4.0, seed=0, dtype=torch.float32):
@@ -21,6 +23,20 @@ def trained_transformer(model_dir, rank=4, alpha=4.0, seed=0, dtype=torch.float3
     for param in params:
         param.data += torch.randn(param.shape, generator=generator) * 0.05
     return transformer.eval()
+
+
+def test_saving_never_holds_the_file_in_memory(tmp_path):
+    path = tmp_path / WEIGHTS_NAME
+    tensors = {f"transformer.{name}": torch.full((2**21,), float(name)) for name in range(3)}  # 8 MiB each
+    save_file(tensors, path, {"format": "pt"})
+    tracemalloc.start()
+    finish_header(path, {"training": "{}"})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items())
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "training": "{}"}
 
 
 def example_inputs(transformer, dtype=torch.float32):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -178,17 +179,17 @@ def plain(value):
 
 def finish_header(path: Path, more_metadata: dict[str, str]) -> None:
     """Add to a safetensors file's metadata and sort the keys of its header: the library writes them in random order."""
-    content = path.read_bytes()
-    header_end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:header_end])
-    header["__metadata__"] |= more_metadata
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    path.unlink()  # the library makes files that only their owner can read
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + content[header_end:])
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "rb") as source:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        header["__metadata__"] |= more_metadata
+        text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+        path.unlink()  # the library makes files that only their owner can read; what is open stays readable
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(source, file)  # 1 GiB at rank 256 of 5b, never whole in memory
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def load_lora(transformer: nn.Module, directory: Path) -> None:
