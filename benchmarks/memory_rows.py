@@ -19,7 +19,6 @@ several calls may fill it. A row that fails is named and not in the file; the ot
 import argparse
 import csv
 import json
-import shlex
 import shutil
 import statistics
 import sys
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import RowError, card_name, rows_in, run_logged
-from step_time import ROOT, append_row, check_csv, package_versions
+from step_time import ROOT, append_row, check_csv, package_versions, shown
 
 
 SCRIPTS = {"lora": "cogvideox_text_to_video_lora.py", "sft": "cogvideox_text_to_video_sft.py"}
@@ -177,8 +176,8 @@ def row_of(row, args, command, total, output_dir):
     updates = [line["seconds"] for line in rows if "event" not in line]
     held_out = [line["loss"] for line in rows if line.get("event") == "held_out_loss"]
     memory = [line for line in rows if line.get("event") == "memory"]
-    shown = shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")  # of any machine
-    figures = {"label": row.label, "exit_code": 0, "total_s": round(total, 1), "command": shown}
+    typed = shown(["python", *command[1:]])
+    figures = {"label": row.label, "exit_code": 0, "total_s": round(total, 1), "command": typed}
     alone = args.jobs == 1  # several at once share the GPU's time
     figures["median_s"] = round(statistics.median(updates[2:]), 4) if alone and len(updates) > 2 else None
     figures["loss_before"], figures["loss_after"] = (held_out[0], held_out[-1]) if held_out else (None, None)

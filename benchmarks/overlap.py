@@ -10,12 +10,11 @@ update.
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 from pathlib import Path
 
-from step_time import GIB, ROOT, append_row, check_csv, package_versions, parse_before_script, run_script
+from step_time import GIB, ROOT, append_row, check_csv, package_versions, parse_before_script, run_script, shown
 
 
 FIELDS = ["updates", "median_s", "waiting", "largest_waiting", "reserved_gib", "largest_reserved_gib", "grown_mib"]
@@ -124,8 +123,7 @@ def main():
         row = figures(clock.durations(), clock.waited, clock.reserved, args.warmup)
         print(said(row), flush=True)
         if args.csv:
-            command = shlex.join(args.command).replace(f"{ROOT}/", "")
-            about = {"card": torch.cuda.get_device_name(), **package_versions(), "command": command}
+            about = {"card": torch.cuda.get_device_name(), **package_versions(), "command": shown(args.command)}
             append_row(args.csv, row | about, FIELDS)
     sys.exit(exit_code)
 

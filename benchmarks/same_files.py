@@ -12,14 +12,13 @@ import argparse
 import csv
 import hashlib
 import itertools
-import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench import MODELS, RowError, card_name, make_once, parse_row, run_logged, script_of
-from step_time import ROOT, append_row, check_csv, package_versions
+from step_time import ROOT, append_row, check_csv, package_versions, shown
 
 
 LEVELS = ("balanced", "offload", "stream")
@@ -69,8 +68,8 @@ def train(run, args, card):
     command = command_of(run, args, f"runs/{name}")
     run_logged(command, log_path, cwd=args.work)
     digest = hashlib.sha256((output_dir / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
-    shown = shlex.join(["python", *command[1:]]).replace(f"{ROOT}/", "")
-    append_row(args.csv, run | {"sha256": digest, "card": card, **package_versions(), "command": shown}, FIELDS)
+    typed = shown(["python", *command[1:]])
+    append_row(args.csv, run | {"sha256": digest, "card": card, **package_versions(), "command": typed}, FIELDS)
     shutil.rmtree(output_dir)
 
 

@@ -34,6 +34,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-a
 FIELDS = ("label", "exit_code", "warmup", "steps", "median_s", "p10_s", "p90_s", "first_step_s")
 FIELDS += ("allocated_gib", "reserved_gib", "host_gib", "memory_cap_gib", "mfu", "sm_clock_mhz")
 FIELDS += ("card", "python", *PACKAGES, "cuda", "command")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of torch
 
 
 class StepClock:
@@ -140,6 +141,12 @@ def package_versions():
     return versions
 
 
+def shown(command):
+    """The command line as one would type it on any machine, with what torch's allocator was told by the environment."""
+    told = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
+    return " ".join([*told, shlex.join(map(str, command))]).replace(f"{ROOT}/", "")
+
+
 def utilisation(model_tflop, seconds, card):
     """Model FLOPs over what the card could do in that time; None where either is unknown."""
     peak = peak_tflops(card)
@@ -171,7 +178,7 @@ def summarise(clock, args, exit_code):
         "python": platform.python_version(),
         **package_versions(),
         "cuda": clock.torch.version.cuda,
-        "command": shlex.join(args.command).replace(f"{ROOT}/", ""),  # of any machine
+        "command": shown(args.command),
     }
     return {field: row[field] for field in FIELDS}
 

@@ -307,10 +307,19 @@ def test_the_cap_waits_for_cuda_to_start():
     assert fractions == [5.5 / 80]
 
 
+def test_a_rows_command_says_what_torchs_allocator_was_told(monkeypatch):
+    for name in step_time.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    command = [step_time.ROOT / "training/script.py", "--prompt", "a ball"]
+    assert step_time.shown(command) == "training/script.py --prompt 'a ball'"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    assert step_time.shown(command).startswith("PYTORCH_ALLOC_CONF=expandable_segments:False training/script.py ")
+
+
 @pytest.mark.gpu
 def test_capped_memory_is_refused_beyond_the_cap(tmp_path):
     (tmp_path / "greedy.py").write_text(
-        "import torch; torch.empty(2**30, device='cuda'); torch.empty(2**31, device='cuda')"
+        "import torch; kept = [torch.empty(gib * 2**30, dtype=torch.uint8, device='cuda') for gib in (1, 2)]"
     )
     result = run_step_time("--memory_cap", 2, "--", tmp_path / "greedy.py")
     assert result.returncode == 1

@@ -83,6 +83,9 @@ def test_estimates_are_within_a_tenth_of_what_was_measured(
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
     place = next(place for place, word in enumerate(command) if word.startswith("training/"))
+    for word in command[:place]:  # the environment that the command is given
+        if "=" in word:
+            monkeypatch.setenv(*word.split("=", 1))
     script, *flags = command[place:]
     task = f"{'i2v' if 'image_to_video' in script else 't2v'}_{script.removesuffix('.py').rpartition('_')[2]}"
     kind = re.search(r"(2b|1\.5-5b|5b)(-i2v)?(?=-xxl|$)", given["--pretrained_model_name_or_path"])[0]

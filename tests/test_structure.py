@@ -20,7 +20,7 @@ DATA_ROOMS = {"formats", "decode", "cache", "report"}
 ROOMS = {"dataset": DATA_ROOMS, "attention_trial": {"attention"}, "cogvideox": {"streaming"}}
 PARTS = DATA_ROOMS | {
     "dataset", "cogvideox", "objective", "lora", "sft", "optimizers", "curves",
-    "memory", "attention", "attention_trial", "streaming", "quantization", "norm_rope", "masters", "zero",
+    "memory", "attention", "attention_trial", "streaming", "quantization", "norm_rope", "masters", "zero", "allocator",
 }  # fmt: skip
 SERVICES = {
     "runtime", "meter", "engine", "planning", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",

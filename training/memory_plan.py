@@ -19,9 +19,12 @@ SAVED_BY_SPEED = 13.1  # u a block, in compiled ones
 # u of one sample: learned and sinusoidal positions in fp32, and what adding them to the hidden states takes
 POSITIONS, ADDING_POSITIONS = 2.0, 2.6
 FP8_TRANSIENT = 4.6  # u more: rounded copies of activations and gradients
-# In u: what torch's allocator holds beyond what is used
-UNUSED = {"speed": 8.5, "balanced": 8.5, CHECKPOINTING: 14.0, "offload": 8.5, "stream": 8.5}
+# What torch's allocator holds beyond what is used: so much at least, and in u what optimizer states, which come with
+# the first update, may half fill
+UNUSED_AT_LEAST = 0.4 * GIB
+UNUSED = {"speed": 6.0, "balanced": 6.0, CHECKPOINTING: 9.0, "offload": 6.0, "stream": 6.0}
 FP8_UNUSED = 3.5
+EXPANDABLE_UNUSED = 4.1  # u, instead of all that, in segments that grow
 SAVED_BY_SPEED_EAGER = 20.3  # of the stock block, simulated
 DEEPSPEED = 0.8 * GIB  # its buckets of gradients
 HOST_BASE = 2.9 * GIB  # Python, torch, CUDA's libraries
@@ -38,6 +41,7 @@ VIDEO = 3.6 * 3  # numbers a pixel: overlapping tiles, rows of them and the vide
 ENCODING, ENCODING_TILED = 8.2 * GIB, 2.3 * GIB  # the second not measured: in the ratio of frames to tiles above
 # What torch holds beside it: where there is room, in small pieces where there is, and at `offload` and `stream` at least
 CODING_UNUSED, SMALL_UNUSED, SMALL_UNUSED_AT_LEAST = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
+EXPANDABLE_CODING_UNUSED = 0.55  # of that in segments that grow
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # a weight; None: as computed
 
 
@@ -67,6 +71,7 @@ class Run(NamedTuple):
     sliced: bool
     tiled: bool
     offloads_models: bool  # the transformer leaves the GPU while others work
+    expandable: bool  # torch's segments grow, allocator.py
     num_processes: int  # on this machine
 
 
@@ -89,24 +94,25 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
     resident += 0 if run.rotary else POSITIONS * unit / run.shape[0]
     saved = saved_bytes(run, level)
     eager = CHECKPOINTING if not run.compiled else level
-    transient, unused = TRANSIENT[eager] * unit, UNUSED[eager] * unit
+    transient = TRANSIENT[eager] * unit
     if not run.rotary:
         transient += ADDING_POSITIONS * unit / run.shape[0]
     if run.base_precision == "fp8":
-        transient, unused = transient + FP8_TRANSIENT * unit, unused + FP8_UNUSED * unit
+        transient += FP8_TRANSIENT * unit
     gradients = 0 if run.host_gradients else 4 * run.num_trained
     peak = gradients + saved + transient
     if not run.is_lora:  # gradients come as activations go
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
-    reserved = allocated + unused
+    reserved = allocated + unused_bytes(run, eager)
     thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are rendered in small pieces
     returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # their memory stays
     coding = coding_bytes(run, resident + returning, roomy, thrifty)
     if coding:
-        reserved = max(reserved, coding + coding_unused(run, roomy, thrifty))
+        share = EXPANDABLE_CODING_UNUSED if run.expandable else 1
+        reserved = max(reserved, coding + share * coding_unused(run, roomy, thrifty))
         # What torch holds for training is given back before rendering; a loop that encodes holds both all the time
-        reserved += CODING_UNUSED if roomy and run.raw else 0
+        reserved += share * CODING_UNUSED if roomy and run.raw else 0
         allocated = max(allocated, coding)
     if roomy and (run.raw or run.renders):
         text = T5_STREAMED if thrifty else T5_XXL
@@ -123,6 +129,15 @@ def kept_bytes(run: Run) -> int:
     """Of a block in `balanced`: its input, the attention's output and log-sum-exp."""
     batch, tokens, heads, _ = run.shape
     return 2 * unit_bytes(run) + batch * tokens * heads * 4
+
+
+def unused_bytes(run: Run, level: str) -> float:
+    """What torch holds in training and does not use."""
+    unit = unit_bytes(run)
+    if run.expandable:
+        return EXPANDABLE_UNUSED * unit
+    unused = (UNUSED[level] + (FP8_UNUSED if run.base_precision == "fp8" else 0)) * unit
+    return UNUSED_AT_LEAST + max(unused - states_bytes(run) / 2, 0)
 
 
 def saved_bytes(run: Run, level: str) -> float:
@@ -188,10 +203,11 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
     if not run.is_lora:
         loading = LOADING + 4 * run.num_weights
     left = CONVERTED * full if run.converted and level == "offload" else 0
-    peak = max(loading, travelling + left)
+    saving = 4 * run.num_trained if run.is_lora else 0  # a copy of the adapters
+    peak = max(loading, travelling + left + saving)
     if run.host_optimizer:
         loaded = 0 if level == "stream" else LOADING
-        peak = max(peak, loaded + travelling + run.num_trained * run.host_optimizer)
+        peak = max(peak, loaded + travelling + saving + run.num_trained * run.host_optimizer)
     if run.renders:
         peak += RENDERING
     total = shared + run.num_processes * (HOST_BASE + peak)
@@ -211,7 +227,12 @@ def trained_bytes(run: Run) -> float:
     masters = 0 if run.item_bytes == 4 and not run.is_lora else 4
     if run.host_optimizer:
         return run.num_trained * (4 if run.is_lora else 0)
-    return run.num_trained * (masters + run.state_bytes)
+    return run.num_trained * masters + states_bytes(run)
+
+
+def states_bytes(run: Run) -> int:
+    """Of the optimizer, on the GPU."""
+    return 0 if run.host_optimizer else run.num_trained * run.state_bytes
 
 
 def levels_of(run: Run) -> tuple[str, ...]:

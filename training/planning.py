@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import nn
 
+from allocator import uses_expandable_segments
 from dataset import build_dataset_from_args
 from engine import block_loader_from_args
 from errors import UsageError
@@ -107,6 +108,7 @@ def run_from_args(args, outline, buckets, dtype: torch.dtype, is_lora: bool) -> 
         sliced=args.enable_slicing,
         tiled=args.enable_tiling,
         offloads_models=args.enable_model_cpu_offload,
+        expandable=uses_expandable_segments(),
         num_processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
 

@@ -26,6 +26,7 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
+from allocator import expand_segments
 from cache import (
     Writer,
     file_hash,
@@ -122,8 +123,9 @@ def init_processes() -> tuple[int, int, torch.device]:
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     # LOCAL_RANK: the global rank names no device of the second machine
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return rank, num_ranks, torch.device(device)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    expand_segments(device)
+    return rank, num_ranks, device
 
 
 def output_dir_from_args(args, rank: int) -> Path:

@@ -25,6 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 
+from allocator import expand_segments
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
 from errors import MemoryFullError, UsageError, UserError, first_line
@@ -94,6 +95,7 @@ def init_accelerator_from_args(args) -> Accelerator:
     accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.ERROR)
+    expand_segments(accelerator.device)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
