@@ -25,6 +25,17 @@ def trained_transformer(model_dir, rank=4, alpha=4.0, seed=0, dtype=torch.float3
     return transformer.eval()
 
 
+def example_inputs(transformer, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    config = transformer.config
+    return {
+        "hidden_states": torch.randn(1, 2, config.in_channels, 8, 8, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(1, 226, config.text_embed_dim, generator=generator).to(dtype),
+        "timestep": torch.tensor([500]),
+        "return_dict": False,
+    }
+
+
 def test_saving_never_holds_the_file_in_memory(tmp_path):
     path = tmp_path / WEIGHTS_NAME
     tensors = {f"transformer.{name}": torch.full((2**21,), float(name)) for name in range(3)}  # 8 MiB each
@@ -37,17 +48,6 @@ def test_saving_never_holds_the_file_in_memory(tmp_path):
     assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items())
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "training": "{}"}
-
-
-def example_inputs(transformer, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(2)
-    config = transformer.config
-    return {
-        "hidden_states": torch.randn(1, 2, config.in_channels, 8, 8, generator=generator).to(dtype),
-        "encoder_hidden_states": torch.randn(1, 226, config.text_embed_dim, generator=generator).to(dtype),
-        "timestep": torch.tensor([500]),
-        "return_dict": False,
-    }
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""torch's memory on the GPU in segments that grow by pages: next to nothing of it is held and not used.
+"""torch's memory on the GPU in segments that grow by pages: less of it is held and not used.
 
-By default torch asks for memory in blocks of fixed size, and what does not fit into a gap of one asks for a further one:
-0.5 to 2.5 GiB more than a step of these models uses. See "Optimizing memory usage" in torch's notes on CUDA.
+By default torch asks for memory in blocks of fixed size, and what does not fit into a gap of one asks for a further one.
+How much either holds is in benchmarks/speed.csv. See "Optimizing memory usage" in torch's notes on CUDA.
 """
 
 import logging
@@ -18,10 +18,15 @@ SETTING = "expandable_segments"
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's own; what a user sets there stands
 
 
+def given_settings() -> str | None:
+    """What the environment tells torch's allocator, if anything."""
+    return next((os.environ[name] for name in VARIABLES if name in os.environ), None)
+
+
 def uses_expandable_segments() -> bool:
     """Whether segments grow: unless the environment configures torch's allocator otherwise."""
-    given = [os.environ[name] for name in VARIABLES if name in os.environ]
-    return f"{SETTING}:True" in given[0] if given else True
+    given = given_settings()
+    return given is None or f"{SETTING}:True" in given
 
 
 def expand_segments(device: torch.device) -> None:
@@ -29,7 +34,7 @@ def expand_segments(device: torch.device) -> None:
 
     Raises what torch does where the GPU cannot be used at all.
     """
-    if device.type != "cuda" or any(name in os.environ for name in VARIABLES):
+    if device.type != "cuda" or given_settings() is not None:
         return
     torch.cuda.memory._set_allocator_settings(f"{SETTING}:True")
     try:

@@ -377,7 +377,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
             code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {GO_ON}"
         except torch.cuda.OutOfMemoryError as error:
             code, line = INTERNAL, f"the GPU's memory is full: {first_line(error)}"
-        except Exception as error:
+        except Exception as error:  # the outermost place: with its traceback, unless a user can mend it
             code, line = explain(error, output_dir)
             if code == INTERNAL:
                 traceback.print_exc()

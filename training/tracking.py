@@ -71,7 +71,7 @@ def finish_trackers(accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers:
         try:
             tracker.finish()
-        except Exception as error:
+        except Exception as error:  # a tracker's own, of any kind
             logger.warning("%s was not closed, metrics.jsonl is complete: %s", tracker.name, first_line(error))
     accelerator.trackers = []
 

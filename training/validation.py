@@ -184,7 +184,7 @@ def attempt(work: Callable) -> tuple:
             if INTERRUPTION.reason is None:
                 return work(), ""
         return None, f"ended by {INTERRUPTION.reason}"
-    except Exception as error:
+    except Exception as error:  # of models, codecs or disks; warn_of names it
         return None, one_line(error)
 
 
