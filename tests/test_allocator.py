@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from allocator import VARIABLES, expand_segments, uses_expandable_segments
+import allocator
+from allocator import VARIABLES, configure, expand_segments, uses_expandable_segments
 
 
 CUDA = torch.device("cuda", 0)
@@ -18,7 +19,7 @@ def settings(monkeypatch):
         monkeypatch.setenv(name, "")  # so that what is set in the test goes with it
         monkeypatch.delenv(name)
     told = []
-    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", told.append)
+    monkeypatch.setattr(allocator, "configure", told.append)
     return told
 
 
@@ -26,6 +27,11 @@ def test_segments_grow_on_a_gpu(settings, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
     expand_segments(CUDA)
     assert settings == ["expandable_segments:True"] and uses_expandable_segments()
+
+
+@pytest.mark.filterwarnings("error")
+def test_torch_takes_the_settings_without_a_warning():
+    configure("expandable_segments:False")
 
 
 def test_a_cpu_has_no_segments(settings):

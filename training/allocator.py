@@ -36,11 +36,16 @@ def expand_segments(device: torch.device) -> None:
     """
     if device.type != "cuda" or given_settings() is not None:
         return
-    torch.cuda.memory._set_allocator_settings(f"{SETTING}:True")
+    configure(f"{SETTING}:True")
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:
         os.environ[VARIABLES[0]] = f"{SETTING}:False"  # for the estimates, too
-        torch.cuda.memory._set_allocator_settings(f"{SETTING}:False")
+        configure(f"{SETTING}:False")
         torch.empty(1, device=device)  # or it was something else
         logger.warning("GPU memory cannot grow by pages here, so that more of it is needed: %s", first_line(error))
+
+
+def configure(settings: str) -> None:
+    """Give torch's allocator settings in the form of its variables, which it reads but once."""
+    torch._C._accelerator_setAllocatorSettings(settings)  # torch.cuda's own function for it is deprecated
