@@ -34,7 +34,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-a
 FIELDS = ("label", "exit_code", "warmup", "steps", "median_s", "p10_s", "p90_s", "first_step_s")
 FIELDS += ("allocated_gib", "reserved_gib", "host_gib", "memory_cap_gib", "mfu", "sm_clock_mhz")
 FIELDS += ("card", "python", *PACKAGES, "cuda", "command")
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of torch
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # of torch
 
 
 class StepClock:
@@ -143,7 +143,7 @@ def package_versions():
 
 def shown(command):
     """The command line as one would type it on any machine, with what torch's allocator was told by the environment."""
-    told = [f"{name}={os.environ[name]}" for name in ALLOCATOR_VARIABLES if name in os.environ]
+    told = [f"{name}={shlex.quote(os.environ[name])}" for name in ALLOCATOR_VARIABLES if name in os.environ]
     return " ".join([*told, shlex.join(map(str, command))]).replace(f"{ROOT}/", "")
 
 

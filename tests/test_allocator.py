@@ -6,18 +6,28 @@ import pytest
 import torch
 
 import allocator
+import planning
+import prepare_dataset
+import runtime
 from allocator import VARIABLES, configure, expand_segments, uses_expandable_segments
+from args import parse_prepare_args, parse_training_args
+from cogvideox import read_outline_from_args
 
 
 CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def settings(monkeypatch):
-    """What torch's allocator is told, in order, in an environment that says nothing of it."""
+def silent_environment(monkeypatch):
+    """An environment that says nothing of torch's allocator."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")  # so that what is set in the test goes with it
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def settings(silent_environment, monkeypatch):
+    """What torch's allocator is told, in order."""
     told = []
     monkeypatch.setattr(allocator, "configure", told.append)
     return told
@@ -41,12 +51,24 @@ def test_a_cpu_has_no_segments(settings):
 
 @pytest.mark.parametrize("name", VARIABLES)
 @pytest.mark.parametrize(
-    ("given", "grow"), [("expandable_segments:False", False), ("max_split_size_mb:64,expandable_segments:True", True)]
+    ("given", "grow"),
+    [
+        ("expandable_segments:False", False),
+        ("max_split_size_mb:64", False),
+        ("max_split_size_mb:64,expandable_segments: True", True),
+        ("expandable_segments:True,expandable_segments:False", False),
+    ],
 )
 def test_what_the_user_configures_stands(name, given, grow, settings, monkeypatch):
     monkeypatch.setenv(name, given)
     expand_segments(CUDA)
     assert settings == [] and uses_expandable_segments() is grow
+
+
+def test_of_two_variables_torch_takes_its_older_one(settings, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert not uses_expandable_segments()
 
 
 def refuse(message, settings, refused):
@@ -76,10 +98,30 @@ def test_a_gpu_that_cannot_be_used_is_no_matter_of_segments(settings, monkeypatc
     assert caplog.messages == []
 
 
+def test_runs_their_plan_and_preparing_set_it(tiny, sample_data, prepared_data, tmp_path, monkeypatch):
+    """Before they load a model; preparing touches no GPU where it only decodes, or has nothing to do."""
+    devices = []
+    for module in (runtime, planning, prepare_dataset):
+        monkeypatch.setattr(module, "expand_segments", devices.append)
+    model_dir = str(tiny("5b"))
+    flags = ["--pretrained_model_name_or_path", model_dir, "--data_root", str(prepared_data), "--load_tensors"]
+    args = parse_training_args("t2v_lora", flags)
+    runtime.init_accelerator_from_args(args)
+    assert len(devices) == 1
+    planning.print_plan_from_args(args, read_outline_from_args(args, image_to_video=False), is_lora=True)
+    assert len(devices) == 2
+    flags = ["--model_id", model_dir, "--data_root", str(sample_data), "--output_dir", str(tmp_path / "prepared")]
+    flags += ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
+    flags += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9"]
+    latents = "--save_latents_and_embeddings"
+    for flag, num_calls in (("--save_previews", 2), (latents, 3), (latents, 3)):
+        prepare_dataset.main(parse_prepare_args([*flags, flag]))
+        assert len(devices) == num_calls
+
+
 @pytest.mark.gpu
-def test_on_a_gpu_segments_grow(monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+def test_on_a_gpu_segments_grow(silent_environment):
+    torch.cuda.empty_cache()  # or a block of before is taken
     expand_segments(CUDA)
     tensor = torch.empty(2**27, dtype=torch.uint8, device=CUDA)
     segments = [segment for segment in torch.cuda.memory_snapshot() if segment["is_expandable"]]

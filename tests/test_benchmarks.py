@@ -2,6 +2,7 @@ import csv
 import importlib.metadata
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import allocator
 import bench
 import draw_memory
 import memory_rows
@@ -308,12 +310,15 @@ def test_the_cap_waits_for_cuda_to_start():
 
 
 def test_a_rows_command_says_what_torchs_allocator_was_told(monkeypatch):
-    for name in step_time.ALLOCATOR_VARIABLES:
+    assert step_time.ALLOCATOR_VARIABLES == allocator.VARIABLES
+    for name in allocator.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     command = [step_time.ROOT / "training/script.py", "--prompt", "a ball"]
     assert step_time.shown(command) == "training/script.py --prompt 'a ball'"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
     assert step_time.shown(command).startswith("PYTORCH_ALLOC_CONF=expandable_segments:False training/script.py ")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "roundup_power2_divisions:[256:1,>:4]")
+    assert shlex.split(step_time.shown(command))[0] == "PYTORCH_ALLOC_CONF=roundup_power2_divisions:[256:1,>:4]"
 
 
 @pytest.mark.gpu

@@ -36,18 +36,27 @@ def example_inputs(transformer, dtype=torch.float32):
     }
 
 
-def test_saving_never_holds_the_file_in_memory(tmp_path):
-    path = tmp_path / WEIGHTS_NAME
-    tensors = {f"transformer.{name}": torch.full((2**21,), float(name)) for name in range(3)}  # 8 MiB each
+def test_the_header_grows_where_the_file_lies(tmp_path):
+    """Neither memory nor a nearly full disk must have room for the file once more. More metadata than is moved at once."""
+    path, added = tmp_path / WEIGHTS_NAME, {"training": "x" * (2**20 + 1)}
+    tensors = {f"transformer.{name}": torch.rand(2**21 + name) for name in range(3)}  # 8 MiB each
     save_file(tensors, path, {"format": "pt"})
-    tracemalloc.start()
-    finish_header(path, {"training": "{}"})
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2**20
-    assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items())
+    place = path.stat().st_ino
+    for metadata in ({}, {"a": "b"}, added):
+        tracemalloc.start()
+        finish_header(path, metadata)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**23 and path.stat().st_ino == place
+        assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items())
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "training": "{}"}
+        assert file.metadata() == {"format": "pt", "a": "b", **added}
+
+
+def test_others_may_read_the_file(tiny, tmp_path):
+    tmp_path.chmod(0o755)
+    path = save_lora(trained_transformer(tiny("2b"), 4, 4), tmp_path, TEXT_TO_VIDEO_PIPELINE)
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 @torch.no_grad()

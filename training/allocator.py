@@ -6,6 +6,7 @@ How much either holds is in benchmarks/speed.csv. See "Optimizing memory usage" 
 
 import logging
 import os
+import re
 
 import torch
 
@@ -15,7 +16,8 @@ from errors import first_line
 logger = logging.getLogger(__name__)
 
 SETTING = "expandable_segments"
-VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's own; what a user sets there stands
+# torch's own, of which it takes the first that is set; what a user sets there stands
+VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def given_settings() -> str | None:
@@ -26,7 +28,7 @@ def given_settings() -> str | None:
 def uses_expandable_segments() -> bool:
     """Whether segments grow: unless the environment configures torch's allocator otherwise."""
     given = given_settings()
-    return given is None or f"{SETTING}:True" in given
+    return given is None or re.findall(rf"{SETTING}\s*:\s*(\w+)", given)[-1:] == ["True"]
 
 
 def expand_segments(device: torch.device) -> None:
@@ -40,7 +42,7 @@ def expand_segments(device: torch.device) -> None:
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:
-        os.environ[VARIABLES[0]] = f"{SETTING}:False"  # for the estimates, too
+        os.environ["PYTORCH_ALLOC_CONF"] = f"{SETTING}:False"  # for the estimates, too
         configure(f"{SETTING}:False")
         torch.empty(1, device=device)  # or it was something else
         logger.warning("GPU memory cannot grow by pages here, so that more of it is needed: %s", first_line(error))

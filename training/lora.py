@@ -1,12 +1,13 @@
 """Adapters in, adapters out: low-rank adaptation (arXiv 2106.09685) by peft, in files that diffusers loads."""
 
+import contextlib
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from peft import LoraConfig
@@ -25,6 +26,7 @@ from errors import UsageError
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
 ADAPTER = "default"  # peft's name for the trained adapter
+COPIED_AT_ONCE = 2**20  # bytes
 PREFIX = "transformer."  # diffusers' name for the adapted part of the pipeline
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's configuration, as JSON
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of an adapted layer; the last is DoRA's
@@ -178,18 +180,33 @@ def plain(value):
 
 
 def finish_header(path: Path, more_metadata: dict[str, str]) -> None:
-    """Add to a safetensors file's metadata and sort the keys of its header: the library writes them in random order."""
-    with open(path, "rb") as source:
-        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+    """Add to a safetensors file's metadata and sort the keys of its header: the library writes them in random order.
+
+    In place: 1 GiB of a LoRA, rank 256 of 5b, needs no second GiB of disk or memory.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
         header["__metadata__"] |= more_metadata
         text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-        path.unlink()  # the library makes files that only their owner can read; what is open stays readable
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            shutil.copyfileobj(source, file)  # 1 GiB at rank 256 of 5b, never whole in memory
-            file.flush()
-            os.fsync(file.fileno())
+        text = text.ljust(max(size, len(text) + -len(text) % 8))  # tensors start at a multiple of 8 bytes
+        move_towards_end(file, 8 + size, len(text) - size)
+        file.seek(0)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.flush()
+        os.fsync(file.fileno())
+    with contextlib.suppress(PermissionError):  # of file systems without modes, as exFAT
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes files that only their owner can read
+
+
+def move_towards_end(file: BinaryIO, start: int, distance: int) -> None:
+    """Move what a file holds from byte `start` on by `distance` bytes, the last first."""
+    if distance:
+        for place in reversed(range(start, file.seek(0, os.SEEK_END), COPIED_AT_ONCE)):
+            file.seek(place)
+            content = file.read(COPIED_AT_ONCE)
+            file.seek(place + distance)
+            file.write(content)
 
 
 def load_lora(transformer: nn.Module, directory: Path) -> None:

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import nn
 
-from allocator import uses_expandable_segments
+from allocator import expand_segments, uses_expandable_segments
 from dataset import build_dataset_from_args
 from engine import block_loader_from_args
 from errors import UsageError
@@ -66,10 +66,12 @@ def print_plan_from_args(args, outline, is_lora: bool) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    expand_segments(device)  # as the run would, before the estimates
     reading = (args, outline.fps, args.seed or 0, outline.scaling_factor, outline.image_to_video)
     buckets = build_dataset_from_args(*reading).bucket_of
     run = run_from_args(args, outline, buckets, DTYPES[args.mixed_precision or "bf16"], is_lora)
-    free = free_on_gpu(torch.device("cuda")) if torch.cuda.is_available() else None
+    free = free_on_gpu(device) if device.type == "cuda" else None
     print(table(run, free, psutil.virtual_memory().available))
 
 

@@ -94,6 +94,8 @@ def main(args) -> None:
     # ---------------------------------------------------------------- captions, then pixels: never both on the GPU
     mine = todo[rank::num_ranks]
     if args.save_latents_and_embeddings:
+        if mine:  # a run that finds all done touches no GPU
+            expand_segments(device)
         write_embeddings_from_args(args, output_dir, model_dir, mine, config, device, rank)
     unreadable = write_pixels_from_args(args, output_dir, model_dir, videos, mine, device, rank)
 
@@ -123,9 +125,8 @@ def init_processes() -> tuple[int, int, torch.device]:
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     # LOCAL_RANK: the global rank names no device of the second machine
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
-    expand_segments(device)
-    return rank, num_ranks, device
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return rank, num_ranks, torch.device(device)
 
 
 def output_dir_from_args(args, rank: int) -> Path:
