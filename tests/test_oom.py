@@ -9,7 +9,10 @@ from runtime import memory_savers_from_args
 from test_scripts import SCRIPTS, checkpoints, clips, command, module, own_copy, prepared, status, stops, train  # noqa: F401
 
 
-MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB\nsecond line"
+ADVICE = "If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+MESSAGE = (
+    f"CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB. {ADVICE}\nsecond line"
+)
 ARGV = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
 SMALLER = "smaller --frame_buckets, --height_buckets, --width_buckets"
 
@@ -31,13 +34,15 @@ def fill_memory(monkeypatch, module, call):
     monkeypatch.setattr(module, "add_noise", full)
 
 
-def test_one_line_says_peak_shape_and_flags(stops, module, monkeypatch, tmp_path):
+def test_one_line_says_peak_shape_and_flags(stops, script, module, monkeypatch, tmp_path):
     fill_memory(monkeypatch, module, 3)
     monkeypatch.setattr("runtime.memory_report", lambda device: {"peak_allocated_gib": 78.9})
     line = stops(70, "out", "--max_train_steps", "4", "--train_batch_size", "2", data="two")
     assert "the GPU's memory is full (peak 78.9 GiB): batches of 2 with up to 9 frames of 64x96" in line
-    assert "cheapest first: --gradient_checkpointing; --train_batch_size 1 --gradient_accumulation_steps 2;" in line
-    assert "Tried to allocate 2.00 GiB" in line and "second line" not in line
+    streams = script.module.endswith("lora")
+    cheapest = "--memory stream, with host memory for the weights" if streams else "--gradient_checkpointing"
+    assert f"cheapest first: {cheapest}; --train_batch_size 1 --gradient_accumulation_steps 2;" in line
+    assert "Tried to allocate 2.00 GiB" in line and ADVICE not in line and "second line" not in line
     assert status(tmp_path / "out")["message"] in line and checkpoints(tmp_path / "out") == [1, 2]
 
 
@@ -47,7 +52,8 @@ def test_outside_of_the_loop_it_is_one_line_too(stops, module, monkeypatch):
         raise torch.cuda.OutOfMemoryError(MESSAGE)
 
     monkeypatch.setattr(module, "load_transformer", full)
-    assert "the GPU's memory is full: CUDA out of memory" in stops(70, "out")
+    line = stops(70, "out")
+    assert "the GPU's memory is full: CUDA out of memory" in line and ADVICE not in line
 
 
 def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops, train, module, monkeypatch):
@@ -76,10 +82,30 @@ def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops,
             ["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--use_cpu_offload_optimizer"],
             ["--offload_gradients", SMALLER],
         ),
+        (["--load_tensors", "--memory", "speed", "--train_batch_size", "1", "--use_8bit"], ["--memory balanced", SMALLER]),
+        (["--load_tensors", "--memory", "balanced", "--train_batch_size", "1", "--use_8bit"], [SMALLER]),
     ],
 )  # fmt: skip
 def test_only_flags_not_in_use_and_that_go_together_are_named(more, expected):
-    savers = memory_savers_from_args(parse_training_args("t2v_sft", [*ARGV, *more]))
+    savers = memory_savers_from_args(parse_training_args("t2v_sft", [*ARGV, *more]), is_lora=False)
+    assert len(savers) == len(expected)
+    assert all(saver.startswith(start) for saver, start in zip(savers, expected, strict=True)), savers
+
+
+@pytest.mark.parametrize(
+    ("more", "deepspeed", "expected"),
+    [
+        ([], False, ["--memory stream, with host memory", SMALLER]),
+        (["--gradient_checkpointing"], False, ["--memory stream in place of --gradient_checkpointing, with", SMALLER]),
+        (["--memory", "offload"], False, ["--memory stream, with", SMALLER]),
+        (["--memory", "stream"], False, [SMALLER]),
+        ([], True, ["--gradient_checkpointing", SMALLER]),
+    ],
+)
+def test_frozen_weights_may_leave_the_gpu(more, deepspeed, expected, monkeypatch):
+    monkeypatch.setattr("runtime.uses_deepspeed", lambda: deepspeed)
+    argv = [*ARGV, "--load_tensors", "--train_batch_size", "1", "--use_8bit", *more]
+    savers = memory_savers_from_args(parse_training_args("t2v_lora", argv), is_lora=True)
     assert len(savers) == len(expected)
     assert all(saver.startswith(start) for saver, start in zip(savers, expected, strict=True)), savers
 
@@ -87,6 +113,10 @@ def test_only_flags_not_in_use_and_that_go_together_are_named(more, expected):
 def test_every_flag_named_exists():
     args = parse_training_args("t2v_sft", ARGV)
     named = [
-        word for saver in memory_savers_from_args(args) for word in saver.replace(",", "").split() if "--" in word
+        word
+        for is_lora in (True, False)
+        for saver in memory_savers_from_args(args, is_lora)
+        for word in saver.replace(",", "").split()
+        if "--" in word
     ]
     assert {word.removeprefix("--") for word in named} <= vars(args).keys()

@@ -299,7 +299,7 @@ def memory_report(device: torch.device) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket]):
+def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket], is_lora: bool):
     """Within, a GPU whose memory is full is one line: peak, largest batch, and the flags that would make it fit."""
     try:
         yield
@@ -309,16 +309,25 @@ def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket
         raise MemoryFullError(
             f"the GPU's memory is full{f' (peak {peak:.1f} GiB)' if peak else ''}: batches of {args.train_batch_size} "
             f"with up to {largest.frames} frames of {largest.height}x{largest.width} (height x width). To make it fit, "
-            f"the cheapest first: {'; '.join(memory_savers_from_args(args))}. {first_line(error)}"
+            f"the cheapest first: {'; '.join(memory_savers_from_args(args, is_lora))}. {oom_line(error)}"
         ) from error
 
 
-def memory_savers_from_args(args) -> list[str]:
+def oom_line(error: torch.cuda.OutOfMemoryError) -> str:
+    """What torch says, but for its advice of expandable segments, which are in use: allocator.py."""
+    return first_line(error).partition(" If reserved but unallocated")[0]
+
+
+def memory_savers_from_args(args, is_lora: bool) -> list[str]:
     """Flags not in use that lower the peak, by what they cost in speed and quality."""
     is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
     batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    streams = is_lora and not uses_deepspeed()  # whose time hardly differs from that of the other levels
+    instead = " in place of --gradient_checkpointing" if args.gradient_checkpointing else ""
     savers = {
-        "--gradient_checkpointing": not args.gradient_checkpointing,
+        f"--memory stream{instead}, with host memory for the weights": streams and args.memory != "stream",
+        "--memory balanced": not streams and args.memory in ("auto", "speed"),
+        "--gradient_checkpointing": not (streams or args.memory or args.gradient_checkpointing),
         "--mixed_precision bf16": args.mixed_precision == "no",
         "--load_tensors on data of prepare_dataset.py, which needs no VAE here": not args.load_tensors,
         "--enable_slicing --enable_tiling": not (args.load_tensors or args.enable_tiling),
@@ -376,7 +385,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
         except KeyboardInterrupt:
             code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {GO_ON}"
         except torch.cuda.OutOfMemoryError as error:
-            code, line = INTERNAL, f"the GPU's memory is full: {first_line(error)}"
+            code, line = INTERNAL, f"the GPU's memory is full: {oom_line(error)}"
         except Exception as error:  # the outermost place: with its traceback, unless a user can mend it
             code, line = explain(error, output_dir)
             if code == INTERNAL:
