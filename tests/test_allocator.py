@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import allocator
+import durable
 import planning
 import prepare_dataset
 import runtime
@@ -98,25 +99,54 @@ def test_a_gpu_that_cannot_be_used_is_no_matter_of_segments(settings, monkeypatc
     assert caplog.messages == []
 
 
-def test_runs_their_plan_and_preparing_set_it(tiny, sample_data, prepared_data, tmp_path, monkeypatch):
-    """Before they load a model; preparing touches no GPU where it only decodes, or has nothing to do."""
-    devices = []
+@pytest.fixture
+def order(monkeypatch):
+    """What is done, in order; each a function that is called, or the device that is set to grow."""
+    done = []
+
+    def note(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **more: (done.append(name), function(*args, **more))[1])
+
     for module in (runtime, planning, prepare_dataset):
-        monkeypatch.setattr(module, "expand_segments", devices.append)
-    model_dir = str(tiny("5b"))
-    flags = ["--pretrained_model_name_or_path", model_dir, "--data_root", str(prepared_data), "--load_tensors"]
+        monkeypatch.setattr(module, "expand_segments", lambda device: done.append(str(device)))
+    note(planning, "run_from_args")
+    note(prepare_dataset, "place_text_encoder")
+    note(prepare_dataset, "load_vae")
+    return done
+
+
+def test_a_run_and_its_plan_set_it_before_they_estimate_and_load(tiny, prepared_data, order, monkeypatch):
+    flags = ["--pretrained_model_name_or_path", str(tiny("5b")), "--data_root", str(prepared_data), "--load_tensors"]
     args = parse_training_args("t2v_lora", flags)
-    runtime.init_accelerator_from_args(args)
-    assert len(devices) == 1
-    planning.print_plan_from_args(args, read_outline_from_args(args, image_to_video=False), is_lora=True)
-    assert len(devices) == 2
-    flags = ["--model_id", model_dir, "--data_root", str(sample_data), "--output_dir", str(tmp_path / "prepared")]
+    accelerator = runtime.init_accelerator_from_args(args)
+    assert order == [str(accelerator.device)]
+    outline = read_outline_from_args(args, image_to_video=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(planning, "free_on_gpu", lambda device: 2**34)
+    planning.print_plan_from_args(args, outline, is_lora=True)
+    assert order[1:] == ["cuda", "run_from_args"]
+
+
+def test_preparing_sets_it_where_a_model_comes_to_the_gpu_and_only_there(tiny, sample_data, order, tmp_path):
+    out = tmp_path / "prepared"
+    flags = ["--model_id", str(tiny("5b")), "--data_root", str(sample_data), "--output_dir", str(out)]
     flags += ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
     flags += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9"]
-    latents = "--save_latents_and_embeddings"
-    for flag, num_calls in (("--save_previews", 2), (latents, 3), (latents, 3)):
-        prepare_dataset.main(parse_prepare_args([*flags, flag]))
-        assert len(devices) == num_calls
+
+    def prepare(*more):
+        order.clear()
+        prepare_dataset.main(parse_prepare_args([*flags, *more]))
+        durable.release_locks()
+        return order
+
+    assert prepare("--save_previews") == []
+    text, vae = ["cpu", "place_text_encoder"], ["cpu", "load_vae"]
+    assert prepare("--save_latents_and_embeddings") == text + vae
+    assert prepare("--save_latents_and_embeddings") == []
+    (out / "prompt_embeds/_empty.safetensors").unlink()
+    assert prepare("--save_latents_and_embeddings") == text
+    assert prepare("--save_latents_and_embeddings", "--save_previews") == []
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """A saved LoRA, loaded with plain diffusers calls, is the trained model."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -53,10 +54,15 @@ def test_the_header_grows_where_the_file_lies(tmp_path):
         assert file.metadata() == {"format": "pt", "a": "b", **added}
 
 
-def test_others_may_read_the_file(tiny, tmp_path):
-    tmp_path.chmod(0o755)
-    path = save_lora(trained_transformer(tiny("2b"), 4, 4), tmp_path, TEXT_TO_VIDEO_PIPELINE)
-    assert path.stat().st_mode & 0o777 == 0o644
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_others_may_read_the_file_as_any_other(mask, mode, tiny, tmp_path):
+    tmp_path.chmod(0o777)
+    before = os.umask(mask)
+    try:
+        path = save_lora(trained_transformer(tiny("2b"), 4, 4), tmp_path, TEXT_TO_VIDEO_PIPELINE)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode and os.listdir(tmp_path) == [path.name]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from errors import first_line
 logger = logging.getLogger(__name__)
 
 SETTING = "expandable_segments"
-# torch's own, of which it takes the first that is set; what a user sets there stands
+# torch's own, of which it takes the first that is set, the last the newest; what a user sets there stands
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -42,7 +42,7 @@ def expand_segments(device: torch.device) -> None:
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:
-        os.environ["PYTORCH_ALLOC_CONF"] = f"{SETTING}:False"  # for the estimates, too
+        os.environ[VARIABLES[-1]] = f"{SETTING}:False"  # for the estimates, too
         configure(f"{SETTING}:False")
         torch.empty(1, device=device)  # or it was something else
         logger.warning("GPU memory cannot grow by pages here, so that more of it is needed: %s", first_line(error))

@@ -196,7 +196,7 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- loop
     step, batches = first_step, meter.timed(INTERRUPTION.until_asked(loader, alone=num_ranks == 1))
-    with explained_oom_from_args(args, device, dataset.bucket_of, is_lora=False), meter:
+    with explained_oom_from_args(args, device, dataset.bucket_of, level, is_lora=False), meter:
         for micro_step, batch in zip(micro_steps, batches, strict=False):
             step = micro_step // plan.accumulation  # updates made before this one
             positions = sample_positions(micro_step, args.train_batch_size, num_ranks, rank, len(batch["index"]))

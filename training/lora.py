@@ -195,8 +195,7 @@ def finish_header(path: Path, more_metadata: dict[str, str]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
         os.fsync(file.fileno())
-    with contextlib.suppress(PermissionError):  # of file systems without modes, as exFAT
-        path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes files that only their owner can read
+    give_usual_mode(path)
 
 
 def move_towards_end(file: BinaryIO, start: int, distance: int) -> None:
@@ -207,6 +206,15 @@ def move_towards_end(file: BinaryIO, start: int, distance: int) -> None:
             content = file.read(COPIED_AT_ONCE)
             file.seek(place + distance)
             file.write(content)
+
+
+def give_usual_mode(path: Path) -> None:
+    """The permissions of any new file there: the library makes files that only their owner can read."""
+    new = path.with_name(f"{path.name}.new")
+    new.touch()
+    with contextlib.suppress(OSError):  # a file system may have none
+        path.chmod(new.stat().st_mode & 0o777)
+    new.unlink()
 
 
 def load_lora(transformer: nn.Module, directory: Path) -> None:

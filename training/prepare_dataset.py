@@ -94,8 +94,6 @@ def main(args) -> None:
     # ---------------------------------------------------------------- captions, then pixels: never both on the GPU
     mine = todo[rank::num_ranks]
     if args.save_latents_and_embeddings:
-        if mine:  # a run that finds all done touches no GPU
-            expand_segments(device)
         write_embeddings_from_args(args, output_dir, model_dir, mine, config, device, rank)
     unreadable = write_pixels_from_args(args, output_dir, model_dir, videos, mine, device, rank)
 
@@ -245,6 +243,7 @@ def write_embeddings_from_args(
     if max_length != text_length(config):
         logger.warning("--max_sequence_length %d: this checkpoint was made for %d", max_length, text_length(config))
     tokenizer, text_encoder = load_text_encoder(model_dir, DTYPES[args.dtype], args.variant)
+    expand_segments(device)
     place_text_encoder(text_encoder, device)
     # One at a time: 226 tokens fill a GPU, and what a caption's neighbours are must not change its bits
     for prompt, files in tqdm(wanted.items(), desc="captions", disable=rank > 0):
@@ -266,6 +265,7 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
     vae = None
     if any("latents/" in path for item in pending.values() for path in item["missing"]):
         dtype = DTYPES[args.dtype]
+        expand_segments(device)
         vae = load_vae(model_dir, dtype, args.variant, slicing=args.use_slicing, tiling=args.use_tiling).to(device)
     loader = tolerant_loader(
         videos, list(pending), args.batch_size, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory

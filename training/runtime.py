@@ -25,7 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 
-from allocator import expand_segments
+from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
 from errors import MemoryFullError, UsageError, UserError, first_line
@@ -299,8 +299,11 @@ def memory_report(device: torch.device) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket], is_lora: bool):
-    """Within, a GPU whose memory is full is one line: peak, largest batch, and the flags that would make it fit."""
+def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket], level: str | None, is_lora: bool):
+    """Within, a GPU whose memory is full is one line: peak, largest batch, and the flags that would make it fit.
+
+    `level`: of memory that the run has, whichever --memory auto chose.
+    """
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -309,25 +312,26 @@ def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket
         raise MemoryFullError(
             f"the GPU's memory is full{f' (peak {peak:.1f} GiB)' if peak else ''}: batches of {args.train_batch_size} "
             f"with up to {largest.frames} frames of {largest.height}x{largest.width} (height x width). To make it fit, "
-            f"the cheapest first: {'; '.join(memory_savers_from_args(args, is_lora))}. {oom_line(error)}"
+            f"the cheapest first: {'; '.join(memory_savers_from_args(args, level, is_lora))}. {oom_line(error)}"
         ) from error
 
 
 def oom_line(error: torch.cuda.OutOfMemoryError) -> str:
-    """What torch says, but for its advice of expandable segments, which are in use: allocator.py."""
-    return first_line(error).partition(" If reserved but unallocated")[0]
+    """What torch says, but for its advice of expandable segments where they are in use."""
+    line = first_line(error)
+    return line.partition(" If reserved but unallocated")[0] if uses_expandable_segments() else line
 
 
-def memory_savers_from_args(args, is_lora: bool) -> list[str]:
-    """Flags not in use that lower the peak, by what they cost in speed and quality."""
+def memory_savers_from_args(args, level: str | None, is_lora: bool) -> list[str]:
+    """Flags not in use that lower the peak of a run at `level`, by what they cost in speed and quality."""
     is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
     batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     streams = is_lora and not uses_deepspeed()  # whose time hardly differs from that of the other levels
     instead = " in place of --gradient_checkpointing" if args.gradient_checkpointing else ""
     savers = {
-        f"--memory stream{instead}, with host memory for the weights": streams and args.memory != "stream",
-        "--memory balanced": not streams and args.memory in ("auto", "speed"),
-        "--gradient_checkpointing": not (streams or args.memory or args.gradient_checkpointing),
+        f"--memory stream{instead}, with host memory for the weights": streams and level != "stream",
+        "--memory balanced": not streams and level == "speed",
+        "--gradient_checkpointing": not (streams or level or args.gradient_checkpointing),
         "--mixed_precision bf16": args.mixed_precision == "no",
         "--load_tensors on data of prepare_dataset.py, which needs no VAE here": not args.load_tensors,
         "--enable_slicing --enable_tiling": not (args.load_tensors or args.enable_tiling),
