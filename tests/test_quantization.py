@@ -432,7 +432,10 @@ def test_adapters_in_few_products_over_quantised_layers(precision, dtype, tiny):
 # ---------------------------------------------------------------- its price
 
 
-@pytest.mark.parametrize(("kind", "size"), [("2b", (9, 64, 96)), ("5b", (9, 64, 96)), ("1.5-5b-i2v", (17, 128, 128))])
+LARGER = pytest.param("1.5-5b-i2v", (17, 128, 128), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("2b", (9, 64, 96)), ("5b", (9, 64, 96)), LARGER])
 def test_the_price_of_each_precision(kind, size, tiny, tmp_path, capsys):
     write_dataset(tmp_path / "data", 3, *size, text_shape=(226, 32))
     command = [str(tiny(kind)), "--data", str(tmp_path / "data"), "--rank", "8", "--num_samples", "4", "--steps", "4"]
