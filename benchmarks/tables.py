@@ -5,8 +5,8 @@
 
 Rows are those of benchmarks/speed.csv, of a row measured twice on one card the later. The original's figures beside them
 are those of benchmarks/original_speed.csv. A cap does not change the time of a step, and rows under a cap may share the
-GPU: their time is that of the same model and level without one. Where a table would have no row, nothing stands between
-its markers.
+GPU, which leaves them without a time in the file: theirs is that of the same model and level without a cap on the same
+card, else their own. Where a table would have no row, nothing stands between its markers.
 """
 
 import argparse
@@ -25,13 +25,14 @@ HEADINGS = {
         "README_zh.md": "模型 | 尺寸 | 级别 | 注意力 | 秒/步 | 已分配 | 预留 | 内存 | MFU | 原版 | GPU",
     },
     "fits": {
-        "README.md": "GPU memory allowed | model | size | level | reserved | host | 1,000 steps | validates and tests",
-        "README_zh.md": "允许的显存 | 模型 | 尺寸 | 级别 | 预留 | 内存 | 1,000 步 | 验证和测试",
+        "README.md": "GPU memory allowed | model | size | level | T5 | reserved | host | 1,000 steps | "
+        "validates and tests | card",
+        "README_zh.md": "允许的显存 | 模型 | 尺寸 | 级别 | T5 | 预留 | 内存 | 1,000 步 | 验证和测试 | GPU",
     },
 }
 VERSIONS = {"README.md": "Versions: {}.", "README_zh.md": "版本：{}。"}
-WORDS = {"README.md": {"yes": "yes", "no": "no", "minutes": "min"}}
-WORDS["README_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟"}
+WORDS = {"README.md": {"yes": "yes", "no": "no", "minutes": "min", "tiny": "tiny"}}
+WORDS["README_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟", "tiny": "微型"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-attn-4")
 
 
@@ -48,7 +49,7 @@ def latest(rows):
 
 def level_of(row):
     """The level and what was added to it, in words, but for what has a column of its own."""
-    shown_elsewhere = r"@|\+cap|\+validated" if row.cap else "@"
+    shown_elsewhere = r"@|\+cap|\+validated|\+xxl" if row.cap else "@"
     added = [name.lstrip("+") for name in row.additions if not re.match(shown_elsewhere, name)]
     return ", ".join([row.level, *(re.sub(r"^(batch|rank)", r"\1 ", name) for name in added)])
 
@@ -77,8 +78,18 @@ def gib(figures, name):
     return f"{float(figures[name]):.1f} GiB"
 
 
+def text_encoder_of(row, words):
+    """Which T5 encoded the prompts; "" of a row without any."""
+    if not row.is_validated:
+        return ""
+    return "T5-XXL" if "+xxl" in row.additions else words["tiny"]
+
+
 def minutes_of(row, figures, pairs):
-    """Of 1,000 steps of the row without cap and videos on the same card, by its fastest kernel; None if not measured."""
+    """Of 1,000 steps of the row without cap and videos on the same card, by its fastest kernel; else of the row itself.
+
+    None if neither was measured.
+    """
 
     def bare(row):
         added = tuple(name for name in row.additions if not re.match(r"@|\+validated|\+xxl|\+cap", name))
@@ -86,6 +97,8 @@ def minutes_of(row, figures, pairs):
 
     alike = [other for kind, other in pairs if kind.cap is None and bare(kind) == bare(row)]
     seconds = [float(other["median_s"]) for other in alike if other["card"] == figures["card"]]
+    if not seconds and figures["median_s"]:
+        seconds = [float(figures["median_s"])]
     return 1000 * min(seconds) / 60 if seconds else None
 
 
@@ -102,8 +115,9 @@ def fits_cells(row, figures, pairs, originals, words):
     minutes = minutes_of(row, figures, pairs)
     time = "" if minutes is None else f"{minutes:.0f} {words['minutes']}"
     return [
-        f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row), gib(figures, "reserved_gib"),
-        gib(figures, "host_gib"), time, words["yes" if row.is_validated else "no"],
+        f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row), text_encoder_of(row, words),
+        gib(figures, "reserved_gib"), gib(figures, "host_gib"), time, words["yes" if row.is_validated else "no"],
+        figures["card"].removeprefix("NVIDIA "),
     ]  # fmt: skip
 
 

@@ -363,7 +363,7 @@ def test_tables_show_the_rows_of_the_csv():
         f"|5b|49x480x720|balanced, batch 4, fp8|fa4|8.00|{common}||{card}|",
         f"|5b|49x480x720|speed|auto|1.71|{common}|OOM (H100)|{card}|",
         f"|1.5-5B|81x768x1360|balanced|auto|9.50|{common}|40 s, 35 GB (A800)|{card}|",
-        "|5.5 GiB|5b|49x480x720|stream|22.5 GiB|6.0 GiB||yes|",
+        f"|5.5 GiB|5b|49x480x720|stream|tiny|22.5 GiB|6.0 GiB||yes|{card}|",
     ]
     assert "Versions: torch 2.11.0, diffusers 0.42.1, CUDA 13.0." in text
     assert filled(rows, text=text) == text
@@ -376,6 +376,17 @@ def test_what_fits_under_a_cap_takes_the_time_of_the_same_level_without_one():
     others += [speed_row("5b-stream", median_s=1, card="another")]
     text = filled([speed_row("5b-stream+validated+cap5.5", median_s=99), *others])
     assert "| 40 min | yes |" in text
+
+
+def test_what_fits_under_a_cap_says_which_t5_and_card_and_its_own_time_where_it_has_one():
+    own = speed_row("5b-stream+cap5.5+validated+xxl@cudnn", median_s=2.4, card="NVIDIA H200")
+    shared = speed_row("2b-offload+cap7.5+validated+xxl", median_s=None, card="NVIDIA H200")
+    text = filled([own, shared, speed_row("2b-stream+cap4", median_s=None), speed_row("5b-stream", median_s=1)])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "GiB | 5b" in line]
+    assert cells[0][:5] == ["5.5 GiB", "5b", "49x480x720", "stream", "T5-XXL"]
+    assert cells[0][-3:] == ["40 min", "yes", "H200"]
+    assert "| 7.5 GiB | 2b | 49x480x720 | offload | T5-XXL | 22.5 GiB | 6.0 GiB | | yes | H200 |" in text
+    assert "| 4 GiB | 2b | 49x480x720 | stream | | 22.5 GiB | 6.0 GiB | | no | H100 80GB HBM3 |" in text
 
 
 def test_tables_have_the_same_figures_in_both_languages():

@@ -60,10 +60,11 @@ def measured_rows():
 
 
 def expected_need(file, run, level, cap_gib):
-    """What torch holds lies between what is needed and what it takes where there is room; a cap decides."""
+    """What torch holds lies between what is needed and what it takes where there is room; a cap decides. Hosts had room."""
     if cap_gib < math.inf:
         needed, roomy = need(run, level), need(run, level, roomy=True)
-        return needed._replace(reserved=max(needed.reserved, min(cap_gib * GIB, roomy.reserved)))
+        reserved = max(needed.reserved, min(cap_gib * GIB, roomy.reserved))
+        return needed._replace(reserved=reserved, host=roomy.host)
     needed = need(run, level, roomy=True)
     if file == "optimizers":  # measured when training's caches were not given back before rendering
         training = need(run._replace(renders=False), level, roomy=True)
@@ -169,6 +170,16 @@ def test_t5_and_decoding_are_small_where_weights_are_on_the_host():
     assert (
         need(run, "stream", roomy=True).allocated < 6 * GIB < 8.9 * GIB < need(run, "balanced", roomy=True).allocated
     )
+
+
+def test_a_host_that_streams_or_converts_t5_holds_it():
+    validated, least = ["--validation_prompt", "x"], 9 * GIB  # T5-XXL in bf16
+    for kind, level in [("5b", "offload"), ("2b", "stream"), ("2b", "balanced"), ("1.5-5b", "offload")]:
+        short = need(make_run(kind, *validated), level)
+        assert need(make_run(kind), level).host < least + 3 * GIB < short.host
+        assert short.host < need(make_run(kind, *validated), level, roomy=True).host
+    plain, straight = (need(make_run("5b", *flags), "balanced").host for flags in ([], validated))
+    assert straight - plain < 2 * GIB  # from its file to the GPU
 
 
 def test_ranks_of_one_machine_share_streamed_weights(monkeypatch):

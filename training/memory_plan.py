@@ -32,7 +32,8 @@ LOADING = 1.6 * GIB  # and what reading a model takes beside its weights
 CONVERTED = 0.65  # of weights of another dtype in the file: what their conversion leaves to the host's allocator
 MAPPED = 0.16  # of weights whose file is mapped into memory and copied to the GPU as it is
 RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
-T5_XXL, T5_STREAMED, T5_HOST = 8.96 * GIB, 1.4 * GIB, 16.0 * GIB  # on the GPU; loaded and converted, on the host
+T5_XXL, T5_STREAMED = 8.96 * GIB, 1.4 * GIB  # on the GPU
+T5_HOST = 16.0 * GIB  # of the host: copied, and its file mapped into memory, whose pages the system may take back
 DENOISING = 13.8  # u of a sample: a block without gradients. Guidance makes it two, one by one where room is short
 # The VAE at work on one video; it works through 8 frames at a time, whole ones of 480x720 or tiles
 VAE = 0.4 * GIB
@@ -86,7 +87,8 @@ class Need(NamedTuple):
 def need(run: Run, level: str, roomy: bool = False) -> Need:
     """What `run` takes at `level`, a name of FASTEST_FIRST or CHECKPOINTING.
 
-    `roomy`: where there is more than that, T5 encodes on the GPU, and torch keeps what rendering no longer uses.
+    `roomy`: where there is more than that, T5 encodes on the GPU, torch keeps what rendering no longer uses, and the
+    system the pages of T5's file.
     """
     unit = unit_bytes(run)
     resident = weights_on_gpu(run, level) + trained_bytes(run)
@@ -211,9 +213,18 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
     if run.renders:
         peak += RENDERING
     total = shared + run.num_processes * (HOST_BASE + peak)
-    if roomy and (run.raw or run.renders):  # T5 is gone before the transformer comes
-        total = max(total, run.num_processes * (HOST_BASE + LOADING + T5_HOST))
+    if run.raw or run.renders:  # T5 is gone before the transformer comes
+        total = max(total, run.num_processes * (HOST_BASE + LOADING + text_encoder_on_host(run, level, roomy)))
     return total
+
+
+def text_encoder_on_host(run: Run, level: str, roomy: bool) -> float:
+    """T5's weights in host memory while captions are encoded: hardly any go from the file to the GPU as they are."""
+    # With models that leave the GPU as measured: 5b took 21.6 GiB of the host
+    copied = run.converted or run.offloads_models or level in ("offload", "stream")
+    if not copied:
+        return MAPPED * T5_XXL
+    return T5_HOST if roomy else T5_XXL
 
 
 def quantised_bytes(run: Run) -> float:
