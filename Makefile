@@ -44,7 +44,7 @@ test: install  ## Run the tests that need neither a GPU nor minutes
 test-faults: install  ## Kill, corrupt and starve real runs at random moments: 20 minutes
 	OMP_NUM_THREADS=1 pytest -s -m "faults and not (gpu or multi_gpu)"
 
-real: install  ## Check the scripts against real weights: MODEL=zai-org/CogVideoX-2b, a card, 30 minutes
+real: install  ## Check the scripts against real weights: MODEL=zai-org/CogVideoX-2b, on a GPU, 30 minutes by estimate
 	@test -n "$(MODEL)" || { echo "MODEL is missing, as in make real MODEL=zai-org/CogVideoX-2b" >&2; exit 2; }
 	python benchmarks/real_model.py --model "$(MODEL)" $(REAL_FLAGS)
 

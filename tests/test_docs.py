@@ -451,6 +451,54 @@ def test_the_tables_of_speed_are_those_of_the_csv(page):
     assert read(page) == written, "run python benchmarks/tables.py"
 
 
+def last_rows(name):
+    """Rows of a CSV of benchmarks/ by label, the later of two."""
+    return {row["label"]: row for row in bench.rows_in(ROOT / f"benchmarks/{name}.csv")}
+
+
+def test_what_is_enough_says_which_t5_it_was_measured_with():
+    """T5-XXL wherever a row has it; the host's memory is that row's."""
+    rows = {label.partition("@")[0]: row for label, row in last_rows("speed").items()}
+    said = [" ".join(cells) for cells in table_rows(section("Requirements")) if "are enough" in cells[1]]
+    assert len(said) == 3
+    for text in said:
+        model, cap, host = re.search(r"CogVideoX-?(\S+?),? .*?([\d.]+) GiB are enough, (\d+) GiB", text).groups()
+        label = f"{model.lower()}-stream+cap{cap}+validated"
+        has_xxl = f"{label}+xxl" in rows
+        assert ("(with T5-XXL)" if has_xxl else "(with a tiny T5)") in text
+        assert f"{float(rows[label + '+xxl' * has_xxl]['host_gib']):.0f}" == host
+
+
+LORA, SFT, I2V_SFT = "train_text_to_video_lora.sh", "train_text_to_video_sft.sh", "train_image_to_video_sft.sh"
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "file", "label", "reserved", "host", "step"),
+    [
+        (LORA, "speed", "5b-stream@fa4", "4.4 GiB", None, "1.96 s"),
+        (LORA, "speed", "2b-stream@fa4", "2.8 GiB", None, "0.85 s"),
+        (LORA, "speed", "5b-balanced@fa4", "22.1", None, None),
+        (LORA, "speed", "2b-balanced@fa4", "9.0 GiB", None, None),
+        (LORA, "speed", "5b-stream+cap5.5+validated+xxl@cudnn", "4.9", None, None),
+        (LORA, "speed", "2b-stream+cap5.5+validated+xxl@cudnn", "4.1 GiB", None, None),
+        ("train_image_to_video_lora.sh", "speed", "5b-stream@fa4", "4.4 GiB", None, None),
+        ("train_image_to_video_lora.sh", "speed", "5b-balanced@fa4", "22.1 GiB", None, None),
+        (SFT, "results", "t2v-sft-5b-offload", "18.5", "99 GiB", "8 s"),
+        (I2V_SFT, "results", "i2v-sft-5b-offload", "18.3 GiB", "99 GiB", "7.4 s"),
+    ],
+)
+def test_the_wrappers_headers_show_what_was_measured_and_at_what(wrapper, file, label, reserved, host, step):
+    lines = (line.removeprefix("#").strip() for line in read(ROOT / wrapper).splitlines() if line.startswith("#"))
+    header, row = " ".join(lines), last_rows(file)[label]
+    shown = {"reserved_gib": reserved, "host_gib": host, "median_s": step}
+    for column, figure in shown.items():
+        if figure:
+            assert figure in header
+            number = figure.split()[0]
+            assert f"{float(row[column]):.{len(number.partition('.')[2])}f}" == number
+    assert "49x480x720" in header and "batch 1" in header
+
+
 def test_the_changes_of_losses_and_gradients_are_those_of_the_csv():
     with open(ROOT / "benchmarks/exactness.csv", newline="") as file:
         measured = {row["row"]: row for row in csv.DictReader(file) if row["row"] != "reference"}

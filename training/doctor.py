@@ -234,7 +234,8 @@ def check_gpu(index: int, gpu: Gpu) -> Finding:
         return Finding("WARN", f"{text}; train CogVideoX-2b with --mixed_precision fp16, the other models need bf16")
     if gpu.memory < SMALLEST_GPU:
         return Finding(
-            "WARN", f"{text}; a LoRA of CogVideoX-2b at full size takes {SMALLEST_GPU} GiB: smaller buckets"
+            "WARN",
+            f"{text}; a LoRA of CogVideoX-2b at full size takes {SMALLEST_GPU} GiB, without validation: smaller buckets",
         )
     if gpu.memory < PREPARING:
         text += "; prepare data with --use_slicing --use_tiling"
