@@ -1046,7 +1046,7 @@ def add_speed_flags(parser: FlagParser):
     group.add_argument(
         "--compile_blocks",
         action="store_true",
-        help="torch.compile every transformer block in place: faster steps after a minute of compiling; on with "
+        help="torch.compile every transformer block in place: faster steps after a first one that compiles; on with "
         "accelerate_configs/compiled_1.yaml, and on a GPU with --memory",
     )
     group.add_argument(

@@ -33,7 +33,7 @@ CONVERTED = 0.65  # of weights of another dtype in the file: what their conversi
 MAPPED = 0.16  # of weights whose file is mapped into memory and copied to the GPU as it is
 RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
 T5_XXL, T5_STREAMED = 8.96 * GIB, 1.4 * GIB  # on the GPU
-T5_HOST = 16.0 * GIB  # of the host: copied, and its file mapped into memory, whose pages the system may take back
+T5_HOST = 16.0 * GIB  # of the host: a copy, and the pages of its file, which the system may take back
 DENOISING = 13.8  # u of a sample: a block without gradients. Guidance makes it two, one by one where room is short
 # The VAE at work on one video; it works through 8 frames at a time, whole ones of 480x720 or tiles
 VAE = 0.4 * GIB
@@ -219,8 +219,8 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
 
 
 def text_encoder_on_host(run: Run, level: str, roomy: bool) -> float:
-    """T5's weights in host memory while captions are encoded: hardly any go from the file to the GPU as they are."""
-    # With models that leave the GPU as measured: 5b took 21.6 GiB of the host
+    """While captions are encoded. Weights that go from their file to the GPU as they are leave hardly a trace."""
+    # --enable_model_cpu_offload is among them as measured, 21.6 GiB for 5b; why, was not found out
     copied = run.converted or run.offloads_models or level in ("offload", "stream")
     if not copied:
         return MAPPED * T5_XXL
