@@ -7,7 +7,8 @@ from typing import BinaryIO
 
 
 # Matroska: identifiers of elements
-SEGMENT, CLUSTER, TRACKS, TRACK_ENTRY, TRACK_NUMBER, VIDEO = 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE, 0xD7, 0xE0
+SEGMENT, CLUSTER, TRACKS, TRACK_ENTRY, VIDEO = 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE, 0xE0
+MOST_HEADER_BYTES = 16  # of an identifier and a size, 8 each at most
 
 
 def boxes(file: BinaryIO, start: int, end: int, names: tuple[bytes, ...]) -> Iterator[bytes]:
@@ -37,40 +38,33 @@ def elements(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, i
     """(identifier, offset of the content, offset after it) of the Matroska elements between two offsets."""
     while start < end:
         file.seek(start)
-        head = file.read(12)
-        try:
-            id_length, size_length = number_length(head, 0), number_length(head, number_length(head, 0))
-        except IndexError:
-            return
-        content = start + id_length + size_length
-        size = int.from_bytes(head[id_length : id_length + size_length]) & ~(1 << 7 * size_length)
-        unknown = size == (1 << 7 * size_length) - 1  # of a stream that was written without going back
-        start = end if unknown else min(content + size, end)
-        yield int.from_bytes(head[:id_length]), content, start
+        head = file.read(MOST_HEADER_BYTES).ljust(MOST_HEADER_BYTES, b"\xff")
+        identifier_bytes = number_bytes(head[0])
+        size_bytes = number_bytes(head[identifier_bytes])
+        content = start + identifier_bytes + size_bytes
+        largest = (1 << 7 * size_bytes) - 1  # says that the size is unknown: to the end
+        size = int.from_bytes(head[identifier_bytes : identifier_bytes + size_bytes]) & largest
+        start = end if size == largest else min(content + size, end)
+        yield int.from_bytes(head[:identifier_bytes]), content, start
 
 
-def number_length(data: bytes, place: int) -> int:
-    """Bytes of the number at `place`: its first bit that is set says how many. IndexError if there is none."""
-    return 9 - data[place].bit_length() if data[place] else data[len(data)]
+def number_bytes(first: int) -> int:
+    """Length of a number by its first byte: one more than that has zeros in front."""
+    return 9 - first.bit_length() if first else 8
 
 
-def matroska_video(path, track_number: int) -> dict[int, int]:
-    """Values of the Video element of a track, as unsigned numbers; empty if it is not found before the first frames."""
+def matroska_videos(path) -> list[dict[int, int]]:
+    """The Video elements of the tracks, values as unsigned numbers, as far as they come before the first frames."""
     with open(path, "rb") as file:
-        for segment, start, end in elements(file, 0, os.path.getsize(path)):
-            if segment == SEGMENT:
-                return next(tracks_video(file, start, end, track_number), {})
-    return {}
+        return list(video_elements(file, 0, os.path.getsize(path)))
 
 
-def tracks_video(file: BinaryIO, start: int, end: int, track_number: int) -> Iterator[dict[int, int]]:
+def video_elements(file: BinaryIO, start: int, end: int) -> Iterator[dict[int, int]]:
     for identifier, content, after in elements(file, start, end):
         if identifier == CLUSTER:
             return
-        if identifier in (TRACKS, TRACK_ENTRY):
-            yield from tracks_video(file, content, after, track_number)
-        elif identifier == TRACK_NUMBER and number_at(file, content, after) != track_number:
-            return
+        if identifier in (SEGMENT, TRACKS, TRACK_ENTRY):
+            yield from video_elements(file, content, after)
         elif identifier == VIDEO:
             yield {name: number_at(file, *place) for name, *place in list(elements(file, content, after))}
 

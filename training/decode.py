@@ -6,9 +6,11 @@ DataError of the one clip.
 
 import contextlib
 import functools
+import io
 import itertools
 import logging
 import math
+import mimetypes
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,9 +44,9 @@ CONTAINERS = (
     )),
 )  # fmt: skip
 SEEKABLE = {"mp4", "matroska", "mpegts"}  # formats that store every frame's time, so that it is the same after a seek
-ESTIMATED = {"mpegts", "mpeg"}  # formats whose length is taken from the last frames that are there
+KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats whose header has the length; FFmpeg guesses others'
 DECORD_FORMATS, DECORD_PIXELS = {"mp4", "matroska"}, {"yuv420p", "yuvj420p"}
-PATTERNS = set("%*?[{")  # in an image's name, FFmpeg takes them for a list of files
+PATTERNS = set("%*?{")  # in an image's name, FFmpeg takes them for a list of files
 
 
 class VideoInfo(NamedTuple):
@@ -119,20 +121,19 @@ def opened(path):
     if os.path.getsize(path) == 0:
         raise DataError(f"{path}: empty file; download or export it again")
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
-    with contextlib.ExitStack() as stack:
-        source = os.path.abspath(path)
-        if PATTERNS & set(os.path.basename(path)):
-            source = stack.enter_context(open(path, "rb"))
-        try:
-            container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
-        except av.ArgumentError as error:  # what a format that is not listed gives
-            raise DataError(
-                f"{path}: a playlist, a list of files, or no video; only files that hold their frames are read"
-            ) from error
-        except (av.FFmpegError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{path}: not a readable video (no index: truncated download? {reason})") from error
-        stack.enter_context(container)
+    source, kind = os.path.abspath(path), mimetypes.guess_type(path)[0] or ""
+    if kind.startswith("image/") and PATTERNS & set(os.path.basename(path)):
+        source = io.BytesIO(Path(path).read_bytes())
+    try:
+        container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
+    except av.ArgumentError as error:  # what a format that is not listed gives
+        raise DataError(
+            f"{path}: a playlist, a list of files, or no video; only files that hold their frames are read"
+        ) from error
+    except (av.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: not a readable video (no index: truncated download? {reason})") from error
+    with container:
         yield container, choose_stream(path, container)
 
 
@@ -228,12 +229,12 @@ def count_by_demuxing(path, container, stream) -> Counted:
     if first is None:
         raise DataError(f"{path}: no frame can be decoded; download or export it again")
     if first.pts is None or None in stamps:  # a stream without a container: frames follow one another at one rate
-        return Counted(len(stamps), header_rate(stream), first)
+        return Counted(len(good_frames(path)), header_rate(stream), first)
     promised = promised_seconds(container, stream)
     there = max(end, end - begin)  # some headers count from 0, others from the first frame
     if there < promised - MISSING - 1 / header_rate(stream):
         raise DataError(f"{path}: cut off: {there:.1f} of {promised:.1f} s are in the file; download it again")
-    vouched = promised and not ESTIMATED & formats_of(container) and not group[-1].is_corrupt
+    vouched = promised and KEEP_LENGTH & formats_of(container) and not group[-1].is_corrupt
     last = max(stamps) if vouched else last_decodable(path, stream, group)
     shown = {stamp for stamp in stamps if first.pts <= stamp <= last}
     seconds = float((last - first.pts + group[-1].duration) * stream.time_base)
@@ -285,21 +286,24 @@ def last_decodable(path, stream, group: list[av.Packet]) -> int:
     those do not suffice (intra refresh), of the whole file.
     """
     stream.codec_context.flush_buffers()
-    last = last_good(itertools.chain.from_iterable(map(stream.decode, [*group, None])))
-    if last is None:
-        with opened(path) as (container, whole):
-            last = last_good(decoded(container, whole))
-    if last is None:
+    stamps = good_stamps(itertools.chain.from_iterable(map(stream.decode, [*group, None]))) or good_frames(path)
+    if not stamps:
         raise DataError(f"{path}: its last frames cannot be decoded; download or export it again")
-    return last
+    return max(stamps)
 
 
-def last_good(frames: Iterator[av.VideoFrame]) -> int | None:
-    """The largest time stamp before the first damage."""
+def good_frames(path) -> list[int | None]:
+    """The times of all frames of a file that is decoded for this."""
+    with opened(path) as (container, stream):
+        return good_stamps(decoded(container, stream))
+
+
+def good_stamps(frames: Iterator[av.VideoFrame]) -> list[int | None]:
+    """The times of the frames before the first damage, in the stream's time base."""
     stamps = []
     with contextlib.suppress(av.FFmpegError):
         stamps.extend(frame.pts for frame in itertools.takewhile(lambda frame: not frame.is_corrupt, frames))
-    return max(stamps, default=None)
+    return stamps
 
 
 # ---------------------------------------------------------------- frames

@@ -15,7 +15,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 
-from containers import boxes, matroska_video
+from containers import boxes, matroska_videos
 
 
 UPRIGHT = (1, 0, 0, 1)
@@ -94,8 +94,7 @@ def describe(path, container, stream, frame: av.VideoFrame | None = None) -> Pic
         track = read_track(path, stream.id)
         crop = clean_aperture(sample_entry(track), height, width)
     elif "matroska" in formats:
-        video = matroska_video(path, stream.id)
-        crop = tuple(video.get(name, 0) for name in MATROSKA_CROP)
+        crop = matroska_crop(path, container.streams.video.index(stream))
     matrix = track_matrix(track) if frame is None else frame_matrix(frame)
     cautions = [*color_cautions(stream), *layout_cautions(stream, track), *turn_cautions(matrix)]
     if frame is not None:
@@ -212,6 +211,12 @@ def clean_aperture(entry: bytes, height: int, width: int) -> tuple[int, int, int
     return top, height - top - round(shown_height), left, width - left - round(shown_width)
 
 
+def matroska_crop(path, number: int) -> tuple[int, int, int, int]:
+    """The same of the Matroska file's video track of that number."""
+    videos = matroska_videos(path)
+    return tuple(videos[number].get(name, 0) for name in MATROSKA_CROP) if number < len(videos) else UNCROPPED
+
+
 def sensible_crop(crop: tuple[int, int, int, int], height: int, width: int) -> tuple[int, int, int, int]:
     """The crop, or none if it reaches beyond the frame or leaves nothing of it."""
     top, bottom, left, right = crop
@@ -223,13 +228,16 @@ def sensible_crop(crop: tuple[int, int, int, int], height: int, width: int) -> t
 
 def color_cautions(stream) -> Iterator[Caution]:
     """Of the codec context, which has read the first frame's header."""
-    transfer, primaries = stream.codec_context.color_trc, stream.codec_context.color_primaries
-    if transfer in HDR_TRANSFERS:
-        yield Caution(f"HDR ({HDR_TRANSFERS[transfer]}), so that white is read as grey", TO_SDR)
-    elif transfer in LINEAR_TRANSFERS:
-        yield Caution(f"of {LINEAR_TRANSFERS[transfer]} brightness, which is read as it is", TO_BT709)
-    elif primaries in WIDE_PRIMARIES:
-        yield Caution(f"of a wide gamut ({WIDE_PRIMARIES[primaries]}), so that colours are read too pale", TO_BT709)
+    codec = stream.codec_context
+    # zscale refuses a matrix that is not described
+    first = "setparams=colorspace=bt709," if codec.colorspace == UNSPECIFIED else ""
+    if codec.color_trc in HDR_TRANSFERS:
+        yield Caution(f"HDR ({HDR_TRANSFERS[codec.color_trc]}), so that white is read as grey", first + TO_SDR)
+    elif codec.color_trc in LINEAR_TRANSFERS:
+        yield Caution(f"of {LINEAR_TRANSFERS[codec.color_trc]} brightness, which is read as it is", first + TO_BT709)
+    elif codec.color_primaries in WIDE_PRIMARIES:
+        gamut = WIDE_PRIMARIES[codec.color_primaries]
+        yield Caution(f"of a wide gamut ({gamut}), so that colours are read too pale", first + TO_BT709)
 
 
 def layout_cautions(stream, track: bytes) -> Iterator[Caution]:
