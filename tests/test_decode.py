@@ -2,6 +2,7 @@ import math
 import os
 import random
 import sys
+import tempfile
 from fractions import Fraction
 
 import av
@@ -10,26 +11,12 @@ import pytest
 from make_clips import encode_video
 
 import decode
-from buckets import frame_times, num_sampled_frames
+from buckets import frame_times, make_buckets, num_sampled_frames
+from dataset import VideoDataset
 from decode import probe, read_frames
-from errors import DataError, UsageError
-
-
-BLOCK = 16  # pixels: large enough for the bits to survive any codec
-
-
-def numbered_frames(num_frames):
-    """Frames [F, 32, 128, 3] that show their own number in 8 black and white blocks."""
-    bits = (np.arange(num_frames)[:, None] >> np.arange(7, -1, -1)) & 1
-    return (
-        np.repeat(np.repeat(bits[:, None, :, None] * 255, BLOCK, axis=2), 2 * BLOCK, axis=1).repeat(3, 3).astype("u1")
-    )
-
-
-def numbers(frames):
-    """The numbers that frames [F, 32, 128, 3] show."""
-    bits = frames[:, BLOCK, BLOCK // 2 :: BLOCK, 0] > 127
-    return (bits @ (1 << np.arange(7, -1, -1))).tolist()
+from errors import ERROR_LOG, DataError, UsageError
+from formats import Clip
+from synthetic_clips import X264, encode, ffmpeg, numbered_frames, numbers
 
 
 def numbered_clip(path, num_frames, fps=8):
@@ -174,34 +161,150 @@ def test_other_formats(tmp_path, name):
     assert numbers(read_frames(path, frame_times(10, 12.5))) == list(range(0, 20, 2))
 
 
-# ---------------------------------------------------------------- rotation
+# ---------------------------------------------------------------- what is not believed
+
+PLAIN_X264 = (*X264, "-pix_fmt", "yuv420p")
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotation_is_applied_as_players_do(tmp_path, backend, degrees, suffix):
-    image = np.zeros((48, 64, 3), np.uint8)
-    image[:16, :16, 0] = 255  # red marks the top left corner, green the top right
-    image[:16, -16:, 1] = 255
-    path = write_variable(tmp_path / f"turned{suffix}", range(0, 400, 40), np.stack([image] * 10), rotation=degrees)
-    shown = np.rot90(image, degrees // 90)  # against the clock
-    frame = read_frames(path, [0.0], backend)[0]
-    assert probe(path)[2:] == frame.shape[:2] == shown.shape[:2]
-    assert np.abs(frame.astype(int) - shown)[::8, ::8].mean() < 20
+def every_number(path, backend="auto"):
+    """What all frames of a file show, read at the times that its header gives them."""
+    info = probe(path)
+    return numbers(read_frames(path, frame_times(info.num_frames, info.fps), backend))
 
 
-def test_mirrored_clips(tmp_path):
-    image = np.zeros((48, 64, 3), np.uint8)
-    image[:, :32] = 255
-    path = tmp_path / "mirrored.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        stream.set_display_rotation(0, hflip=True)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    frame = read_frames(path, [0.0])[0]
-    assert frame[24, 8, 0] < 50 and frame[24, 56, 0] > 200
+@pytest.mark.parametrize(("group", "num_frames", "start"), [(110, 200, 2.2), (250, 100, 2.2), (30, 200, 5.0)])
+def test_a_seek_that_lands_late_or_nowhere_is_made_up_for(tmp_path, group, num_frames, start):
+    """MPEG-TS has no index: a seek lands between key frames, or finds none at all."""
+    path = encode(tmp_path / "a.ts", numbered_frames(num_frames), "25", *PLAIN_X264, "-g", group)
+    times = frame_times(9, 8, start)
+    assert numbers(read_frames(path, times)) == [math.ceil(time * 25 - 0.5) for time in times]  # ties: the earlier
+
+
+def test_a_seek_whose_packets_do_not_decode_is_made_up_for(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mp4", numbered_frames(200), "25", *PLAIN_X264, "-g", "25")
+    decoded, calls = decode.decoded, []
+
+    def failing_after_a_seek(container, stream):
+        calls.append(container)
+        if calls.count(container) > 1:  # the second time in one file is after a seek
+            raise av.InvalidDataError(1, "made up")
+        return decoded(container, stream)
+
+    monkeypatch.setattr(decode, "decoded", failing_after_a_seek)
+    assert numbers(read_frames(path, [4.0, 5.0])) == [100, 125]
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("flags", ["+dash", "+frag_keyframe+empty_moov", "+frag_every_frame+empty_moov+delay_moov"])
+def test_all_frames_of_an_mp4_in_fragments_are_counted(tmp_path, flags):
+    path = encode(tmp_path / "a.mp4", numbered_frames(200), "25", *PLAIN_X264, "-g", "50", "-movflags", flags)
+    assert probe(path)[:2] == (200, 25)
+    assert every_number(path) == list(range(200))
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".h264", ".mpg"])
+def test_what_lies_before_the_first_key_frame_does_not_count(tmp_path, suffix):
+    codec = ("-c:v", "mpeg2video", "-q:v", "2") if suffix == ".mpg" else PLAIN_X264
+    path = encode(tmp_path / f"whole{suffix}", numbered_frames(200), "25", *codec, "-g", "40")
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(path.read_bytes()[path.stat().st_size // 3 :])
+    first = every_number(cut)[0]
+    assert first > 20
+    assert every_number(cut) == list(range(first, 200))
+
+
+def test_every_start_that_training_may_draw_can_be_read(tmp_path):
+    path = encode(tmp_path / "whole.ts", numbered_frames(200), "25", *PLAIN_X264, "-g", "40")
+    cut = tmp_path / "cut.ts"
+    cut.write_bytes(path.read_bytes()[path.stat().st_size // 3 :])
+    videos = VideoDataset([Clip(cut, "", 1, "cut.ts")], make_buckets([9], [32], [128]), fps=8)
+    starts = {videos.start_time(epoch, 0) for epoch in range(200)}
+    assert len(starts) > 20
+    for start in sorted(starts):
+        assert len(read_frames(cut, frame_times(9, 8, start))) == 9
+
+
+def test_frames_that_an_edit_list_hides_are_neither_counted_nor_read(tmp_path, backend):
+    path = encode(tmp_path / "a.mp4", numbered_frames(200), "25", *PLAIN_X264, "-bf", "2", "-g", "50")
+    ffmpeg("-ss", "1.4", "-i", path, "-c", "copy", tmp_path / "trimmed.mp4")
+    assert every_number(tmp_path / "trimmed.mp4", backend) == list(range(35, 200))
+
+
+def test_packets_without_data_are_frames_that_stay(tmp_path):
+    dropped = ("-vf", "select='not(between(n,10,14))'", "-fps_mode", "passthrough")
+    path = encode(tmp_path / "a.avi", numbered_frames(40), "25", "-c:v", "mpeg4", "-q:v", "2", *dropped)
+    assert probe(path).num_frames == 35
+    assert numbers(read_frames(path, frame_times(20, 25))) == [*range(10), 9, 9, 9, 15, 15, *range(15, 20)]
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".nut", ".flv", ".avi", ".mkv"])
+def test_a_file_that_ends_within_a_frame_is_read_up_to_there_or_refused(tmp_path, suffix):
+    path = encode(tmp_path / f"whole{suffix}", numbered_frames(100), "25", *PLAIN_X264, "-g", "40")
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    try:
+        info = probe(cut)
+    except DataError as error:
+        assert str(cut) in str(error) and "cut off" in str(error)
+        return
+    assert every_number(cut) == list(range(info.num_frames))
+
+
+def test_joined_bytes_are_refused(tmp_path):
+    path = encode(tmp_path / "a.ts", numbered_frames(50), "25", *PLAIN_X264)
+    (tmp_path / "joined.ts").write_bytes(2 * path.read_bytes())
+    assert "its times go back" in error_of(probe, tmp_path / "joined.ts")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("444.mp4", (*X264, "-pix_fmt", "yuv444p")),
+        ("open.mkv", (*PLAIN_X264, "-bf", "2", "-x264-params", "open-gop=1")),
+        ("refresh.mp4", (*PLAIN_X264, "-x264-params", "intra-refresh=1")),
+        (
+            "ten_bit.webm",
+            ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-pix_fmt", "yuv420p10le", "-profile:v", "2"),
+        ),
+        ("b.ts", (*PLAIN_X264, "-bf", "2")),
+        ("b.avi", ("-c:v", "mpeg4", "-q:v", "3", "-bf", "2")),
+        ("hevc.mp4", ("-c:v", "libx265", "-x265-params", "log-level=none", "-pix_fmt", "yuv420p")),
+        ("av1.mp4", ("-c:v", "libsvtav1", "-preset", "12", "-pix_fmt", "yuv420p")),
+    ],
+)
+def test_decord_gives_the_frames_of_pyav_or_leaves_them_to_it(tmp_path, caplog, name, flags):
+    pytest.importorskip("decord")
+    caplog.set_level("INFO")
+    path = encode(tmp_path / name, numbered_frames(120), "25", *flags, "-g", "50")
+    for start in (0.0, 1.3, 3.0):
+        times = frame_times(9, 8, start)
+        assert (read_frames(path, times, "decord") == read_frames(path, times, "pyav")).all()
+    assert len([record for record in caplog.records if "read with PyAV" in record.message]) <= 1
+
+
+# ---------------------------------------------------------------- what nobody foresaw
+
+
+def test_what_a_decoder_raises_is_one_line_and_a_traceback_in_the_log(tmp_path, clip, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("31 is not a valid Type\nand more")
+
+    monkeypatch.setenv(ERROR_LOG, str(tmp_path / "errors.log"))
+    monkeypatch.setattr(decode, "describe", broken)
+    for function, arguments in ((probe, [clip]), (read_frames, [clip, [0.0]])):
+        message = error_of(function, *arguments)
+        assert message.startswith(f"{clip}: ") and "ValueError: 31 is not a valid Type;" in message
+        assert str(tmp_path / "errors.log") in message
+    log = (tmp_path / "errors.log").read_text()
+    assert log.count("Traceback") == 2 and "in broken" in log
+
+
+def test_the_log_has_a_place_where_the_output_folder_is_not_there(tmp_path, clip, monkeypatch):
+    monkeypatch.setenv(ERROR_LOG, str(tmp_path / "nowhere" / "errors.log"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(decode, "describe", lambda *arguments: 1 / 0)
+    assert str(tmp_path / "cogvideox-errors.log") in error_of(probe, clip)
+    assert "ZeroDivisionError" in (tmp_path / "cogvideox-errors.log").read_text()
 
 
 # ---------------------------------------------------------------- damage

@@ -37,10 +37,11 @@ from buckets import (
     pack_batches,
     upscale,
 )
-from decode import VideoInfo, import_decord, probe, read_frames
+from decode import Header, VideoInfo, import_decord, read_frames, read_header
 from draws import draw_seed
 from errors import DataError, Interrupted, UsageError, UserError, first_line
 from formats import NAMED, Clip, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+from picture import Caution
 from signals import shield_worker
 
 
@@ -89,23 +90,25 @@ class VideoDataset(Dataset):
             import_decord()  # the install line now, not from a worker
         self.keep_good(clips, on_problem)
         self.warn_of_sizes()
+        self.warn_of_pictures()
 
     def keep_good(self, clips: Sequence[Clip], on_problem: str) -> None:
         """Sets clips, infos, bucket_of and problems from the headers."""
         with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
-            infos = list(pool.map(probe_or_error, clips))
+            headers = list(pool.map(header_or_error, clips))
         good, self.problems = [], []
-        for clip, info in zip(clips, infos, strict=True):
+        for clip, header in zip(clips, headers, strict=True):
             try:
-                if isinstance(info, DataError):
-                    raise info
-                good.append((clip, info, self.choose_bucket(clip, info)))
+                if isinstance(header, DataError):
+                    raise header
+                good.append((clip, header, self.choose_bucket(clip, header.info)))
             except DataError as error:
                 self.problems.append(str(error))
         if self.problems and on_problem == "raise":
             raise DataError(summary(self.problems, len(clips)))
         self.clips = [clip for clip, _, _ in good]
-        self.infos = [info for _, info, _ in good]
+        self.infos = [header.info for _, header, _ in good]
+        self.cautions = [header.picture.cautions for _, header, _ in good]
         self.bucket_of = [bucket for _, _, bucket in good]
         self.prompts = [clip.prompt for clip in self.clips]
         self.sources = [clip.source for clip in self.clips]
@@ -140,6 +143,18 @@ class VideoDataset(Dataset):
             logger.warning(
                 "%d of %d clips have less than %g frames per second, so some of their frames are used twice: %s",
                 len(slow), len(self), self.fps, first_few(slow),
+            )  # fmt: skip
+
+    def warn_of_pictures(self) -> None:
+        """Name the clips that are not read as a player shows them, and what converts them."""
+        sources: dict[Caution, list[str]] = {}
+        for clip, cautions in zip(self.clips, self.cautions, strict=True):
+            for caution in cautions:
+                sources.setdefault(caution, []).append(clip.source)
+        for caution, named in sources.items():
+            logger.warning(
+                '%d of %d clips are %s: %s; convert with ffmpeg -i IN -vf "%s" OUT.mp4',
+                len(named), len(self), caution.what, first_few(named), caution.filter,
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -241,9 +256,9 @@ class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
         return draw.randint(0, spare_height), draw.randint(0, spare_width)
 
 
-def probe_or_error(clip: Clip) -> VideoInfo | DataError:
+def header_or_error(clip: Clip) -> Header | DataError:
     try:
-        return probe(clip.video)
+        return read_header(clip.video)
     except DataError as error:
         return error
 

@@ -1,33 +1,52 @@
 """Reading video files: sizes from the header, frames by time.
 
-Times are seconds from a file's first frame. Rotation metadata is applied as players do.
+Times are seconds from a file's first frame. Frames are what a player shows, see picture.py. What a decoder raises is a
+DataError of the one clip.
 """
 
 import contextlib
+import functools
+import io
 import itertools
+import logging
 import math
+import mimetypes
 import os
-import struct
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 from av.stream import Disposition
 
-from errors import DataError, UsageError
+from containers import file_boxes
+from errors import DataError, UsageError, UserError, first_line, keep_trace
+from picture import SD_LINES, UNSPECIFIED, Picture, describe, show
 
+
+logger = logging.getLogger(__name__)
 
 TIE = 1e-3  # seconds; a time midway between two frames takes the earlier one, also where a file rounds to 1 ms (mkv)
 SEEK_AFTER = 2.0  # seconds; nearer starts are decoded up to
 SEEK_MARGIN = 1.0  # seconds; seeking goes by decode times, which run ahead of display times
-UPRIGHT = (1, 0, 0, 1)
+MISSING = 0.5  # seconds by which a file may end before the length that its header gives
+STARTS_OVER = 1.0  # seconds by which a packet's decode time may lie before its predecessor's
 # Containers that hold their frames themselves. Playlists and lists (hls, dash, concat, sdp, image2) name other files or
 # addresses, and what is a list is told by content: a list may call itself .mp4
 CONTAINERS = (
-    "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "av1", "obu", "ivf", "gif",
-    "apng", "png_pipe", "webp_pipe", "ogg", "flv", "asf", "mxf", "nut", "dv", "rm", "swf", "wtv", "yuv4mpegpipe",
+    "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "vvc", "av1", "obu", "ivf",
+    "mjpeg", "h261", "h263", "vc1", "dirac", "cavsvideo", "gif", "apng", "jpegxl_anim", "ogg", "flv", "asf", "mxf", "nut",
+    "nsv", "dv", "rm", "swf", "wtv", "yuv4mpegpipe", "amv", "smjpeg", "flic", "roq", "bink", "smk", "gxf", "lxf",
+    *(f"{image}_pipe" for image in (
+        "bmp", "dds", "dpx", "exr", "gif", "hdr", "j2k", "jpeg", "jpegls", "jpegxl", "pam", "pbm", "pcx", "pfm", "pgm",
+        "png", "ppm", "psd", "qoi", "sgi", "sunrast", "tiff", "webp", "xbm", "xwd",
+    )),
 )  # fmt: skip
+SEEKABLE = {"mp4", "matroska", "mpegts"}  # formats that store every frame's time, so that it is the same after a seek
+KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats whose header has the length; FFmpeg guesses others'
+DECORD_FORMATS, DECORD_PIXELS = {"mp4", "matroska"}, {"yuv420p", "yuvj420p"}
+PATTERNS = set("%*?{")  # in an image's name, FFmpeg takes them for a list of files
 
 
 class VideoInfo(NamedTuple):
@@ -39,12 +58,16 @@ class VideoInfo(NamedTuple):
     width: int
 
 
-def probe(path) -> VideoInfo:
-    """Frame count, rate and displayed size, from the header; DataError for what is no readable video.
+class Header(NamedTuple):
+    """What is known of a file before its frames are read."""
 
-    Files without a frame count (mkv) are demuxed to count and one frame is decoded for its rotation.
-    """
-    return read_header(path)[0]
+    info: VideoInfo
+    picture: Picture
+
+
+def probe(path) -> VideoInfo:
+    """Frame count, rate and displayed size; DataError for what is no readable video."""
+    return read_header(path).info
 
 
 def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads: int = 0) -> np.ndarray:
@@ -55,16 +78,36 @@ def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads
     hands out damaged frames as if they were good.
     """
     try:
-        if backend == "decord":
-            decord = import_decord()
-            if read_header(path)[1] == UPRIGHT:  # decord 0.6 garbles turned clips
-                return read_with_decord(decord, path, times, num_threads)
-        return read_with_pyav(path, times, num_threads)
+        with one_clip(path):
+            frames = read_with_decord(path, times, num_threads) if backend == "decord" else None
+            return read_with_pyav(path, times, num_threads) if frames is None else frames
     except DataError as error:
         message = str(error)
     # Afresh: the old one's traceback keeps the decoder and its threads; a process forked meanwhile would inherit it
     # without them and hang when it is collected there
     raise DataError(message)
+
+
+@contextlib.contextmanager
+def one_clip(path):
+    """Whatever the libraries raise within is a DataError of this clip: one line, what nobody foresaw with its traceback
+    in a log file.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except (av.PatchWelcomeError, av.DecoderNotFoundError) as error:
+        raise DataError(
+            f"{path}: FFmpeg cannot read this kind of it ({error.strerror}); convert it to H.264"
+        ) from error
+    except av.FFmpegError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); download or export it again") from error
+    except Exception as error:  # decoders are many and fed with anything: the other clips go on
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(
+            f"{path}: cannot be read ({reason}; traceback in {keep_trace()}); convert it to H.264"
+        ) from error
 
 
 # ---------------------------------------------------------------- headers
@@ -78,8 +121,11 @@ def opened(path):
     if os.path.getsize(path) == 0:
         raise DataError(f"{path}: empty file; download or export it again")
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
+    source, kind = os.path.abspath(path), mimetypes.guess_type(path)[0] or ""
+    if kind.startswith("image/") and PATTERNS & set(os.path.basename(path)):
+        source = io.BytesIO(Path(path).read_bytes())
     try:
-        container = av.open(os.path.abspath(path), options=options, metadata_errors="replace")  # tags in any encoding
+        container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
     except av.ArgumentError as error:  # what a format that is not listed gives
         raise DataError(
             f"{path}: a playlist, a list of files, or no video; only files that hold their frames are read"
@@ -88,35 +134,38 @@ def opened(path):
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: not a readable video (no index: truncated download? {reason})") from error
     with container:
-        stream = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
-        if stream is None:
-            raise DataError(f"{path}: no video stream")
-        if stream.codec_context is None:
-            raise DataError(f"{path}: its codec cannot be decoded; convert it to H.264")
-        yield container, stream
+        yield container, choose_stream(path, container)
 
 
-def read_header(path) -> tuple[VideoInfo, tuple[int, int, int, int]]:
-    """The video's facts and its display matrix, reduced to signs: (1, 0, 0, 1) is upright."""
-    with opened(path) as (container, stream):
-        height, width = stream.codec_context.height, stream.codec_context.width
-        fps = header_rate(stream)
-        if "mp4" in container.format.name.split(","):
-            num_frames = count_indexed_frames(path, stream)
-            seconds = float((stream.duration or 0) * stream.time_base)
-            # The larger of two estimates: where the rate varies, the clip then never seems longer than it is
-            fps = max(fps, measured_rate(fps, num_frames, seconds))
-            matrix = read_track_matrix(path, stream.id)
-        elif stream.frames:
-            num_frames, matrix = stream.frames, UPRIGHT
-        else:
-            num_frames, seconds, matrix = count_by_demuxing(path, container, stream)
-            fps = measured_rate(fps, num_frames, seconds)  # the header's is a guess from the first frames
-    if num_frames == 0 or height == 0:
-        raise DataError(f"{path}: no frames in its video stream")
-    if matrix[0] == 0:
-        height, width = width, height
-    return VideoInfo(num_frames, fps, height, width), matrix
+def choose_stream(path, container):
+    """The video stream that a player shows; cover pictures and single tiles of a photo are none."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    best = container.streams.best("video")
+    stream = best if best in streams else next(iter(streams), None)
+    if stream is None:
+        raise DataError(f"{path}: no video stream")
+    if stream.codec_context is None:
+        raise DataError(f"{path}: its codec cannot be decoded; convert it to H.264")
+    if stream.disposition & Disposition.dependent:
+        raise DataError(f"{path}: a photo made of tiles (HEIF), which are not put together; convert it to JPEG")
+    return stream
+
+
+def read_header(path) -> Header:
+    """Facts and Picture of a video. Files whose header does not tell how many frames can be decoded are demuxed."""
+    with one_clip(path), opened(path) as (container, stream):
+        counted = count_indexed(path, container, stream) or count_by_demuxing(path, container, stream)
+        picture = describe(path, container, stream, counted.first)
+        height, width = picture.shown(stream.codec_context.height, stream.codec_context.width)
+        if counted.num_frames == 0 or height == 0 or width == 0:
+            raise DataError(f"{path}: no frames in its video stream")
+        return Header(VideoInfo(counted.num_frames, counted.fps, height, width), picture)
+
+
+class Counted(NamedTuple):
+    num_frames: int
+    fps: float
+    first: av.VideoFrame | None  # decoded where packets were read
 
 
 def header_rate(stream) -> float:
@@ -126,44 +175,98 @@ def header_rate(stream) -> float:
 
 def measured_rate(fps: float, num_frames: int, seconds: float) -> float:
     """Frames over length, or `fps` where that is unknown or within the 1 % that rounding makes."""
-    measured = num_frames / seconds if seconds else fps
+    measured = num_frames / seconds if seconds > 0 else fps
     return measured if abs(measured / fps - 1) > 0.01 else fps
 
 
-def count_indexed_frames(path, stream) -> int:
-    """Frames of an mp4 that are shown (edit lists hide some); DataError if the file ends before its last frame."""
-    entries = list(stream.index_entries)
-    if not entries:  # fragmented: the index lies between the fragments
-        return stream.frames
-    size = os.path.getsize(path)
+def formats_of(container) -> set[str]:
+    return set(container.format.name.split(","))
+
+
+def count_indexed(path, container, stream) -> Counted | None:
+    """The frames of an mp4, from an index that tells of all of them; DataError if the file ends before the last.
+
+    None where it does not: in fragments, of which only some were read, under an edit list, which hides frames, or
+    before a key frame.
+    """
+    if "mp4" not in formats_of(container) or next(file_boxes(path, b"moov", b"mvex"), None) is not None:
+        return None
+    entries, size = list(stream.index_entries), os.path.getsize(path)
     there = sum(entry.pos + entry.size <= size for entry in entries)
     if there < len(entries):
         raise DataError(f"{path}: cut off: {there} of {len(entries)} frames are in the file; download it again")
-    return sum(not entry.is_discard for entry in entries)
+    fps, seconds = header_rate(stream), float((stream.duration or 0) * stream.time_base)
+    edited = not entries or not entries[0].is_keyframe or any(entry.is_discard for entry in entries)
+    if edited or len(entries) / fps < seconds - MISSING:
+        return None
+    # The larger of two estimates: where the rate varies, the clip then never seems longer than it is
+    return Counted(len(entries), max(fps, measured_rate(fps, len(entries), seconds)), None)
 
 
-def count_by_demuxing(path, container, stream) -> tuple[int, float, tuple[int, int, int, int]]:
-    """(frames, seconds, display matrix) of a file whose header tells none; reads all packets, decodes one frame."""
-    count, begin, end, first = 0, math.inf, 0.0, None
+def count_by_demuxing(path, container, stream) -> Counted:
+    """The frames that can be decoded, from the first key frame on; DataError for a file that is damaged or cut off.
+
+    Reads all packets, decodes the first frame and, where no header vouches for the file's end, the last ones.
+    """
     stream.codec_context.thread_count = 1
+    begin, end, stamps, first, group = math.inf, -math.inf, [], None, []  # group: packets since the last key frame
     try:
-        for packet in container.demux(stream):
-            if packet.size and packet.pts is not None:
+        for packet in in_one_order(path, container.demux(stream)):
+            if packet.pts is not None:
                 begin = min(begin, float(packet.pts * packet.time_base))
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            count += packet.size > 0  # the last packet is an empty one, to flush
-            if first is None:
-                first = next(iter(packet.decode()), None)
+                end = max(end, float((packet.pts + packet.duration) * packet.time_base))
+            if packet.is_keyframe:
+                group = []
+            elif not group:
+                continue  # nothing to build on
+            group.append(packet)
+            first = first or next(iter(packet.decode()), None)
+            if not packet.is_discard:
+                stamps.append(packet.pts)
+        first = first or next(iter(stream.decode(None)), None)
     except av.FFmpegError as error:
-        raise DataError(
-            f"{path}: damaged after frame {count} ({error.strerror}); download or export it again"
-        ) from error
+        raise damaged_after(path, len(stamps), error) from error
     if first is None:
         raise DataError(f"{path}: no frame can be decoded; download or export it again")
+    if first.pts is None or None in stamps:  # a stream without a container: frames follow one another at one rate
+        return Counted(len(good_frames(path)), header_rate(stream), first)
     promised = promised_seconds(container, stream)
-    if end < promised - 0.5:
-        raise DataError(f"{path}: cut off: {end:.1f} of {promised:.1f} s are in the file; download it again")
-    return count, max(0.0, end - begin), display_matrix(first)
+    there = max(end, end - begin)  # some headers count from 0, others from the first frame
+    if there < promised - MISSING - 1 / header_rate(stream):
+        raise DataError(f"{path}: cut off: {there:.1f} of {promised:.1f} s are in the file; download it again")
+    vouched = promised and KEEP_LENGTH & formats_of(container) and not group[-1].is_corrupt
+    last = max(stamps) if vouched else last_decodable(path, stream, group)
+    shown = {stamp for stamp in stamps if first.pts <= stamp <= last}
+    seconds = float((last - first.pts + group[-1].duration) * stream.time_base)
+    return Counted(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)
+
+
+def in_one_order(path, packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
+    """The packets that hold data; DataError where their times start over."""
+    before = -math.inf
+    for packet in packets:
+        if is_empty(packet):
+            continue
+        seconds = before if packet.dts is None else float(packet.dts * packet.time_base)
+        if seconds < before - STARTS_OVER:
+            raise DataError(
+                f"{path}: its times go back from {before:.1f} to {seconds:.1f} s, as in files that were joined by bytes; "
+                "join them with ffmpeg's concat demuxer, or convert it"
+            )
+        before = seconds
+        yield packet
+
+
+def is_empty(packet: av.Packet) -> bool:
+    """True for an AVI's sign that the last frame stays, and for the end; to a decoder it would always be the end."""
+    return packet.size == 0
+
+
+def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
+    head = Path(path).read_bytes()[:21]
+    if head[:4] + head[8:16] == b"RIFFWEBPVP8X" and head[20] & 2:
+        return DataError(f"{path}: an animated WebP, which FFmpeg cannot read; convert it to GIF or mp4")
+    return DataError(f"{path}: damaged after frame {num_frames} ({error.strerror}); download or export it again")
 
 
 def promised_seconds(container, stream) -> float:
@@ -172,112 +275,131 @@ def promised_seconds(container, stream) -> float:
     with contextlib.suppress(ValueError):
         hours, minutes, seconds = tag.split(":")
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
     alone = len(container.streams) == 1 and container.duration
     return container.duration / av.time_base if alone else 0.0
 
 
-def read_track_matrix(path, track_id: int) -> tuple[int, int, int, int]:
-    """The display matrix in an mp4's track header (ISO 14496-12, 8.3.2), which PyAV gives only with a decoded frame."""
-    with open(path, "rb") as file:
-        for body in boxes(file, 0, os.path.getsize(path), (b"moov", b"trak", b"tkhd")):
-            times = 8 if body[0] == 1 else 4  # bytes of a time in version 1 and 0
-            if int.from_bytes(body[4 + 2 * times : 8 + 2 * times]) == track_id:
-                return signs(body[28 + 3 * times : 64 + 3 * times], ">9i")
-    return UPRIGHT
+def last_decodable(path, stream, group: list[av.Packet]) -> int:
+    """When the last good frame is shown, in the stream's time base: of the packets since the last key frame, or, where
+    those do not suffice (intra refresh), of the whole file.
+    """
+    stream.codec_context.flush_buffers()
+    stamps = good_stamps(itertools.chain.from_iterable(map(stream.decode, [*group, None]))) or good_frames(path)
+    if not stamps:
+        raise DataError(f"{path}: its last frames cannot be decoded; download or export it again")
+    return max(stamps)
 
 
-def boxes(file, start: int, end: int, names: tuple[bytes, ...]) -> Iterator[bytes]:
-    """Contents of the boxes at the path `names` between two offsets of an mp4."""
-    while start + 8 <= end:
-        file.seek(start)
-        size, name = struct.unpack(">I4s", file.read(8))
-        header = 8
-        if size == 1:
-            size, header = int.from_bytes(file.read(8)), 16
-        stop = min(start + size, end) if size else end
-        if stop < start + header:
-            return  # not a box
-        if name == names[0] and len(names) == 1:
-            yield file.read(stop - start - header)
-        elif name == names[0]:
-            yield from boxes(file, start + header, stop, names[1:])
-        start = stop
+def good_frames(path) -> list[int | None]:
+    """The times of all frames of a file that is decoded for this."""
+    with opened(path) as (container, stream):
+        return good_stamps(decoded(container, stream))
 
 
-def signs(matrix: bytes, layout: str) -> tuple[int, int, int, int]:
-    """a, b, c, d of x' = a x + c y, y' = b x + d y, to the nearest quarter turn."""
-    a, b, _, c, d, *_ = struct.unpack(layout, matrix)
-    turned = abs(b) > abs(a)
-    a, b, c, d = (0, b, c, 0) if turned else (a, 0, 0, d)
-    if (a or b) == 0 or (d or c) == 0:
-        return UPRIGHT  # all zero: some writers leave it unset
-    return tuple((value > 0) - (value < 0) for value in (a, b, c, d))
-
-
-def display_matrix(frame) -> tuple[int, int, int, int]:
-    data = frame.side_data.get("DISPLAYMATRIX")
-    return UPRIGHT if data is None else signs(bytes(data), "=9i")
+def good_stamps(frames: Iterator[av.VideoFrame]) -> list[int | None]:
+    """The times of the frames before the first damage, in the stream's time base."""
+    stamps = []
+    with contextlib.suppress(av.FFmpegError):
+        stamps.extend(frame.pts for frame in itertools.takewhile(lambda frame: not frame.is_corrupt, frames))
+    return stamps
 
 
 # ---------------------------------------------------------------- frames
 
 
+class Shown(NamedTuple):
+    """A decoded frame and when it is shown. What builds on damaged data is damaged, up to the next key frame."""
+
+    seconds: float
+    frame: av.VideoFrame
+    damaged: bool
+
+
 def read_with_pyav(path, times: Sequence[float], num_threads: int) -> np.ndarray:
-    pixels, done, previous, seconds = None, 0, None, 0.0
+    """A late start seeks. What a seek brings counts only if all went well; else the file is decoded from its start."""
+    if times[0] > SEEK_AFTER:
+        with contextlib.suppress(DataError), one_clip(path):
+            return decode_at(path, times, num_threads, seek=True)
+    return decode_at(path, times, num_threads, seek=False)
+
+
+def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.ndarray:
+    """The frames nearest to `times`, as a player shows them."""
+    pixels, done, previous, broken = None, 0, None, None
     with opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = num_threads
+        picture = describe(path, container, stream)
         try:
-            for seconds, frame in timed_frames(path, container, stream, times[0]):
-                while done < len(times) and times[done] <= seconds + TIE:
-                    early = previous and times[done] <= (previous[0] + seconds) / 2 + TIE
-                    pixels = put(path, pixels, done, previous[1] if early else frame, len(times))
+            for current in timed_frames(path, container, stream, times[0], seek):
+                while done < len(times) and times[done] <= current.seconds + TIE:
+                    early = previous and times[done] <= (previous.seconds + current.seconds) / 2 + TIE
+                    chosen = previous if early else current
+                    if chosen.damaged:
+                        raise unreadable(path, stream, previous, "damaged data")
+                    pixels = put(path, pixels, done, show(chosen.frame, picture), len(times))
                     done += 1
                 if done == len(times):
                     return pixels
-                previous = (seconds, frame)
+                previous = current
         except av.FFmpegError as error:
-            raise unreadable(path, stream, seconds if previous else None, error.strerror) from error
-        if previous is None or times[-1] > previous[0] + shown_seconds(stream, previous[1]) + TIE:
-            raise unreadable(path, stream, previous and previous[0], "it ends early")
+            broken = error.strerror
+        # The last frame stays for its duration; one before an error only until the next would be nearer
+        if (
+            previous is None
+            or times[-1] > previous.seconds + stay(stream, previous.frame) / (2 if broken else 1) + TIE
+        ):
+            raise unreadable(path, stream, previous, broken or "it ends early")
+        if previous.damaged:
+            raise unreadable(path, stream, previous, "damaged data")
         for place in range(done, len(times)):
-            pixels = put(path, pixels, place, previous[1], len(times))
+            pixels = put(path, pixels, place, show(previous.frame, picture), len(times))
     return pixels
 
 
-def timed_frames(path, container, stream, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(seconds from the first frame, frame) in order of display, from some frame at or before `start` on.
-
-    A late start seeks, which is exact: it counts only if it lands on a key frame at or before `start`.
+def timed_frames(path, container, stream, start: float, seek: bool) -> Iterator[Shown]:
+    """Frames in order of display, from some frame at or before `start` on; DataError for a seek that lands late, and
+    where times go backwards.
     """
-    frames = container.decode(stream)
+    frames = decoded(container, stream)
     first = next(frames, None)
     if first is None:
         return
     origin = first.time or 0.0
-    if start > SEEK_AFTER and first.pts is not None:
+    if seek and first.pts is not None and SEEKABLE & formats_of(container):
         container.seek(first.pts + int((start - SEEK_MARGIN) / stream.time_base), stream=stream)
-        frames = container.decode(stream)
-        landed = next(frames, None)
-        if landed is None or landed.time is None or not landed.key_frame or landed.time - origin > start:
-            container.seek(first.pts, stream=stream)
-            frames = container.decode(stream)
-            landed = next(frames)
-        first = landed
-    period = 1 / header_rate(stream)
-    damaged = False
+        frames = decoded(container, stream)
+        first = next(frames, None)
+        if first is None or first.time is None or not first.key_frame or first.time - origin > start:
+            raise DataError(f"{path}: no key frame is found before {start:.2f} s")
+    period, damaged, before = 1 / header_rate(stream), False, -math.inf
     for number, frame in enumerate(itertools.chain([first], frames)):
         seconds = number * period if frame.pts is None else frame.time - origin
-        damaged = frame.is_corrupt or (damaged and not frame.key_frame)  # later frames build on a damaged one
-        if damaged and seconds >= start - period:
-            raise unreadable(path, stream, seconds - period, "damaged data")
-        yield seconds, frame
+        if seconds < before - TIE:
+            raise DataError(
+                f"{path}: its frames' times go back from {before:.2f} to {seconds:.2f} s; convert it again"
+            )
+        damaged, before = frame.is_corrupt or (damaged and not frame.key_frame), seconds
+        yield Shown(seconds, frame, damaged)
 
 
-def put(path, pixels: np.ndarray | None, place: int, frame: av.VideoFrame, num_frames: int) -> np.ndarray:
-    """Writes a frame at its place of uint8 [F, H, W, 3], made with the first: only wanted frames take memory."""
-    # threads=1: starting threads costs more than converting a frame
-    image = upright(frame.to_ndarray(format="rgb24", threads=1), display_matrix(frame))
+def decoded(container, stream) -> Iterator[av.VideoFrame]:
+    """Frames from the first key frame on: what comes before it, in the file or in order of display, lacks its base."""
+    begin = None
+    for packet in container.demux(stream):
+        if begin is None and packet.is_keyframe:
+            begin = packet
+        if begin is None or (is_empty(packet) and packet.dts is not None):
+            continue
+        for frame in packet.decode():  # the last packet is empty and without a time: it brings what is left
+            if frame.pts is None or begin.pts is None or frame.pts >= begin.pts:
+                yield frame
+
+
+def put(path, pixels: np.ndarray | None, place: int, image: np.ndarray, num_frames: int) -> np.ndarray:
+    """Writes an image at its place of uint8 [F, H, W, 3], made with the first: only wanted frames take memory."""
     if pixels is None:
         pixels = np.empty((num_frames, *image.shape), np.uint8)
     if image.shape != pixels.shape[1:]:
@@ -286,22 +408,14 @@ def put(path, pixels: np.ndarray | None, place: int, frame: av.VideoFrame, num_f
     return pixels
 
 
-def upright(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """An image [H, W, 3] turned and mirrored as its display matrix says."""
-    a, b, c, d = matrix
-    if a == 0:
-        image = image.transpose(1, 0, 2)
-    return image[:: b + d, :: a + c]
-
-
-def shown_seconds(stream, frame) -> float:
-    """How long the last frame stays: longer than a period where the rate varies."""
+def stay(stream, frame: av.VideoFrame) -> float:
+    """Seconds for which the last frame stays: longer than a period where the rate varies."""
     period = 1 / header_rate(stream)
     return max(period, float((frame.duration or 0) * (stream.time_base or 0)))
 
 
-def unreadable(path, stream, seconds: float | None, reason: str) -> DataError:
-    readable = 0 if seconds is None else math.floor(seconds * header_rate(stream) + 0.5) + 1
+def unreadable(path, stream, last: Shown | None, reason: str) -> DataError:
+    readable = 0 if last is None else math.floor(last.seconds * header_rate(stream) + 0.5) + 1
     total = f" of {stream.frames}" if stream.frames else ""
     return DataError(f"{path}: {readable}{total} frames readable ({reason}); download or export it again")
 
@@ -319,15 +433,49 @@ def import_decord():
     return decord
 
 
-def read_with_decord(decord, path, times: Sequence[float], num_threads: int) -> np.ndarray:
+def read_with_decord(path, times: Sequence[float], num_threads: int) -> np.ndarray | None:
+    """The same from decord, or None, with one line, for a file in which it is not known to find the right frames.
+
+    decord 0.6 seeks by frame numbers, which loses count in open groups of pictures, intra refresh, HEVC, MPEG-4 and
+    files that do not begin at 0: so frames are decoded from the file's start, and their times compared with the packets'.
+    """
+    decord, stamps = import_decord(), trusted_times(path)
+    if stamps is None:
+        return say_pyav(path, "decord is known to give other frames of such files")
     try:
         reader = decord.VideoReader(os.path.abspath(path), num_threads=num_threads)
-        shown = reader.get_frame_timestamp(list(range(len(reader)))).astype(np.float64)  # [frames, (start, end)]
-        starts, end = shown[:, 0] - shown[0, 0], shown[-1, 1] - shown[0, 0]
-        if times[-1] > end + TIE:
-            raise DataError(f"{path}: {len(reader)} frames readable (it ends early); download or export it again")
-        nearest = np.searchsorted((starts[1:] + starts[:-1]) / 2 + TIE, times)
-        return reader.get_batch(nearest).asnumpy()
-    except (RuntimeError, decord.DECORDError, decord.DECORDLimitReachedError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: decord cannot read it ({reason}); try --video_backend pyav") from error
+        starts = reader.get_frame_timestamp(list(range(len(reader)))).astype(np.float64)[:, 0]  # [frames]
+        if len(starts) != len(stamps) or abs(starts - starts[0] - stamps).max() > TIE:
+            return say_pyav(path, "decord gives its frames other times")
+        if times[-1] > stamps[-1] + TIE:
+            return say_pyav(path, "decord does not know how long the last frame stays")
+        nearest = np.searchsorted((stamps[1:] + stamps[:-1]) / 2 + TIE, times)
+        images = {}
+        for number in range(nearest[-1] + 1):
+            image = reader.next()
+            if number in nearest:
+                images[number] = image.asnumpy()
+        return np.stack([images[number] for number in nearest])
+    except (RuntimeError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError) as error:
+        return say_pyav(path, f"decord cannot read it: {first_line(error)}")
+
+
+@functools.cache
+def say_pyav(path, reason: str) -> None:
+    """One line, once per clip and process."""
+    logger.info("%s: read with PyAV (%s)", path, reason)
+
+
+def trusted_times(path) -> np.ndarray | None:
+    """Seconds of every frame, ascending from 0, of a file that decord shows as a player does; else None."""
+    if not read_header(path).picture.is_plain:
+        return None
+    with opened(path) as (container, stream):
+        codec = stream.codec_context
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        usual = codec.pix_fmt in DECORD_PIXELS and DECORD_FORMATS & formats_of(container)
+        described = codec.colorspace != UNSPECIFIED or codec.height <= SD_LINES  # decord takes BT.601 for the rest
+        if not (usual and described) or any(packet.pts is None or packet.is_discard for packet in packets):
+            return None
+        stamps = np.sort([float(packet.pts * packet.time_base) for packet in packets])
+    return stamps - stamps[0]

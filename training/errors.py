@@ -1,5 +1,14 @@
 """Errors that end a script: one clear line on stderr and a documented exit code, never a traceback."""
 
+import contextlib
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+
+ERROR_LOG = "COGVIDEOX_ERROR_LOG"  # where `keep_trace` writes: in the environment, so that data workers know it too
+
 
 class UserError(Exception):
     """A problem that the user can mend. `str(error)` is the whole line shown: file, row, what is wrong, what to do."""
@@ -47,3 +56,13 @@ def first_line(error: Exception) -> str:
     """What an error of a library says, for a line of ours."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def keep_trace() -> Path:
+    """Append the traceback of the error at hand to the run's errors.log, for a line that names it; returns its path."""
+    path = Path(os.environ.get(ERROR_LOG, ""))
+    if not path.name or not path.parent.is_dir():
+        path = Path(tempfile.gettempdir(), "cogvideox-errors.log")
+    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+        file.write(traceback.format_exc() + "\n")
+    return path

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
-from errors import MemoryFullError, UsageError, UserError, first_line
+from errors import ERROR_LOG, MemoryFullError, UsageError, UserError, first_line
 from quantization import check_base_precision
 from signals import INTERRUPTION, caught_signals
 from tracking import tracking_options_from_args
@@ -380,6 +380,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
     Any other error is a defect: exit code 70 too, after its traceback. A signal is 75, see signals.py.
     """
     started, output_dir = time.time(), Path(output_dir)
+    os.environ[ERROR_LOG] = str(output_dir.absolute() / "errors.log")
     with caught_signals(lambda: note_failure(output_dir, INTERRUPTED, "stopped at once; " + GO_ON, started)):
         try:
             main()
