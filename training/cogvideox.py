@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
 from errors import UsageError, first_line
+from file_kinds import other_content
 from streaming import free_on_gpu, stream_weights
 
 
@@ -83,7 +84,9 @@ def resolve_model_dir(model: str, components: list[str], revision: str | None = 
 
 def check_model_files(paths: list[Path]) -> None:
     """Refuse damaged or missing files now, by their headers: they would else be met one after the other, minutes later."""
-    for path in paths:
+    for path in filter(Path.is_file, paths):
+        if other := other_content(path):
+            raise UsageError(f"{path}: {other}")
         try:
             if path.suffix == ".json":
                 content = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +109,8 @@ def download_model(model: str, components: list[str], revision: str | None, cach
         return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
-            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)})"
+            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
+            "reached, name a mirror by HF_ENDPOINT=https://..., or give the folder of a downloaded model"
         ) from error
 
 

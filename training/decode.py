@@ -22,6 +22,7 @@ from av.stream import Disposition
 
 from containers import file_boxes
 from errors import DataError, UsageError, UserError, first_line, keep_trace
+from file_kinds import other_content
 from picture import SD_LINES, UNSPECIFIED, Picture, describe, show
 
 
@@ -126,15 +127,19 @@ def opened(path):
         source = io.BytesIO(Path(path).read_bytes())
     try:
         container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
-    except av.ArgumentError as error:  # what a format that is not listed gives
-        raise DataError(
-            f"{path}: a playlist, a list of files, or no video; only files that hold their frames are read"
-        ) from error
     except (av.FFmpegError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: not a readable video (no index: truncated download? {reason})") from error
+        raise DataError(f"{path}: {why_not_opened(path, error)}") from error
     with container:
         yield container, choose_stream(path, container)
+
+
+def why_not_opened(path, error: Exception) -> str:
+    if other := other_content(path):
+        return other
+    if isinstance(error, av.ArgumentError):  # what a format that is not listed gives
+        return "a playlist, a list of files, or no video; only files that hold their frames are read"
+    reason = getattr(error, "strerror", None) or error
+    return f"not a readable video (no index: truncated download? {reason})"
 
 
 def choose_stream(path, container):

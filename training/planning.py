@@ -16,6 +16,7 @@ from memory_plan import GIB, Run, closest, fastest_that_fits, table
 from optimizers import state_bytes_from_args
 from quantization import BASE_LINEARS
 from runtime import DTYPES
+from signals import print_whole
 from streaming import free_on_gpu, gather_objects
 from zero import uses_deepspeed
 
@@ -72,7 +73,7 @@ def print_plan_from_args(args, outline, is_lora: bool) -> None:
     buckets = build_dataset_from_args(*reading).bucket_of
     run = run_from_args(args, outline, buckets, DTYPES[args.mixed_precision or "bf16"], is_lora)
     free = free_on_gpu(device) if device.type == "cuda" else None
-    print(table(run, free, psutil.virtual_memory().available))
+    print_whole(table(run, free, psutil.virtual_memory().available))
 
 
 def run_from_args(args, outline, buckets, dtype: torch.dtype, is_lora: bool) -> Run:
