@@ -10,7 +10,7 @@ import math
 import os
 import sys
 
-from signals import print_whole
+from errors import print_whole
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
 from errors import UsageError, first_line
-from file_kinds import other_content
+from file_kinds import stand_in
 from streaming import free_on_gpu, stream_weights
 
 
@@ -86,7 +86,7 @@ def resolve_model_dir(model: str, components: list[str], revision: str | None = 
 def check_model_files(paths: list[Path]) -> None:
     """Refuse damaged or missing files now, by their headers: they would else be met one after the other, minutes later."""
     for path in filter(Path.is_file, paths):
-        if other := other_content(path):
+        if other := stand_in(path):
             raise UsageError(f"{path}: {other}")
         try:
             if path.suffix == ".json":

@@ -40,7 +40,7 @@ from buckets import (
 from decode import Header, VideoInfo, import_decord, read_frames, read_header
 from draws import draw_seed
 from errors import DataError, Interrupted, UsageError, UserError, first_line
-from file_kinds import other_content
+from file_kinds import stand_in
 from formats import NAMED, Clip, as_on_disk, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
 from picture import Caution
 from signals import shield_worker
@@ -501,7 +501,7 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
             with safe_open(path, framework="pt") as tensors:
                 tensor = tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            reason = other_content(path) or f"damaged ({error}); delete it and run prepare_dataset.py again"
+            reason = stand_in(path) or f"damaged ({error}); delete it and run prepare_dataset.py again"
             raise DataError(f"{path}: {reason}") from error
     if not torch.isfinite(tensor).all():
         raise DataError(f"{path}: holds values that are not finite; delete it and run prepare_dataset.py again")
@@ -514,7 +514,7 @@ def read_pt(path: Path, ndim: int | None = None) -> torch.Tensor:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
         damaged = f"damaged or no tensor ({first_line(error)}); delete it and run prepare_dataset.py again"
-        raise DataError(f"{path}: {other_content(path) or damaged}") from error
+        raise DataError(f"{path}: {stand_in(path) or damaged}") from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != (ndim or tensor.ndim):
         raise DataError(f"{path}: not a tensor of the expected shape; delete it and run prepare_dataset.py again")
     return tensor

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -I, which looks at nothing of the user's, leaves it out
 
-from signals import print_whole
+from errors import print_whole
 from toolchain import c_compiler, python_header
 
 

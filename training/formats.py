@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import DataError
-from file_kinds import other_content
+from file_kinds import stand_in
 
 
 LAYOUTS = (
@@ -226,7 +226,7 @@ def read_text(path: Path) -> str:
     """UTF-8 text, with or without a byte order mark; line endings as they are."""
     try:
         data = path.read_bytes()
-        other = other_content(path)
+        other = stand_in(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if other:

@@ -11,12 +11,11 @@ from torch import nn
 from allocator import expand_segments, uses_expandable_segments
 from dataset import build_dataset_from_args
 from engine import block_loader_from_args
-from errors import UsageError
+from errors import UsageError, print_whole
 from memory_plan import GIB, Run, closest, fastest_that_fits, table
 from optimizers import state_bytes_from_args
 from quantization import BASE_LINEARS
 from runtime import DTYPES
-from signals import print_whole
 from streaming import free_on_gpu, gather_objects
 from zero import uses_deepspeed
 
