@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from cogvideox import resolve_model_dir
 from dataset import read_tensor
-from decode import probe
 from errors import DataError, UserError
 from file_kinds import other_content
 from formats import read_clips
+from headers import probe
 
 
 def zipped():

@@ -28,9 +28,10 @@ import runtime
 from args import parse_prepare_args
 from buckets import Bucket, frame_times, make_buckets
 from dataset import LatentDataset, VideoDataset, VideoDatasetWithResizeAndRectangleCrop
-from decode import probe, read_frames
+from decode import read_frames
 from errors import DataError, UsageError
 from formats import read_clips, read_text_rows
+from headers import probe
 from objective import draw_generator
 from synthetic_clips import draw_case, write_case
 from tiny_pipeline import make_tiny_pipeline

@@ -37,11 +37,12 @@ from buckets import (
     pack_batches,
     upscale,
 )
-from decode import Header, VideoInfo, import_decord, read_frames, read_header
+from decode import import_decord, read_frames
 from draws import draw_seed
 from errors import DataError, Interrupted, UsageError, UserError, first_line
 from file_kinds import stand_in
 from formats import NAMED, Clip, as_on_disk, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+from headers import Header, VideoInfo, read_header
 from picture import Caution
 from signals import shield_worker
 
