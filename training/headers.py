@@ -190,7 +190,7 @@ def count_by_demuxing(path, container, stream) -> Counted:
         for packet in in_one_order(path, container.demux(stream)):
             if packet.pts is not None:
                 begin = min(begin, float(packet.pts * packet.time_base))
-                end = max(end, float((packet.pts + packet.duration) * packet.time_base))
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.is_keyframe:
                 group = []
             elif not group:
@@ -213,7 +213,7 @@ def count_by_demuxing(path, container, stream) -> Counted:
     vouched = promised and KEEP_LENGTH & formats_of(container) and not group[-1].is_corrupt
     last = max(stamps) if vouched else last_decodable(path, stream, group)
     shown = {stamp for stamp in stamps if first.pts <= stamp <= last}
-    seconds = float((last - first.pts + group[-1].duration) * stream.time_base)
+    seconds = float((last - first.pts + (group[-1].duration or 0)) * stream.time_base)
     return Counted(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)
 
 
