@@ -43,6 +43,7 @@ DRY_RUN="${DRY_RUN:-0}"                  # 1 prints the command and does not run
 # ---------------------------------------------------------------- command
 
 describe_run() {
+    output_dir="$OUTPUT_ROOT"
     # Unquoted: several sizes are several arguments.
     # shellcheck disable=SC2206
     command+=(
@@ -51,7 +52,7 @@ describe_run() {
         --data_root "$DATA_ROOT"
         --caption_column "$CAPTION_COLUMN"
         --video_column "$VIDEO_COLUMN"
-        --output_dir "$OUTPUT_ROOT"
+        --output_dir "$output_dir"
         --save_latents_and_embeddings
         --height_buckets $HEIGHT_BUCKETS
         --width_buckets $WIDTH_BUCKETS
@@ -98,7 +99,6 @@ command=(python)
 ((${#gpus[@]} < 2)) || command=(torchrun --standalone --nproc_per_node "${#gpus[@]}")
 describe_run
 command+=("$@")
-output_dir=
 find_output_dir
 
 if [[ $DRY_RUN != 0 ]]; then
@@ -108,11 +108,7 @@ if [[ $DRY_RUN != 0 ]]; then
 fi
 
 code=0
-started="$(mktemp)"
-trap 'rm -f "$started"' EXIT
+new_run_id
 "${command[@]}" || code=$?
-# torchrun turns every exit code into 1; the real one is in status.json, unless that is of an earlier run.
-if ((code != 0)) && [[ $output_dir/status.json -nt $started ]]; then
-    code="$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$output_dir/status.json")"
-fi
-exit "${code:-1}"
+read_ending "$code"
+exit "$code"

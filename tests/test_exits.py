@@ -27,7 +27,8 @@ argv = sys.argv[1:]
 out = pathlib.Path(argv[argv.index("--output_dir") + 1])
 out.mkdir(parents=True, exist_ok=True)
 def leave(state, code, step):
-    (out / "status.json").write_text(json.dumps({"state": state, "exit_code": code, "step": step}, indent=2))
+    status = {"state": state, "exit_code": code, "step": step, "run": os.environ["COGVIDEOX_RUN_ID"]}
+    (out / "status.json").write_text(json.dumps(status, indent=2))
     sys.exit(code)
 def stop(number, frame):
     time.sleep(0.5)

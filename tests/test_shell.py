@@ -60,9 +60,11 @@ with open(os.environ["STUB_LOG"], "a") as log:
     log.write(json.dumps([pathlib.Path(sys.argv[0]).name, os.environ.get("CUDA_VISIBLE_DEVICES"), *argv]) + "\\n")
 output_dir = pathlib.Path(argv[argv.index("--output_dir") + 1])
 output_dir.mkdir(parents=True, exist_ok=True)
-status = {{"state": "complete", "exit_code": 0, "step": 3000}}
+run = {{"run": os.environ.get("COGVIDEOX_RUN_ID")}}
+status = {{"state": "complete", "exit_code": 0, "step": 3000, **run}}
 if os.environ.get("FAIL_RUN", "no run") in output_dir.name:
     status = json.loads(os.environ["FAIL_STATUS"])
+    status = status and status | run
 if status:
     (output_dir / "status.json").write_text(json.dumps(status, indent=2))
 sys.exit(0 if status and status["exit_code"] == 0 else 1)

@@ -13,9 +13,10 @@ import torch
 from huggingface_hub import HfApi, ModelCardData
 
 from curves import draw_losses
+from durable import write_text
 from errors import StorageError, UsageError, first_line
 from export import COMFYUI_NAME, export_lora_from_args
-from runtime import learning_rate_from_args, on_main_process, write_text
+from runtime import learning_rate_from_args, on_main_process
 from sft import SUBFOLDER
 
 

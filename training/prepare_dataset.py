@@ -60,8 +60,9 @@ from durable import TEMPORARY, lock_folder
 from errors import DataError, Interrupted, UsageError
 from formats import unique_stems, with_id_token
 from objective import draw_generator
-from runtime import check_device_from_args, run_script, write_status
+from runtime import agree_on_run, check_device_from_args, run_script
 from signals import INTERRUPTION
+from status import begin_run, write_status
 
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def main(args) -> None:
         item["missing"] = {path for path in item["files"] if not is_current(output_dir, path, item)}
     todo = [item for item in plan if item["missing"]]
     gather([], num_ranks)  # nobody writes before all have seen the same state: the ranks share `todo` by place
+    begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
 
@@ -120,6 +122,7 @@ def init_processes() -> tuple[int, int, torch.device]:
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        agree_on_run()
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     # LOCAL_RANK: the global rank names no device of the second machine

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What all wrappers share: their settings, however they are written, and where a command writes. Sourced by a wrapper
-# that has `set -euf -o pipefail` and $here (this repository).
+# What all wrappers share: their settings, however they are written, and how a command ended. Sourced by a wrapper that
+# has `set -euf -o pipefail` and $here (this repository).
 # shellcheck disable=SC2034,SC2154
 
 refuse() {
@@ -119,4 +119,31 @@ find_output_dir() {
             --output_dir=*) output_dir="${command[index]#*=}" ;;
         esac
     done
+}
+
+# A new id for the run that is started next; its processes write it into status.json.
+new_run_id() {
+    COGVIDEOX_RUN_ID="$(uname -n)-$$-$RANDOM$RANDOM-$(date +%s)"
+    export COGVIDEOX_RUN_ID
+}
+
+# status_value INDENT NAME: a value of status.json, whose first level is indented by two blanks.
+status_value() {
+    sed -n "s/^$1\"$2\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$output_dir/status.json" 2> /dev/null || true
+}
+
+# read_ending CODE: how the run ended whose launcher ended with CODE, in $state, $code and $step. Launchers turn every
+# exit code into 1; the real one is in status.json, unless that is of an earlier run.
+read_ending() {
+    code="$1" state=failed step=-
+    if [[ $(status_value "  " run) == "$COGVIDEOX_RUN_ID" ]]; then
+        state="$(status_value "  " state)" code="$(status_value "  " exit_code)" step="$(status_value "  " step)"
+    elif [[ $code == 2 || $(status_value "    " run) == "$COGVIDEOX_RUN_ID" ]]; then
+        state=refused code=2
+    elif [[ $code == 0 ]]; then
+        state=complete  # it was: nothing was done
+        [[ $(status_value "  " state) != complete ]] || step="$(status_value "  " step)"
+    elif [[ -n ${interrupted-} ]]; then
+        state=interrupted code=75  # before it could say so
+    fi
 }

@@ -77,32 +77,18 @@ pass_on() {
     [[ -z $child ]] || pkill -TERM -P "$child" 2> /dev/null || kill -TERM "$child" 2> /dev/null || true
 }
 trap pass_on INT TERM USR1
-started="$(mktemp)"
-trap 'rm -f "$started"' EXIT
-
-read_status() {
-    sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$output_dir/status.json"
-}
 
 run() {  # the arguments are the command
-    local state=complete code=0 step=-
+    local state code step
     printf '\n== %s\n' "$output_dir"
-    touch "$started"
+    new_run_id
     "$@" & child=$!  # not in the foreground: bash would look at a signal only after the run
     while :; do
         wait "$child" && code=0 || code=$?
         kill -0 "$child" 2> /dev/null || break  # it was a signal that ended the wait
     done
     child=
-    [[ $code == 0 ]] || state=failed
-    # The launcher turns every exit code into 1; the real one is in status.json, unless that is of an earlier run.
-    if [[ $output_dir/status.json -nt $started ]]; then
-        state="$(read_status state)" code="$(read_status exit_code)" step="$(read_status step)"
-    elif [[ $code == 0 && -r $output_dir/status.json ]]; then
-        step="$(read_status step)"  # it was complete: nothing was done
-    elif [[ -n $interrupted ]]; then
-        state=interrupted code=75
-    fi
+    read_ending "$code"
     [[ $code != 75 ]] || interrupted=1
     [[ $code == 0 ]] || echo "$(basename "$0"): $state with exit code $code: $output_dir" >&2
     [[ $exit_code != 0 ]] || exit_code="${code:-1}"
