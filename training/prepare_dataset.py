@@ -21,6 +21,7 @@ import re
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed
@@ -60,7 +61,7 @@ from durable import TEMPORARY, lock_folder
 from errors import DataError, Interrupted, UsageError
 from formats import unique_stems, with_id_token
 from objective import draw_generator
-from runtime import agree_on_run, check_device_from_args, run_script
+from runtime import agree_on_run, check_device_from_args, on_main_process, run_script
 from signals import INTERRUPTION
 from status import begin_run, write_status
 
@@ -73,7 +74,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
-    output_dir = output_dir_from_args(args, rank)
+    ranks = SimpleNamespace(is_main_process=rank == 0, num_processes=num_ranks)
+    output_dir = on_main_process(ranks, lambda: output_dir_from_args(args))  # refused by one, refused by all
     model_dir = resolve_model_dir(args.model_id, components_from_args(args), args.revision, args.cache_dir)
     config = read_config(model_dir, "transformer")
     if args.save_latents_and_embeddings:
@@ -130,18 +132,17 @@ def init_processes() -> tuple[int, int, torch.device]:
     return rank, num_ranks, torch.device(device)
 
 
-def output_dir_from_args(args, rank: int) -> Path:
-    """The folder, held by rank 0 until it ends, without what killed processes left unfinished."""
+def output_dir_from_args(args) -> Path:
+    """The folder, held by this process until it ends, without what killed ones left unfinished."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir}: is a file; give a folder")
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
     output_dir.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        lock_folder(output_dir)
-        for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
-            left.unlink()
+    lock_folder(output_dir)
+    for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
+        left.unlink()
     return output_dir
 
 
