@@ -12,8 +12,6 @@ import os
 import sys
 from pathlib import Path
 
-from status import REFUSED, note_refusal
-
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -192,6 +190,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Leaves with exit code 2."""
+        from status import REFUSED, note_refusal  # only here: --help is quick
+
         self.say("error", message)
         output_dir = named_value(self.argv, "--output_dir")
         if output_dir:
