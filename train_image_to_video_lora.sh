@@ -18,7 +18,7 @@ here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ---------------------------------------------------------------- settings: data, sweep, GPUs
 
-DATA_ROOT="${DATA_ROOT:-}"  # what prepare_dataset.sh wrote, or a folder of videos
+DATA_ROOT="${DATA_ROOT:-}"                       # what prepare_dataset.sh wrote, or a folder of videos
 CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"  # of a folder of videos; prepared data keeps its names
 VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
 
@@ -37,7 +37,7 @@ MODEL="${MODEL:-zai-org/CogVideoX-5b-I2V}"  # hub id or folder
 # true: prepared data; false: videos, encoded in every step; empty: whichever of the two DATA_ROOT holds
 LOAD_TENSORS="${LOAD_TENSORS:-}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # every run gets a folder in it
-ID_TOKEN="${ID_TOKEN:-}"                # put in front of every caption; the one given to prepare_dataset.sh
+ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the one given to prepare_dataset.sh
 
 LORA_RANK="${LORA_RANK:-64}"
 LORA_ALPHA="${LORA_ALPHA:-64}"

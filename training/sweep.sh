@@ -47,12 +47,11 @@ if [[ $GPU_IDS != all && ${processes:-${#gpus[@]}} != "${#gpus[@]}" ]] &&
     refuse "GPU_IDS=$GPU_IDS names ${#gpus[@]} but num_processes is $processes in $ACCELERATE_CONFIG_FILE"
 fi
 
-num_words() {
-    echo $#
-}
-# Unquoted: divided at white space.
-# shellcheck disable=SC2086
-runs=$(($(num_words $LEARNING_RATES) * $(num_words $LR_SCHEDULES) * $(num_words $OPTIMIZERS) * $(num_words $MAX_TRAIN_STEPS)))
+runs=1
+for list in "$LEARNING_RATES" "$LR_SCHEDULES" "$OPTIMIZERS" "$MAX_TRAIN_STEPS"; do
+    read -r -a values <<< "$list"
+    runs=$((runs * ${#values[@]}))
+done
 ((runs > 0)) || refuse "LEARNING_RATES, LR_SCHEDULES, OPTIMIZERS and MAX_TRAIN_STEPS each need a value"
 for argument; do
     case "${argument%%=*}" in
