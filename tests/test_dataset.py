@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -344,6 +345,28 @@ def test_full_stems_win_over_cut_ones(tmp_path):
         torch.save(tensors_of(1)[name], tmp_path / folder / "a.v1.pt")
     latents = LatentDataset(tmp_path)
     assert all(torch.equal(latents[i]["moments"], tensors_of(i)["moments"]) for i in range(2))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.1.mp4", "b.mp4", "a.2.mp4"],
+        ["one/a.mp4", "b.mp4", "two/a.mp4"],
+        ["a.mp4", "b.mp4", "a.mp4"],  # with another caption, whose embedding cannot be there too
+    ],
+)
+def test_two_clips_that_the_original_calls_alike_are_refused(tmp_path, names):
+    write_original(tmp_path, [Path(name).name for name in names])
+    (tmp_path / "videos.txt").write_text("".join(f"{name}\n" for name in names))
+    message = error_of(LatentDataset, tmp_path)
+    assert "rows 1 and 3" in message and names[0] in message and names[2] in message and "a.pt" in message
+
+
+def test_a_clip_that_is_listed_twice_counts_twice(tmp_path):
+    write_original(tmp_path, ["a.mp4", "b.mp4"])
+    (tmp_path / "prompts.txt").write_text("one\ntwo\none\n")
+    (tmp_path / "videos.txt").write_text("a.mp4\nb.mp4\na.mp4\n")
+    assert LatentDataset(tmp_path).prompts == ["one", "two", "one"]
 
 
 def test_a_pt_file_never_runs_code(tmp_path):

@@ -26,6 +26,7 @@ from args import parse_prepare_args, parse_training_args
 from cogvideox import describe_model, read_config
 from errors import UsageError
 from runtime import run_script
+from test_shell import TRAININGS, output_dir_of
 from tiny_pipeline import KINDS
 
 
@@ -528,7 +529,8 @@ def test_the_command_by_hand_uploads_the_same(train, fake_hub, tmp_path, monkeyp
     from huggingface_hub.cli.hf import main
 
     folder = train("t2v_lora", "--push_to_hub", name="a run")
-    ours = fake_hub.uploaded.pop("me/a-run")
+    repo = f"me/{hub.default_repo_name('a run')}"
+    ours = fake_hub.uploaded.pop(repo)
 
     def upload(api, *, repo_id, folder_path, allow_patterns, **options):
         fake_hub.upload_folder(repo_id, folder_path, allow_patterns, "")
@@ -537,28 +539,63 @@ def test_the_command_by_hand_uploads_the_same(train, fake_hub, tmp_path, monkeyp
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **options: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(sys, "argv", shlex.split(hub.upload_command("me/a-run", str(folder))))
+    monkeypatch.setattr(sys, "argv", shlex.split(hub.upload_command(repo, str(folder))))
     try:
         main()
     except SystemExit as left:
         assert not left.code
-    assert fake_hub.uploaded["me/a-run"] == ours
+    assert fake_hub.uploaded[repo] == ours
 
 
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
-        ("my run", "my-run"),
-        ("a--b..c", "a-b.c"),
-        (".hidden-", "hidden"),
-        ("x" * 120, "x" * 96),
-        ("日本", "cogvideox-finetune"),
+        ("my-run", "my-run"),
+        ("x" * 96, "x" * 96),
+        ("a.b_c", "a.b_c"),
         ("cogvideox-lora__optimizer_adamw__learning-rate_1e-4", "cogvideox-lora__optimizer_adamw__learning-rate_1e-4"),
     ],
 )
-def test_every_folder_has_a_name_that_the_hub_takes(folder, name):
+def test_a_folder_whose_name_the_hub_takes_is_called_so_there(folder, name):
     assert hub.default_repo_name(folder) == name
     validate_repo_id(f"me/{name}")
+
+
+@pytest.mark.parametrize(
+    ("folders", "beginning"),
+    [
+        (["my run", "my  run", "my+run", "my/run", "my\nrun"], "my-run-"),
+        (["a--b..c", "a-b...c", "-a-b.c", "a-b.c.git"], "a-b.c-"),
+        ([".hidden-", "hidden.", "_hidden"], "hidden-"),
+        (["x" * 97, "x" * 120, "x" * 96 + "-"], "x" * 87 + "-"),
+        (["-" * 90 + "x" * 20, "_" * 90 + "x" * 20], "x" * 20 + "-"),
+        (["y" * 86 + "-" * 30, "y" * 86 + "." * 30], "y" * 86 + "-"),
+        (["日本", "中国", "\udcff", "...", "---"], "cogvideox-finetune-"),
+        (
+            [os.path.basename(output_dir_of(rate, "came")) + more for rate in ("1e-4", "2e-4") for more in ("", "0")],
+            "cogvideox-lora__optimizer_came__steps_3000__lr-schedule_cosine_with_restarts__learning-",
+        ),
+    ],
+)
+def test_folders_whose_names_must_be_altered_share_no_repository(folders, beginning):
+    names = [hub.default_repo_name(folder) for folder in folders]
+    altered = [name for name, folder in zip(names, folders, strict=True) if name != folder]
+    assert len(set(names)) == len(folders) and altered
+    for name in names:
+        validate_repo_id(f"me/{name}")
+    for name in altered:
+        assert re.fullmatch(re.escape(beginning) + "[0-9a-f]{8}", name)
+
+
+def test_no_two_runs_of_a_sweep_share_a_repository():
+    """Whose folders differ in the last characters alone."""
+    names = {
+        hub.default_repo_name(os.path.basename(output_dir_of(rate, optimizer, training.output_name)))
+        for training in TRAININGS
+        for rate in ("1e-4", "1e-3", "1.5e-4", "1.25e-4", "0.00010")
+        for optimizer in ("adamw", "prodigy")
+    }
+    assert len(names) == len(TRAININGS) * 5 * 2 and max(map(len, names)) <= 96
 
 
 # ---------------------------------------------------------------- secrets

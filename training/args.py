@@ -4,11 +4,13 @@ Standard library only: `--help` and a mistyped flag answer before torch is impor
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
 import os
 import sys
+from pathlib import Path
 
 from errors import print_whole
 
@@ -186,11 +188,18 @@ class FlagParser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
+        self.argv: list[str] = []
 
     def error(self, message: str):
         """Leaves with exit code 2."""
+        from status import REFUSED, note_refusal  # only here: --help is quick
+
         self.say("error", message)
-        self.exit(2)
+        output_dir = named_value(self.argv, "--output_dir")
+        if output_dir:
+            with contextlib.suppress(OSError):  # a file in its place, say: the line above is what matters
+                note_refusal(Path(output_dir), message)
+        self.exit(REFUSED)
 
     def print_help(self, file=None):
         print_whole(self.format_help().rstrip("\n"))
@@ -203,6 +212,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse_flags(self, argv: list[str] | None) -> argparse.Namespace:
         """The flags' values, and in `given` the sorted names of those on the command line."""
         argv = sys.argv[1:] if argv is None else list(argv)
+        self.argv = argv
         self.refuse_unknown(argv)
         argv = self.with_config(argv)
         args = self.parse_args(argv)
@@ -214,12 +224,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def with_config(self, argv: list[str]) -> list[str]:
         """The flags of the run that --config names, then those on the command line, which win."""
-        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        config.add_argument("--config")
-        try:
-            path = config.parse_known_args(argv)[0].config
-        except argparse.ArgumentError:
-            return argv  # --config without a value: the whole parser says so
+        path = named_value(argv, "--config")
         return argv if path is None else self.recorded_argv(path) + argv
 
     def recorded_argv(self, path: str) -> list[str]:
@@ -258,6 +263,16 @@ class FlagParser(argparse.ArgumentParser):
     def is_used(self, args: argparse.Namespace, dest: str) -> bool:
         """Whether a flag differs from its default."""
         return getattr(args, dest) != self.get_default(dest)
+
+
+def named_value(argv: list[str], flag: str) -> str | None:
+    """The value of one flag, whatever the others are; None also for a flag without a value, of which argparse speaks."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag, dest="value")
+    try:
+        return parser.parse_known_args(argv)[0].value
+    except argparse.ArgumentError:
+        return None
 
 
 # A token is written nowhere, and --config only stands for the flags of another run

@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
-from durable import TEMPORARY, clean_up, damage, lock_folder, remove, written_folder
+from durable import TEMPORARY, clean_up, damage, lock_folder, remove, write_json, written_folder
 from errors import Interrupted, NumbersError, StorageError, UsageError
 from hub import RunFacts, push_from_args, write_outputs_from_args
 from optimizers import join_tensors, schedule_state, split_tensors, state_bytes_from_args
 from quantization import bytes_unquantized
-from runtime import memory_report, on_main_process, remove_earlier_status, write_json, write_status
+from runtime import memory_report, on_main_process
 from signals import INTERRUPTION
+from status import begin_run, forget_refusal, read_status, write_status
 from tracking import finish_trackers
 from update import TrainingState
 
@@ -80,7 +81,7 @@ def claim_output_dir_from_args(args) -> int | None:
         output_dir.mkdir()
         lock_folder(output_dir)
     clean_up(output_dir)
-    if args.overwrite or not (checkpoint_dirs(output_dir) or read_state(output_dir) == "complete"):
+    if args.overwrite or not (checkpoint_dirs(output_dir) or is_complete(output_dir)):
         return None
     refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
     return read_record(output_dir)["seed"] if args.seed is None else None
@@ -127,7 +128,7 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     # Flags that are new since then count as they are now, unless they were given
     earlier = {name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)} | earlier
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
-    may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or read_state(output_dir) != "complete"
+    may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or not is_complete(output_dir)
     free = FREE_FLAGS | MEMORY_FLAGS | (LENGTH_FLAGS if may_extend else set())
     refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
     if refused:
@@ -136,21 +137,19 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
         logger.info("continuing with changed %s", ", ".join(f"--{name} {flags.get(name)}" for name in changed))
 
 
-def read_state(output_dir: Path) -> str | None:
-    status = output_dir / "status.json"
-    return json.loads(status.read_text(encoding="utf-8"))["state"] if status.exists() else None
+def is_complete(output_dir: Path) -> bool:
+    return read_status(output_dir).get("state") == "complete"
 
 
 def is_complete_from_args(args, num_steps: int) -> bool:
     """True if the output folder holds the result of these very steps: the same command again has nothing to do."""
-    status = Path(args.output_dir) / "status.json"
-    if args.resume_from_checkpoint not in (None, "latest") or not status.exists():
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint not in (None, "latest") or not is_complete(output_dir):
         return False
-    content = json.loads(status.read_text(encoding="utf-8"))
-    complete = content["state"] == "complete" and content["step"] >= num_steps
-    if complete:
-        logger.info("%s is complete at step %d: nothing to do", args.output_dir, content["step"])
-    return complete
+    step = read_status(output_dir)["step"]
+    if step >= num_steps:
+        logger.info("%s is complete at step %d: nothing to do", output_dir, step)
+    return step >= num_steps
 
 
 def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int) -> None:
@@ -162,6 +161,7 @@ def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, 
         rehearse_end_from_args(args, accelerator, engine)
     if accelerator.is_main_process:
         write_record_from_args(args, seed)
+    begin_run(Path(args.output_dir), accelerator.is_main_process)
 
 
 def rehearse_end_from_args(args, accelerator, engine) -> None:
@@ -191,7 +191,6 @@ def write_record_from_args(args, seed: int) -> None:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     content = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "versions": versions}
     write_json(Path(args.output_dir) / "args.json", content)
-    remove_earlier_status(Path(args.output_dir))
 
 
 # ---------------------------------------------------------------- save
@@ -311,8 +310,10 @@ def finish_run_from_args(args, accelerator, about: RunFacts) -> None:
 
 def finish_again_from_args(args, accelerator, about: RunFacts) -> None:
     """A complete run's forms that --export asks for and that are not there yet, and its upload."""
-    if accelerator.is_main_process and (args.export or about.hub_repo):
-        write_outputs_from_args(args, about, only_missing=True)
+    if accelerator.is_main_process:
+        forget_refusal(Path(args.output_dir))
+        if args.export or about.hub_repo:
+            write_outputs_from_args(args, about, only_missing=True)
     upload_from_args(args, about)
 
 
@@ -321,8 +322,8 @@ def upload_from_args(args, about: RunFacts) -> None:
     if about.hub_repo is None:
         return
     output_dir = Path(args.output_dir)
-    earlier = json.loads((output_dir / "status.json").read_text(encoding="utf-8"))
-    rest = {name: value for name, value in earlier.items() if name not in ("state", "exit_code", "message")}
+    told_anew = ("state", "exit_code", "message", "run")
+    rest = {name: value for name, value in read_status(output_dir).items() if name not in told_anew}
     try:
         push_from_args(args, about.hub_repo)
     except StorageError as error:
@@ -366,7 +367,7 @@ def choose_checkpoint_from_args(args, num_steps: int) -> Path | None:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
         newest = newest_whole(output_dir)
-        if newest is None and (wanted or read_state(output_dir) == "complete"):
+        if newest is None and (wanted or is_complete(output_dir)):
             logger.info("%s holds no checkpoint: starting at step 0", output_dir)
         if newest:
             refuse_later_step(newest, step_of(newest), num_steps)

@@ -41,7 +41,18 @@ from decode import import_decord, read_frames
 from draws import draw_seed
 from errors import DataError, Interrupted, UsageError, UserError, first_line
 from file_kinds import stand_in
-from formats import NAMED, Clip, as_on_disk, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+from formats import (
+    NAMED,
+    Clip,
+    Row,
+    as_on_disk,
+    first_few,
+    inside,
+    read_clips,
+    read_text,
+    read_text_rows,
+    with_id_token,
+)
 from headers import Header, VideoInfo, read_header
 from picture import Caution
 from signals import shield_worker
@@ -455,13 +466,15 @@ def original_latents(root: Path, caption_column: str, video_column: str, allow_o
         "%s: .pt files without a manifest; sizes are taken from the tensors, and that they were made with this model's "
         "VAE cannot be checked", root
     )  # fmt: skip
-    files = [[find_pt(root / folder, row.source) for folder in ("video_latents", "prompt_embeds")] for row in rows]
-    missing = [str(path.relative_to(root)) for pair in files for path in pair if not path.is_file()]
+    names = [pt_name(root, row.source) for row in rows]
+    folders = ("video_latents", "prompt_embeds")
+    missing = [f"{folder}/{name}" for name in names for folder in folders if not (root / folder / name).is_file()]
     if missing:
         raise DataError(f"{root}: {first_few(missing)} not found; {PREPARE_AGAIN.format(root)}")
+    refuse_shared(root, rows, names)
     latents = []
-    for row, (moments, prompt_embeds) in zip(rows, files, strict=True):
-        image = find_pt(root / "image_latents", row.source)
+    for row, name in zip(rows, names, strict=True):
+        moments, prompt_embeds, image = [root / folder / name for folder in (*folders, "image_latents")]
         for path in (moments, prompt_embeds, image):
             inside(root, str(path.relative_to(root)), f"{video_column}:{row.row}", allow_outside)
         _, frames, height, width = read_pt(moments, 4).shape
@@ -471,11 +484,24 @@ def original_latents(root: Path, caption_column: str, video_column: str, allow_o
     return latents
 
 
-def find_pt(folder: Path, source: str) -> Path:
+def pt_name(root: Path, source: str) -> str:
     """<stem>.pt, else what the original made of names with several dots: all up to the first."""
+    folder = root / "video_latents"
     names = f"{Path(source).stem}.pt", f"{Path(source).name.split('.')[0]}.pt"
-    whole, cut = (folder / as_on_disk(folder, name) for name in names)
-    return cut if cut.is_file() and not whole.is_file() else whole
+    whole, cut = (as_on_disk(folder, name) for name in names)
+    return cut if (folder / cut).is_file() and not (folder / whole).is_file() else whole
+
+
+def refuse_shared(root: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """DataError where the original gave two clips, or two captions of one, the same name."""
+    owners: dict[str, Row] = {}
+    for row, name in zip(rows, names, strict=True):
+        first = owners.setdefault(name, row)
+        if (first.source, first.prompt) != (row.source, row.prompt):
+            raise DataError(
+                f"{root}: rows {first.row} and {row.row} ('{first.source}', '{row.source}') both lead to {name}, which "
+                f"is of one of them; {PREPARE_AGAIN.format(root)}"
+            )
 
 
 def refuse_unknown_buckets(latents: list[Latent], buckets: Sequence[Bucket] | None) -> None:

@@ -109,6 +109,20 @@ def clean_up(parent: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 # ---------------------------------------------------------------- reading
 
 

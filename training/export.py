@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
+from durable import write_json
 from errors import UsageError
 from lora import METADATA_KEY, PREFIX, WEIGHTS_NAME
-from runtime import write_json
 from sft import SUBFOLDER
 
 

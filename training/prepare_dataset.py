@@ -21,6 +21,7 @@ import re
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed
@@ -61,19 +62,22 @@ from durable import TEMPORARY, lock_folder
 from errors import DataError, Interrupted, UsageError
 from formats import unique_stems, with_id_token
 from objective import draw_generator
-from runtime import check_device_from_args, run_script, write_status
+from runtime import agree_on_run, check_device_from_args, on_main_process, run_script
 from signals import INTERRUPTION
+from status import begin_run, write_status
 
 
 logger = logging.getLogger(__name__)
 
+GO_ON = "the same command does what is missing"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
-    output_dir = output_dir_from_args(args, rank)
+    ranks = SimpleNamespace(is_main_process=rank == 0, num_processes=num_ranks)
+    output_dir = on_main_process(ranks, lambda: output_dir_from_args(args))  # refused by one, refused by all
     source = args.revision, args.cache_dir
     config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
@@ -92,6 +96,7 @@ def main(args) -> None:
         item["missing"] = {path for path in item["files"] if not is_current(output_dir, path, item)}
     todo = [item for item in plan if item["missing"]]
     gather([], num_ranks)  # nobody writes before all have seen the same state: the ranks share `todo` by place
+    begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
 
@@ -124,6 +129,7 @@ def init_processes() -> tuple[int, int, torch.device]:
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        agree_on_run()
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     # LOCAL_RANK: the global rank names no device of the second machine
@@ -131,18 +137,17 @@ def init_processes() -> tuple[int, int, torch.device]:
     return rank, num_ranks, torch.device(device)
 
 
-def output_dir_from_args(args, rank: int) -> Path:
-    """The folder, held by rank 0 until it ends, without what killed processes left unfinished."""
+def output_dir_from_args(args) -> Path:
+    """The folder, held by this process until it ends, without what killed ones left unfinished."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir}: is a file; give a folder")
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
     output_dir.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        lock_folder(output_dir)
-        for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
-            left.unlink()
+    lock_folder(output_dir)
+    for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
+        left.unlink()
     return output_dir
 
 
@@ -288,7 +293,7 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
                         writer.submit(write_preview, output_dir, item, pixels)
             bar.update(len(batch_items) + len(batch["problems"]))
     if INTERRUPTION.reason:
-        raise Interrupted(f"stopped by {INTERRUPTION.reason}; the same command does what is missing")
+        raise Interrupted(f"stopped by {INTERRUPTION.reason}; {GO_ON}")
     return problems
 
 
@@ -370,4 +375,4 @@ def manifest_row(item: dict) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(ARGS), ARGS.output_dir)
+    run_script(lambda: main(ARGS), ARGS.output_dir, GO_ON)
