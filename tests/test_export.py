@@ -15,7 +15,8 @@ from args import parse_training_args
 from cogvideox import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_transformer
 from errors import UsageError
 from export import COMFYUI_NAME, comfyui_module, export_comfyui, export_lora_from_args, merge_lora
-from lora import ADAPTER, WEIGHTS_NAME, save_lora
+from lora import ADAPTER, save_lora
+from lora_file import WEIGHTS_NAME
 from test_lora import example_inputs
 from tiny_pipeline import KINDS
 
@@ -112,7 +113,7 @@ def test_every_layer_has_the_name_that_comfyui_gives_it(kind, tiny):
 
 
 def test_the_file_holds_these_keys_and_shapes_and_no_others(base, tmp_path):
-    """Width 128, 2 blocks, rank 4 and alpha 2, key by key."""
+    """Width 128, 2 blocks, rank 4, key by key; trained with an alpha of 2, which is in the weights."""
     folder = tmp_path / "run"
     trained(base("2b"), folder)
     export_comfyui(folder / WEIGHTS_NAME, folder / COMFYUI_NAME)
@@ -124,7 +125,7 @@ def test_the_file_holds_these_keys_and_shapes_and_no_others(base, tmp_path):
     tensors = load_file(folder / COMFYUI_NAME)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert all(tensors[name].item() == 2.0 for name in expected if name.endswith(".alpha"))
+    assert all(tensors[name].item() == 4.0 for name in expected if name.endswith(".alpha"))
 
 
 def apply_as_comfyui_does(weights, lora, strength=1.0):
@@ -288,11 +289,14 @@ def test_exports_name_no_place_and_equal_ones_are_equal_bytes(base, tmp_path):
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_written_alpha_holds_the_whole_scaling(use_rslora, base, tmp_path):
-    """Also the square root of rank-stabilised LoRA, of which ComfyUI knows nothing."""
+def test_up_holds_the_whole_scaling(use_rslora, base, tmp_path):
+    """Also the square root of rank-stabilised LoRA, of which ComfyUI knows nothing; alpha / rank is 1."""
     folder = tmp_path / "run"
     transformer = trained(base("2b"), folder, r=4, lora_alpha=3, use_rslora=use_rslora)
-    scaling = transformer.transformer_blocks[0].attn1.to_q.scaling[ADAPTER]
-    assert scaling == (3 / math.sqrt(4) if use_rslora else 3 / 4)
+    layer = transformer.transformer_blocks[0].attn1.to_q
+    assert layer.scaling[ADAPTER] == (3 / math.sqrt(4) if use_rslora else 3 / 4)
     export_comfyui(folder / WEIGHTS_NAME, folder / COMFYUI_NAME)
-    assert load_file(folder / COMFYUI_NAME)["diffusion_model.blocks.0.q.alpha"].item() == scaling * 4
+    tensors = load_file(folder / COMFYUI_NAME)
+    assert tensors["diffusion_model.blocks.0.q.alpha"].item() == 4
+    up = tensors["diffusion_model.blocks.0.q.lora_up.weight"]
+    assert torch.equal(up, layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER])
