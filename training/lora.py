@@ -270,9 +270,9 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
     path = find_file(path)
     modules = {name for name, _ in transformer.named_modules()}
     file = read_lora(path, modules)
-    theirs, ours = flags_of_file(file, path), flags_of_adapter(transformer)
     if unknown := sorted(layers_in(file) - modules):
         raise UsageError(f"{path}: does not fit this model, which has no layer {unknown[0]}")
+    theirs, ours = flags_of_file(file, path), flags_of_adapter(transformer)
     advice = [flag_advice(flag, theirs[flag], ours[flag]) for flag in theirs if theirs[flag] != ours[flag]]
     names, wanted = (
         {name_in_block(layer) for layer in layers} for layers in (lora_layers(transformer), layers_in(file))
