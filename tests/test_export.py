@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from args import parse_training_args
 from cogvideox import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_transformer
 from errors import UsageError
-from export import COMFYUI_NAME, comfyui_module, export_comfyui, export_lora_from_args, merge_lora
+from export import (
+    COMFYUI_NAME,
+    KOHYA_NAME,
+    comfyui_module,
+    export_comfyui,
+    export_kohya,
+    export_lora_from_args,
+    merge_lora,
+)
 from lora import ADAPTER, save_lora
 from lora_file import WEIGHTS_NAME
 from test_lora import example_inputs
@@ -169,19 +177,20 @@ def test_comfyui_at_strength_1_computes_the_merged_weights(config, base, tmp_pat
         torch.testing.assert_close(patched[key], merged[key], rtol=1e-6, atol=1e-6)
 
 
-def test_dora_is_refused_before_training_and_in_a_file(base, tmp_path, capsys):
+@pytest.mark.parametrize(("form", "export"), [("comfyui", export_comfyui), ("kohya", export_kohya)])
+def test_dora_is_refused_before_training_and_in_a_file(form, export, base, tmp_path, capsys):
     argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--use_dora", "--export"]
     assert parse_training_args("t2v_lora", [*argv, "merged"]).export == ["merged"]
     capsys.readouterr()
     with pytest.raises(SystemExit) as left:
-        parse_training_args("t2v_lora", [*argv, "comfyui", "merged"])
+        parse_training_args("t2v_lora", [*argv, form, "merged"])
     err = capsys.readouterr().err
-    assert left.value.code == 2 and err.count("\n") == 1 and "--use_dora --export comfyui" in err and "merged" in err
+    assert left.value.code == 2 and err.count("\n") == 1 and f"--use_dora --export {form}" in err and "merged" in err
 
     folder = tmp_path / "run"
     trained(base("2b"), folder, use_dora=True)
     with pytest.raises(UsageError, match="DoRA"):
-        export_comfyui(folder / WEIGHTS_NAME, folder / COMFYUI_NAME)
+        export(folder / WEIGHTS_NAME, folder / "export.safetensors")
     assert sorted(path.name for path in folder.iterdir()) == [WEIGHTS_NAME]
 
 
@@ -271,11 +280,11 @@ def test_exports_name_no_place_and_equal_ones_are_equal_bytes(base, tmp_path):
     for folder in folders:
         trained(model_dir, folder)
         argv = ["--pretrained_model_name_or_path", str(model_dir), "--data_root", "d", "--output_dir", str(folder)]
-        args = parse_training_args("t2v_lora", [*argv, "--export", "comfyui", "merged"])
+        args = parse_training_args("t2v_lora", [*argv, "--export", "comfyui", "kohya", "merged"])
         export_lora_from_args(args, model_dir)
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert [str(path) for path in files] == [
-        WEIGHTS_NAME, COMFYUI_NAME, "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
+        WEIGHTS_NAME, COMFYUI_NAME, KOHYA_NAME, "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
     for path in files:
         contents = [(folder / path).read_bytes() for folder in folders]

@@ -302,11 +302,12 @@ def test_videos_of_the_last_validation_are_shown(train):
 
 
 def test_exports_are_made_and_named(train):
-    folder = train("t2v_lora", "--export", "comfyui", "merged")
-    assert (folder / "pytorch_lora_weights_comfyui.safetensors").exists()
+    folder = train("t2v_lora", "--export", "comfyui", "kohya", "merged")
+    for form in ("comfyui", "kohya"):
+        assert (folder / f"pytorch_lora_weights_{form}.safetensors").exists()
     assert (folder / "transformer/config.json").exists()
     text = (folder / "README.md").read_text()
-    assert "ComfyUI" in text and 'subfolder="transformer"' in text
+    assert "ComfyUI" in text and "VideoX-Fun" in text and 'subfolder="transformer"' in text
     other = train("t2v_lora", name="other")
     assert "ComfyUI" not in (other / "README.md").read_text() and not (other / "transformer").exists()
     metrics = (other / "metrics.jsonl").read_text()

@@ -113,17 +113,20 @@ def read_lora(path: Path, modules: Iterable[str] = ()) -> LoraFile:
             for key in file.keys():  # noqa: SIM118
                 layer, part = peft_key(key, names)
                 if part == "alpha":
-                    alphas[layer] = file.get_tensor(key).item()
+                    alphas[layer] = float(file.get_tensor(key))
                 else:
                     tensors[f"{layer}.{part}" if part else key] = file.get_tensor(key)
-        config = json.loads(metadata.get(METADATA_KEY, "{}"))
+        config = dict(json.loads(metadata.get(METADATA_KEY, "{}")))
         if not config and (beside := path.with_name(PEFT_CONFIG_NAME)).exists():
-            config = json.loads(beside.read_text(encoding="utf-8"))
-        facts = json.loads(metadata.get(TRAINING_KEY, "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
+            config = dict(json.loads(beside.read_text(encoding="utf-8")))
+        facts = dict(json.loads(metadata.get(TRAINING_KEY, "{}")))
+        config = {key.removeprefix(PREFIX): value for key, value in config.items()}
+        recorded = {name: facts.pop(name) for name in RECORDED if name in facts}
+        named = [values["lora_alpha"] for values in (config, recorded) if "lora_alpha" in values]
+        if not all(math.isfinite(alpha) for alpha in (*alphas.values(), *named)):
+            raise ValueError("its alpha is not finite")
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{path}: not readable as a LoRA file ({error})") from error
-    config = {key.removeprefix(PREFIX): value for key, value in config.items()}
-    recorded = {name: facts.pop(name) for name in RECORDED if name in facts}
     return LoraFile(tensors, alphas, config, facts, recorded)
 
 
