@@ -162,7 +162,7 @@ def test_the_example_of_the_card_runs_and_uses_what_was_trained(script, train, r
         name = name.replace(".lora_A.", ".lora_A.default_0.").replace(".lora_B.", ".lora_B.default_0.")
         assert torch.equal(weights[name].float(), trained), name
     if script.endswith("lora"):
-        assert values["pipe"].transformer.transformer_blocks[0].attn1.to_q.scaling == {"default_0": 0.5}
+        assert values["pipe"].transformer.transformer_blocks[0].attn1.to_q.scaling == {"default_0": 1.0}
 
 
 def test_the_example_drops_learned_positions_as_training_did(train, run_snippet):
@@ -240,7 +240,7 @@ def test_a_lora_over_quantised_weights_is_merged_into_the_exact_ones(train, tiny
     assert base.keys() == merged.keys()
     for name, weight in base.items():
         down, up = (lora.get(f"transformer.{name.removesuffix('.weight')}.lora_{part}.weight") for part in "AB")
-        exact = weight if down is None else (weight.float() + 2 / 4 * up @ down).to(weight.dtype)
+        exact = weight if down is None else (weight.float() + up @ down).to(weight.dtype)
         assert torch.equal(merged[name], exact)
 
 

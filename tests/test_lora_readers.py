@@ -11,16 +11,20 @@ from collections import defaultdict
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from args import parse_training_args
+from checkpointing import file_bytes_from_args
 from cogvideox import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_transformer
 from durable import damage, write_manifest
+from engine import LoraEngine
 from errors import UsageError
 from export import export_comfyui, export_kohya
 from lora import ADAPTER, UNSCALED_NAME, check_saved_lora, load_lora, save_lora, save_unscaled, start_from_lora
 from lora_file import METADATA_KEY, WEIGHTS_NAME, kohya_module
+from optimizers import state_bytes_from_args
 from test_lora import example_inputs
 from test_lora_options import EVERYWHERE, losses, make, train, weights_equal  # noqa: F401
 from tiny_pipeline import KINDS, is_image_to_video
@@ -69,9 +73,7 @@ def loaded(model_dir, lora):
 
 
 def save_with_alpha(transformer, folder):
-    """The file as 51e4482 wrote it: weights as trained, and the whole configuration of peft in the metadata."""
-    from peft.utils import get_peft_model_state_dict
-
+    """The file as it was written earlier: weights as trained, and the whole configuration of peft in the metadata."""
     config = transformer.peft_config[ADAPTER].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     TEXT_TO_VIDEO_PIPELINE.save_lora_weights(
@@ -195,6 +197,19 @@ def test_a_run_goes_on_from_both_kinds_of_checkpoint(flags, train, tiny, tmp_pat
         assert damage(checkpoint) is None
         out = train(name, *flags, "--checkpointing_steps", 2)
         assert losses(out) == losses(unbroken) and weights_equal(out, unbroken)
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_alpha", "3"], ["--lora_alpha", "4", "--use_rslora"]], ids=str)
+def test_the_disk_is_asked_for_all_that_a_checkpoint_takes(flags, tiny, tmp_path):
+    argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--rank", "4", "--lora_alpha", "4", *flags]
+    args = parse_training_args("t2v_lora", argv)
+    transformer, params = make(tiny("2b"), rank=4, alpha=args.lora_alpha, use_rslora=args.use_rslora)
+    engine = LoraEngine(transformer, params, {}, None, TEXT_TO_VIDEO_PIPELINE)
+    engine.save_state(tmp_path)
+    written = sum(tensor.nbytes for path in tmp_path.iterdir() for tensor in load_file(path).values())
+    checkpoint, result = file_bytes_from_args(args, engine)
+    states = sum(param.numel() for param in params) * state_bytes_from_args(args)
+    assert result <= written <= checkpoint - states <= 2 * result
 
 
 # ---------------------------------------------------------------- --init_lora
@@ -327,6 +342,7 @@ def test_files_that_mix_strengths_or_fit_another_model_are_refused_in_one_line(t
     for changed, line in (
         ({f"{name}.alpha": torch.tensor(8.0)}, "one rank and one alpha"),
         ({f"{name}.lora_down.weight": torch.ones(2, 128)}, "one rank and one alpha"),
+        ({f"{name}.alpha": torch.ones(2)}, "not readable as a LoRA file"),
         ({f"{name}.dora_scale": torch.ones(128, 1)}, f"1 keys differ, e.g. {name}.dora_scale"),
         (
             {f"{kohya_module('transformer_blocks.7.attn1.to_q')}.lora_down.weight": torch.ones(4, 128)},
@@ -337,6 +353,18 @@ def test_files_that_mix_strengths_or_fit_another_model_are_refused_in_one_line(t
         with pytest.raises(UsageError, match=re.escape(line)) as error:
             start_from_lora(fresh, path)
         assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_a_run_starts_from_any_file_of_another(train):  # noqa: F811
+    """Through the script: the first loss is that of the run that goes on from the result itself."""
+    flags = ["--lora_alpha", 3]
+    first = train("first", *flags, "--export", "kohya", "comfyui")
+    expected, *others = (
+        losses(train(f"from-{path.name}", *flags, "--init_lora", path, steps=1))[0]
+        for path in (first, *sorted(first.glob("pytorch_lora_weights_*")), first / WEIGHTS_NAME)
+    )
+    assert len(others) == 3 and others == pytest.approx([expected] * 3, rel=1e-6)
+    assert abs(expected - losses(first)[0]) > 1e-3
 
 
 # ---------------------------------------------------------------- kohya's layout, as its readers walk it

@@ -274,13 +274,11 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
         raise UsageError(f"{path}: does not fit this model, which has no layer {unknown[0]}")
     theirs, ours = flags_of_file(file, path), flags_of_adapter(transformer)
     advice = [flag_advice(flag, theirs[flag], ours[flag]) for flag in theirs if theirs[flag] != ours[flag]]
-    names, wanted = (
-        {name_in_block(layer) for layer in layers} for layers in (lora_layers(transformer), layers_in(file))
-    )
-    if names != wanted:
-        targets = file.config.get("target_modules")
+    names = {name_in_block(layer) for layer in layers_in(file)}
+    if names != {name_in_block(layer) for layer in lora_layers(transformer)}:
+        targets = file.config.get("target_modules")  # for peft also a pattern, which the flag does not take
         advice.append(
-            f"give --lora_target_modules {' '.join(sorted(targets if isinstance(targets, list) else wanted))}"
+            f"give --lora_target_modules {' '.join(sorted(targets if isinstance(targets, list) else names))}"
         )
     if advice:
         raise UsageError(f"{path}: --init_lora goes on with a LoRA of other flags; {', '.join(advice)}")

@@ -26,8 +26,7 @@ METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's configura
 TRAINING_KEY = "training"  # where this toolkit keeps what a reader must follow, and the flags that RECORDED names
 RECORDED = ("lora_alpha", "use_rslora")  # as trained, where the scaling was not 1: --init_lora compares them
 
-COMFYUI_PREFIX, KOHYA_PREFIX = "diffusion_model.", "lora_unet__"
-PREFIXES = ("base_model.model.", PREFIX, COMFYUI_PREFIX)  # the first is peft's
+PEFT_PREFIX, COMFYUI_PREFIX, KOHYA_PREFIX = "base_model.model.", "diffusion_model.", "lora_unet__"
 # Modules that ComfyUI calls otherwise than diffusers; all the rest have one name in both
 COMFYUI_MODULES = (
     ("transformer_blocks.", "blocks."),
@@ -84,7 +83,7 @@ def peft_key(key: str, modules: dict[str, str]) -> tuple[str, str | None]:
 
     (key, None) for what is no part of a LoRA.
     """
-    for prefix in PREFIXES:
+    for prefix in (PEFT_PREFIX, PREFIX, COMFYUI_PREFIX):
         key = key.removeprefix(prefix)
     layer, *rest = re.split(r"\.(?=lora_|alpha$)", key, maxsplit=1)
     part = PARTS.get("".join(rest).replace(".default", ""))
@@ -99,12 +98,15 @@ def find_file(path: Path) -> Path:
     """`path`, or the LoRA's file in that folder: of a run, or as peft's save_pretrained writes one."""
     if not path.is_dir():
         return path
-    names = [name for name in (WEIGHTS_NAME, PEFT_NAME) if (path / name).exists()]
-    return path / (names or [WEIGHTS_NAME])[0]
+    is_peft = (path / PEFT_NAME).exists() and not (path / WEIGHTS_NAME).exists()
+    return path / (PEFT_NAME if is_peft else WEIGHTS_NAME)
 
 
 def read_lora(path: Path, modules: Iterable[str] = ()) -> LoraFile:
-    """A LoRA's file. `modules`, the transformer's, are needed for layouts with names of their own."""
+    """A LoRA's file, and the configuration that peft writes beside its own.
+
+    `modules`, the transformer's, are needed for layouts with names of their own.
+    """
     names = {form(module): module for module in modules for form in (kohya_module, comfyui_module)}
     tensors, alphas = {}, {}
     try:
@@ -116,8 +118,9 @@ def read_lora(path: Path, modules: Iterable[str] = ()) -> LoraFile:
                     alphas[layer] = float(file.get_tensor(key))
                 else:
                     tensors[f"{layer}.{part}" if part else key] = file.get_tensor(key)
+            is_peft = any(key.startswith(PEFT_PREFIX) for key in file.keys())  # noqa: SIM118
         config = dict(json.loads(metadata.get(METADATA_KEY, "{}")))
-        if not config and (beside := path.with_name(PEFT_CONFIG_NAME)).exists():
+        if is_peft and (beside := path.with_name(PEFT_CONFIG_NAME)).exists():
             config = dict(json.loads(beside.read_text(encoding="utf-8")))
         facts = dict(json.loads(metadata.get(TRAINING_KEY, "{}")))
         config = {key.removeprefix(PREFIX): value for key, value in config.items()}
@@ -151,7 +154,7 @@ def layers_in(file: LoraFile) -> set[str]:
 
 
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """In fp32, unless there is nothing to do. Exact for powers of two, else within 3e-8."""
+    """In fp32, unless there is nothing to do. Exact for powers of two, else rounded once."""
     return tensor if factor == 1 else tensor.float() * factor
 
 
