@@ -163,7 +163,7 @@ def test_the_example_of_the_card_runs_and_uses_what_was_trained(script, train, r
         name = name.replace(".lora_A.", ".lora_A.default_0.").replace(".lora_B.", ".lora_B.default_0.")
         assert torch.equal(weights[name].float(), trained), name
     if script.endswith("lora"):
-        assert values["pipe"].transformer.transformer_blocks[0].attn1.to_q.scaling == {"default_0": 0.5}
+        assert values["pipe"].transformer.transformer_blocks[0].attn1.to_q.scaling == {"default_0": 1.0}
 
 
 def test_the_example_drops_learned_positions_as_training_did(train, run_snippet):
@@ -263,7 +263,7 @@ def test_a_lora_over_quantised_weights_is_merged_into_the_exact_ones(train, tiny
     assert base.keys() == merged.keys()
     for name, weight in base.items():
         down, up = (lora.get(f"transformer.{name.removesuffix('.weight')}.lora_{part}.weight") for part in "AB")
-        exact = weight if down is None else (weight.float() + 2 / 4 * up @ down).to(weight.dtype)
+        exact = weight if down is None else (weight.float() + up @ down).to(weight.dtype)
         assert torch.equal(merged[name], exact)
 
 
@@ -324,11 +324,12 @@ def test_videos_of_the_last_validation_are_shown(train):
 
 
 def test_exports_are_made_and_named(train):
-    folder = train("t2v_lora", "--export", "comfyui", "merged")
-    assert (folder / "pytorch_lora_weights_comfyui.safetensors").exists()
+    folder = train("t2v_lora", "--export", "comfyui", "kohya", "merged")
+    for form in ("comfyui", "kohya"):
+        assert (folder / f"pytorch_lora_weights_{form}.safetensors").exists()
     assert (folder / "transformer/config.json").exists()
     text = (folder / "README.md").read_text()
-    assert "ComfyUI" in text and 'subfolder="transformer"' in text
+    assert "ComfyUI" in text and "VideoX-Fun" in text and 'subfolder="transformer"' in text
     other = train("t2v_lora", name="other")
     assert "ComfyUI" not in (other / "README.md").read_text() and not (other / "transformer").exists()
     metrics = (other / "metrics.jsonl").read_text()

@@ -423,11 +423,13 @@ def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
 
 def check_export(parser: FlagParser, args: argparse.Namespace):
     """Refuses a form that could not hold what is trained."""
-    if "comfyui" in args.export and args.use_dora:
+    if args.use_dora and "comfyui" in args.export:
         parser.error(
             "--use_dora --export comfyui: ComfyUI divides by the norm of the base's rows, DoRA by that of the sum's, "
             "so that the file would not be what was trained; use --export merged"
         )
+    if args.use_dora and "kohya" in args.export:
+        parser.error("--use_dora --export kohya: its readers leave DoRA's magnitudes out; use --export merged")
 
 
 def check_validation(parser: FlagParser, args: argparse.Namespace):
@@ -709,7 +711,7 @@ def add_lora_flags(parser: FlagParser):
         "--lora_alpha",
         type=int,
         default=64,
-        help="the LoRA's output is multiplied by lora_alpha / rank; both are saved in its file",
+        help="the LoRA's output is multiplied by lora_alpha / rank; in its file the weights are multiplied already",
     )
     group.add_argument(
         "--lora_target_modules",
@@ -739,15 +741,17 @@ def add_lora_flags(parser: FlagParser):
     group.add_argument(
         "--init_lora",
         metavar="FILE",
-        help="start a new run from this LoRA, a file or the folder of a run; rank, alpha, layers and kind must be the same",
+        help="start a new run from this LoRA, a file or the folder of a run, also in the layout of peft, kohya or "
+        "ComfyUI; rank, alpha, layers and kind must be the same",
     )
     group.add_argument(
         "--export",
         nargs="+",
-        choices=["comfyui", "merged"],
+        choices=["comfyui", "kohya", "merged"],
         default=[],
         help="write the LoRA in further forms: comfyui is pytorch_lora_weights_comfyui.safetensors, in the key layout "
-        "of ComfyUI's own CogVideoX; merged is transformer/, the base model with the LoRA added to its weights",
+        "of ComfyUI's own CogVideoX; kohya is pytorch_lora_weights_kohya.safetensors, for VideoX-Fun; merged is "
+        "transformer/, the base model with the LoRA added to its weights",
     )
 
 

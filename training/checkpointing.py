@@ -1,8 +1,8 @@
 """Checkpoints that continue exactly where the data stood, and the folder they live in.
 
-A checkpoint is the adapter's file beside `optimizer.safetensors`, `state.json` and `manifest.json`, which holds every
-file's size and hash; nothing is pickled. Random state need not be kept: every draw is a function of the seed and of the
-sample's position in the run.
+A checkpoint is the result's file or folder beside `optimizer.safetensors`, `state.json` and `manifest.json`, which
+holds every file's size and hash, and the trained weights where those of the result are others; nothing is pickled.
+Random state need not be kept: every draw is a function of the seed and of the sample's position in the run.
 """
 
 import importlib.metadata
@@ -259,7 +259,10 @@ def file_bytes_from_args(args, engine) -> tuple[int, int]:
     copies = weights * 4 * (1 + args.ema)  # fp32 weights, and their average
     save_dtype = getattr(engine, "save_dtype", None)  # full fine-tuning writes the model too
     result = weights * (save_dtype.itemsize if save_dtype else 4)
-    return states + copies + (result if save_dtype else 0), result
+    if save_dtype:
+        return states + copies + result, result
+    is_scaled = args.lora_alpha != args.rank or args.use_rslora
+    return states + copies + (result if is_scaled else 0), result  # B as it is trained, beside the file
 
 
 def save_checkpoint_from_args(args, accelerator, step: int, engine, state: TrainingState, facts: dict) -> None:

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCardData
 from curves import draw_losses
 from durable import write_text
 from errors import StorageError, UsageError, first_line
-from export import COMFYUI_NAME, export_lora_from_args
+from export import COMFYUI_NAME, KOHYA_NAME, export_lora_from_args
 from runtime import learning_rate_from_args, on_main_process
 from sft import SUBFOLDER
 
@@ -280,11 +280,15 @@ def usage_notes_from_args(args, facts: RunFacts) -> list[str]:
     """Paragraphs below the example."""
     notes = []
     if facts.is_lora:
-        notes.append("Alpha and rank are in the file: a weight of 1.0, the default, is the strength that was trained.")
+        notes.append(
+            "Alpha / rank is in the weights already: a strength of 1.0, the default, is what was trained, in every reader."
+        )
     if args.drop_learned_positions and facts.is_lora:
         notes.append("It was trained without the base model's learned positions, hence the transformer above.")
     if "comfyui" in args.export:
         notes.append(f"`{COMFYUI_NAME}` is the same LoRA for ComfyUI's own nodes, at strength 1.0.")
+    if "kohya" in args.export:
+        notes.append(f"`{KOHYA_NAME}` is the same LoRA for VideoX-Fun, at strength 1.0.")
     if "merged" in args.export:
         notes.append(
             f"`{SUBFOLDER}/` is the base model's transformer with the LoRA added, for "
