@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
+from durable import rename
 from errors import NumbersError
 
 
@@ -48,7 +49,7 @@ def written_beside(path: Path):
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
-        temporary.replace(path)
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -55,7 +55,7 @@ from cogvideox import (
     text_length,
 )
 from dataset import build_videos_from_args, tolerant_loader
-from durable import TEMPORARY, lock_folder
+from durable import TEMPORARY, keep, lock_folder, make_folder
 from errors import DataError, Interrupted, UsageError
 from formats import unique_stems, with_id_token
 from hashes import Hashes
@@ -105,10 +105,11 @@ def main(args) -> None:
     empty = plan_empty_from_args(args, model)
     earlier = compare_from_args(args, output_dir, [*plan, *empty])
     todo = [item for item in plan if item["missing"]]
+    old_content = {path: content_hash(output_dir, path) for path in earlier if args.verify and rank == 0}
+    keep()
     if rank == 0:
         warn_of_unnamed_from_args(args, output_dir, plan)
         remove_unfinished(output_dir)
-    old_content = {path: content_hash(output_dir, path) for path in earlier if args.verify and rank == 0}
     gather([], num_ranks)  # nobody writes before all have seen the same state: the ranks share `todo` by place
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
@@ -161,8 +162,9 @@ def output_dir_from_args(args, rank: int) -> Path:
         raise UsageError(f"--output_dir {output_dir}: is a file; give a folder")
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
-    output_dir.mkdir(parents=True, exist_ok=True)
     if rank == 0:
+        keep()  # of a run before it in this process
+        make_folder(output_dir)
         lock_folder(output_dir)
     return output_dir
 
