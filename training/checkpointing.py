@@ -31,7 +31,7 @@ from durable import (
     remove,
     rename,
     take_back,
-    taken_back,
+    undo,
     written_folder,
 )
 from errors import Interrupted, NumbersError, StorageError, UsageError, first_line
@@ -125,7 +125,7 @@ def move_aside(output_dir: Path) -> None:
     number = next(n for n in itertools.count(1) if not whole.with_name(f"{name}.{n}").exists())
     aside = whole.with_name(f"{name}.{number}")
     rename(whole, aside)
-    taken_back.append(lambda: aside.rename(whole))
+    undo.append(lambda: aside.rename(whole))
     logger.info("the old %s is now %s", output_dir, aside)
 
 

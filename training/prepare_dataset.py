@@ -64,6 +64,7 @@ from prepared import (
     CURRENT,
     EARLIER,
     EMPTY,
+    MISSING,
     VERSION,
     Component,
     Key,
@@ -125,7 +126,7 @@ def main(args) -> None:
     problems = videos.problems + gather(unreadable, num_ranks)
     if rank > 0:
         return  # rank 0 reports: the launcher ends all processes as soon as one fails
-    made = [item["index"] for item in todo if is_current(output_dir, item)]
+    made = [item["index"] for item in todo if is_made(output_dir, item)]
     done = [item for item in plan if not item["missing"] or item["index"] in made]
     write_manifest(output_dir, done)
     logger.info("%s: %d clips, %d prepared now, %d left out", output_dir, len(done), len(made), len(problems))
@@ -279,6 +280,9 @@ def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
     accepted, earlier = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
     for item in items:
         states = {path: state_of(output_dir, path, key) for path, key in item["files"].items()}
+        if any(state == MISSING and not is_embedding(path) for path, state in states.items()):
+            # Frames of version 1 may start elsewhere: a clip's video, first frames and preview are made together
+            states |= {path: MISSING for path in states if not is_embedding(path) and states[path] == EARLIER}
         item["missing"] = {path for path, state in states.items() if state not in accepted}
         earlier += [path for path, state in states.items() if state == EARLIER]
     if earlier and not args.verify:
@@ -314,10 +318,9 @@ def files_of(items: list[dict]) -> set[str]:
     return named_files(path for item in items for path in item["files"])
 
 
-def is_current(output_dir: Path, item: dict) -> bool:
-    """True if all files of the item are there, as they would be made now."""
-    missing = item["missing"]
-    return all(state_of(output_dir, path, item["files"][path]) == CURRENT for path in missing)
+def is_made(output_dir: Path, item: dict) -> bool:
+    """True if all that the item lacked has been made."""
+    return all(state_of(output_dir, path, item["files"][path]) == CURRENT for path in item["missing"])
 
 
 def is_embedding(path: str) -> bool:
