@@ -14,8 +14,8 @@ from dataset import read_tensor
 from errors import DataError, UserError
 from file_kinds import other_content
 from formats import read_clips
-from lora_file import read_lora
 from headers import probe
+from lora_file import read_lora
 
 
 def zipped():

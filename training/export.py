@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from durable import write_json
+from durable import rename, write_json
 from errors import UsageError
 from lora_file import (
     COMFYUI_PREFIX,
@@ -117,7 +117,7 @@ def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | Non
         merge_files(layers, base_dir, temporary, variant, dropped_weights(facts))
         write_config(base_dir, temporary, facts)
         shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from durable import flush_descriptor, rename
 from errors import UsageError
 from file_kinds import stand_in
 
@@ -211,7 +212,7 @@ def write_tensors(
             for name in sizes:
                 file.write(tensor_of(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            flush_descriptor(file.fileno())
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

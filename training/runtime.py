@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
-from errors import ERROR_LOG, MemoryFullError, UsageError, UserError, first_line
+from durable import take_back
+from errors import ERROR_LOG, MemoryFullError, StorageError, UsageError, UserError, first_line
 from quantization import check_base_precision
 from signals import INTERRUPTION, caught_signals
 from status import REFUSED, RUN, is_of_this_run, note_refusal, read_status, write_status
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
 INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
+STORAGE_ERRORS = {
+    errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE
+}  # fmt: skip
 # What the launcher exports of its config, where that sets it
 LAUNCHER_VARIABLES = {
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -382,6 +386,8 @@ def run_script(main: Callable[[], None], output_dir: str | Path, go_on: str = GO
             return
         except UserError as error:
             code, line = error.exit_code, str(error)
+            if code == 2:
+                take_back()
         except KeyboardInterrupt:
             code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {go_on}"
         except torch.cuda.OutOfMemoryError as error:
@@ -406,10 +412,10 @@ def explain(error: Exception, output_dir: Path, go_on: str) -> tuple[int, str]:
 
 
 def is_storage_error(error: Exception) -> bool:
-    """True for a full or read-only disk; safetensors hides the error number in its text."""
+    """True for a full, read-only or failing disk; safetensors hides the error number in its text."""
     in_text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     number = int(in_text[1]) if in_text else getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    return number in STORAGE_ERRORS
 
 
 def storage_line(error: Exception, output_dir: str | Path) -> str:
@@ -434,8 +440,9 @@ def note_failure(output_dir: Path, code: int, line: str) -> None:
         elif not (may_be_refused or is_of_this_run(read_status(output_dir))):
             state = "interrupted" if code == INTERRUPTED else "failed"
             write_status(output_dir, state, code, message=line, step=last_step(output_dir))
-    except OSError as error:
-        print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
+    except (OSError, StorageError) as error:
+        if code != STORAGE:  # which says already that the disk cannot be written
+            print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
 
 
 def last_step(output_dir: Path) -> int:
