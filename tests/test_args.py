@@ -17,6 +17,7 @@ from args import (
     parse_training_args,
     recorded_flags,
 )
+from errors import StorageError
 
 
 SIZES = "256 320 384 480 512 576 720 768 960 1024 1280 1536"
@@ -667,3 +668,13 @@ def test_a_config_that_is_none(content, message, tmp_path, capsys):
     if content:
         path.write_text(content)
     assert message in refused_training(capsys, "--config", str(path))
+
+
+def test_a_refusal_on_a_disk_that_takes_no_status_is_still_one_line(tmp_path, monkeypatch, capsys):
+    def refuse(output_dir, message):
+        raise StorageError("no rename")
+
+    monkeypatch.setattr("status.note_refusal", refuse)
+    with pytest.raises(SystemExit) as left:
+        parse_training_args("t2v_lora", [*TRAIN, "--output_dir", str(tmp_path), "--rankk", "4"])
+    assert left.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

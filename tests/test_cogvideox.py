@@ -153,6 +153,17 @@ def copied(tiny, tmp_path):
 WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
+@pytest.mark.parametrize(
+    "name", ["vae/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer/spiece.model"]
+)
+def test_a_link_to_nothing_is_found_before_anything_is_loaded(name, copied):
+    """As in a hub's cache whose blob has gone."""
+    (copied / name).unlink()
+    (copied / name).symlink_to("../../blobs/0123")
+    with pytest.raises(UsageError, match=Path(name).name):
+        resolve_model_dir(str(copied), ["vae", "tokenizer"])
+
+
 @pytest.mark.parametrize("component", WEIGHTS)
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_a_cut_file_of_weights_is_found_before_anything_is_loaded(component, share, copied):

@@ -34,7 +34,7 @@ CONTENTS = {
     "web page": b"\n<!DOCTYPE HTML>\n<html><title>404</title></html>",
     "message of a server": b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
     "error message of a server": b'{"error": "Repository not found"}',
-    "nothing but zeros": bytes(5000),
+    "zeros only": bytes(5000),
 }
 
 

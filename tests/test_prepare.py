@@ -31,6 +31,7 @@ from dataset import LatentDataset, VideoDataset, VideoDatasetWithResizeAndRectan
 from decode import read_frames
 from errors import DataError, UsageError
 from formats import read_clips, read_text_rows
+from hashes import Hashes
 from headers import probe
 from objective import draw_generator
 from synthetic_clips import draw_case, write_case
@@ -712,6 +713,18 @@ def test_an_error_that_nobody_foresaw_costs_its_clip_alone(tiny, sample_data, da
     assert code == 65 and "1 of 3 clips left out" in line and "b.mp4: cannot be read (ValueError: 31 is not" in line
     assert [row["metadata"]["source"] for row in rows_of(tmp_path / "out")] == ["a.mp4", "c.mp4"]
     assert "in show" in (tmp_path / "out/errors.log").read_text()
+
+
+def test_a_clip_that_cannot_be_hashed_costs_itself_alone(tiny, data, tmp_path, capsys, monkeypatch):
+    def of(self, path, algorithm="blake2b", of=Hashes.of):
+        if path.name == "b.mp4":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return of(self, path, algorithm)
+
+    monkeypatch.setattr(Hashes, "of", of)
+    code, line = refusal(capsys, parse_prepare_args(arguments(tiny("5b"), data, tmp_path / "out", *LATENTS)))
+    assert code == 65 and "1 of 3 clips left out" in line and "b.mp4: cannot be read (Input/output error)" in line
+    assert [row["metadata"]["source"] for row in rows_of(tmp_path / "out")] == ["a.mp4", "c.mp4"]
 
 
 def test_a_mended_clip_joins_at_its_place(five_clips, tiny, tmp_path, capsys, info, three_clips):

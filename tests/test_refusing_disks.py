@@ -241,11 +241,6 @@ def test_a_lock_that_another_holds_is_known_by_either_error(tmp_path, number, mo
         lock_folder(tmp_path)
 
 
-def test_a_disk_without_permissions_stops_nothing(train, monkeypatch):
-    refused = refuse(monkeypatch, os, "chmod", errno.EPERM)
-    assert checkpoints(train()) == ["checkpoint-2", "checkpoint-4"] and refused
-
-
 def test_a_lock_whose_file_is_removed_in_between_is_taken_again(tmp_path, monkeypatch):
     """By a refused command, which leaves no file: two would hold the folder, each a file of its own."""
     lockf, calls = fcntl.lockf, []

@@ -336,3 +336,21 @@ def test_a_config_that_disagrees_with_a_flag_stops_the_run(monkeypatch, variable
     with pytest.raises(UsageError, match=rf"{flag} 1.* disagrees with {name}: {value} of the accelerate config"):
         check_launcher_from_args(flags())
     check_launcher_from_args(flags(flag, value))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [("ENOSPC", "cannot write"), ("EIO", "cannot read or write"), ("EACCES", "cannot read or write")],
+)
+def test_a_disk_is_said_to_be_full_only_when_it_is(tmp_path, capsys, number, words):
+    def failing():
+        raise OSError(getattr(errno, number), "no", "/data/clip.mp4")
+
+    with pytest.raises(SystemExit) as left:
+        run_script(failing, tmp_path)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        left.value.code == 74
+        and line.startswith(f"error: {words}: ")
+        and ("GiB are free" in line) == (number == "ENOSPC")
+    )

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from errors import print_whole
+from errors import StorageError, print_to_pipe
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
@@ -197,12 +197,12 @@ class FlagParser(argparse.ArgumentParser):
         self.say("error", message)
         output_dir = named_value(self.argv, "--output_dir")
         if output_dir:
-            with contextlib.suppress(OSError):  # a file in its place, say: the line above is what matters
+            with contextlib.suppress(OSError, StorageError):  # the line above is what matters
                 note_refusal(Path(output_dir), message)
         self.exit(REFUSED)
 
     def print_help(self, file=None):
-        print_whole(self.format_help().rstrip("\n"))
+        print_to_pipe(self.format_help().rstrip("\n"))
 
     def say(self, kind: str, message: str):
         """One line on stderr, from one process of each machine: all of them parse the same flags."""

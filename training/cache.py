@@ -1,9 +1,7 @@
 """Files of a prepared dataset: written beside and renamed, each with a key of everything that decided its content."""
 
-import contextlib
 import io
 import logging
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from durable import rename
+from durable import written_beside
 from errors import NumbersError
 
 
@@ -40,18 +38,6 @@ def recorded_key(path: Path) -> str | None:
 
 
 # ---------------------------------------------------------------- writing
-
-
-@contextlib.contextmanager
-def written_beside(path: Path):
-    """A temporary path that becomes `path` on success: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:

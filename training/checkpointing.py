@@ -1,7 +1,7 @@
 """Checkpoints that continue exactly where the data stood, and the folder they live in.
 
 A checkpoint is the result's file or folder beside `optimizer.safetensors`, `state.json` and `manifest.json`, which
-holds every file's size and hash, and the trained weights where those of the result are others; nothing is pickled.
+holds every file's size and hash, and the trained weights where the result's differ; nothing is pickled.
 Random state need not be kept: every draw is a function of the seed and of the sample's position in the run.
 """
 
@@ -30,7 +30,6 @@ from durable import (
     make_folder,
     remove,
     rename,
-    take_back,
     undo,
     write_json,
     written_folder,
@@ -83,15 +82,8 @@ def open_output_dir_from_args(args, accelerator) -> int | None:
 
 
 def claim_output_dir_from_args(args) -> int | None:
+    output_dir = Path(args.output_dir)
     keep()  # of a run before it in this process
-    try:
-        return claim_from_args(args, Path(args.output_dir))
-    except UsageError:
-        take_back()
-        raise
-
-
-def claim_from_args(args, output_dir: Path) -> int | None:
     make_folder(output_dir)
     lock_folder(output_dir)
     if args.overwrite:

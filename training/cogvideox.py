@@ -88,10 +88,12 @@ def resolve_model_dir(model: str, components: list[str], revision: str | None = 
 
 def check_model_files(paths: list[Path]) -> None:
     """Refuse damaged or missing files now, by their headers: they would else be met one after the other, minutes later."""
-    for path in filter(Path.is_file, paths):
-        if other := stand_in(path):
-            raise UsageError(f"{path}: {other}")
+    for path in paths:
+        if path.is_dir():
+            continue
         try:
+            if other := stand_in(path):
+                raise UsageError(f"{path}: {other}")
             if path.suffix == ".json":
                 content = json.loads(path.read_text(encoding="utf-8"))
                 shards = set(content.get("weight_map", {}).values()) if path.name.endswith(".index.json") else ()

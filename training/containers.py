@@ -1,4 +1,4 @@
-"""What the library does not tell of a container: boxes of an mp4 (ISO 14496-12), elements of a Matroska file (RFC 9559)."""
+"""What PyAV does not expose of a container: boxes of an mp4 (ISO 14496-12), elements of a Matroska file (RFC 9559)."""
 
 import os
 import struct

@@ -61,7 +61,7 @@ class Shown(NamedTuple):
 def read_with_pyav(path, times: Sequence[float], num_threads: int) -> np.ndarray:
     """A late start seeks. What a seek brings counts only if all went well; else the file is decoded from its start."""
     if times[0] > SEEK_AFTER:
-        with contextlib.suppress(DataError), one_clip(path):
+        with contextlib.suppress(DataError), one_clip(path, log=False):
             return decode_at(path, times, num_threads, seek=True)
     return decode_at(path, times, num_threads, seek=False)
 
@@ -167,7 +167,8 @@ def read_with_decord(path, times: Sequence[float], num_threads: int) -> np.ndarr
     decord 0.6 seeks by frame numbers, which loses count in open groups of pictures, intra refresh, HEVC, MPEG-4 and
     files that do not begin at 0: so frames are decoded from the file's start, and their times compared with the packets'.
     """
-    decord, stamps = import_decord(), trusted_times(path)
+    stat = os.stat(path)
+    decord, stamps = import_decord(), trusted_times(path, stat.st_size, stat.st_mtime_ns)
     if stamps is None:
         return say_pyav(path, "decord is known to give other frames of such files")
     try:
@@ -194,8 +195,12 @@ def say_pyav(path, reason: str) -> None:
     logger.info("%s: read with PyAV (%s)", path, reason)
 
 
-def trusted_times(path) -> np.ndarray | None:
-    """Seconds of every frame, ascending from 0, of a file that decord shows as a player does; else None."""
+@functools.lru_cache(maxsize=10_000)
+def trusted_times(path, size: int, mtime_ns: int) -> np.ndarray | None:
+    """Seconds of every frame, ascending from 0, of a file that decord shows as a player does; else None.
+
+    Remembered for the file's size and time: it takes the whole file to be demuxed.
+    """
     if not read_header(path).picture.is_plain:
         return None
     with opened(path) as (container, stream):

@@ -7,7 +7,6 @@ Network mounts may refuse to flush, to lock or to rename: the first two cost a w
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from errors import StorageError, UsageError
+from hashes import file_hash
 
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def describe(path: Path) -> dict:
-    with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": file_hash(path, "sha256")}
 
 
 def flush(path: Path) -> None:
@@ -155,14 +154,21 @@ def clean_up(parent: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename."""
+@contextlib.contextmanager
+def written_beside(path: Path):
+    """A temporary path that becomes `path` on success: a reader never sees half a file. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content) -> None:

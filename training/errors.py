@@ -69,7 +69,7 @@ def keep_trace() -> Path:
     return path
 
 
-def print_whole(text: str) -> None:
+def print_to_pipe(text: str) -> None:
     """Print to stdout; a reader that has closed it, as `| head` does, is no error."""
     try:
         print(text, flush=True)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from durable import rename, write_json
+from durable import TEMPORARY, rename, write_json
 from errors import UsageError
 from lora_file import (
     COMFYUI_PREFIX,
@@ -110,7 +110,7 @@ def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | Non
     Sums are made in fp32 of the stored weights and rounded once. Written beside and renamed.
     """
     layers, facts, _ = read_layers(lora_path)
-    temporary = target.with_name(f".{os.getpid()}-{target.name}")
+    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

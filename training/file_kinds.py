@@ -25,7 +25,7 @@ def stand_in(path) -> str | None:
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGES):
         return "a web page or an error message of a server, not the file itself; download it again"
     if len(head) == LOOKED_AT and not head.strip(b"\0"):
-        return "nothing but zeros at its beginning, as a download leaves it that was broken off; download it again"
+        return "zeros only at its beginning, like an interrupted download; download it again"
     return named(head, STAND_INS)
 
 

@@ -3,7 +3,6 @@
 import csv
 import difflib
 import functools
-import hashlib
 import io
 import os
 import re
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from errors import DataError
 from file_kinds import stand_in
+from hashes import short_hash
 
 
 LAYOUTS = (
@@ -325,7 +325,7 @@ def unique_stems(sources: Iterable[str]) -> list[str]:
     seen: Counter[str] = Counter()
     stems = []
     for source in sources:
-        digest = hashlib.blake2b(source.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+        digest = short_hash(source)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(source).stem)[:150].lstrip("-._")
         stem = f"{name}-{digest}" if name else digest
         seen[stem.lower()] += 1  # file systems that ignore case

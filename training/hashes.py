@@ -17,7 +17,9 @@ from errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-SETTLED = 0.1  # seconds: a file that changed later might change again without another time, so coarse are some clocks
+# Seconds: a file that changed later might change again without another time, so coarse are some clocks. Where a file
+# server's clock differs by more, this guard is off, or files are hashed again for a while.
+SETTLED = 0.1
 SAID_FROM = 2**30  # bytes that take seconds to read
 BLOB = re.compile(r"[0-9a-f]{64}")  # a large file in the hub's cache: its SHA-256, which other files' names are not
 
@@ -83,6 +85,11 @@ def file_hash(path: Path, algorithm: str = "blake2b") -> str:
     make = (lambda: hashlib.blake2b(digest_size=16)) if algorithm == "blake2b" else algorithm
     with open(path, "rb") as file:
         return hashlib.file_digest(file, make).hexdigest()
+
+
+def short_hash(name: str) -> str:
+    """8 hex digits that tell names apart."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
 
 
 # ---------------------------------------------------------------- what is remembered

@@ -18,7 +18,7 @@ from av.stream import Disposition
 
 from containers import file_boxes
 from errors import DataError, UserError, first_line, keep_trace
-from file_kinds import other_content
+from file_kinds import beginning, other_content
 from picture import Picture, describe
 
 
@@ -61,9 +61,9 @@ def probe(path) -> VideoInfo:
 
 
 @contextlib.contextmanager
-def one_clip(path):
+def one_clip(path, log: bool = True):
     """Whatever the libraries raise within is a DataError of this clip: one line, what nobody foresaw with its traceback
-    in a log file.
+    in a log file, unless another attempt follows.
     """
     try:
         yield
@@ -71,15 +71,14 @@ def one_clip(path):
         raise
     except (av.PatchWelcomeError, av.DecoderNotFoundError) as error:
         raise DataError(
-            f"{path}: FFmpeg cannot read this kind of it ({error.strerror}); convert it to H.264"
+            f"{path}: FFmpeg cannot decode this variant ({error.strerror}); convert it to H.264"
         ) from error
     except av.FFmpegError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); download or export it again") from error
     except Exception as error:  # decoders are many and fed with anything: the other clips go on
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(
-            f"{path}: cannot be read ({reason}; traceback in {keep_trace()}); convert it to H.264"
-        ) from error
+        trace = f"; traceback in {keep_trace()}" if log else ""
+        reason = f"{type(error).__name__}: {first_line(error)}{trace}"
+        raise DataError(f"{path}: cannot be read ({reason}); convert it to H.264") from error
 
 
 # ---------------------------------------------------------------- opening
@@ -185,16 +184,18 @@ def count_by_demuxing(path, container, stream) -> Counted:
     Reads all packets, decodes the first frame and, where no header vouches for the file's end, the last ones.
     """
     stream.codec_context.thread_count = 1
+    promised = promised_seconds(container, stream)
+    vouched = promised and KEEP_LENGTH & formats_of(container)
     begin, end, stamps, first, group = math.inf, -math.inf, [], None, []  # group: packets since the last key frame
     try:
         for packet in in_one_order(path, container.demux(stream)):
             if packet.pts is not None:
                 begin = min(begin, float(packet.pts * packet.time_base))
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.is_keyframe:
-                group = []
-            elif not group:
+            if not (packet.is_keyframe or group):
                 continue  # nothing to build on
+            if packet.is_keyframe or vouched:
+                group.clear()  # vouched: they are not decoded again
             group.append(packet)
             first = first or next(iter(packet.decode()), None)
             if not packet.is_discard:
@@ -206,12 +207,11 @@ def count_by_demuxing(path, container, stream) -> Counted:
         raise DataError(f"{path}: no frame can be decoded; download or export it again")
     if first.pts is None or None in stamps:  # a stream without a container: frames follow one another at one rate
         return Counted(len(good_frames(path)), header_rate(stream), first)
-    promised = promised_seconds(container, stream)
     there = max(end, end - begin)  # some headers count from 0, others from the first frame
     if there < promised - MISSING - 1 / header_rate(stream):
         raise DataError(f"{path}: cut off: {there:.1f} of {promised:.1f} s are in the file; download it again")
-    vouched = promised and KEEP_LENGTH & formats_of(container) and not group[-1].is_corrupt
-    last = max(stamps) if vouched else last_decodable(path, stream, group)
+    is_whole = vouched and not group[-1].is_corrupt
+    last = max(stamps) if is_whole else last_decodable(path, stream, group)
     shown = {stamp for stamp in stamps if first.pts <= stamp <= last}
     seconds = float((last - first.pts + (group[-1].duration or 0)) * stream.time_base)
     return Counted(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)
@@ -239,8 +239,8 @@ def is_empty(packet: av.Packet) -> bool:
 
 
 def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
-    head = Path(path).read_bytes()[:21]
-    if head[:4] + head[8:16] == b"RIFFWEBPVP8X" and head[20] & 2:
+    head = beginning(path)
+    if head[:4] + head[8:16] == b"RIFFWEBPVP8X" and head[20:21] and head[20] & 2:
         return DataError(f"{path}: an animated WebP, which FFmpeg cannot read; convert it to GIF or mp4")
     return DataError(f"{path}: damaged after frame {num_frames} ({error.strerror}); download or export it again")
 

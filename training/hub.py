@@ -1,6 +1,5 @@
 """The model card that every run writes, and the upload of its result."""
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -17,6 +16,7 @@ from curves import draw_losses
 from durable import write_text
 from errors import StorageError, UsageError, first_line
 from export import COMFYUI_NAME, KOHYA_NAME, export_lora_from_args
+from hashes import short_hash
 from runtime import learning_rate_from_args, on_main_process
 from sft import SUBFOLDER
 
@@ -185,7 +185,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def licence_data(base: str | None, facts: RunFacts) -> dict:
-    """The card's metadata of the licence: of the released models it is known, whatever else is `unknown`."""
+    """The card's metadata of the licence: of the released models it is known, `unknown` for any other base."""
     if base is None or base.split("/")[0] not in MODEL_OWNERS:
         return {"license": "unknown"}
     return APACHE if facts.model.apache_licence else MODEL_LICENCE
@@ -337,7 +337,7 @@ def default_repo_name(folder: str) -> str:
     name = re.sub(r"--+", "-", re.sub(r"\.\.+", ".", name)).removesuffix(".git").strip("-._")
     if name == folder and len(name) <= LONGEST_NAME:
         return name
-    digest = hashlib.blake2b(folder.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    digest = short_hash(folder)
     begin = name[: LONGEST_NAME - len(digest) - 1].rstrip("-._")
     return f"{begin or 'cogvideox-finetune'}-{digest}"
 

@@ -286,7 +286,7 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
 
 
 def flags_of_file(file: LoraFile, path: Path) -> dict:
-    """Those that it was trained with, by what it says; no flag names an alpha that is no whole number."""
+    """Those that it was trained with, by what it says. A fractional alpha is left out: --lora_alpha takes integers."""
     rank, alpha = rank_and_alpha(file, path)
     flags = {
         "rank": rank,

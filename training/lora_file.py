@@ -7,7 +7,6 @@ peft's configuration it holds nine settings, which peft 0.18 and newer know: an 
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from durable import flush_descriptor, rename
+from durable import flush_descriptor, written_beside
 from errors import UsageError
 from file_kinds import stand_in
 
@@ -171,7 +170,7 @@ def lora_metadata(config, facts: dict, prefix: str) -> dict[str, str]:
         "lora_alpha": config.r,
         "target_modules": sorted(config.target_modules),
         "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.rank_pattern,
+        "alpha_pattern": {},
         "use_rslora": False,
         "use_dora": config.use_dora,
         "lora_dropout": config.lora_dropout,
@@ -205,14 +204,9 @@ def write_tensors(
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in sizes:
-                file.write(tensor_of(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            flush_descriptor(file.fileno())
-        rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_beside(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sizes:
+            file.write(tensor_of(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        flush_descriptor(file.fileno())

@@ -34,7 +34,6 @@ from cache import (
     write_image,
     write_tensors,
     write_video,
-    written_beside,
 )
 from cogvideox import (
     CONFIGS,
@@ -57,7 +56,7 @@ from cogvideox import (
     text_length,
 )
 from dataset import build_videos_from_args, tolerant_loader
-from durable import TEMPORARY, keep, lock_folder, make_folder
+from durable import TEMPORARY, keep, lock_folder, make_folder, written_beside
 from errors import DataError, Interrupted, UsageError
 from formats import unique_stems, with_id_token
 from hashes import Hashes
@@ -101,24 +100,18 @@ def main(args) -> None:
         check_device_from_args(args, num_parameters(config), device)
     fps = target_fps_from_args(args, default_fps(config))
 
-    # ---------------------------------------------------------------- clips
-    videos = build_videos_from_args(args, fps)
+    # ---------------------------------------------------------------- clips, read and hashed by one for all
+    videos = on_main_process(ranks, lambda: build_videos_from_args(args, fps))
     # Gigabytes, for data that is there
     model_dir = resolve_model_dir(args.model_id, components_from_args(args), *source)
-    stems = unique_stems([clip.source for clip in videos.clips])
-    rows = tqdm(enumerate(stems), desc="comparing", total=len(stems), delay=5, disable=rank > 0)  # hashes every video
-    with Hashes(believe=not args.verify) as hashes:
-        model = hash_model_from_args(args, model_dir, hashes)
-        plan = [plan_clip_from_args(args, model, videos, index, stem, hashes) for index, stem in rows]
-    empty = plan_empty_from_args(args, model)
-    earlier = compare_from_args(args, output_dir, [*plan, *empty])
+    plan, empty, kept, problems = on_main_process(ranks, lambda: plan_from_args(args, output_dir, model_dir, videos))
     todo = [item for item in plan if item["missing"]]
-    old_content = {path: content_hash(output_dir, path) for path in earlier if args.verify and rank == 0}
+    old_content = {path: content_hash(output_dir, path) for path in kept if args.verify and rank == 0}
     keep()
     if rank == 0:
         warn_of_unnamed_from_args(args, output_dir, plan)
         remove_unfinished(output_dir)
-    gather([], num_ranks)  # nobody writes before all have seen the same state: the ranks share `todo` by place
+    gather([], num_ranks)  # nobody writes before that
     begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
@@ -131,28 +124,26 @@ def main(args) -> None:
     unreadable = write_pixels_from_args(args, output_dir, model_dir, videos, mine, device, rank)
 
     # ---------------------------------------------------------------- manifest
-    problems = videos.problems + gather(unreadable, num_ranks)
+    problems += gather(unreadable, num_ranks)
     if rank > 0:
         return  # rank 0 reports: the launcher ends all processes as soon as one fails
-    made = [item["index"] for item in todo if is_made(output_dir, item)]
+    made = {item["index"] for item in todo if is_made(output_dir, item)}
     done = [item for item in plan if not item["missing"] or item["index"] in made]
     write_manifest(output_dir, done)
     logger.info("%s: %d clips, %d prepared now, %d left out", output_dir, len(done), len(made), len(problems))
     report_verified_from_args(args, output_dir, old_content)
-    if args.prune:
-        num_removed = prune(output_dir, files_of(done))
-        logger.info("--prune: %d files removed that no row of data.jsonl names", num_removed)
+    prune_from_args(args, output_dir, done, problems)
     for line in problems:
         logger.warning("left out: %s", line)
     if problems:
         named = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-        num_clips = len(plan) + len(videos.problems)
+        num_clips = len(videos) + len(videos.problems)
         raise DataError(f"{len(problems)} of {num_clips} clips left out, the others are in {output_dir}: {named}")
     write_status(output_dir, "complete", 0)
 
 
 def init_processes() -> tuple[int, int, torch.device]:
-    """(rank, number of ranks, device); ranks meet only twice, at the end, so gloo serves."""
+    """(rank, number of ranks, device); ranks exchange a few lines of text, so gloo serves."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
@@ -168,8 +159,6 @@ def init_processes() -> tuple[int, int, torch.device]:
 def output_dir_from_args(args) -> Path:
     """The folder, held by this process until it ends."""
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UsageError(f"--output_dir {output_dir}: is a file; give a folder")
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
     keep()  # of a run before it in this process
@@ -233,6 +222,22 @@ def hash_model_from_args(args, model_dir: Path, hashes: Hashes) -> Model:
     )
 
 
+def plan_from_args(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, list, list, list]:
+    """(items of the clips, of the empty prompt, files that an earlier version prepared, a line for each clip that is
+    left out): what there is to do, from everything that decides it.
+    """
+    stems, plan, problems = unique_stems([clip.source for clip in videos.clips]), [], list(videos.problems)
+    with Hashes(believe=not args.verify) as hashes:
+        model = hash_model_from_args(args, model_dir, hashes)
+        for index, stem in tqdm(enumerate(stems), desc="comparing", total=len(stems), delay=5):
+            try:
+                plan.append(plan_clip_from_args(args, model, videos, index, stem, hashes))
+            except OSError as error:  # a bad sector, or a clip that has gone since
+                problems.append(f"{videos.clips[index].video}: cannot be read ({error.strerror})")
+    empty = plan_empty_from_args(args, model)
+    return plan, empty, compare_from_args(args, output_dir, [*plan, *empty]), problems
+
+
 def plan_clip_from_args(args, model: Model, videos, index: int, stem: str, hashes: Hashes) -> dict:
     """The files that a clip needs and, for each, the key of everything that decides its content."""
     clip, bucket = videos.clips[index], videos.bucket_of[index]
@@ -285,19 +290,19 @@ def plan_empty_from_args(args, model: Model) -> list[dict]:
 
 def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
     """Set what each item lacks; returns the files that an earlier version prepared, by the same flags and content."""
-    accepted, earlier = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
+    accepted, kept = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
     for item in items:
         states = {path: state_of(output_dir, path, key) for path, key in item["files"].items()}
         if any(state == MISSING and not is_embedding(path) for path, state in states.items()):
             # Frames of version 1 may start elsewhere: a clip's video, first frames and preview are made together
             states |= {path: MISSING for path in states if not is_embedding(path) and states[path] == EARLIER}
         item["missing"] = {path for path, state in states.items() if state not in accepted}
-        earlier += [path for path, state in states.items() if state == EARLIER]
-    if earlier and not args.verify:
+        kept += [path for path, state in states.items() if state == EARLIER]
+    if kept and not args.verify:
         logger.info(
-            "%d files were prepared by an earlier version and are kept; --verify checks them in full", len(earlier)
+            "%d files were prepared by an earlier version and are kept; --verify checks them in full", len(kept)
         )
-    return earlier
+    return kept
 
 
 def report_verified_from_args(args, output_dir: Path, old_content: dict[str, str]) -> None:
@@ -316,10 +321,19 @@ def warn_of_unnamed_from_args(args, output_dir: Path, plan: list[dict]) -> None:
     unnamed = unnamed_files(output_dir, files_of(plan))
     if unnamed and not args.prune:
         logger.warning(
-            "%s: holds %d files of %d clips that are none of this command's; data.jsonl will not name them, and they stay: "
+            "%s: holds %d files (of %d clips) that this command does not use; data.jsonl will not name them, and they stay: "
             "--prune removes them, another --output_dir keeps both sets",
             output_dir, len(unnamed), len({path.stem for path in unnamed}),
         )  # fmt: skip
+
+
+def prune_from_args(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
+    """With --prune, remove what no row names: not while clips are left out, which may be there again tomorrow."""
+    if args.prune and problems:
+        logger.warning("--prune: nothing is removed while %d clips are left out", len(problems))
+    elif args.prune:
+        num_removed = prune(output_dir, files_of(done))
+        logger.info("--prune: %d files removed that no row of data.jsonl names", num_removed)
 
 
 def files_of(items: list[dict]) -> set[str]:

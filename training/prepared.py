@@ -110,7 +110,7 @@ def video_of(output_dir: Path, image: str) -> Path:
 
 
 def named_files(paths: Iterable[str]) -> set[str]:
-    """The files of the folder that belong to these of rows: videos beside images, and the empty prompt's embedding."""
+    """`paths`, the video of each image among them, and the empty prompt's embedding."""
     paths = set(paths)
     videos = {f"videos/{Path(path).stem}.mp4" for path in paths if path.startswith("images/")}
     return paths | videos | {EMPTY}

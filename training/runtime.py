@@ -42,9 +42,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
 INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
-STORAGE_ERRORS = {
-    errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE
-}  # fmt: skip
+FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+STORAGE_ERRORS = FULL_DISK | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 # What the launcher exports of its config, where that sets it
 LAUNCHER_VARIABLES = {
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -386,7 +385,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path, go_on: str = GO
             return
         except UserError as error:
             code, line = error.exit_code, str(error)
-            if code == 2:
+            if code == REFUSED:
                 take_back()
         except KeyboardInterrupt:
             code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {go_on}"
@@ -422,6 +421,8 @@ def storage_line(error: Exception, output_dir: str | Path) -> str:
     folder = next(
         path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists()
     )
+    if getattr(error, "errno", None) not in (None, *FULL_DISK):
+        return f"cannot read or write: {error}; when that is mended the same command continues"
     free = shutil.disk_usage(folder).free / 2**30
     return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"
 

@@ -69,7 +69,7 @@ def note_refusal(output_dir: Path, message: str) -> None:
 
 
 def forget_refusal(output_dir: Path) -> None:
-    """The same command was accepted, and had nothing to do."""
+    """Drop a refusal: the command was accepted since."""
     status = read_status(output_dir)
     if status.pop("refused", None):
         write_json(output_dir / "status.json", status)
