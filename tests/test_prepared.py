@@ -267,7 +267,7 @@ def test_rows_that_go_are_said_and_their_files_stay(prepare, prepared, subset, i
     before = contents(prepared)
     prepare(*EVERYTHING)
     (line,) = leftovers(info)
-    assert "holds 10 files of 2 clips" in line and "--prune" in line and "another --output_dir" in line
+    assert "holds 10 files (of 2 clips)" in line and "--prune" in line and "another --output_dir" in line
     after = contents(prepared)
     assert after.keys() == before.keys() and [row["video"] for row in rows_of(prepared)] == [
         rows_of(prepared)[0]["video"]
