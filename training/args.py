@@ -1264,3 +1264,14 @@ def add_prepare_other_flags(parser: FlagParser):
     group.add_argument(
         "--seed", type=int, default=42, help="seed of the draws per clip: flip, crop, start, noise on first frames"
     )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="believe nothing remembered: hash every video and weight file anew, and make again, compare and replace what "
+        "an earlier version prepared",
+    )
+    group.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove files in the output folder's own subfolders that prepare_dataset.py wrote and no row names any more",
+    )

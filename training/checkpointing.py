@@ -16,11 +16,25 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
-from durable import TEMPORARY, clean_up, damage, lock_folder, remove, written_folder
-from errors import Interrupted, NumbersError, StorageError, UsageError
+from durable import (
+    REPLACED,
+    TEMPORARY,
+    clean_up,
+    damage,
+    keep,
+    lock_folder,
+    make_folder,
+    remove,
+    rename,
+    take_back,
+    taken_back,
+    written_folder,
+)
+from errors import Interrupted, NumbersError, StorageError, UsageError, first_line
 from hub import RunFacts, push_from_args, write_outputs_from_args
 from optimizers import join_tensors, schedule_state, split_tensors, state_bytes_from_args
 from quantization import bytes_unquantized
@@ -61,29 +75,35 @@ def open_output_dir_from_args(args, accelerator) -> int | None:
     """Make or re-open `output_dir`. Returns the seed that a run to go on with there had drawn, else None.
 
     Refuses, with UsageError on all ranks, a folder that another process writes, or that holds another run, unless
-    --overwrite moves it aside.
+    --overwrite moves it aside. Where the command is refused, here or until `record_run_from_args`, all stays as it was.
     """
     return on_main_process(accelerator, lambda: claim_output_dir_from_args(args))
 
 
 def claim_output_dir_from_args(args) -> int | None:
-    output_dir = Path(args.output_dir)
+    keep()  # of a run before it in this process
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--output_dir {output_dir}: {error.filename} is a file; give a folder") from error
+        return claim_from_args(args, Path(args.output_dir))
+    except UsageError:
+        take_back()
+        raise
+
+
+def claim_from_args(args, output_dir: Path) -> int | None:
+    make_folder(output_dir)
     lock_folder(output_dir)
     if args.overwrite:
         refuse_own_checkpoint(args, output_dir)
     if args.overwrite and any(path.name != ".lock" for path in output_dir.iterdir()):
         move_aside(output_dir)
-        output_dir.mkdir()
+        make_folder(output_dir)
         lock_folder(output_dir)
+    unfinished = list(output_dir.glob(f"{REPLACED}checkpoint-*"))
+    is_new = not (checkpoint_dirs(output_dir) or unfinished or read_state(output_dir) == "complete")
+    if not (args.overwrite or is_new):
+        refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
     clean_up(output_dir)
-    if args.overwrite or not (checkpoint_dirs(output_dir) or read_state(output_dir) == "complete"):
-        return None
-    refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
-    return read_record(output_dir)["seed"] if args.seed is None else None
+    return None if args.overwrite or is_new or args.seed is not None else read_record(output_dir)["seed"]
 
 
 def refuse_own_checkpoint(args, output_dir: Path) -> None:
@@ -104,7 +124,8 @@ def move_aside(output_dir: Path) -> None:
     name = f"{whole.name}.{time.strftime('%Y%m%d-%H%M%S')}"
     number = next(n for n in itertools.count(1) if not whole.with_name(f"{name}.{n}").exists())
     aside = whole.with_name(f"{name}.{number}")
-    whole.rename(aside)
+    rename(whole, aside)
+    taken_back.append(lambda: aside.rename(whole))
     logger.info("the old %s is now %s", output_dir, aside)
 
 
@@ -154,14 +175,40 @@ def is_complete_from_args(args, num_steps: int) -> bool:
 
 
 def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int) -> None:
-    """Before the first step, the main process: check the disk, rehearse the end, write args.json, drop the status of an
-    earlier run.
+    """Before the first step, the main process: check the disk, rehearse checkpoints and the end, write args.json, drop the
+    status of an earlier run.
     """
+    keep()
     on_main_process(accelerator, lambda: check_disk_from_args(args, engine, first_step, num_steps))
+    on_main_process(accelerator, lambda: rehearse_checkpoint(Path(args.output_dir)))
     if first_step == 0:
         rehearse_end_from_args(args, accelerator, engine)
     if accelerator.is_main_process:
         write_record_from_args(args, seed)
+
+
+def rehearse_checkpoint(output_dir: Path) -> None:
+    """Write a small checkpoint and one in its place, read it back and remove it: StorageError for a disk that cannot."""
+    folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsal"
+    target, tensors = folder / "checkpoint-0", {"step": torch.arange(2)}
+    try:
+        folder.mkdir()
+        for step in (1, 2):
+            with written_folder(target) as unfinished:
+                save_file(tensors, unfinished / "optimizer.safetensors")
+                for _ in range(2):  # a file in place of another
+                    write_json(unfinished / "state.json", {"step": step})
+        if reason := damage(target):
+            raise StorageError(
+                f"{output_dir}: gives back other files than were written ({reason}); choose another disk"
+            )
+        load_file(target / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{output_dir}: cannot hold checkpoints ({first_line(error)}); choose another disk"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rehearse_end_from_args(args, accelerator, engine) -> None:
@@ -424,11 +471,17 @@ def newest_whole(output_dir: Path) -> Path | None:
 def load_checkpoint(path: Path, engine, state: TrainingState, facts: dict) -> int:
     """Restore weights, optimizer, schedule and scaler of a whole checkpoint; returns the step.
 
-    `facts` must equal those saved.
+    `facts` must equal those saved, but for the rule of draws about clips.
     """
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if facts.get("draws") and "draws" not in saved:
+        logger.warning(
+            "%s: made when starts, crops, flips, first frames and the noise on held-out clips were drawn by a clip's place "
+            "in the list; from here on they are drawn by its path, so that they differ from those before",
+            path,
+        )
     for name, value in facts.items():
-        if saved.get(name) != value:
+        if name != "draws" and saved.get(name) != value:
             raise UsageError(
                 f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
             )

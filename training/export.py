@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
+from durable import flush_descriptor, rename
 from errors import UsageError
 from lora import METADATA_KEY, PREFIX, WEIGHTS_NAME
 from runtime import write_json
@@ -96,7 +97,7 @@ def export_comfyui(lora_path: Path, target: Path) -> None:
     temporary = target.with_name(f".{os.getpid()}-{target.name}")
     try:
         write_tensors(temporary, sizes, tensors.__getitem__, metadata)
-        temporary.replace(target)
+        rename(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -124,7 +125,7 @@ def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | Non
         merge_files(layers, base_dir, temporary, variant, dropped_weights(facts))
         write_config(base_dir, temporary, facts)
         shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -216,4 +217,4 @@ def write_tensors(
         for name in sizes:
             file.write(tensor_of(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
-        os.fsync(file.fileno())
+        flush_descriptor(file.fileno())

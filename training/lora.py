@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from draws import draw_seed
+from durable import flush_descriptor, rename
 from errors import UsageError
 
 
@@ -169,7 +170,7 @@ def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: di
     )
     temporary = Path(directory, temporary_name)
     finish_header(temporary, {"training": json.dumps(facts, sort_keys=True)} if facts else {})
-    return temporary.replace(Path(directory, WEIGHTS_NAME))
+    return rename(temporary, Path(directory, WEIGHTS_NAME))
 
 
 def plain(value):
@@ -194,7 +195,7 @@ def finish_header(path: Path, more_metadata: dict[str, str]) -> None:
         file.seek(0)
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
-        os.fsync(file.fileno())
+        flush_descriptor(file.fileno())
     give_usual_mode(path)
 
 

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
-from errors import ERROR_LOG, MemoryFullError, UsageError, UserError, first_line
+from durable import rename, take_back
+from errors import ERROR_LOG, MemoryFullError, StorageError, UsageError, UserError, first_line
 from quantization import check_base_precision
 from signals import INTERRUPTION, caught_signals
 from tracking import tracking_options_from_args
@@ -41,6 +42,9 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
 STARTED = time.time()  # this process
 INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
+STORAGE_ERRORS = {
+    errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE
+}  # fmt: skip
 # What the launcher exports of its config, where that sets it
 LAUNCHER_VARIABLES = {
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -352,7 +356,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -387,6 +391,8 @@ def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
             return
         except UserError as error:
             code, line = error.exit_code, str(error)
+            if code == 2:
+                take_back()
         except KeyboardInterrupt:
             code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {GO_ON}"
         except torch.cuda.OutOfMemoryError as error:
@@ -411,10 +417,10 @@ def explain(error: Exception, output_dir: Path) -> tuple[int, str]:
 
 
 def is_storage_error(error: Exception) -> bool:
-    """True for a full or read-only disk; safetensors hides the error number in its text."""
+    """True for a full, read-only or failing disk; safetensors hides the error number in its text."""
     in_text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     number = int(in_text[1]) if in_text else getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    return number in STORAGE_ERRORS
 
 
 def storage_line(error: Exception, output_dir: str | Path) -> str:
@@ -437,8 +443,9 @@ def note_failure(output_dir: Path, code: int, line: str, started: float) -> None
         if code != 2 and not noted:  # a refused command has nothing to say about the run that lies there
             state = "interrupted" if code == INTERRUPTED else "failed"
             write_status(output_dir, state, code, message=line, step=last_step(output_dir))
-    except OSError as error:
-        print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
+    except (OSError, StorageError) as error:
+        if code != STORAGE:  # which says already that the disk cannot be written
+            print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
 
 
 def last_step(output_dir: Path) -> int:
