@@ -164,7 +164,7 @@ def main(args) -> None:
     facts = {"seed": seed, "num_processes": num_ranks, **data_facts(dataset, held_out_clips)}
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
     record_run_from_args(args, accelerator, engine, seed, first_step, plan.num_steps)
-    start_trackers_from_args(args, accelerator, "cogvideox-text-to-video-sft")
+    start_trackers_from_args(args, accelerator, "cogvideox-text-to-video-sft", first_step)
     START.mark("checkpoint")
 
     rank = accelerator.process_index
