@@ -39,10 +39,11 @@ NO_PROMPT = "A lighthouse stands in the rain."  # of the example, where the run 
 
 
 class RunFacts(NamedTuple):
-    """What the outputs of a run must know besides its flags. Only `model_dir` and the repository name a place."""
+    """What the outputs of a run must know besides its flags. Only `weights` and the repository name a place."""
 
     model: NamedTuple  # of the family: classes, task, licence, frames per second
-    model_dir: Path
+    weights: NamedTuple  # that training started from: their folder and variant
+    transformer: str  # their hash
     bucket_of: list  # of every clip: (frames, height, width)
     size: tuple  # that videos are rendered at
     dtype: torch.dtype
@@ -55,7 +56,7 @@ class RunFacts(NamedTuple):
 
 def write_outputs_from_args(args, facts: RunFacts, only_missing: bool = False) -> None:
     """Beside the result: the exports that were asked for, the loss as a picture, the model card."""
-    export_lora_from_args(args, facts.model_dir, only_missing)
+    export_lora_from_args(args, *facts.weights, only_missing)
     draw_loss(Path(args.output_dir))
     write_card_from_args(args, facts)
 

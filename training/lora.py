@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from draws import draw_seed
 from durable import flush_descriptor, rename
 from errors import UsageError
+from hashes import sampled_hash
 
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
@@ -277,7 +278,7 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
 
     The flags must be those that it was trained with: what differs is refused in one line that says what to give.
     """
-    path = path / WEIGHTS_NAME if path.is_dir() else path
+    path = lora_path(path)
     tensors, config = read_lora(path)
     if config.get("rank_pattern") or config.get("alpha_pattern") or len(ranks_in(tensors)) != 1:
         raise UsageError(f"{path}: --init_lora needs a LoRA file with one rank and one alpha for all layers")
@@ -289,6 +290,19 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
     if advice:
         raise UsageError(f"{path}: --init_lora goes on with a LoRA of other flags; {', '.join(advice)}")
     insert_lora(transformer, tensors, path)
+
+
+def lora_path(path: Path) -> Path:
+    """The file that --init_lora names by itself or by the folder of a run."""
+    return path / WEIGHTS_NAME if path.is_dir() else path
+
+
+def hash_lora(start: str | None) -> dict[str, str | None]:
+    """{"init_lora": hash of its tensors, None without one}; empty where it is gone, which stops no run that goes on."""
+    path = lora_path(Path(start)) if start else None
+    if path and not path.is_file():
+        return {}
+    return {"init_lora": path and sampled_hash(path)}
 
 
 def flags_of_file(tensors: dict[str, torch.Tensor], config: dict) -> dict:
