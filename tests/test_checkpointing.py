@@ -33,7 +33,7 @@ from update import TrainingState, update
 
 MAIN = Namespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)  # what is used of Accelerator
 FACTS = {"seed": 1, "data": "abc", "num_processes": 1}
-CONTENT = {"data": "abc", "files": "d", "transformer": "e", "encoders": "f", "init_lora": None}
+CONTENT = {"data": "abc", "files": "d", "transformer": "e", "others": "f", "init_lora": None}
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 

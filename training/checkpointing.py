@@ -73,8 +73,8 @@ CONTENT_FLAGS = {*DATA_FLAGS, *MODEL_FLAGS, "init_lora"}
 CONTENT = {  # name in args.json -> (what it is, the flags that name it)
     "data": ("the list of clips, captions and sizes", DATA_FLAGS),
     "files": ("the files of the clips", DATA_FLAGS),
-    "transformer": ("the transformer", MODEL_FLAGS),
-    "encoders": ("the noise schedule, the VAE or the text encoder", MODEL_FLAGS),
+    "transformer": ("the transformer's weights", MODEL_FLAGS),
+    "others": ("the model's settings, VAE or text encoder", MODEL_FLAGS),
     "init_lora": ("the LoRA that it started from", ("init_lora",)),
 }
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")

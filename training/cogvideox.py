@@ -250,30 +250,30 @@ def changed_settings(model_class: type, config) -> dict:
 
 
 def hash_model_from_args(args, model_dir: Path, weights: Weights) -> dict[str, str]:
-    """Of the transformer that training starts from, and of what else of the model a run depends on, by content.
+    """Of the weights that training starts from, and of what else of the model a run depends on.
 
-    With prepared data that is the noise schedule and the scale of the latents. Names of files, folders and repositories
-    do not count.
+    With prepared data that is settings alone. Names of files, folders and repositories do not count.
     """
     with Hashes() as hashes:
         config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
-        transformer = [changed_settings(CogVideoXTransformer3DModel, config), hash_weights(*weights, hashes)]
-        scheduler = load_scheduler(model_dir)
-        others = [changed_settings(type(scheduler), scheduler.config), load_vae_config(model_dir)]
+        transformer, scheduler = hash_weights(*weights, hashes), load_scheduler(model_dir)
+        settings = [(CogVideoXTransformer3DModel, config), (type(scheduler), scheduler.config)]
+        others = [load_vae_config(model_dir), *(changed_settings(*each) for each in settings)]
         if not args.load_tensors:
             others += [hash_weights(model_dir / part, args.variant, hashes) for part in ("vae", "text_encoder")]
             others += [hashes.of(path, "sha256") for path in sorted((model_dir / "tokenizer").glob("*.model"))]
-    return {"transformer": hash_json(transformer), "encoders": hash_json(others)}
+    return {"transformer": transformer, "others": hash_json(others)}
 
 
 def hash_weights(folder: Path, variant: str | None, hashes: Hashes) -> str:
-    """Of what the files of weights hold, whatever they are called."""
+    """The SHA-256 of the one file of weights, or of those of several, whatever they are called."""
     paths = [path for path in files_that_load(folder, variant) if path.suffix in (".safetensors", ".bin")]
-    return hash_json(sorted(hashes.of(path, "sha256") for path in paths))
+    each = sorted(hashes.of(path, "sha256") for path in paths)
+    return each[0] if len(each) == 1 else hash_json(each)
 
 
 def hash_json(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- facts of a configuration
