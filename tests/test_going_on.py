@@ -550,6 +550,8 @@ def test_the_card_tells_of_it_and_of_no_place(script, train, tuned, tmp_path):
         f"Training started from a fine-tuned transformer of that model (SHA-256 of its weights: `{digest[:16]}" in card
     )
     assert str(tmp_path) not in card and "tuned/" not in card
+    for path in out.rglob("*.safetensors"):
+        assert str(tmp_path).encode() not in path.read_bytes()
     assert ("belongs on that transformer" in card) == script.endswith("lora")
     plain = train(script, model, data, *PREPARED, name="plain") / "README.md"
     assert "fine-tuned transformer" not in plain.read_text()

@@ -309,8 +309,11 @@ def summary(problems: list[str], num_clips: int) -> str:
 
 def hash_files(paths: Sequence[Path]) -> str:
     """A hash of the files' content, sampled: every start of a run takes it."""
-    with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
-        hashes = list(pool.map(sampled_hash, paths))
+    try:
+        with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
+            hashes = list(pool.map(sampled_hash, paths))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 

@@ -57,11 +57,10 @@ def start_trackers_from_args(args, accelerator: Accelerator, project: str, first
         return
     project = args.tracker_name or project
     earlier = read_run(output_dir, project) if first_step else {}
-    run = earlier or {"project": project, "name": output_dir.name, "id": new_id()}
-    opened = sorted({*run.get("trackers", ()), *names})
+    run = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
     try:
         with written_beside(output_dir / RUN_NAME) as temporary:
-            temporary.write_text(json.dumps(run | {"trackers": opened}) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(run) + "\n", encoding="utf-8")
         logging_dir = Path(accelerator.logging_dir).resolve()
         logging_dir.mkdir(parents=True, exist_ok=True)
         config = config_from_args(args)
