@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,17 @@ def test_frames_are_skipped_at_both_ends(numbered):
     assert shown(exact[0]) == list(range(6, 15))
     message = error_of(VideoDataset, numbered[1:2], [NUMBERED], fps=16, skip_frames_start=6, skip_frames_end=6)
     assert "too short: 8 frames" in message and "20 in the file" in message
+
+
+def test_a_clip_that_is_too_short_at_this_rate_alone_is_told_the_flag(tmp_path, write_clip):
+    clips = [Clip(write_clip(tmp_path / "a.mp4", 49, 32, 48, fps=24), "", 1, "a.mp4")]
+    bucket = [Bucket(49, 32, 48)]
+    message = error_of(VideoDataset, clips, bucket, fps=8, fps_flag="--target_fps")
+    assert "too short: 17 frames at 8 fps (49 in the file at 24 fps)" in message
+    assert "(--target_fps 24 takes every frame), add a smaller one to --frame_buckets" in message
+    assert "--fps 24" in error_of(VideoDataset, clips, bucket, fps=8)
+    assert VideoDataset(clips, bucket, fps=24).bucket_of == bucket
+    assert "rate" not in error_of(VideoDataset, clips, [Bucket(57, 32, 48)], fps=8)
 
 
 def test_max_num_frames_caps_the_bucket(numbered):
@@ -436,6 +448,28 @@ def test_full_stems_win_over_cut_ones(tmp_path):
         torch.save(tensors_of(1)[name], tmp_path / folder / "a.v1.pt")
     latents = LatentDataset(tmp_path)
     assert all(torch.equal(latents[i]["moments"], tensors_of(i)["moments"]) for i in range(2))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.1.mp4", "b.mp4", "a.2.mp4"],
+        ["one/a.mp4", "b.mp4", "two/a.mp4"],
+        ["a.mp4", "b.mp4", "a.mp4"],  # with another caption, whose embedding cannot be there too
+    ],
+)
+def test_two_clips_that_the_original_calls_alike_are_refused(tmp_path, names):
+    write_original(tmp_path, [Path(name).name for name in names])
+    (tmp_path / "videos.txt").write_text("".join(f"{name}\n" for name in names))
+    message = error_of(LatentDataset, tmp_path)
+    assert "rows 1 and 3" in message and names[0] in message and names[2] in message and "a.pt" in message
+
+
+def test_a_clip_that_is_listed_twice_counts_twice(tmp_path):
+    write_original(tmp_path, ["a.mp4", "b.mp4"])
+    (tmp_path / "prompts.txt").write_text("one\ntwo\none\n")
+    (tmp_path / "videos.txt").write_text("a.mp4\nb.mp4\na.mp4\n")
+    assert LatentDataset(tmp_path).prompts == ["one", "two", "one"]
 
 
 def test_a_pt_file_never_runs_code(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import prepare_dataset
 from args import parse_prepare_args
 from cache import recorded_key
+from dataset import VideoDataset
 from make_fixtures import PREPARED, prepare_argv
 from prepared import SUFFIXES, Key
 from test_fixtures import old  # noqa: F401
@@ -166,11 +167,24 @@ def test_a_second_run_reads_no_video_and_no_weights_again(prepare, prepared, mon
 
 
 @pytest.fixture
-def earlier(prepare, monkeypatch):
-    """The three clips as version 1 would have left them, byte for byte but for what it drew otherwise."""
-    with monkeypatch.context() as patches:
-        patches.setattr(prepare_dataset, "file_key", lambda now, before: Key(json.dumps(before, sort_keys=True), ""))
-        return prepare(*EVERYTHING)
+def by_version_1(prepare, monkeypatch):
+    """Prepare with the keys of version 1, and draw starts as it might have."""
+
+    def run(*flags):
+        with monkeypatch.context() as patches:
+            patches.setattr(
+                prepare_dataset, "file_key", lambda now, before: Key(json.dumps(before, sort_keys=True), "")
+            )
+            patches.setattr(VideoDataset, "start_time", lambda self, epoch, index: 0.0)
+            return prepare(*flags)
+
+    return run
+
+
+@pytest.fixture
+def earlier(by_version_1):
+    """The three clips as version 1 would have left them."""
+    return by_version_1(*EVERYTHING)
 
 
 def test_an_earlier_folder_is_kept_with_one_line_and_new_clips_join(prepare, earlier, data, write_clip, info):
@@ -188,8 +202,8 @@ def test_an_earlier_folder_is_kept_with_one_line_and_new_clips_join(prepare, ear
 def test_verify_makes_an_earlier_folder_again_and_counts_what_differed(prepare, earlier, info):
     path = earlier / rows_of(earlier)[1]["video_latent"]
     save_file({"moments": load_file(path)["moments"] + 1}, path, {"key": recorded_key(path)})
-    prepare(*EVERYTHING, "--verify")
-    assert "--verify: 13 files of an earlier version were made again, 1 of them were different" in info.text
+    prepare(*EVERYTHING, "--verify")  # b's latents, and all of c, which starts elsewhere now
+    assert "--verify: 13 files of an earlier version were made again, 4 of them were different" in info.text
     assert contents(earlier) == contents(prepare(*EVERYTHING, out="fresh"))
     info.clear()
     before = stamps(earlier)
@@ -213,10 +227,24 @@ def test_folders_of_51e4482_are_verified_in_full(old, name, caplog):
     assert made.items() <= contents(old / name).items()  # nothing but what was removed
 
 
+def test_frames_of_two_versions_are_never_mixed(prepare, by_version_1):
+    """First frames that are added later belong to the video beside them, wherever that one started."""
+    out = by_version_1(*LATENTS)
+    before = contents(out)
+    prepare(*EVERYTHING)
+    fresh = contents(prepare(*EVERYTHING, out="fresh"))
+    assert {path for path in before if path.startswith("video_latents/c-") and before[path] != fresh[path]}
+    assert {path for path in fresh if contents(out)[path] != fresh[path]} == {
+        path
+        for path in fresh
+        if path.startswith("prompt_embeds/")  # kept, with their keys
+    }
+
+
 def test_other_settings_are_seen_in_an_earlier_folder_too(prepare, earlier):
     before = stamps(earlier)
     prepare(*EVERYTHING, "--dtype", "bf16")
-    assert folders(rewritten(earlier, before)) == {"video_latents", "image_latents", "prompt_embeds"}
+    assert folders(rewritten(earlier, before)) == PIXELS | {"prompt_embeds"}
 
 
 # ---------------------------------------------------------------- another set in the folder

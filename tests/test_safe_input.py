@@ -14,10 +14,11 @@ from args import parse_prepare_args, parse_training_args
 from checkpointing import find_checkpoint_from_args, load_checkpoint, open_output_dir_from_args, save_checkpoint
 from conftest import write_clip
 from dataset import LatentDataset, build_dataset_from_args, build_videos_from_args
-from decode import probe, read_frames
+from decode import read_frames
 from durable import write_manifest
 from errors import DataError, UserError
 from formats import read_clips
+from headers import probe
 from test_atomic_save import FolderEngine, flags
 from test_checkpointing import FACTS, MAIN, make_run
 from test_structure import MODULES, calls, code_from_text, dotted, is_true, keyword, parse, unsafe_loads
@@ -120,7 +121,7 @@ def test_traps_in_a_checkpoint_are_not_sprung(hashed, tmp_path, canary):
     with pytest.raises((UserError, Exception), match=r"whole|header|HeaderTooLarge"):
         args = flags(tmp_path / "out")
         shutil.copy(path / "state.json", tmp_path / "out/args.json")  # any JSON: the checkpoint is what is tried
-        load_checkpoint(find_checkpoint_from_args(args, MAIN, 100), engine, state, FACTS)
+        load_checkpoint(find_checkpoint_from_args(args, MAIN, 100, {}), engine, state, FACTS)
 
 
 # ---------------------------------------------------------------- out of the folder
@@ -272,4 +273,4 @@ def test_a_run_resumes_nothing_from_a_folder_without_a_manifest(tmp_path):
     (tmp_path / "out/args.json").write_text(json.dumps({"flags": vars(flags(tmp_path / "out")), "seed": 1}))
     with pytest.raises(UserError):
         open_output_dir_from_args(flags(tmp_path / "out"), MAIN)
-        find_checkpoint_from_args(flags(tmp_path / "out"), MAIN, 100)
+        find_checkpoint_from_args(flags(tmp_path / "out"), MAIN, 100, {})

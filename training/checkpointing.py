@@ -1,8 +1,8 @@
 """Checkpoints that continue exactly where the data stood, and the folder they live in.
 
-A checkpoint is the adapter's file beside `optimizer.safetensors`, `state.json` and `manifest.json`, which holds every
-file's size and hash; nothing is pickled. Random state need not be kept: every draw is a function of the seed and of the
-sample's position in the run.
+A checkpoint is the result's file or folder beside `optimizer.safetensors`, `state.json` and `manifest.json`, which
+holds every file's size and hash, and the trained weights where those of the result are others; nothing is pickled.
+Random state need not be kept: every draw is a function of the seed and of the sample's position in the run.
 """
 
 import contextlib
@@ -33,7 +33,8 @@ from durable import (
     remove,
     rename,
     take_back,
-    taken_back,
+    undo,
+    write_json,
     written_folder,
 )
 from errors import Interrupted, NumbersError, StorageError, UsageError, first_line
@@ -41,8 +42,9 @@ from hub import RunFacts, push_from_args, write_outputs_from_args
 from lora import hash_lora
 from optimizers import join_tensors, schedule_state, split_tensors, state_bytes_from_args
 from quantization import bytes_unquantized
-from runtime import memory_report, on_main_process, remove_earlier_status, write_json, write_status
+from runtime import memory_report, on_main_process
 from signals import INTERRUPTION
+from status import begin_run, forget_refusal, read_status, write_status
 from tracking import finish_trackers
 from update import TrainingState
 
@@ -113,7 +115,7 @@ def claim_from_args(args, output_dir: Path) -> int | None:
         make_folder(output_dir)
         lock_folder(output_dir)
     unfinished = list(output_dir.glob(f"{REPLACED}checkpoint-*"))
-    is_new = not (checkpoint_dirs(output_dir) or unfinished or read_state(output_dir) == "complete")
+    is_new = not (checkpoint_dirs(output_dir) or unfinished or is_complete(output_dir))
     if not (args.overwrite or is_new):
         refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
     clean_up(output_dir)
@@ -139,7 +141,7 @@ def move_aside(output_dir: Path) -> None:
     number = next(n for n in itertools.count(1) if not whole.with_name(f"{name}.{n}").exists())
     aside = whole.with_name(f"{name}.{number}")
     rename(whole, aside)
-    taken_back.append(lambda: aside.rename(whole))
+    undo.append(lambda: aside.rename(whole))
     logger.info("the old %s is now %s", output_dir, aside)
 
 
@@ -162,7 +164,7 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     # Flags that are new since then count as they are now, unless they were given
     earlier = {name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)} | earlier
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
-    may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or read_state(output_dir) != "complete"
+    may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or not is_complete(output_dir)
     free = FREE_FLAGS | MEMORY_FLAGS | CONTENT_FLAGS | (LENGTH_FLAGS if may_extend else set())
     refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
     if refused:
@@ -172,7 +174,7 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
 
 
 def holds_run(output_dir: Path) -> bool:
-    return bool(checkpoint_dirs(output_dir)) or read_state(output_dir) == "complete"
+    return bool(checkpoint_dirs(output_dir)) or is_complete(output_dir)
 
 
 def content_from_args(args, accelerator, dataset, hash_model: Callable[[], dict]) -> dict[str, str | None]:
@@ -230,21 +232,19 @@ def recorded_content(output_dir: Path) -> dict:
     return content
 
 
-def read_state(output_dir: Path) -> str | None:
-    status = output_dir / "status.json"
-    return json.loads(status.read_text(encoding="utf-8"))["state"] if status.exists() else None
+def is_complete(output_dir: Path) -> bool:
+    return read_status(output_dir).get("state") == "complete"
 
 
 def is_complete_from_args(args, num_steps: int) -> bool:
     """True if the output folder holds the result of these very steps: the same command again has nothing to do."""
-    status = Path(args.output_dir) / "status.json"
-    if args.resume_from_checkpoint not in (None, "latest") or not status.exists():
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint not in (None, "latest") or not is_complete(output_dir):
         return False
-    content = json.loads(status.read_text(encoding="utf-8"))
-    complete = content["state"] == "complete" and content["step"] >= num_steps
-    if complete:
-        logger.info("%s is complete at step %d: nothing to do", args.output_dir, content["step"])
-    return complete
+    step = read_status(output_dir)["step"]
+    if step >= num_steps:
+        logger.info("%s is complete at step %d: nothing to do", output_dir, step)
+    return step >= num_steps
 
 
 def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int, content: dict) -> None:
@@ -258,6 +258,7 @@ def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, 
         rehearse_end_from_args(args, accelerator, engine)
     if accelerator.is_main_process:
         write_record_from_args(args, seed, content)
+    begin_run(Path(args.output_dir), accelerator.is_main_process)
 
 
 def rehearse_checkpoint(output_dir: Path) -> None:
@@ -311,7 +312,6 @@ def write_record_from_args(args, seed: int, content: dict) -> None:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     record = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "content": content}
     write_json(Path(args.output_dir) / "args.json", record | {"versions": versions})
-    remove_earlier_status(Path(args.output_dir))
 
 
 # ---------------------------------------------------------------- save
@@ -380,7 +380,10 @@ def file_bytes_from_args(args, engine) -> tuple[int, int]:
     copies = weights * 4 * (1 + args.ema)  # fp32 weights, and their average
     save_dtype = getattr(engine, "save_dtype", None)  # full fine-tuning writes the model too
     result = weights * (save_dtype.itemsize if save_dtype else 4)
-    return states + copies + (result if save_dtype else 0), result
+    if save_dtype:
+        return states + copies + result, result
+    is_scaled = args.lora_alpha != args.rank or args.use_rslora
+    return states + copies + (result if is_scaled else 0), result  # B as it is trained, beside the file
 
 
 def save_checkpoint_from_args(args, accelerator, step: int, engine, state: TrainingState, facts: dict) -> None:
@@ -431,8 +434,10 @@ def finish_run_from_args(args, accelerator, about: RunFacts) -> None:
 
 def finish_again_from_args(args, accelerator, about: RunFacts) -> None:
     """A complete run's forms that --export asks for and that are not there yet, and its upload."""
-    if accelerator.is_main_process and (args.export or about.hub_repo):
-        write_outputs_from_args(args, about, only_missing=True)
+    if accelerator.is_main_process:
+        forget_refusal(Path(args.output_dir))
+        if args.export or about.hub_repo:
+            write_outputs_from_args(args, about, only_missing=True)
     upload_from_args(args, about)
 
 
@@ -441,8 +446,8 @@ def upload_from_args(args, about: RunFacts) -> None:
     if about.hub_repo is None:
         return
     output_dir = Path(args.output_dir)
-    earlier = json.loads((output_dir / "status.json").read_text(encoding="utf-8"))
-    rest = {name: value for name, value in earlier.items() if name not in ("state", "exit_code", "message")}
+    told_anew = ("state", "exit_code", "message", "run")
+    rest = {name: value for name, value in read_status(output_dir).items() if name not in told_anew}
     try:
         push_from_args(args, about.hub_repo)
     except StorageError as error:
@@ -486,7 +491,7 @@ def choose_checkpoint_from_args(args, num_steps: int, content: dict) -> Path | N
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
         newest = newest_whole(output_dir)
-        if newest is None and (wanted or read_state(output_dir) == "complete"):
+        if newest is None and (wanted or is_complete(output_dir)):
             logger.info("%s holds no checkpoint: starting at step 0", output_dir)
         if newest:
             refuse_later_step(newest, step_of(newest), num_steps)

@@ -38,11 +38,25 @@ from buckets import (
     pack_batches,
     upscale,
 )
-from decode import Header, VideoInfo, import_decord, read_frames, read_header
+from decode import import_decord, read_frames
 from draws import draw_seed
 from errors import DataError, Interrupted, UsageError, UserError, first_line
-from formats import NAMED, Clip, draw_places, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+from file_kinds import stand_in
+from formats import (
+    NAMED,
+    Clip,
+    Row,
+    as_on_disk,
+    draw_places,
+    first_few,
+    inside,
+    read_clips,
+    read_text,
+    read_text_rows,
+    with_id_token,
+)
 from hashes import sampled_hash
+from headers import Header, VideoInfo, read_header
 from picture import Caution
 from signals import shield_worker
 
@@ -79,8 +93,9 @@ class VideoDataset(Dataset):
         video_backend: str = "auto",
         num_threads: int = 0,
         on_problem: str = "raise",
+        fps_flag: str = "--fps",
     ):
-        self.buckets, self.fps, self.seed = list(buckets), fps, seed
+        self.buckets, self.fps, self.seed, self.fps_flag = list(buckets), fps, seed, fps_flag
         self.random_flip = random_flip or 0.0
         self.skip_start, self.skip_end = skip_frames_start, skip_frames_end
         self.max_num_frames = max_num_frames or math.inf
@@ -120,10 +135,16 @@ class VideoDataset(Dataset):
         """The clip's bucket; DataError if it is too short or fits none."""
         num_frames = self.num_frames(info)
         if num_frames < self.smallest:
+            enough = info.num_frames - self.skip_start - self.skip_end >= self.smallest
+            faster = (
+                f"sample it at a higher rate ({self.fps_flag} {math.ceil(info.fps)} takes every frame), "
+                if enough
+                else ""
+            )
             raise DataError(
                 f"{clip.video}: too short: {num_frames} frames at {self.fps:g} fps ({info.num_frames} in the file at "
                 f"{info.fps:.4g} fps), the smallest bucket takes {self.smallest}; "
-                "add a smaller one to --frame_buckets or remove the clip"
+                f"{faster}add a smaller one to --frame_buckets or remove the clip"
             )
         return self.match_size(clip, info, min(num_frames, self.max_num_frames))
 
@@ -499,13 +520,15 @@ def original_latents(root: Path, caption_column: str, video_column: str, allow_o
         "%s: .pt files without a manifest; sizes are taken from the tensors, and that they were made with this model's "
         "VAE cannot be checked", root
     )  # fmt: skip
-    files = [[find_pt(root / folder, row.source) for folder in ("video_latents", "prompt_embeds")] for row in rows]
-    missing = [str(path.relative_to(root)) for pair in files for path in pair if not path.is_file()]
+    names = [pt_name(root, row.source) for row in rows]
+    folders = ("video_latents", "prompt_embeds")
+    missing = [f"{folder}/{name}" for name in names for folder in folders if not (root / folder / name).is_file()]
     if missing:
         raise DataError(f"{root}: {first_few(missing)} not found; {PREPARE_AGAIN.format(root)}")
+    refuse_shared(root, rows, names)
     latents = []
-    for row, (moments, prompt_embeds) in zip(rows, files, strict=True):
-        image = find_pt(root / "image_latents", row.source)
+    for row, name in zip(rows, names, strict=True):
+        moments, prompt_embeds, image = [root / folder / name for folder in (*folders, "image_latents")]
         for path in (moments, prompt_embeds, image):
             inside(root, str(path.relative_to(root)), f"{video_column}:{row.row}", allow_outside)
         _, frames, height, width = read_pt(moments, 4).shape
@@ -515,11 +538,24 @@ def original_latents(root: Path, caption_column: str, video_column: str, allow_o
     return latents
 
 
-def find_pt(folder: Path, source: str) -> Path:
+def pt_name(root: Path, source: str) -> str:
     """<stem>.pt, else what the original made of names with several dots: all up to the first."""
-    whole = folder / f"{Path(source).stem}.pt"
-    cut = folder / f"{Path(source).name.split('.')[0]}.pt"
-    return cut if cut.is_file() and not whole.is_file() else whole
+    folder = root / "video_latents"
+    names = f"{Path(source).stem}.pt", f"{Path(source).name.split('.')[0]}.pt"
+    whole, cut = (as_on_disk(folder, name) for name in names)
+    return cut if (folder / cut).is_file() and not (folder / whole).is_file() else whole
+
+
+def refuse_shared(root: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """DataError where the original gave two clips, or two captions of one, the same name."""
+    owners: dict[str, Row] = {}
+    for row, name in zip(rows, names, strict=True):
+        first = owners.setdefault(name, row)
+        if (first.source, first.prompt) != (row.source, row.prompt):
+            raise DataError(
+                f"{root}: rows {first.row} and {row.row} ('{first.source}', '{row.source}') both lead to {name}, which "
+                f"is of one of them; {PREPARE_AGAIN.format(root)}"
+            )
 
 
 def refuse_unknown_buckets(latents: list[Latent], buckets: Sequence[Bucket] | None) -> None:
@@ -546,7 +582,8 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
             with safe_open(path, framework="pt") as tensors:
                 tensor = tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: damaged ({error}); delete it and run prepare_dataset.py again") from error
+            reason = stand_in(path) or f"damaged ({error}); delete it and run prepare_dataset.py again"
+            raise DataError(f"{path}: {reason}") from error
     if not torch.isfinite(tensor).all():
         raise DataError(f"{path}: holds values that are not finite; delete it and run prepare_dataset.py again")
     return tensor
@@ -557,9 +594,8 @@ def read_pt(path: Path, ndim: int | None = None) -> torch.Tensor:
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
-        raise DataError(
-            f"{path}: damaged or no tensor ({first_line(error)}); delete it and run prepare_dataset.py again"
-        ) from error
+        damaged = f"damaged or no tensor ({first_line(error)}); delete it and run prepare_dataset.py again"
+        raise DataError(f"{path}: {stand_in(path) or damaged}") from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != (ndim or tensor.ndim):
         raise DataError(f"{path}: not a tensor of the expected shape; delete it and run prepare_dataset.py again")
     return tensor
@@ -740,15 +776,17 @@ def build_dataset_from_args(
 
 def read_clips_from_args(args) -> list[Clip]:
     columns = args.caption_column, args.video_column
-    return read_clips(args.data_root, args.dataset_file, *columns, allow_outside=args.allow_outside_root)
+    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
+    return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 
 def build_videos_from_args(args, fps: float) -> VideoDataset:
     """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
     clips = read_clips_from_args(args)
     return make_videos_from_args(
-        args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect"
-    )
+        args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
+        fps_flag="--target_fps",
+    )  # fmt: skip
 
 
 def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:

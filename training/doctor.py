@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -I, which looks at nothing of the user's, leaves it out
 
+from errors import print_whole
 from toolchain import c_compiler, python_header
 
 
@@ -70,8 +71,7 @@ def main() -> int:
     findings += check_decoders({name: probe_decoder(name) for name in ("av", "decord") if installed_version(name)})
     findings += [check_optional(name, installed_version(name)) for name in OPTIONAL]
     findings += [check_login(hub_token()), Finding("OK", "ffmpeg: not needed")]
-    for finding in findings:
-        print(f"{finding.state:<4}  {finding.text}")
+    print_whole("\n".join(f"{finding.state:<4}  {finding.text}" for finding in findings))
     return int(any(finding.state == "FAIL" for finding in findings))
 
 

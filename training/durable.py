@@ -27,9 +27,7 @@ HASHING_THREADS = 4  # hashing runs beside Python: a file each
 # What a file system that cannot flush answers; EBADF where it wants a descriptor that is open for writing
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 held_locks: list[int] = []  # file descriptors; the system frees a lock when its process ends, however it ends
-taken_back: list[
-    Callable[[], None]
-] = []  # what undoes the steps of a command that is not accepted yet, in their order
+undo: list[Callable[[], None]] = []  # what takes back the steps of a command that is not accepted yet, in their order
 warned: set[str] = set()  # lines that a run says once
 
 
@@ -157,6 +155,20 @@ def clean_up(parent: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -189,11 +201,11 @@ def damage(folder: Path) -> str | None:
 def make_folder(folder: Path) -> None:
     """Make the output folder and those above it; `take_back` removes them."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    undo.extend(path.rmdir for path in reversed(missing))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"--output_dir {folder}: {error.filename} is a file; give a folder") from error
-    taken_back.extend(path.rmdir for path in reversed(missing))
 
 
 def lock_folder(folder: Path) -> None:
@@ -219,7 +231,7 @@ def lock_folder(folder: Path) -> None:
         os.close(descriptor)
         return lock_folder(folder)
     held_locks.append(descriptor)
-    taken_back.append(lambda: restore_lock(path, descriptor, None if is_new else before, times))
+    undo.append(lambda: restore_lock(path, descriptor, None if is_new else before, times))
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
@@ -238,14 +250,14 @@ def restore_lock(path: Path, descriptor: int, before: bytes | None, times: os.st
 
 def keep() -> None:
     """The command is accepted: what it does from here on stays."""
-    taken_back.clear()
+    undo.clear()
 
 
 def take_back() -> None:
     """Undo what a command did before it was refused: its lock, its folders, a folder moved aside."""
-    while taken_back:
+    while undo:
         with contextlib.suppress(OSError):  # such as a folder that holds something by now
-            taken_back.pop()()
+            undo.pop()()
 
 
 def release_locks() -> None:

@@ -44,7 +44,7 @@ class Hashes:
         if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get(algorithm), str):
             return entry[algorithm]
         if stamp[0] > SAID_FROM:
-            logger.info("%s: %.1f GiB are read to hash them; while they stay, once", real, stamp[0] / 2**30)
+            logger.info("%s: reading %.1f GiB to hash it, once unless it changes", real, stamp[0] / 2**30)
         digest = file_hash(real, algorithm)
         if algorithm == "sha256" and is_blob(real) and digest != real.name:
             raise UsageError(f"{real}: other bytes than were downloaded into the hub's cache; delete it and run again")

@@ -1,5 +1,6 @@
 """The model card that every run writes, and the upload of its result."""
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -13,9 +14,10 @@ import torch
 from huggingface_hub import HfApi, ModelCardData
 
 from curves import draw_losses
+from durable import write_text
 from errors import StorageError, UsageError, first_line
-from export import COMFYUI_NAME, export_lora_from_args
-from runtime import learning_rate_from_args, on_main_process, write_text
+from export import COMFYUI_NAME, KOHYA_NAME, export_lora_from_args
+from runtime import learning_rate_from_args, on_main_process
 from sft import SUBFOLDER
 
 
@@ -28,6 +30,7 @@ LOSS_NAME, CARD_NAME = "loss.png", "README.md"
 UPLOADED = (
     CARD_NAME, LOSS_NAME, "pytorch_lora_weights*.safetensors", f"{SUBFOLDER}/*", "samples/*.mp4", "samples/*.txt",
 )  # fmt: skip
+MODEL_OWNERS = {"zai-org", "THUDM"}  # who released CogVideoX, under its present and its earlier name
 APACHE = {"license": "apache-2.0"}
 MODEL_LICENCE = {
     "license": "other",
@@ -35,6 +38,7 @@ MODEL_LICENCE = {
     "license_link": "https://huggingface.co/zai-org/CogVideoX-5b/blob/main/LICENSE",
 }
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
+LONGEST_NAME = 96  # characters of a repository's name that the hub takes
 NO_PROMPT = "A lighthouse stands in the rain."  # of the example, where the run had none
 
 
@@ -90,7 +94,7 @@ def write_card_from_args(args, facts: RunFacts) -> None:
         f"```python\n{usage_from_args(args, facts, name)}```",
         *usage_notes_from_args(args, facts),
         "## Licence",
-        licence_text(facts),
+        licence_text(hub_base_from_args(args), facts),
         "## Versions",
         ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES),
     ]
@@ -109,7 +113,7 @@ def card_data_from_args(args, facts: RunFacts, samples: list[tuple[str, str]]) -
     base, task = hub_base_from_args(args), task_of(facts)
     data = {"base_model": base, "base_model_relation": "adapter" if facts.is_lora else "finetune"} if base else {}
     data |= {"library_name": "diffusers", "pipeline_tag": task}
-    data |= APACHE if facts.model.apache_licence else MODEL_LICENCE
+    data |= licence_data(base, facts)
     data["tags"] = [task, "diffusers", "diffusers-training", "cogvideox", "cogvideox-diffusers"]
     if facts.is_lora:
         data["tags"] += ["lora", "template:diffusion-lora"]
@@ -190,11 +194,28 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def licence_text(facts: RunFacts) -> str:
-    licence = "the Apache License 2.0"
-    if not facts.model.apache_licence:
-        licence = f"the [CogVideoX LICENSE]({MODEL_LICENCE['license_link']})"
-    return f"The base model is under {licence}. Fine-tuned weights inherit it."
+def licence_data(base: str | None, facts: RunFacts) -> dict:
+    """The card's metadata of the licence: of the released models it is known, whatever else is `unknown`."""
+    if base is None or base.split("/")[0] not in MODEL_OWNERS:
+        return {"license": "unknown"}
+    return APACHE if facts.model.apache_licence else MODEL_LICENCE
+
+
+def licence_text(base: str | None, facts: RunFacts) -> str:
+    licence = licence_data(base, facts)
+    if licence == APACHE:
+        return (
+            "The base model is under the Apache License 2.0, which lets changed weights be passed on with a copy of it, "
+            "its notices, and a note that they were changed."
+        )
+    if licence == MODEL_LICENCE:
+        return (
+            f"The base model is under the [CogVideoX LICENSE]({MODEL_LICENCE['license_link']}). It has no clause on "
+            "fine-tuned weights: treat them as bound by it."
+        )
+    return (
+        "The licence of the base model is not recorded here. It may bind these weights too: see the base model's own."
+    )
 
 
 # ---------------------------------------------------------------- how to use the result
@@ -273,11 +294,15 @@ def usage_notes_from_args(args, facts: RunFacts) -> list[str]:
     """Paragraphs below the example."""
     notes = []
     if facts.is_lora:
-        notes.append("Alpha and rank are in the file: a weight of 1.0, the default, is the strength that was trained.")
+        notes.append(
+            "Alpha / rank is in the weights already: a strength of 1.0, the default, is what was trained, in every reader."
+        )
     if args.drop_learned_positions and facts.is_lora:
         notes.append("It was trained without the base model's learned positions, hence the transformer above.")
     if "comfyui" in args.export:
         notes.append(f"`{COMFYUI_NAME}` is the same LoRA for ComfyUI's own nodes, at strength 1.0.")
+    if "kohya" in args.export:
+        notes.append(f"`{KOHYA_NAME}` is the same LoRA for VideoX-Fun, at strength 1.0.")
     if "merged" in args.export:
         notes.append(
             f"`{SUBFOLDER}/` is the transformer that it was trained on with the LoRA added, for "
@@ -318,10 +343,17 @@ def make_repo_from_args(args) -> str:
 
 
 def default_repo_name(folder: str) -> str:
-    """A name that the hub takes: at most 96 letters, digits, - _ and ., no -- or .. in it."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder)[:96]
+    """A name that the hub takes: at most 96 letters, digits, - _ and ., no -- or .. in it.
+
+    One that had to be altered ends in a hash of the whole, so that two folders are never one repository.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder)
     name = re.sub(r"--+", "-", re.sub(r"\.\.+", ".", name)).removesuffix(".git").strip("-._")
-    return name or "cogvideox-finetune"
+    if name == folder and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(folder.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    begin = name[: LONGEST_NAME - len(digest) - 1].rstrip("-._")
+    return f"{begin or 'cogvideox-finetune'}-{digest}"
 
 
 def push_from_args(args, repo: str) -> None:

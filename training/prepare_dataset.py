@@ -21,6 +21,7 @@ import re
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from cache import (
     written_beside,
 )
 from cogvideox import (
+    CONFIGS,
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
     default_fps,
@@ -64,6 +66,7 @@ from prepared import (
     CURRENT,
     EARLIER,
     EMPTY,
+    MISSING,
     VERSION,
     Component,
     Key,
@@ -76,27 +79,32 @@ from prepared import (
     state_of,
     unnamed_files,
 )
-from runtime import check_device_from_args, run_script, write_status
+from runtime import agree_on_run, check_device_from_args, on_main_process, run_script
 from signals import INTERRUPTION
+from status import begin_run, write_status
 
 
 logger = logging.getLogger(__name__)
 
+GO_ON = "the same command does what is missing"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
-    output_dir = output_dir_from_args(args, rank)
-    model_dir = resolve_model_dir(args.model_id, components_from_args(args), args.revision, args.cache_dir)
-    config = read_config(model_dir, "transformer")
+    ranks = SimpleNamespace(is_main_process=rank == 0, num_processes=num_ranks)
+    output_dir = on_main_process(ranks, lambda: output_dir_from_args(args))  # refused by one, refused by all
+    source = args.revision, args.cache_dir
+    config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
         check_device_from_args(args, num_parameters(config), device)
     fps = target_fps_from_args(args, default_fps(config))
 
     # ---------------------------------------------------------------- clips
     videos = build_videos_from_args(args, fps)
+    # Gigabytes, for data that is there
+    model_dir = resolve_model_dir(args.model_id, components_from_args(args), *source)
     stems = unique_stems([clip.source for clip in videos.clips])
     rows = tqdm(enumerate(stems), desc="comparing", total=len(stems), delay=5, disable=rank > 0)  # hashes every video
     with Hashes(believe=not args.verify) as hashes:
@@ -111,6 +119,7 @@ def main(args) -> None:
         warn_of_unnamed_from_args(args, output_dir, plan)
         remove_unfinished(output_dir)
     gather([], num_ranks)  # nobody writes before all have seen the same state: the ranks share `todo` by place
+    begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
 
@@ -125,7 +134,7 @@ def main(args) -> None:
     problems = videos.problems + gather(unreadable, num_ranks)
     if rank > 0:
         return  # rank 0 reports: the launcher ends all processes as soon as one fails
-    made = [item["index"] for item in todo if is_current(output_dir, item)]
+    made = [item["index"] for item in todo if is_made(output_dir, item)]
     done = [item for item in plan if not item["missing"] or item["index"] in made]
     write_manifest(output_dir, done)
     logger.info("%s: %d clips, %d prepared now, %d left out", output_dir, len(done), len(made), len(problems))
@@ -148,6 +157,7 @@ def init_processes() -> tuple[int, int, torch.device]:
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        agree_on_run()
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     # LOCAL_RANK: the global rank names no device of the second machine
@@ -155,17 +165,16 @@ def init_processes() -> tuple[int, int, torch.device]:
     return rank, num_ranks, torch.device(device)
 
 
-def output_dir_from_args(args, rank: int) -> Path:
-    """The folder, held by rank 0 until it ends."""
+def output_dir_from_args(args) -> Path:
+    """The folder, held by this process until it ends."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir}: is a file; give a folder")
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
-    if rank == 0:
-        keep()  # of a run before it in this process
-        make_folder(output_dir)
-        lock_folder(output_dir)
+    keep()  # of a run before it in this process
+    make_folder(output_dir)
+    lock_folder(output_dir)
     return output_dir
 
 
@@ -190,7 +199,7 @@ def target_fps_from_args(args, checkpoint_fps: int) -> int:
 
 def components_from_args(args) -> list[str]:
     weights = ["vae", "text_encoder", "tokenizer"] if args.save_latents_and_embeddings else []
-    return ["transformer/config.json", "vae/config.json", *weights]
+    return [*CONFIGS, *weights]
 
 
 def gather(lines: list[str], num_ranks: int) -> list[str]:
@@ -279,6 +288,9 @@ def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
     accepted, earlier = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
     for item in items:
         states = {path: state_of(output_dir, path, key) for path, key in item["files"].items()}
+        if any(state == MISSING and not is_embedding(path) for path, state in states.items()):
+            # Frames of version 1 may start elsewhere: a clip's video, first frames and preview are made together
+            states |= {path: MISSING for path in states if not is_embedding(path) and states[path] == EARLIER}
         item["missing"] = {path for path, state in states.items() if state not in accepted}
         earlier += [path for path, state in states.items() if state == EARLIER]
     if earlier and not args.verify:
@@ -314,10 +326,9 @@ def files_of(items: list[dict]) -> set[str]:
     return named_files(path for item in items for path in item["files"])
 
 
-def is_current(output_dir: Path, item: dict) -> bool:
-    """True if all files of the item are there, as they would be made now."""
-    missing = item["missing"]
-    return all(state_of(output_dir, path, item["files"][path]) == CURRENT for path in missing)
+def is_made(output_dir: Path, item: dict) -> bool:
+    """True if all that the item lacked has been made."""
+    return all(state_of(output_dir, path, item["files"][path]) == CURRENT for path in item["missing"])
 
 
 def is_embedding(path: str) -> bool:
@@ -390,7 +401,7 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
                         writer.submit(write_preview, output_dir, item, pixels)
             bar.update(len(batch_items) + len(batch["problems"]))
     if INTERRUPTION.reason:
-        raise Interrupted(f"stopped by {INTERRUPTION.reason}; the same command does what is missing")
+        raise Interrupted(f"stopped by {INTERRUPTION.reason}; {GO_ON}")
     return problems
 
 
@@ -472,4 +483,4 @@ def manifest_row(item: dict) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(ARGS), ARGS.output_dir)
+    run_script(lambda: main(ARGS), ARGS.output_dir, GO_ON)

@@ -6,7 +6,6 @@ gets; the VAE's tile sizes follow from its config.json, which is hashed. The cod
 are the key's version.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -78,7 +77,6 @@ def state_of(output_dir: Path, path: str, key: Key) -> str:
     return {key.now: CURRENT, key.earlier: EARLIER}.get(recorded, MISSING)
 
 
-@functools.lru_cache
 def earlier_weights_hash(folder: Path) -> str:
     """As version 1 took it: names, sizes and the first MiB of each file."""
     digest = hashlib.blake2b(digest_size=8)
