@@ -465,6 +465,7 @@ def test_what_is_no_transformer_is_refused_with_advice(train, tiny, prepared, tm
     refused(tmp_path, "give the output folder of a full fine-tuning")
     refused(train("t2v_lora", model, data, *PREPARED), "holds a LoRA; give it as --init_lora")
     unfinished = train("t2v_sft", model, data, *PREPARED, steps=2, name="sft")
+    shutil.copytree(unfinished / "checkpoint-1", unfinished / "checkpoint-backup")
     shutil.rmtree(unfinished / "transformer")
     refused(unfinished, "its newest checkpoint is .*checkpoint-2")
 

@@ -202,7 +202,8 @@ def find_transformer(start: str) -> Path:
         check_model_files(sorted(folder.iterdir()))
         return folder
     advice = "give the output folder of a full fine-tuning, a checkpoint of it, or the transformer folder there"
-    checkpoints = [path for path in root.glob("checkpoint-*") if (path / "transformer/config.json").is_file()]
+    checkpoints = [path.parent.parent for path in root.glob("checkpoint-*/transformer/config.json")]
+    checkpoints = [path for path in checkpoints if path.name.removeprefix("checkpoint-").isdigit()]
     if not root.is_dir():
         advice = "no such folder; of a model on the hub, download it first: hf download MODEL --local-dir FOLDER"
     elif checkpoints:

@@ -93,7 +93,9 @@ def sampled_hash(path: Path) -> str:
     """
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
-        size = file.seek(0, os.SEEK_END) - start
+        end = file.seek(0, os.SEEK_END)
+        start = min(start, end)  # damaged files are named where they are read
+        size = end - start
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
         for place in (start, start + max(0, size - SAMPLED)):
             file.seek(place)
