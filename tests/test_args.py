@@ -150,6 +150,7 @@ NEW_TRAINING_FLAGS = {
     "use_rslora": False,
     "lora_init": "default",
     "init_lora": None,
+    "init_transformer": None,
     "export": [],
     "use_fp8": False,
     "ema": False,

@@ -65,7 +65,7 @@ def out(run, tmp_path):
     """The folder of a run killed after its checkpoints 1 and 2."""
     folder = tmp_path / "out"
     open_output_dir_from_args(flags(folder), MAIN)
-    write_record_from_args(flags(folder), 5)
+    write_record_from_args(flags(folder), 5, {})
     for number in (1, 2):
         save_checkpoint(folder, number, *run, FACTS)
     release_locks()
@@ -75,7 +75,7 @@ def out(run, tmp_path):
 def continued(out, *more):
     """The checkpoint that the same command goes on from."""
     open_output_dir_from_args(flags(out, *more), MAIN)
-    path = find_checkpoint_from_args(flags(out, *more), MAIN, 100)
+    path = find_checkpoint_from_args(flags(out, *more), MAIN, 100, {})
     release_locks()
     return path
 

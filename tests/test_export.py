@@ -281,7 +281,7 @@ def test_exports_name_no_place_and_equal_ones_are_equal_bytes(base, tmp_path):
         trained(model_dir, folder)
         argv = ["--pretrained_model_name_or_path", str(model_dir), "--data_root", "d", "--output_dir", str(folder)]
         args = parse_training_args("t2v_lora", [*argv, "--export", "comfyui", "kohya", "merged"])
-        export_lora_from_args(args, model_dir)
+        export_lora_from_args(args, model_dir / "transformer", None)
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert [str(path) for path in files] == [
         WEIGHTS_NAME, COMFYUI_NAME, KOHYA_NAME, "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
@@ -292,7 +292,7 @@ def test_exports_name_no_place_and_equal_ones_are_equal_bytes(base, tmp_path):
 
     stamps = {path: (folders[1] / path).stat().st_mtime_ns for path in files if path.name != COMFYUI_NAME}
     (folders[1] / COMFYUI_NAME).unlink()
-    export_lora_from_args(args, model_dir, only_missing=True)
+    export_lora_from_args(args, model_dir / "transformer", None, only_missing=True)
     assert (folders[1] / COMFYUI_NAME).read_bytes() == (folders[0] / COMFYUI_NAME).read_bytes()
     assert stamps == {path: (folders[1] / path).stat().st_mtime_ns for path in files if path.name != COMFYUI_NAME}
 

@@ -197,3 +197,14 @@ def test_a_small_file_of_the_hub_has_no_such_name(tmp_path, blob):
     small = blob.resolve().with_name("0123456789" * 4)
     small.write_text("{}")
     assert hash_of(small, "sha256") == expected(small, "sha256")
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\xff" * 9, b"\x10" + bytes(7) + b"{}", bytes(200_000)])
+def test_any_bytes_can_be_sampled(content, tmp_path):
+    (tmp_path / "damaged.safetensors").write_bytes(content)  # it is named where it is read
+    assert hashes.sampled_hash(tmp_path / "damaged.safetensors")
+    (tmp_path / "a.mp4").write_bytes(content)
+    first = hashes.sampled_hash(tmp_path / "a.mp4")
+    for other in (content + b"m", b"m" + content, content[:-1] + b"mm"):
+        (tmp_path / "a.mp4").write_bytes(other)
+        assert hashes.sampled_hash(tmp_path / "a.mp4") != first

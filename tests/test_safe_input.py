@@ -121,7 +121,7 @@ def test_traps_in_a_checkpoint_are_not_sprung(hashed, tmp_path, canary):
     with pytest.raises((UserError, Exception), match=r"whole|header|HeaderTooLarge"):
         args = flags(tmp_path / "out")
         shutil.copy(path / "state.json", tmp_path / "out/args.json")  # any JSON: the checkpoint is what is tried
-        load_checkpoint(find_checkpoint_from_args(args, MAIN, 100), engine, state, FACTS)
+        load_checkpoint(find_checkpoint_from_args(args, MAIN, 100, {}), engine, state, FACTS)
 
 
 # ---------------------------------------------------------------- out of the folder
@@ -273,4 +273,4 @@ def test_a_run_resumes_nothing_from_a_folder_without_a_manifest(tmp_path):
     (tmp_path / "out/args.json").write_text(json.dumps({"flags": vars(flags(tmp_path / "out")), "seed": 1}))
     with pytest.raises(UserError):
         open_output_dir_from_args(flags(tmp_path / "out"), MAIN)
-        find_checkpoint_from_args(flags(tmp_path / "out"), MAIN, 100)
+        find_checkpoint_from_args(flags(tmp_path / "out"), MAIN, 100, {})

@@ -513,7 +513,7 @@ def test_other_data_under_the_same_name_is_refused(script, train, stops, prepare
     train("out", "--max_train_steps", "1", data=data)
     manifest = data / "data.jsonl"
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
-    assert "its data was" in stops(2, "out", "--max_train_steps", "2", data=data)
+    assert "other content: the list of clips" in stops(2, "out", "--max_train_steps", "2", data=data)
 
 
 def test_an_unset_seed_is_drawn_once(train, stops, module, monkeypatch):

@@ -701,6 +701,12 @@ def add_model_flags(parser: FlagParser):
         metavar="MODEL",
         help=f"the model to train: {MODEL_HELP} (required)",
     )
+    group.add_argument(
+        "--init_transformer",
+        metavar="FOLDER",
+        help="train on from the transformer of an earlier full fine-tuning: its output folder, a checkpoint of it, or the "
+        "transformer folder there; it must be of the same kind and size as MODEL, whose other parts are used",
+    )
     add_download_flags(group)
 
 

@@ -5,6 +5,7 @@ holds every file's size and hash, and the trained weights where the result's dif
 Random state need not be kept: every draw is a function of the seed and of the sample's position in the run.
 """
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,6 +38,7 @@ from durable import (
 )
 from errors import Interrupted, NumbersError, StorageError, UsageError, first_line
 from hub import RunFacts, push_from_args, write_outputs_from_args
+from lora import hash_lora
 from optimizers import join_tensors, schedule_state, split_tensors, state_bytes_from_args
 from quantization import bytes_unquantized
 from runtime import memory_report, on_main_process
@@ -64,6 +67,17 @@ MEMORY_FLAGS = {
     "offload_gradients",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
+# What these name may lie elsewhere when a run goes on: what they hold is compared, see content_from_args
+DATA_FLAGS = ("data_root", "dataset_file", "video_column", "caption_column")
+MODEL_FLAGS = ("pretrained_model_name_or_path", "revision", "variant", "init_transformer")
+CONTENT_FLAGS = {*DATA_FLAGS, *MODEL_FLAGS, "init_lora"}
+CONTENT = {  # name in args.json -> (what it is, the flags that name it)
+    "data": ("the list of clips, captions and sizes", DATA_FLAGS),
+    "files": ("the files of the clips", DATA_FLAGS),
+    "transformer": ("the transformer's weights", MODEL_FLAGS),
+    "others": ("the model's settings, VAE or text encoder", MODEL_FLAGS),
+    "init_lora": ("the LoRA that it started from", ("init_lora",)),
+}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 SAID_FROM = 2**30  # bytes: a result of less is written in no time
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup"}
@@ -133,7 +147,7 @@ def read_record(output_dir: Path) -> dict:
 
 def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     """UsageError, ending in `advice`, unless the run in `output_dir` had the same flags, save those that do not touch
-    what was trained.
+    what was trained and those whose content is compared.
     """
     record, flags = read_record(output_dir), recorded_flags(args)
     earlier = record["flags"]
@@ -143,12 +157,71 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     earlier = {name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)} | earlier
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
     may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or not is_complete(output_dir)
-    free = FREE_FLAGS | MEMORY_FLAGS | (LENGTH_FLAGS if may_extend else set())
+    free = FREE_FLAGS | MEMORY_FLAGS | CONTENT_FLAGS | (LENGTH_FLAGS if may_extend else set())
     refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
     if refused:
         raise UsageError(f"{output_dir}: holds a run with other flags ({', '.join(refused)}); {advice}")
     if changed := [name for name in names if name in LENGTH_FLAGS]:
         logger.info("continuing with changed %s", ", ".join(f"--{name} {flags.get(name)}" for name in changed))
+
+
+def holds_run(output_dir: Path) -> bool:
+    return bool(checkpoint_dirs(output_dir)) or is_complete(output_dir)
+
+
+def content_from_args(args, accelerator, dataset, hash_model: Callable[[], dict]) -> dict[str, str | None]:
+    """Hashes of all that a run is trained on, see CONTENT; UsageError on all ranks where output_dir holds a run on
+    something else. The main process reads for all.
+    """
+
+    def read() -> dict:
+        content = {
+            "data": dataset.fingerprint(),
+            "files": dataset.content(),
+            **hash_model(),
+            **hash_lora(args.init_lora),
+        }
+        if holds_run(Path(args.output_dir)):
+            advice = "choose another --output_dir, or pass --overwrite to move it aside"
+            refuse_other_content(args, Path(args.output_dir), content, advice)
+        return content
+
+    return on_main_process(accelerator, read)
+
+
+def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> None:
+    """UsageError, ending in `advice`, unless the run in `output_dir` was trained on the same. What moved is said in one
+    line, and so is what cannot be compared.
+    """
+    earlier, flags, known = read_record(output_dir)["flags"], recorded_flags(args), recorded_content(output_dir)
+    if args.init_transformer and "transformer" not in known:  # of a version that had no such start
+        known["transformer"] = None
+    names = [name for name in sorted(CONTENT_FLAGS) if earlier.get(name) != flags[name]]
+    changes = {name: f"--{name} {earlier.get(name)} -> {flags[name]}" for name in names}
+    both = [name for name in CONTENT if name in known and name in content]
+    if differing := [name for name in both if known[name] != content[name]]:
+        what = " and ".join(CONTENT[name][0] for name in differing)
+        flags_of_these = {flag for name in differing for flag in CONTENT[name][1]}
+        named = ", ".join(changes[flag] for flag in names if flag in flags_of_these)
+        raise UsageError(f"{output_dir}: holds a run with other content: {what}{named and f' ({named})'}; {advice}")
+    if changes:
+        logger.info("%s goes on, with the same content at other places: %s", output_dir, ", ".join(changes.values()))
+    if unknown := [what for name, (what, _) in CONTENT.items() if name not in both]:
+        logger.warning(
+            "%s goes on, though it cannot be compared whether these are the same: %s", output_dir, "; ".join(unknown)
+        )
+
+
+def recorded_content(output_dir: Path) -> dict:
+    """What args.json says of the content. Of earlier versions the data's hash, in a checkpoint, and what they had not."""
+    record = read_record(output_dir)
+    if "content" in record:
+        return record["content"]
+    content = {} if record["flags"].get("init_lora") else {"init_lora": None}
+    for directory in checkpoint_dirs(output_dir):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged ones are named later
+            content["data"] = json.loads((directory / "state.json").read_text(encoding="utf-8"))["data"]
+    return content
 
 
 def is_complete(output_dir: Path) -> bool:
@@ -166,7 +239,7 @@ def is_complete_from_args(args, num_steps: int) -> bool:
     return step >= num_steps
 
 
-def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int) -> None:
+def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int, content: dict) -> None:
     """Before the first step, the main process: check the disk, rehearse checkpoints and the end, write args.json, drop the
     status of an earlier run.
     """
@@ -176,7 +249,7 @@ def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, 
     if first_step == 0:
         rehearse_end_from_args(args, accelerator, engine)
     if accelerator.is_main_process:
-        write_record_from_args(args, seed)
+        write_record_from_args(args, seed, content)
     begin_run(Path(args.output_dir), accelerator.is_main_process)
 
 
@@ -226,11 +299,11 @@ def rehearse_end_from_args(args, accelerator, engine) -> None:
     accelerator.wait_for_everyone()
 
 
-def write_record_from_args(args, seed: int) -> None:
-    """args.json: the flags as given, which of them were given, the seed in force, the packages."""
+def write_record_from_args(args, seed: int, content: dict) -> None:
+    """args.json: the flags as given, which of them were given, the seed in force, hashes of `content`, the packages."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    content = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "versions": versions}
-    write_json(Path(args.output_dir) / "args.json", content)
+    record = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "content": content}
+    write_json(Path(args.output_dir) / "args.json", record | {"versions": versions})
 
 
 # ---------------------------------------------------------------- save
@@ -398,15 +471,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def find_checkpoint_from_args(args, accelerator, num_steps: int) -> Path | None:
+def find_checkpoint_from_args(args, accelerator, num_steps: int, content: dict) -> Path | None:
     """The checkpoint to go on from: a path as written, a name or step in output_dir, or the newest whole one there.
 
     None: start at step 0, because there is none. The main process looks, and hashes, for all.
     """
-    return on_main_process(accelerator, lambda: choose_checkpoint_from_args(args, num_steps))
+    return on_main_process(accelerator, lambda: choose_checkpoint_from_args(args, num_steps, content))
 
 
-def choose_checkpoint_from_args(args, num_steps: int) -> Path | None:
+def choose_checkpoint_from_args(args, num_steps: int, content: dict) -> Path | None:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
         newest = newest_whole(output_dir)
@@ -422,7 +495,9 @@ def choose_checkpoint_from_args(args, num_steps: int) -> Path | None:
         )
     folder = path.resolve().parent
     if folder != output_dir.resolve():
-        refuse_other_run(args, folder, "give the same, or name a checkpoint of a run like this")
+        advice = "give the same, or name a checkpoint of a run like this"
+        refuse_other_run(args, folder, advice)
+        refuse_other_content(args, folder, content, advice)
     refuse_later_step(path, json.loads((path / "state.json").read_text(encoding="utf-8"))["step"], num_steps)
     return path
 

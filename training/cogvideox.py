@@ -7,6 +7,8 @@ tokens, D text width. Latents outside of this file are always [B, F, C, H, W].
 
 import functools
 import gc
+import hashlib
+import inspect
 import json
 import logging
 import re
@@ -34,6 +36,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from errors import UsageError, first_line
 from file_kinds import stand_in
+from hashes import Hashes
 from streaming import free_on_gpu, stream_weights
 
 
@@ -54,6 +57,13 @@ class VaeConfig(NamedTuple):
 
     scaling_factor: float
     invert_scale_latents: bool
+
+
+class Weights(NamedTuple):
+    """A transformer's files: their folder, and the variant that is read."""
+
+    folder: Path
+    variant: str | None
 
 
 class ModelFacts(NamedTuple):
@@ -124,20 +134,23 @@ def read_config(model_dir: Path, component: str) -> dict:
     """The component's JSON configuration; UsageError for a transformer that is no CogVideoX."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
     config = json.loads((model_dir / component / name).read_text(encoding="utf-8"))
-    wanted = CogVideoXTransformer3DModel.__name__
-    if component == "transformer" and config.get("_class_name") != wanted:
-        raise UsageError(
-            f"{model_dir}: no CogVideoX model, its transformer is {config.get('_class_name')}, not {wanted}"
-        )
+    if component == "transformer":
+        check_class(model_dir, config)
     return config
+
+
+def check_class(place: Path, transformer_config) -> None:
+    wanted, found = CogVideoXTransformer3DModel.__name__, transformer_config.get("_class_name")
+    if found != wanted:
+        raise UsageError(f"{place}: no CogVideoX model, its transformer is {found}, not {wanted}")
 
 
 def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
     """The dtype in which the transformer's weights lie on disk: read from a header, never from a name."""
-    pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    files = sorted((model_dir / "transformer").glob(pattern))
+    pattern, folder = f"*.{variant}*.safetensors" if variant else "*.safetensors", transformer_folder(model_dir)
+    files = sorted(folder.glob(pattern))
     if not files:
-        raise UsageError(f"{model_dir}/transformer: no {pattern} in it; download the model again")
+        raise UsageError(f"{folder}: no {pattern} in it; download the model again")
     try:
         with safe_open(files[0], framework="pt") as weights:
             name = next(iter(weights.keys()))
@@ -154,14 +167,128 @@ def read_configs_from_args(args, image_to_video: bool) -> tuple[dict, VaeConfig]
     model_dir = resolve_model_dir(model, CONFIGS, args.revision, args.cache_dir)
     config = read_config(model_dir, "transformer")
     check_task(model, config, image_to_video)
+    if args.init_transformer is not None:
+        config = read_start_config_from_args(args, config)
     return config, load_vae_config(model_dir)
 
 
-def resolve_model_from_args(args, with_encoders: bool) -> Path:
-    """The model's folder with all that is needed of it; of the VAE that is two numbers, unless something is encoded."""
+def resolve_model_from_args(args, with_encoders: bool) -> tuple[Path, Weights]:
+    """The model's folder with all that is needed of it, and the transformer's weights.
+
+    Of the VAE two numbers are needed, unless something is encoded; of the transformer none but --init_transformer.
+    """
     weights = ["vae", "text_encoder", "tokenizer"] if with_encoders else ["vae/config.json"]
-    components = ["transformer", "scheduler", *weights]
-    return resolve_model_dir(args.pretrained_model_name_or_path, components, args.revision, args.cache_dir)
+    transformer = "transformer" if args.init_transformer is None else "transformer/config.json"
+    components = [transformer, "scheduler", *weights]
+    model_dir = resolve_model_dir(args.pretrained_model_name_or_path, components, args.revision, args.cache_dir)
+    return model_dir, weights_from_args(args, model_dir)
+
+
+def weights_from_args(args, model_dir: Path) -> Weights:
+    """Of the transformer that training starts from: the model's own, or --init_transformer."""
+    if args.init_transformer is None:
+        return Weights(model_dir / "transformer", args.variant)
+    folder = find_transformer(args.init_transformer)
+    has_variant = args.variant and any(folder.glob(f"*.{args.variant}*.safetensors"))
+    return Weights(folder, args.variant if has_variant else None)
+
+
+# ---------------------------------------------------------------- a transformer of an earlier run
+
+
+def find_transformer(start: str) -> Path:
+    """The folder of the weights that --init_transformer names: itself, or in the folder of a run, checkpoint or pipeline."""
+    root = Path(start)
+    folder = transformer_folder(root)
+    if (folder / "config.json").is_file():
+        check_model_files(sorted(folder.iterdir()))
+        return folder
+    advice = "give the output folder of a full fine-tuning, a checkpoint of it, or the transformer folder there"
+    checkpoints = [path.parent.parent for path in root.glob("checkpoint-*/transformer/config.json")]
+    checkpoints = [path for path in checkpoints if path.name.removeprefix("checkpoint-").isdigit()]
+    if not root.is_dir():
+        advice = "no such folder; of a model on the hub, download it first: hf download MODEL --local-dir FOLDER"
+    elif checkpoints:
+        newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        advice = f"the run there has no result yet; its newest checkpoint is {newest}"
+    elif any(root.glob("*lora*.safetensors")):
+        advice = "holds a LoRA; give it as --init_lora, or --export merged there and give its transformer folder"
+    raise UsageError(f"--init_transformer {start}: {advice}")
+
+
+def transformer_folder(model_dir: Path) -> Path:
+    """The transformer's folder in that of a pipeline; else it is that itself."""
+    return model_dir / "transformer" if (model_dir / "transformer").is_dir() else model_dir
+
+
+def read_start_config_from_args(args, model_config) -> dict:
+    """The configuration of --init_transformer; UsageError unless it is a transformer of the same kind and size.
+
+    It may lack learned positions that the model has, which --drop_learned_positions took out.
+    """
+    folder, model = find_transformer(args.init_transformer), args.pretrained_model_name_or_path
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    check_class(folder, config)
+    ours, theirs = (all_settings(CogVideoXTransformer3DModel, each) for each in (model_config, config))
+    dropped = {"use_learned_positional_embeddings"} if not theirs["use_learned_positional_embeddings"] else set()
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if differing := [f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in names if name not in dropped]:
+        raise UsageError(f"--init_transformer {args.init_transformer}: does not fit {model} ({'; '.join(differing)})")
+    facts_path = folder / "training.json"
+    facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
+    scale = facts.get("image_latent_scale", args.image_latent_scale)
+    if scale != args.image_latent_scale:
+        raise UsageError(
+            f"--init_transformer {args.init_transformer}: was trained with --image_latent_scale {scale}; give the same"
+        )
+    return config
+
+
+# ---------------------------------------------------------------- which model it is, by content
+
+
+def all_settings(model_class: type, config) -> dict:
+    """A component's configuration with defaults filled in: versions of diffusers write more or fewer of them."""
+    parameters = inspect.signature(model_class.__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(defaults | given))
+
+
+def changed_settings(model_class: type, config) -> dict:
+    """Settings that are not the class's defaults: the same for every version."""
+    settings, defaults = all_settings(model_class, config), all_settings(model_class, {})
+    return {name: value for name, value in settings.items() if name not in defaults or defaults[name] != value}
+
+
+def hash_model_from_args(args, model_dir: Path, weights: Weights) -> dict[str, str]:
+    """Of the weights that training starts from, and of what else of the model a run depends on.
+
+    With prepared data that is settings alone. Names of files, folders and repositories do not count.
+    """
+    with Hashes() as hashes:
+        config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
+        transformer, scheduler = hash_weights(*weights, hashes), load_scheduler(model_dir)
+        settings = [(CogVideoXTransformer3DModel, config), (type(scheduler), scheduler.config)]
+        others = [load_vae_config(model_dir), *(changed_settings(*each) for each in settings)]
+        if not args.load_tensors:
+            others += [hash_weights(model_dir / part, args.variant, hashes) for part in ("vae", "text_encoder")]
+            others += [hashes.of(path, "sha256") for path in sorted((model_dir / "tokenizer").glob("*.model"))]
+    return {"transformer": transformer, "others": hash_json(others)}
+
+
+def hash_weights(folder: Path, variant: str | None, hashes: Hashes) -> str:
+    """The SHA-256 of the one file of weights, or of those of several, whatever they are called."""
+    paths = [path for path in files_that_load(folder, variant) if path.suffix in (".safetensors", ".bin")]
+    each = sorted(hashes.of(path, "sha256") for path in paths)
+    return each[0] if len(each) == 1 else hash_json(each)
+
+
+def hash_json(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- facts of a configuration
 
 
 def is_version_1_5(transformer_config) -> bool:
@@ -226,17 +353,20 @@ def load_transformer(
 ) -> CogVideoXTransformer3DModel:
     """The transformer in `dtype`, on the CPU, frozen; without 5b-I2V's learned positions if they are dropped.
 
+    `model_dir`: a pipeline's folder, or the transformer's own.
     `load_blocks(blocks, prefix, files, dtype)` may fill the blocks, which then come without memory, by itself.
     """
     changes = {"use_learned_positional_embeddings": False} if drop_learned_positions else {}
     cls = CogVideoXTransformer3DModel
     if load_blocks is not None:
         cls, changes["num_layers"] = TransformerWithoutBlocks, 0
-    transformer = cls.from_pretrained(model_dir, subfolder="transformer", dtype=dtype, variant=variant, **changes)
+    folder = transformer_folder(model_dir)
+    transformer = cls.from_pretrained(folder, dtype=dtype, variant=variant, **changes)
     if load_blocks is not None:
         transformer.__class__ = CogVideoXTransformer3DModel
-        blocks = empty_transformer(read_config(model_dir, "transformer")).transformer_blocks
-        load_blocks(blocks, "transformer_blocks.", weight_files(model_dir / "transformer", variant), dtype)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        blocks = empty_transformer(config).transformer_blocks
+        load_blocks(blocks, "transformer_blocks.", weight_files(folder, variant), dtype)
         transformer.transformer_blocks = blocks
         transformer.register_to_config(num_layers=len(blocks), _class_name=type(transformer).__name__)
     return transformer.requires_grad_(False).eval()
@@ -268,8 +398,9 @@ def read_outline_from_args(args, image_to_video: bool) -> Outline:
     """From the configurations alone: of a model on the hub no weights are fetched, and it counts as stored in bf16."""
     config, vae_config = read_configs_from_args(args, image_to_video)
     model_dir = resolve_model_dir(args.pretrained_model_name_or_path, CONFIGS, args.revision, args.cache_dir)
-    has_weights = any((model_dir / "transformer").glob("*.safetensors"))
-    stored = stored_dtype(model_dir, args.variant) if has_weights else torch.bfloat16
+    weights = weights_from_args(args, model_dir)
+    has_weights = any(weights.folder.glob("*.safetensors"))
+    stored = stored_dtype(*weights) if has_weights else torch.bfloat16
     return outline_of(config, stored)._replace(scaling_factor=vae_config.scaling_factor)
 
 

@@ -22,6 +22,7 @@ import torch
 
 from buckets import num_batches
 from checkpointing import (
+    content_from_args,
     find_checkpoint_from_args,
     finish_again_from_args,
     finish_run_from_args,
@@ -45,6 +46,7 @@ from cogvideox import (
     encode_captions,
     encode_images,
     encode_videos,
+    hash_model_from_args,
     latent_shape,
     load_scheduler,
     load_transformer,
@@ -109,7 +111,7 @@ def main(args) -> None:
         return print_plan_from_args(args, read_outline_from_args(args, image_to_video=True), is_lora=False)
     # ---------------------------------------------------------------- run
     accelerator = init_accelerator_from_args(args)
-    device, num_ranks = accelerator.device, accelerator.num_processes
+    device, rank, num_ranks = accelerator.device, accelerator.process_index, accelerator.num_processes
     output_dir = Path(args.output_dir)
     hub_repo = check_hub_from_args(args, accelerator)
     earlier_seed = open_output_dir_from_args(args, accelerator)
@@ -131,14 +133,15 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- models; T5 comes and goes before the transformer
     needs_encoders = bool(prompts) or not args.load_tensors
-    model_dir = resolve_model_from_args(args, needs_encoders)
-    stored = stored_dtype(model_dir, args.variant)
+    model_dir, weights = resolve_model_from_args(args, needs_encoders)
+    stored = stored_dtype(*weights)
     dtype = compute_dtype_from_args(args, stored, device)
     check_attention_from_args(args, dtype, device)
     check_sft_fits_from_args(args, num_parameters(config), dtype, device)
     outline, scheduler = outline_of(config, stored), load_scheduler(model_dir)
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    base = (describe_model(config), model_dir)
+    content = content_from_args(args, accelerator, dataset, lambda: hash_model_from_args(args, model_dir, weights))
+    base = (describe_model(config), weights, content["transformer"])
     about = RunFacts(
         *base, dataset.bucket_of, size, dtype, seed, num_ranks, plan.num_steps, is_lora=False, hub_repo=hub_repo
     )
@@ -158,8 +161,8 @@ def main(args) -> None:
     START.mark("encoding")
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
-    checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps)
-    transformer = load_transformer(model_dir, torch.float32, args.variant, args.drop_learned_positions, fill)
+    checkpoint = find_checkpoint_from_args(args, accelerator, plan.num_steps, content)
+    transformer = load_transformer(weights.folder, torch.float32, weights.variant, args.drop_learned_positions, fill)
     START.mark("loading")
     engine = build_sft_engine_from_args(args, level, transformer, shape, dtype, stored, device)
     START.mark("engine")
@@ -168,11 +171,10 @@ def main(args) -> None:
     state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.masters, engine.ema)
     facts = {"seed": seed, "num_processes": num_ranks, **data_facts(dataset, held_out_clips)}
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
-    record_run_from_args(args, accelerator, engine, seed, first_step, plan.num_steps)
-    start_trackers_from_args(args, accelerator, "cogvideox-image-to-video-sft")
+    record_run_from_args(args, accelerator, engine, seed, first_step, plan.num_steps, content)
+    start_trackers_from_args(args, accelerator, "cogvideox-image-to-video-sft", first_step)
     START.mark("checkpoint")
 
-    rank = accelerator.process_index
     micro_steps, loader = make_loader_from_args(args, accelerator, dataset, plan, seed, first_step)
     meter = make_meter_from_args(args, accelerator, first_step, plan.num_steps, dataset.sources)
     num_strata = args.train_batch_size * num_ranks * plan.accumulation if args.stratified_timesteps else None

@@ -55,6 +55,7 @@ from formats import (
     read_text_rows,
     with_id_token,
 )
+from hashes import sampled_hash
 from headers import Header, VideoInfo, read_header
 from picture import Caution
 from signals import shield_worker
@@ -239,6 +240,10 @@ class VideoDataset(Dataset):
         """A hash of which clips, captions and sizes are trained on, in which order."""
         return hash_rows(zip((clip.source for clip in self.clips), self.prompts, self.bucket_of, strict=True))
 
+    def content(self) -> str:
+        """A hash of the clips' files, wherever they lie."""
+        return hash_files([clip.video for clip in self.clips])
+
 
 class VideoDatasetWithResizing(VideoDataset):
     """Clips brought to the nearest bucket: resized, aspect kept, until they cover it, then cut at the middle."""
@@ -321,6 +326,16 @@ def summary(problems: list[str], num_clips: int) -> str:
         return problems[0]
     more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
     return f"{len(problems)} of {num_clips} clips cannot be used: {'; '.join(problems[:NAMED])}{more}"
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """A hash of the files' content, sampled: every start of a run takes it."""
+    try:
+        with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
+            hashes = list(pool.map(sampled_hash, paths))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
 def hash_rows(rows) -> str:
@@ -437,6 +452,12 @@ class LatentDataset(Dataset):
     def fingerprint(self) -> str:
         """A hash of which clips, captions and sizes are trained on, in which order."""
         return hash_rows((latent.source, latent.prompt, latent.bucket) for latent in self.latents)
+
+    def content(self) -> str:
+        """A hash of the moments and embeddings that are read, wherever they lie."""
+        files = (path for latent in self.latents for path in (latent.moments, latent.prompt_embeds))
+        images = (latent.image_moments for latent in self.latents) if self.has_image_latents else ()
+        return hash_files([*files, *images])
 
 
 def read_manifest(path: Path) -> list[tuple[int, dict]]:

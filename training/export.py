@@ -51,14 +51,14 @@ class LoraWeights(NamedTuple):
     magnitude: torch.Tensor | None = None
 
 
-def export_lora_from_args(args, model_dir: Path, only_missing: bool = False) -> None:
-    """What --export asks for, beside the LoRA in output_dir. `model_dir` holds the base model."""
+def export_lora_from_args(args, base_dir: Path, variant: str | None, only_missing: bool = False) -> None:
+    """What --export asks for, beside the LoRA in output_dir. `base_dir` holds the transformer that it was trained on."""
     output_dir = Path(args.output_dir)
     for form, name, export in (("comfyui", COMFYUI_NAME, export_comfyui), ("kohya", KOHYA_NAME, export_kohya)):
         if form in args.export and not (only_missing and (output_dir / name).exists()):
             export(output_dir / WEIGHTS_NAME, output_dir / name)
     if "merged" in args.export and not (only_missing and (output_dir / SUBFOLDER).exists()):
-        merge_lora(output_dir / WEIGHTS_NAME, model_dir / SUBFOLDER, output_dir / SUBFOLDER, args.variant)
+        merge_lora(output_dir / WEIGHTS_NAME, base_dir, output_dir / SUBFOLDER, variant)
 
 
 def read_layers(path: Path) -> tuple[dict[str, LoraWeights], dict, dict]:

@@ -43,10 +43,11 @@ NO_PROMPT = "A lighthouse stands in the rain."  # of the example, where the run 
 
 
 class RunFacts(NamedTuple):
-    """What the outputs of a run must know besides its flags. Only `model_dir` and the repository name a place."""
+    """What the outputs of a run must know besides its flags. Only `weights` and the repository name a place."""
 
     model: NamedTuple  # of the family: classes, task, licence, frames per second
-    model_dir: Path
+    weights: NamedTuple  # that training started from: their folder and variant
+    transformer: str  # their SHA-256
     bucket_of: list  # of every clip: (frames, height, width)
     size: tuple  # that videos are rendered at
     dtype: torch.dtype
@@ -59,7 +60,7 @@ class RunFacts(NamedTuple):
 
 def write_outputs_from_args(args, facts: RunFacts, only_missing: bool = False) -> None:
     """Beside the result: the exports that were asked for, the loss as a picture, the model card."""
-    export_lora_from_args(args, facts.model_dir, only_missing)
+    export_lora_from_args(args, *facts.weights, only_missing)
     draw_loss(Path(args.output_dir))
     write_card_from_args(args, facts)
 
@@ -143,7 +144,16 @@ def introduction_from_args(args, facts: RunFacts) -> str:
     base = hub_base_from_args(args)
     model = f"[{base}](https://huggingface.co/{base})" if base else f"a CogVideoX {task_of(facts)} model"
     token = f" Every caption began with `{args.id_token}`: begin prompts with it." if args.id_token else ""
-    return f"{what} {model}.{token}"
+    return f"{what} {model}.{start_text_from_args(args, facts)}{token}"
+
+
+def start_text_from_args(args, facts: RunFacts) -> str:
+    """Of a transformer that was fine-tuned before: where it lay is nobody's business, by the hash one finds it."""
+    if args.init_transformer is None:
+        return ""
+    belongs = " It belongs on that transformer, not on the base model's." if facts.is_lora else ""
+    digest = facts.transformer[:16]
+    return f" Training started from a fine-tuned transformer of that model (SHA-256 of its weights: `{digest}...`).{belongs}"
 
 
 def training_table_from_args(args, facts: RunFacts) -> str:
@@ -226,7 +236,8 @@ class RawFirstFramePipeline({pipeline}):
 
 def usage_from_args(args, facts: RunFacts, name: str) -> str:
     """Python that renders a video with the result called `name`: a repository, or a folder."""
-    model, own_transformer = facts.model, not facts.is_lora or args.drop_learned_positions
+    model, is_on_top = facts.model, facts.is_lora and args.init_transformer is not None
+    own_transformer = not facts.is_lora or args.drop_learned_positions or is_on_top
     dtype = f"torch.{dtype_name(facts.dtype)}"
     lines = [
         "import torch",
@@ -240,9 +251,12 @@ def usage_from_args(args, facts: RunFacts, name: str) -> str:
     base = hub_base_from_args(args)
     hint = "" if base else "  # fill in: the model that was fine-tuned"
     lines += ["", f'base_model = "{base or "path/to/base_model"}"{hint}']
+    if is_on_top:
+        lines.append('fine_tuned = "path/to/fine_tuned"  # fill in: the fine-tuning that the LoRA was trained on')
     if own_transformer:
-        source = "base_model" if facts.is_lora else json.dumps(name, ensure_ascii=False)
-        positions = ", use_learned_positional_embeddings=False" if facts.is_lora else ""
+        source = "fine_tuned" if is_on_top else "base_model" if facts.is_lora else json.dumps(name, ensure_ascii=False)
+        drops = facts.is_lora and args.drop_learned_positions
+        positions = ", use_learned_positional_embeddings=False" if drops else ""
         lines += [
             f"transformer = {model.transformer}.from_pretrained(",
             f'    {source}, subfolder="transformer", dtype={dtype}{positions}',
@@ -291,7 +305,7 @@ def usage_notes_from_args(args, facts: RunFacts) -> list[str]:
         notes.append(f"`{KOHYA_NAME}` is the same LoRA for VideoX-Fun, at strength 1.0.")
     if "merged" in args.export:
         notes.append(
-            f"`{SUBFOLDER}/` is the base model's transformer with the LoRA added, for "
+            f"`{SUBFOLDER}/` is the transformer that it was trained on with the LoRA added, for "
             f'`{facts.model.transformer}.from_pretrained(..., subfolder="{SUBFOLDER}")`; it needs no LoRA file.'
         )
     return notes

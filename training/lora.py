@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from draws import draw_seed
 from errors import UsageError
+from hashes import sampled_hash
 from lora_file import (
     WEIGHTS_NAME,
     LoraFile,
@@ -283,6 +284,14 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
     if advice:
         raise UsageError(f"{path}: --init_lora goes on with a LoRA of other flags; {', '.join(advice)}")
     insert_lora(transformer, file, path)
+
+
+def hash_lora(start: str | None) -> dict[str, str | None]:
+    """{"init_lora": hash of its tensors, None without one}; empty where it is gone, which stops no run that goes on."""
+    path = find_file(Path(start)) if start else None
+    if path and not path.is_file():
+        return {}
+    return {"init_lora": path and sampled_hash(path)}
 
 
 def flags_of_file(file: LoraFile, path: Path) -> dict:

@@ -22,7 +22,7 @@ from errors import NumbersError
 from formats import first_few
 from runtime import START, Start, memory_report
 from streaming import gather_objects
-from tracking import log_values
+from tracking import log_update
 from update import Update
 
 
@@ -186,7 +186,7 @@ class StepMeter:
             checks.append((update.step, result, [(sample, next(values)) for sample in update.samples]))
         self.write(rows)
         for row in rows:
-            log_values(self.accelerator, {name: row[name] for name in TRACKED if row[name] is not None}, row["step"])
+            log_update(self.accelerator, {name: row[name] for name in TRACKED if row[name] is not None}, row["step"])
         self.bar.set_postfix(loss=f"{losses[-1]:.4f}", lr=f"{rows[-1]['lr']:.2e}")
         for check in checks:
             self.bad_steps.count(*check)

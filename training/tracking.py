@@ -1,22 +1,29 @@
 """Trackers: what metrics.jsonl holds, sent to wandb, tensorboard or trackio through accelerate.
 
-A tracker that fails never ends a run: it is named in a warning and left, and metrics.jsonl stays complete.
+A tracker that fails never ends a run: it is named in a warning and left, and metrics.jsonl stays complete. The run's name
+and id at the trackers lie in `trackers.json` of the output folder, so that a run that goes on is one run there too.
 """
 
 import importlib.util
+import json
 import logging
+import os
+import secrets
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from accelerate.utils import ProjectConfiguration
 
 from args import recorded_flags
+from cache import written_beside
 from errors import UsageError, first_line
 
 
 logger = logging.getLogger(__name__)
 
 INSTALL = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}  # tracker -> package
+RUN_NAME = "trackers.json"
 
 
 def tracker_names_from_args(args) -> list[str]:
@@ -33,35 +40,103 @@ def tracker_names_from_args(args) -> list[str]:
 
 
 def tracking_options_from_args(args) -> dict:
-    """What the Accelerator must know of trackers when it is made."""
+    """What the Accelerator must know of trackers when it is made; UsageError for one that is not installed."""
+    tracker_names_from_args(args)
     folder = Path(args.output_dir)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir))
-    return {"log_with": tracker_names_from_args(args) or None, "project_config": project}
+    return {"project_config": project}
 
 
-def start_trackers_from_args(args, accelerator: Accelerator, project: str) -> None:
+def start_trackers_from_args(args, accelerator: Accelerator, project: str, first_step: int) -> None:
     """Open a run at every tracker, with the flags as its configuration; `project` unless --tracker_name is given.
 
-    Called by all ranks: accelerate keeps the trackers to the main process.
+    A run that goes on after `first_step` goes on at the trackers too. The main process alone has trackers.
     """
-    flags = recorded_flags(args)
-    # Strings, because tensorboard takes no lists; wandb's own folder would else lie in the working directory
-    config = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flags.items()}
-    options = {"wandb": {"dir": accelerator.logging_dir}}
-    if accelerator.log_with and accelerator.is_main_process:
-        Path(accelerator.logging_dir).mkdir(parents=True, exist_ok=True)
+    output_dir, names = Path(args.output_dir).resolve(), tracker_names_from_args(args)
+    if not (names and accelerator.is_main_process):
+        return
+    project = args.tracker_name or project
+    earlier = read_run(output_dir, project) if first_step else {}
+    run = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
     try:
-        accelerator.init_trackers(args.tracker_name or project, config, options)
+        with written_beside(output_dir / RUN_NAME) as temporary:
+            temporary.write_text(json.dumps(run) + "\n", encoding="utf-8")
+        logging_dir = Path(accelerator.logging_dir).resolve()
+        logging_dir.mkdir(parents=True, exist_ok=True)
+        config = config_from_args(args)
+        for name in names:
+            continues = name in earlier.get("trackers", ())
+            tracker = make_tracker(name, run, output_dir, logging_dir, first_step)
+            # Of tensorboard the repeated steps are purged; the others would show them twice
+            tracker.known_step = last_update(output_dir) if continues and name != "tensorboard" else -1
+            tracker.start()
+            accelerator.trackers.append(tracker)
+            if not (continues and name == "tensorboard"):  # where it would look like one more run
+                tracker.store_init_configuration(config)
     except Exception as error:  # a tracker's own, of any kind
         leave(accelerator, error)
 
 
-def log_values(accelerator: Accelerator, values: dict, step: int) -> None:
-    """Send numbers of update `step`."""
-    if not accelerator.trackers:
-        return
+def make_tracker(name: str, run: dict, output_dir: Path, logging_dir: Path, first_step: int) -> GeneralTracker:
+    """The tracker, not started; where it knows the run already it goes on with it."""
+    project, unique = run["project"], f"{run['name']}-{run['id']}"
+    if name == "wandb":  # its own folder would else lie in the working directory
+        shown = os.environ.get("WANDB_NAME", run["name"])
+        return WandBTracker(project, dir=str(logging_dir), id=run["id"], name=shown, resume="allow")
+    if name == "trackio":  # which knows runs by their names
+        return TrackioTracker(project, name=unique, resume="allow")
+    # A folder of several runs' logs: they must not be read as one
+    folder = project if logging_dir.is_relative_to(output_dir) else f"{project}/{unique}"
+    is_used = any((logging_dir / folder).glob("events.out.tfevents.*"))
+    purge = {"purge_step": first_step + 1 if first_step else 0} if is_used else {}
+    return TensorBoardTracker(folder, str(logging_dir), **purge)
+
+
+def new_id() -> str:
+    """wandb's own variable names the run where a sweep or a scheduler has chosen it."""
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
+def read_run(output_dir: Path, project: str) -> dict:
+    """The run that this folder has at the trackers; empty if there is none in `project`."""
     try:
-        accelerator.log(values, step=step)
+        run = json.loads((output_dir / RUN_NAME).read_text(encoding="utf-8"))
+        return run if run["project"] == project and run["name"] and run["id"] else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s: not readable (%r); trackers start a new run", output_dir / RUN_NAME, error)
+        return {}
+
+
+def last_update(output_dir: Path) -> int:
+    """The last update in metrics.jsonl, before a run that goes on cuts it; -1 without any."""
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return max((row["step"] for row in rows if "event" not in row), default=-1)
+
+
+def config_from_args(args) -> dict:
+    """The flags; as strings where they are no plain values, because tensorboard takes no lists."""
+    flags = recorded_flags(args)
+    return {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flags.items()}
+
+
+def log_values(accelerator: Accelerator, values: dict, step: int) -> None:
+    """Send numbers of a validation after update `step`."""
+    send(accelerator, accelerator.trackers, values, step)
+
+
+def log_update(accelerator: Accelerator, values: dict, step: int) -> None:
+    """Send numbers of update `step`, but to trackers that have them from before an interruption."""
+    send(accelerator, [tracker for tracker in accelerator.trackers if step > tracker.known_step], values, step)
+
+
+def send(accelerator: Accelerator, trackers: list[GeneralTracker], values: dict, step: int) -> None:
+    try:
+        for tracker in trackers:
+            tracker.log(values, step=step)
     except Exception as error:  # a server that is down, a full disk
         leave(accelerator, error)
 
