@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from buckets import frame_times, num_sampled_frames
-from decode import TIE, probe, read_frames
+from decode import TIE, read_frames
 from errors import DataError
+from headers import probe
 from synthetic_clips import draw_case, numbers, write_case
 
 

@@ -20,8 +20,9 @@ from cache import (
     write_video,
     written_beside,
 )
-from decode import probe, read_frames
+from decode import read_frames
 from errors import NumbersError
+from headers import probe
 
 
 KEY = '{"caption": "a \\"red\\" circle, caf\u00e9"}'

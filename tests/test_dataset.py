@@ -98,6 +98,17 @@ def test_frames_are_skipped_at_both_ends(numbered):
     assert "too short: 8 frames" in message and "20 in the file" in message
 
 
+def test_a_clip_that_is_too_short_at_this_rate_alone_is_told_the_flag(tmp_path, write_clip):
+    clips = [Clip(write_clip(tmp_path / "a.mp4", 49, 32, 48, fps=24), "", 1, "a.mp4")]
+    bucket = [Bucket(49, 32, 48)]
+    message = error_of(VideoDataset, clips, bucket, fps=8, fps_flag="--target_fps")
+    assert "too short: 17 frames at 8 fps (49 in the file at 24 fps)" in message
+    assert "(--target_fps 24 takes every frame), add a smaller one to --frame_buckets" in message
+    assert "--fps 24" in error_of(VideoDataset, clips, bucket, fps=8)
+    assert VideoDataset(clips, bucket, fps=24).bucket_of == bucket
+    assert "rate" not in error_of(VideoDataset, clips, [Bucket(57, 32, 48)], fps=8)
+
+
 def test_max_num_frames_caps_the_bucket(numbered):
     buckets = [NUMBERED, Bucket(17, 32, 128), Bucket(49, 32, 128)]
     assert VideoDataset(numbered, buckets, fps=16).bucket_of == [buckets[0], buckets[1], buckets[2]]

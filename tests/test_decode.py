@@ -11,11 +11,13 @@ import pytest
 from make_clips import encode_video
 
 import decode
+import headers
 from buckets import frame_times, make_buckets, num_sampled_frames
 from dataset import VideoDataset
-from decode import probe, read_frames
+from decode import read_frames
 from errors import ERROR_LOG, DataError, UsageError
 from formats import Clip
+from headers import probe
 from synthetic_clips import X264, encode, ffmpeg, numbered_frames, numbers
 
 
@@ -175,7 +177,7 @@ def every_number(path, backend="auto"):
 @pytest.mark.parametrize(("group", "num_frames", "start"), [(110, 200, 2.2), (250, 100, 2.2), (30, 200, 5.0)])
 def test_a_seek_that_lands_late_or_nowhere_is_made_up_for(tmp_path, group, num_frames, start):
     """MPEG-TS has no index: a seek lands between key frames, or finds none at all."""
-    path = encode(tmp_path / "a.ts", numbered_frames(num_frames), "25", *PLAIN_X264, "-g", group)
+    path = encode(tmp_path / "a.ts", numbered_frames(num_frames), "25", *PLAIN_X264, "-bf", "3", "-g", group)
     times = frame_times(9, 8, start)
     assert numbers(read_frames(path, times)) == [math.ceil(time * 25 - 0.5) for time in times]  # ties: the earlier
 
@@ -291,6 +293,7 @@ def test_what_a_decoder_raises_is_one_line_and_a_traceback_in_the_log(tmp_path, 
 
     monkeypatch.setenv(ERROR_LOG, str(tmp_path / "errors.log"))
     monkeypatch.setattr(decode, "describe", broken)
+    monkeypatch.setattr(headers, "describe", broken)
     for function, arguments in ((probe, [clip]), (read_frames, [clip, [0.0]])):
         message = error_of(function, *arguments)
         assert message.startswith(f"{clip}: ") and "ValueError: 31 is not a valid Type;" in message
@@ -302,7 +305,7 @@ def test_what_a_decoder_raises_is_one_line_and_a_traceback_in_the_log(tmp_path, 
 def test_the_log_has_a_place_where_the_output_folder_is_not_there(tmp_path, clip, monkeypatch):
     monkeypatch.setenv(ERROR_LOG, str(tmp_path / "nowhere" / "errors.log"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(decode, "describe", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(headers, "describe", lambda *arguments: 1 / 0)
     assert str(tmp_path / "cogvideox-errors.log") in error_of(probe, clip)
     assert "ZeroDivisionError" in (tmp_path / "cogvideox-errors.log").read_text()
 

@@ -226,3 +226,13 @@ def test_it_runs_where_nothing_is_installed():
     result = subprocess.run(argv, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr == ""
     assert "FAIL  torch: not installed" in result.stdout and "torch is not installed; make install" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["training/doctor.py", "training/cogvideox_text_to_video_lora.py --help"])
+def test_a_reader_that_closes_the_pipe_is_no_error(command):
+    """As `| head -1` does. In a process of its own: what is tested is its end."""
+    command = [sys.executable, *command.split()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(60) in (0, 1) and b"Broken" not in stderr and b"Traceback" not in stderr

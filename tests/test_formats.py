@@ -1,5 +1,6 @@
 import csv
 import os
+import unicodedata
 
 import pytest
 
@@ -197,6 +198,82 @@ def test_legal_paths(tmp_path):
     assert read_text(root)[0].video == root / "videos/a.mp4"
     os.symlink(root, tmp_path / "link")
     assert read_text(tmp_path / "link")[0].video.is_file()
+
+
+# ---------------------------------------------------------------- what people write
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("name", ["caf\u00e9.mp4", "\u30ac\u30b9/\ud55c\uae00.mp4", "\u00c5/a.mp4"])
+def test_names_are_found_whatever_their_normalization(tmp_path, listed, stored, name):
+    on_disk = f"videos/{unicodedata.normalize(stored, name)}"
+    (tmp_path / "data" / on_disk).parent.mkdir(parents=True)
+    written = f"videos/{unicodedata.normalize(listed, name)}"
+    (tmp_path / "data" / on_disk).touch()
+    (tmp_path / "data/prompts.txt").write_text("a\n", encoding="utf-8")
+    (tmp_path / "data/videos.txt").write_text(f"{written}\n", encoding="utf-8")
+    [clip] = read_text(tmp_path / "data")
+    assert clip.video.is_file() and clip.source == written
+
+
+def test_a_name_of_another_normalization_leads_out_of_the_root_no_more_than_any(tmp_path):
+    root = make_root(tmp_path, ["a"], ["videos/caf\u00e9.mp4"], existing=[])
+    (tmp_path / "secret.mp4").touch()
+    os.symlink(tmp_path / "secret.mp4", root / "videos/cafe\u0301.mp4")
+    assert "outside of" in error_of(read_text, root)
+
+
+def test_a_folder_of_frames_is_called_what_it_is(tmp_path):
+    root = make_root(tmp_path, ["a", "b"], ["videos/a.mp4", "videos/frames"], existing=["videos/a.mp4"])
+    (root / "videos/frames").mkdir()
+    message = error_of(read_text, root)
+    assert "'videos/frames' (row 2): a folder in place of a video" in message and "ffmpeg -framerate" in message
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ("videos\\a.mp4", "'videos/a.mp4' is there: folders are separated by /"),
+        ("videos/a.mp4 ", "'videos/a.mp4' is there: quotes and spaces count"),
+        ("'videos/a.mp4'", "'videos/a.mp4' is there: quotes and spaces count"),
+        ("videos/A.MP4", "holds 'a.mp4'"),
+        ("videos/a", "holds 'a.mp4'"),
+        ("videos/a.mov", "holds 'a.mp4'"),
+        ("videos/gone.mp4", "not found in"),
+    ],
+)
+def test_what_was_likely_meant_is_said(tmp_path, written, hint):
+    root = make_root(tmp_path, ["a"], [written], existing=["videos/a.mp4"])
+    assert error_of(read_text, root).endswith(hint) or hint == "not found in"
+    assert "not found in" in error_of(read_text, root)
+
+
+def test_a_link_to_nothing_is_called_what_it_is(tmp_path):
+    root = make_root(tmp_path, ["a"], ["videos/a.mp4"], existing=[])
+    os.symlink("../.git/annex/objects/ab/SHA256E-s4.mp4", root / "videos/a.mp4")
+    assert "is a link to ../.git/annex/objects/ab/SHA256E-s4.mp4, which is not there; run git annex get" in error_of(
+        read_text, root
+    )
+
+
+@pytest.mark.parametrize("captions", [["", "", ""], ["a", "", ""], ["", "b", ""], [" ", "", "c"]])
+def test_blank_captions_are_legal_with_an_id_token(tmp_path, captions):
+    root = make_root(tmp_path, captions, ["videos/a.mp4", "videos/b.mp4", "videos/c.mp4"])
+    assert "prompts.txt" in error_of(read_text, root)
+    clips = read_clips(root, None, "prompts.txt", "videos.txt", blank_captions=True)
+    assert [clip.prompt for clip in clips] == captions
+    assert [with_id_token(clip.prompt, "TOK") for clip in clips] == [
+        f"TOK {c}" if c.strip() else "TOK" for c in captions
+    ]
+    path = write_csv(root, [["caption", "video"], *zip(captions, ("videos/a.mp4",) * 3, strict=True)])
+    assert "or give --id_token" in error_of(read_clips, None, path, "caption", "video")
+    assert len(read_clips(None, path, "caption", "video", blank_captions=True)) == 3
+
+
+def test_captions_that_are_missing_are_no_blank_ones(tmp_path):
+    root = make_root(tmp_path, ["", ""], ["videos/a.mp4", "videos/b.mp4", "videos/c.mp4"])
+    with pytest.raises(DataError, match="has 2 captions and .* 3 videos"):
+        read_clips(root, None, "prompts.txt", "videos.txt", blank_captions=True)
 
 
 # ---------------------------------------------------------------- names

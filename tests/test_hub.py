@@ -225,10 +225,32 @@ def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
     for line in (f"prompt={json.dumps(prompt)}", "num_frames=9", "height=64", "width=80", "num_inference_steps=2"):
         assert f"    {line},\n" in snippet(folder)
     assert 'base_model = "zai-org/CogVideoX-2b"\n' in snippet(folder)
-    assert "Apache License 2.0" in text and "inherit" in text and "`BW_STYLE`" in text
+    assert "Apache License 2.0" in text and "licence of the base model is not" not in text and "`BW_STYLE`" in text
     for row in ("| Rank, alpha | 4, 2 |", "| Updates | 2, of 1 clips each |", "| Optimizer | adamw |", "| Seed | 1 |",
                 "| Clips | 6, of 9 frames of 64x96 |", "| Learning rate | 0.01, constant |"):  # fmt: skip
         assert row in text
+
+
+@pytest.mark.parametrize(
+    ("base", "apache", "licence"),
+    [
+        ("zai-org/CogVideoX-2b", True, "apache-2.0"),
+        ("THUDM/CogVideoX-2b", True, "apache-2.0"),
+        ("zai-org/CogVideoX1.5-5B-I2V", False, "other"),
+        ("THUDM/CogVideoX-5b", False, "other"),
+        ("somebody/CogVideoX-2b", True, "unknown"),
+        ("somebody/my-finetune", False, "unknown"),
+        ("not-zai-org/CogVideoX-5b", False, "unknown"),
+        (None, False, "unknown"),
+    ],
+)
+def test_the_card_claims_a_licence_only_of_the_released_models(base, apache, licence):
+    facts = SimpleNamespace(model=SimpleNamespace(apache_licence=apache))
+    data, text = hub.licence_data(base, facts), hub.licence_text(base, facts)
+    assert data["license"] == licence
+    assert ("CogVideoX LICENSE" in text) == (licence == "other") == (data.get("license_name") == "cogvideox-license")
+    assert ("Apache" in text) == (licence == "apache-2.0")
+    assert "inherit" not in text
 
 
 def test_a_lora_over_quantised_weights_is_merged_into_the_exact_ones(train, tiny):
@@ -256,9 +278,8 @@ def test_the_card_of_a_local_model_names_no_place(train, tiny, tmp_path):
     folder = train("i2v_sft", *flags, "--num_inference_steps", "2")
     card, text = card_of(folder), (folder / "README.md").read_text()
     assert card.data.base_model is None and card.data.pipeline_tag == "image-to-video"
-    assert card.data.license == "other" and card.data.license_name == "cogvideox-license"
-    assert card.data.license_link == "https://huggingface.co/zai-org/CogVideoX-5b/blob/main/LICENSE"
-    assert "lora" not in card.data.tags and "every weight" in text and "inherit" in text
+    assert card.data.license == "unknown" and "CogVideoX LICENSE" not in text and "see the base model's own" in text
+    assert "lora" not in card.data.tags and "every weight" in text
     assert 'prompt="a kite",' in text and "# my-run\n" in text
     for place in (str(tmp_path), str(tiny("5b-i2v")), str(Path.home()), os.uname().nodename):
         assert place not in text

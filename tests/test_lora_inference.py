@@ -11,9 +11,11 @@ tiles: 5b fits a 24 GB card.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, DiffusionPipeline
 from diffusers.utils import export_to_video, load_image
@@ -78,8 +80,9 @@ def load_pipeline(args) -> DiffusionPipeline:
         )
     pipe = DiffusionPipeline.from_pretrained(args.model_path, dtype=dtype, **parts)
     if args.lora_path:
-        pipe.load_lora_weights(args.lora_path, adapter_name=args.lora_name)
-        pipe.set_adapters([args.lora_name], [args.lora_weight])
+        adapter = re.sub(r"\W", "_", args.lora_name) or "lora"  # peft takes it for the name of a module: without dots
+        pipe.load_lora_weights(args.lora_path, adapter_name=adapter)
+        pipe.set_adapters([adapter], [args.lora_weight])
     if facts.get("image_latent_scale") == "raw":
         use_raw_image_latents(pipe)
     if on_gpu:
@@ -135,6 +138,18 @@ def test_the_lora_changes_the_video_and_weight_0_does_not(tiny, tmp_path, capsys
     assert np.array_equal(base, frames(*lora, "--lora_weight", "0"))
     assert np.abs(base - frames(*lora)).max() > 1e-3
     assert np.abs(base - frames("--seed", "43")).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["my-style-v1.0", "a/b", "", "\u98ce\u683c", "lora_A", "2"])
+def test_any_name_will_do_for_the_adapter(tiny, tmp_path, name):
+    from cogvideox import TEXT_TO_VIDEO_PIPELINE
+    from lora import save_lora
+    from test_lora import trained_transformer
+
+    save_lora(trained_transformer(tiny("5b")), tmp_path / "lora", TEXT_TO_VIDEO_PIPELINE)
+    flags = ["--prompt", "a dog", "--model_path", str(tiny("5b")), "--lora_path", str(tmp_path / "lora")]
+    pipe = load_pipeline(parse_args([*flags, "--lora_name", name, "--lora_weight", "0.5"]))
+    assert len(pipe.get_active_adapters()) == 1
 
 
 def test_the_command_line_writes_a_video(tiny, tmp_path):

@@ -10,9 +10,10 @@ from PIL import Image
 
 from buckets import make_buckets
 from dataset import VideoDatasetWithResizing
-from decode import probe, read_frames, read_header
+from decode import read_frames
 from errors import DataError
 from formats import Clip
+from headers import probe, read_header
 from picture import TO_SDR
 from synthetic_clips import FFMPEG, X264, encode, ffmpeg
 from test_decode import write_variable

@@ -3,6 +3,7 @@ import gc
 import json
 import multiprocessing
 import os
+import random
 import resource
 import runpy
 import shutil
@@ -21,15 +22,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cache
+import decode
 import prepare_dataset
 import runtime
 from args import parse_prepare_args
 from buckets import Bucket, frame_times, make_buckets
 from dataset import LatentDataset, VideoDataset, VideoDatasetWithResizeAndRectangleCrop
-from decode import probe, read_frames
+from decode import read_frames
 from errors import DataError, UsageError
 from formats import read_clips, read_text_rows
+from headers import probe
 from objective import draw_generator
+from synthetic_clips import draw_case, write_case
 from tiny_pipeline import make_tiny_pipeline
 
 
@@ -658,6 +662,56 @@ def test_bad_clips_are_named_and_left_out_and_the_rest_is_finished(
     assert [row["metadata"]["source"] for row in rows_of(tmp_path / "out")] == ["a.mp4", "c.mp4"]
     assert json.loads((tmp_path / "out/status.json").read_text())["exit_code"] == 65
     assert not [path for path in contents(tmp_path / "out") if path.startswith("video_latents/b-")]
+
+
+def spoil(data, rng):
+    """The bytes of a file as downloads, disks and people leave them."""
+    size = len(data)
+    start = rng.randrange(size)
+    hole = data[:start] + bytes(min(300, size - start)) + data[start + 300 :]
+    flipped = bytearray(data)
+    for _ in range(20):
+        flipped[rng.randrange(size)] ^= 1 << rng.randrange(8)
+    kinds = [data[:start], data[start:], hole, bytes(flipped), data + data, b"", data[:100] + rng.randbytes(size)]
+    return rng.choice(kinds)
+
+
+def test_100_good_and_spoilt_files_are_all_prepared_or_named(tiny, sample_data, tmp_path, capsys, info):
+    rng = random.Random(0)
+    data = tmp_path / "mixed"
+    data.mkdir()
+    originals = [write_case(tmp_path, draw_case(rng), rng) for _ in range(16)]
+    originals += sorted((sample_data / "videos").iterdir())
+    names = []
+    for number in range(100):
+        original = rng.choice(originals)
+        names.append(f"{number:03d}{original.suffix}")
+        content = original.read_bytes()
+        (data / names[-1]).write_bytes(content if rng.random() < 0.4 else spoil(content, rng))
+    (data / names[7]).write_text("<!DOCTYPE html><title>404</title>")
+    write_lists(data, [f"Clip {name}." for name in names], names)
+    code, line = refusal(capsys, parse_prepare_args(arguments(tiny("5b"), data, tmp_path / "out", *LATENTS)))
+    prepared = [row["metadata"]["source"] for row in rows_of(tmp_path / "out")]
+    named = [record.getMessage() for record in info.records if record.getMessage().startswith("left out: ")]
+    assert code == 65 and line.startswith(f"error: {len(named)} of 100 clips left out")
+    assert len(prepared) >= 30 and len(named) >= 20
+    for name in names:
+        assert (name in prepared) + sum(f"/{name}: " in line for line in named) == 1, name
+    assert not (tmp_path / "out/errors.log").exists()  # nothing that nobody foresaw
+
+
+def test_an_error_that_nobody_foresaw_costs_its_clip_alone(tiny, sample_data, data, tmp_path, capsys, monkeypatch):
+    def show(frame, picture, show=decode.show):
+        if frame.width == 64:
+            raise ValueError("31 is not a valid Type")
+        return show(frame, picture)
+
+    monkeypatch.setattr(decode, "show", show)
+    shutil.copy(sample_data / "videos/square_falls.mp4", data / "b.mp4")
+    code, line = refusal(capsys, parse_prepare_args(arguments(tiny("5b"), data, tmp_path / "out", *LATENTS)))
+    assert code == 65 and "1 of 3 clips left out" in line and "b.mp4: cannot be read (ValueError: 31 is not" in line
+    assert [row["metadata"]["source"] for row in rows_of(tmp_path / "out")] == ["a.mp4", "c.mp4"]
+    assert "in show" in (tmp_path / "out/errors.log").read_text()
 
 
 def test_a_mended_clip_joins_at_its_place(five_clips, tiny, tmp_path, capsys, info, three_clips):

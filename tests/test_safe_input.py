@@ -14,10 +14,11 @@ from args import parse_prepare_args, parse_training_args
 from checkpointing import find_checkpoint_from_args, load_checkpoint, open_output_dir_from_args, save_checkpoint
 from conftest import write_clip
 from dataset import LatentDataset, build_dataset_from_args, build_videos_from_args
-from decode import probe, read_frames
+from decode import read_frames
 from durable import write_manifest
 from errors import DataError, UserError
 from formats import read_clips
+from headers import probe
 from test_atomic_save import FolderEngine, flags
 from test_checkpointing import FACTS, MAIN, make_run
 from test_structure import MODULES, calls, code_from_text, dotted, is_true, keyword, parse, unsafe_loads

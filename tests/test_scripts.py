@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from args import parse_prepare_args, parse_training_args
 from buckets import pack_batches
 from conftest import write_clip
+from errors import DataError
 from runtime import run_script
 
 
@@ -809,3 +810,49 @@ def test_real_clips_train_raw_and_prepared(script, train, tiny, real_clips, tmp_
     for run in (train("prepared-run", "--num_train_epochs", "1", data=folder),
                 train("raw-run", "--max_train_steps", "3", data=real_clips, raw=True)):  # fmt: skip
         assert all(0.1 < loss < 10 for loss in losses(run)) and status(run)["state"] == "complete"
+
+
+# ---------------------------------------------------------------- data before models
+
+
+@pytest.fixture
+def downloads(script, tiny, monkeypatch):
+    """What is asked of a hub that serves the script's tiny model as zai-org/model."""
+    asked = []
+
+    def download_model(model, components, revision, cache_dir):
+        asked.extend(components)
+        return tiny(script.kind)
+
+    monkeypatch.setattr("cogvideox.download_model", download_model)
+    return asked
+
+
+@pytest.mark.parametrize("fault", ["no folder", "a clip that is gone", "a clip that is damaged", "not prepared"])
+def test_data_is_read_before_a_model_is_downloaded(
+    module, script, command, downloads, clips, own_copy, tmp_path, fault
+):
+    data = own_copy(clips["one"], "data")
+    if fault == "no folder":
+        shutil.rmtree(data)
+    elif fault == "a clip that is gone":
+        (data / "videos/2.mp4").unlink()
+    elif fault == "a clip that is damaged":
+        (data / "videos/2.mp4").write_bytes(b"no video")
+    raw = fault != "not prepared"
+    argv = command("out", data=data, raw=raw, model="zai-org/model")
+    with pytest.raises(DataError):
+        module.main(parse_training_args(script.key, [*argv, "--max_train_steps", "1"]))
+    assert set(downloads) == {"transformer/config.json", "vae/config.json"}
+
+
+def test_preparing_reads_the_lists_before_a_model_is_downloaded(tiny, clips, own_copy, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "cogvideox.download_model", lambda model, components, *rest: asked.extend(components) or tiny("2b")
+    )
+    data = own_copy(clips["one"], "data")
+    (data / "videos/2.mp4").unlink()
+    with pytest.raises(DataError, match="videos/2.mp4"):
+        prepare("zai-org/model", data, tmp_path / "out")
+    assert set(asked) == {"transformer/config.json", "vae/config.json"}

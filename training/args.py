@@ -10,6 +10,8 @@ import math
 import os
 import sys
 
+from errors import print_whole
+
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -189,6 +191,9 @@ class FlagParser(argparse.ArgumentParser):
         """Leaves with exit code 2."""
         self.say("error", message)
         self.exit(2)
+
+    def print_help(self, file=None):
+        print_whole(self.format_help().rstrip("\n"))
 
     def say(self, kind: str, message: str):
         """One line on stderr, from one process of each machine: all of them parse the same flags."""

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
 from errors import UsageError, first_line
+from file_kinds import stand_in
 from streaming import free_on_gpu, stream_weights
 
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 TEXT_TO_VIDEO_PIPELINE = CogVideoXPipeline
 IMAGE_TO_VIDEO_PIPELINE = CogVideoXImageToVideoPipeline
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # pixels per latent; the VAE's first latent frame covers one pixel frame
+CONFIGS = ["transformer/config.json", "vae/config.json"]  # kilobytes that say which model it is
 IMAGE_NOISE_MEAN, IMAGE_NOISE_STD = -3.0, 0.5  # of log sigma, the noise on image-to-video's first frame
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -83,7 +85,9 @@ def resolve_model_dir(model: str, components: list[str], revision: str | None = 
 
 def check_model_files(paths: list[Path]) -> None:
     """Refuse damaged or missing files now, by their headers: they would else be met one after the other, minutes later."""
-    for path in paths:
+    for path in filter(Path.is_file, paths):
+        if other := stand_in(path):
+            raise UsageError(f"{path}: {other}")
         try:
             if path.suffix == ".json":
                 content = json.loads(path.read_text(encoding="utf-8"))
@@ -106,7 +110,8 @@ def download_model(model: str, components: list[str], revision: str | None, cach
         return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
-            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)})"
+            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
+            "reached, name a mirror by HF_ENDPOINT=https://..., or give the folder of a downloaded model"
         ) from error
 
 
@@ -136,13 +141,15 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
 
 
-def read_config_from_args(args, image_to_video: bool) -> dict:
-    """The transformer's configuration, fetched alone: gigabytes follow only for a model of the script's task."""
+def read_configs_from_args(args, image_to_video: bool) -> tuple[dict, VaeConfig]:
+    """The transformer's configuration and the VAE's, fetched alone: gigabytes follow for a model of the script's task
+    and for data that can be read.
+    """
     model = args.pretrained_model_name_or_path
-    model_dir = resolve_model_dir(model, ["transformer/config.json"], args.revision, args.cache_dir)
+    model_dir = resolve_model_dir(model, CONFIGS, args.revision, args.cache_dir)
     config = read_config(model_dir, "transformer")
     check_task(model, config, image_to_video)
-    return config
+    return config, load_vae_config(model_dir)
 
 
 def resolve_model_from_args(args, with_encoders: bool) -> Path:
@@ -254,12 +261,11 @@ def outline_of(config, stored: torch.dtype) -> Outline:
 
 def read_outline_from_args(args, image_to_video: bool) -> Outline:
     """From the configurations alone: of a model on the hub no weights are fetched, and it counts as stored in bf16."""
-    config = read_config_from_args(args, image_to_video)
-    model, source = args.pretrained_model_name_or_path, (args.revision, args.cache_dir)
-    model_dir = resolve_model_dir(model, ["transformer/config.json", "vae/config.json"], *source)
+    config, vae_config = read_configs_from_args(args, image_to_video)
+    model_dir = resolve_model_dir(args.pretrained_model_name_or_path, CONFIGS, args.revision, args.cache_dir)
     has_weights = any((model_dir / "transformer").glob("*.safetensors"))
     stored = stored_dtype(model_dir, args.variant) if has_weights else torch.bfloat16
-    return outline_of(config, stored)._replace(scaling_factor=load_vae_config(model_dir).scaling_factor)
+    return outline_of(config, stored)._replace(scaling_factor=vae_config.scaling_factor)
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:

@@ -45,13 +45,12 @@ from cogvideox import (
     load_scheduler,
     load_transformer,
     load_vae,
-    load_vae_config,
     make_pipeline,
     num_parameters,
     outline_of,
     pad_frames,
     pixels_to_unit,
-    read_config_from_args,
+    read_configs_from_args,
     read_outline_from_args,
     resolve_model_from_args,
     rotary_embeddings,
@@ -110,20 +109,10 @@ def main(args) -> None:
     earlier_seed = open_output_dir_from_args(args, accelerator)
     seed = shared_seed_from_args(args) if earlier_seed is None else earlier_seed
 
-    # ---------------------------------------------------------------- models
+    # ---------------------------------------------------------------- data, before gigabytes are downloaded
     prompts, images = read_prompts_from_args(args, image_to_video=False)  # to be rendered in validation
-    config = read_config_from_args(args, image_to_video=False)
-    check_device_from_args(args, num_parameters(config), device)  # before gigabytes are downloaded
-    needs_encoders = bool(prompts) or not args.load_tensors
-    model_dir = resolve_model_from_args(args, needs_encoders)
-    stored = stored_dtype(model_dir, args.variant)
-    dtype = compute_dtype_from_args(args, stored, device)
-    check_attention_from_args(args, dtype, device)
-    check_sft_fits_from_args(args, num_parameters(config), dtype, device)
-    outline, scheduler, vae_config = outline_of(config, stored), load_scheduler(model_dir), load_vae_config(model_dir)
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
-
-    # ---------------------------------------------------------------- data; T5 comes and goes before the transformer
+    config, vae_config = read_configs_from_args(args, image_to_video=False)
+    check_device_from_args(args, num_parameters(config), device)
     reading = (args, default_fps(config), seed, vae_config.scaling_factor)
     dataset = build_dataset_from_args(*reading)
     held_out_clips = build_held_out_from_args(*reading)
@@ -133,6 +122,16 @@ def main(args) -> None:
         check_sample_size(config, size)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
     plan = plan_steps_from_args(args, batches_per_epoch)
+
+    # ---------------------------------------------------------------- models; T5 comes and goes before the transformer
+    needs_encoders = bool(prompts) or not args.load_tensors
+    model_dir = resolve_model_from_args(args, needs_encoders)
+    stored = stored_dtype(model_dir, args.variant)
+    dtype = compute_dtype_from_args(args, stored, device)
+    check_attention_from_args(args, dtype, device)
+    check_sft_fits_from_args(args, num_parameters(config), dtype, device)
+    outline, scheduler = outline_of(config, stored), load_scheduler(model_dir)
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
     base = (describe_model(config), model_dir)
     about = RunFacts(
         *base, dataset.bucket_of, size, dtype, seed, num_ranks, plan.num_steps, is_lora=False, hub_repo=hub_repo

@@ -37,10 +37,12 @@ from buckets import (
     pack_batches,
     upscale,
 )
-from decode import Header, VideoInfo, import_decord, read_frames, read_header
+from decode import import_decord, read_frames
 from draws import draw_seed
 from errors import DataError, Interrupted, UsageError, UserError, first_line
-from formats import NAMED, Clip, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+from file_kinds import stand_in
+from formats import NAMED, Clip, as_on_disk, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+from headers import Header, VideoInfo, read_header
 from picture import Caution
 from signals import shield_worker
 
@@ -77,8 +79,9 @@ class VideoDataset(Dataset):
         video_backend: str = "auto",
         num_threads: int = 0,
         on_problem: str = "raise",
+        fps_flag: str = "--fps",
     ):
-        self.buckets, self.fps, self.seed = list(buckets), fps, seed
+        self.buckets, self.fps, self.seed, self.fps_flag = list(buckets), fps, seed, fps_flag
         self.random_flip = random_flip or 0.0
         self.skip_start, self.skip_end = skip_frames_start, skip_frames_end
         self.max_num_frames = max_num_frames or math.inf
@@ -117,10 +120,16 @@ class VideoDataset(Dataset):
         """The clip's bucket; DataError if it is too short or fits none."""
         num_frames = self.num_frames(info)
         if num_frames < self.smallest:
+            enough = info.num_frames - self.skip_start - self.skip_end >= self.smallest
+            faster = (
+                f"sample it at a higher rate ({self.fps_flag} {math.ceil(info.fps)} takes every frame), "
+                if enough
+                else ""
+            )
             raise DataError(
                 f"{clip.video}: too short: {num_frames} frames at {self.fps:g} fps ({info.num_frames} in the file at "
                 f"{info.fps:.4g} fps), the smallest bucket takes {self.smallest}; "
-                "add a smaller one to --frame_buckets or remove the clip"
+                f"{faster}add a smaller one to --frame_buckets or remove the clip"
             )
         return self.match_size(clip, info, min(num_frames, self.max_num_frames))
 
@@ -464,8 +473,8 @@ def original_latents(root: Path, caption_column: str, video_column: str, allow_o
 
 def find_pt(folder: Path, source: str) -> Path:
     """<stem>.pt, else what the original made of names with several dots: all up to the first."""
-    whole = folder / f"{Path(source).stem}.pt"
-    cut = folder / f"{Path(source).name.split('.')[0]}.pt"
+    names = f"{Path(source).stem}.pt", f"{Path(source).name.split('.')[0]}.pt"
+    whole, cut = (folder / as_on_disk(folder, name) for name in names)
     return cut if cut.is_file() and not whole.is_file() else whole
 
 
@@ -493,7 +502,8 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
             with safe_open(path, framework="pt") as tensors:
                 tensor = tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: damaged ({error}); delete it and run prepare_dataset.py again") from error
+            reason = stand_in(path) or f"damaged ({error}); delete it and run prepare_dataset.py again"
+            raise DataError(f"{path}: {reason}") from error
     if not torch.isfinite(tensor).all():
         raise DataError(f"{path}: holds values that are not finite; delete it and run prepare_dataset.py again")
     return tensor
@@ -504,9 +514,8 @@ def read_pt(path: Path, ndim: int | None = None) -> torch.Tensor:
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
-        raise DataError(
-            f"{path}: damaged or no tensor ({first_line(error)}); delete it and run prepare_dataset.py again"
-        ) from error
+        damaged = f"damaged or no tensor ({first_line(error)}); delete it and run prepare_dataset.py again"
+        raise DataError(f"{path}: {stand_in(path) or damaged}") from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != (ndim or tensor.ndim):
         raise DataError(f"{path}: not a tensor of the expected shape; delete it and run prepare_dataset.py again")
     return tensor
@@ -686,15 +695,17 @@ def build_dataset_from_args(
 
 def read_clips_from_args(args) -> list[Clip]:
     columns = args.caption_column, args.video_column
-    return read_clips(args.data_root, args.dataset_file, *columns, allow_outside=args.allow_outside_root)
+    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
+    return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 
 def build_videos_from_args(args, fps: float) -> VideoDataset:
     """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
     clips = read_clips_from_args(args)
     return make_videos_from_args(
-        args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect"
-    )
+        args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
+        fps_flag="--target_fps",
+    )  # fmt: skip
 
 
 def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:

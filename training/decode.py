@@ -1,28 +1,23 @@
-"""Reading video files: sizes from the header, frames by time.
+"""Reading frames of video files by time, as a player shows them.
 
-Times are seconds from a file's first frame. Frames are what a player shows, see picture.py. What a decoder raises is a
-DataError of the one clip.
+Times are seconds from a file's first frame.
 """
 
 import contextlib
 import functools
-import io
 import itertools
 import logging
 import math
-import mimetypes
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
-from av.stream import Disposition
 
-from containers import file_boxes
-from errors import DataError, UsageError, UserError, first_line, keep_trace
-from picture import SD_LINES, UNSPECIFIED, Picture, describe, show
+from errors import DataError, UsageError, first_line
+from headers import decoded, formats_of, header_rate, one_clip, opened, read_header
+from picture import SD_LINES, UNSPECIFIED, describe, show
 
 
 logger = logging.getLogger(__name__)
@@ -30,44 +25,8 @@ logger = logging.getLogger(__name__)
 TIE = 1e-3  # seconds; a time midway between two frames takes the earlier one, also where a file rounds to 1 ms (mkv)
 SEEK_AFTER = 2.0  # seconds; nearer starts are decoded up to
 SEEK_MARGIN = 1.0  # seconds; seeking goes by decode times, which run ahead of display times
-MISSING = 0.5  # seconds by which a file may end before the length that its header gives
-STARTS_OVER = 1.0  # seconds by which a packet's decode time may lie before its predecessor's
-# Containers that hold their frames themselves. Playlists and lists (hls, dash, concat, sdp, image2) name other files or
-# addresses, and what is a list is told by content: a list may call itself .mp4
-CONTAINERS = (
-    "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "vvc", "av1", "obu", "ivf",
-    "mjpeg", "h261", "h263", "vc1", "dirac", "cavsvideo", "gif", "apng", "jpegxl_anim", "ogg", "flv", "asf", "mxf", "nut",
-    "nsv", "dv", "rm", "swf", "wtv", "yuv4mpegpipe", "amv", "smjpeg", "flic", "roq", "bink", "smk", "gxf", "lxf",
-    *(f"{image}_pipe" for image in (
-        "bmp", "dds", "dpx", "exr", "gif", "hdr", "j2k", "jpeg", "jpegls", "jpegxl", "pam", "pbm", "pcx", "pfm", "pgm",
-        "png", "ppm", "psd", "qoi", "sgi", "sunrast", "tiff", "webp", "xbm", "xwd",
-    )),
-)  # fmt: skip
 SEEKABLE = {"mp4", "matroska", "mpegts"}  # formats that store every frame's time, so that it is the same after a seek
-KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats whose header has the length; FFmpeg guesses others'
 DECORD_FORMATS, DECORD_PIXELS = {"mp4", "matroska"}, {"yuv420p", "yuvj420p"}
-PATTERNS = set("%*?{")  # in an image's name, FFmpeg takes them for a list of files
-
-
-class VideoInfo(NamedTuple):
-    """Height and width as displayed."""
-
-    num_frames: int
-    fps: float
-    height: int
-    width: int
-
-
-class Header(NamedTuple):
-    """What is known of a file before its frames are read."""
-
-    info: VideoInfo
-    picture: Picture
-
-
-def probe(path) -> VideoInfo:
-    """Frame count, rate and displayed size; DataError for what is no readable video."""
-    return read_header(path).info
 
 
 def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads: int = 0) -> np.ndarray:
@@ -86,224 +45,6 @@ def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads
     # Afresh: the old one's traceback keeps the decoder and its threads; a process forked meanwhile would inherit it
     # without them and hang when it is collected there
     raise DataError(message)
-
-
-@contextlib.contextmanager
-def one_clip(path):
-    """Whatever the libraries raise within is a DataError of this clip: one line, what nobody foresaw with its traceback
-    in a log file.
-    """
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except (av.PatchWelcomeError, av.DecoderNotFoundError) as error:
-        raise DataError(
-            f"{path}: FFmpeg cannot read this kind of it ({error.strerror}); convert it to H.264"
-        ) from error
-    except av.FFmpegError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); download or export it again") from error
-    except Exception as error:  # decoders are many and fed with anything: the other clips go on
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(
-            f"{path}: cannot be read ({reason}; traceback in {keep_trace()}); convert it to H.264"
-        ) from error
-
-
-# ---------------------------------------------------------------- headers
-
-
-@contextlib.contextmanager
-def opened(path):
-    """(container, video stream) of a file; DataError names what is wrong with it."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file")
-    if os.path.getsize(path) == 0:
-        raise DataError(f"{path}: empty file; download or export it again")
-    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
-    source, kind = os.path.abspath(path), mimetypes.guess_type(path)[0] or ""
-    if kind.startswith("image/") and PATTERNS & set(os.path.basename(path)):
-        source = io.BytesIO(Path(path).read_bytes())
-    try:
-        container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
-    except av.ArgumentError as error:  # what a format that is not listed gives
-        raise DataError(
-            f"{path}: a playlist, a list of files, or no video; only files that hold their frames are read"
-        ) from error
-    except (av.FFmpegError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: not a readable video (no index: truncated download? {reason})") from error
-    with container:
-        yield container, choose_stream(path, container)
-
-
-def choose_stream(path, container):
-    """The video stream that a player shows; cover pictures and single tiles of a photo are none."""
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    best = container.streams.best("video")
-    stream = best if best in streams else next(iter(streams), None)
-    if stream is None:
-        raise DataError(f"{path}: no video stream")
-    if stream.codec_context is None:
-        raise DataError(f"{path}: its codec cannot be decoded; convert it to H.264")
-    if stream.disposition & Disposition.dependent:
-        raise DataError(f"{path}: a photo made of tiles (HEIF), which are not put together; convert it to JPEG")
-    return stream
-
-
-def read_header(path) -> Header:
-    """Facts and Picture of a video. Files whose header does not tell how many frames can be decoded are demuxed."""
-    with one_clip(path), opened(path) as (container, stream):
-        counted = count_indexed(path, container, stream) or count_by_demuxing(path, container, stream)
-        picture = describe(path, container, stream, counted.first)
-        height, width = picture.shown(stream.codec_context.height, stream.codec_context.width)
-        if counted.num_frames == 0 or height == 0 or width == 0:
-            raise DataError(f"{path}: no frames in its video stream")
-        return Header(VideoInfo(counted.num_frames, counted.fps, height, width), picture)
-
-
-class Counted(NamedTuple):
-    num_frames: int
-    fps: float
-    first: av.VideoFrame | None  # decoded where packets were read
-
-
-def header_rate(stream) -> float:
-    """Frames per second; 1 for a still, which has no rate."""
-    return float(stream.average_rate or stream.guessed_rate or 1)
-
-
-def measured_rate(fps: float, num_frames: int, seconds: float) -> float:
-    """Frames over length, or `fps` where that is unknown or within the 1 % that rounding makes."""
-    measured = num_frames / seconds if seconds > 0 else fps
-    return measured if abs(measured / fps - 1) > 0.01 else fps
-
-
-def formats_of(container) -> set[str]:
-    return set(container.format.name.split(","))
-
-
-def count_indexed(path, container, stream) -> Counted | None:
-    """The frames of an mp4, from an index that tells of all of them; DataError if the file ends before the last.
-
-    None where it does not: in fragments, of which only some were read, under an edit list, which hides frames, or
-    before a key frame.
-    """
-    if "mp4" not in formats_of(container) or next(file_boxes(path, b"moov", b"mvex"), None) is not None:
-        return None
-    entries, size = list(stream.index_entries), os.path.getsize(path)
-    there = sum(entry.pos + entry.size <= size for entry in entries)
-    if there < len(entries):
-        raise DataError(f"{path}: cut off: {there} of {len(entries)} frames are in the file; download it again")
-    fps, seconds = header_rate(stream), float((stream.duration or 0) * stream.time_base)
-    edited = not entries or not entries[0].is_keyframe or any(entry.is_discard for entry in entries)
-    if edited or len(entries) / fps < seconds - MISSING:
-        return None
-    # The larger of two estimates: where the rate varies, the clip then never seems longer than it is
-    return Counted(len(entries), max(fps, measured_rate(fps, len(entries), seconds)), None)
-
-
-def count_by_demuxing(path, container, stream) -> Counted:
-    """The frames that can be decoded, from the first key frame on; DataError for a file that is damaged or cut off.
-
-    Reads all packets, decodes the first frame and, where no header vouches for the file's end, the last ones.
-    """
-    stream.codec_context.thread_count = 1
-    begin, end, stamps, first, group = math.inf, -math.inf, [], None, []  # group: packets since the last key frame
-    try:
-        for packet in in_one_order(path, container.demux(stream)):
-            if packet.pts is not None:
-                begin = min(begin, float(packet.pts * packet.time_base))
-                end = max(end, float((packet.pts + packet.duration) * packet.time_base))
-            if packet.is_keyframe:
-                group = []
-            elif not group:
-                continue  # nothing to build on
-            group.append(packet)
-            first = first or next(iter(packet.decode()), None)
-            if not packet.is_discard:
-                stamps.append(packet.pts)
-        first = first or next(iter(stream.decode(None)), None)
-    except av.FFmpegError as error:
-        raise damaged_after(path, len(stamps), error) from error
-    if first is None:
-        raise DataError(f"{path}: no frame can be decoded; download or export it again")
-    if first.pts is None or None in stamps:  # a stream without a container: frames follow one another at one rate
-        return Counted(len(good_frames(path)), header_rate(stream), first)
-    promised = promised_seconds(container, stream)
-    there = max(end, end - begin)  # some headers count from 0, others from the first frame
-    if there < promised - MISSING - 1 / header_rate(stream):
-        raise DataError(f"{path}: cut off: {there:.1f} of {promised:.1f} s are in the file; download it again")
-    vouched = promised and KEEP_LENGTH & formats_of(container) and not group[-1].is_corrupt
-    last = max(stamps) if vouched else last_decodable(path, stream, group)
-    shown = {stamp for stamp in stamps if first.pts <= stamp <= last}
-    seconds = float((last - first.pts + group[-1].duration) * stream.time_base)
-    return Counted(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)
-
-
-def in_one_order(path, packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
-    """The packets that hold data; DataError where their times start over."""
-    before = -math.inf
-    for packet in packets:
-        if is_empty(packet):
-            continue
-        seconds = before if packet.dts is None else float(packet.dts * packet.time_base)
-        if seconds < before - STARTS_OVER:
-            raise DataError(
-                f"{path}: its times go back from {before:.1f} to {seconds:.1f} s, as in files that were joined by bytes; "
-                "join them with ffmpeg's concat demuxer, or convert it"
-            )
-        before = seconds
-        yield packet
-
-
-def is_empty(packet: av.Packet) -> bool:
-    """True for an AVI's sign that the last frame stays, and for the end; to a decoder it would always be the end."""
-    return packet.size == 0
-
-
-def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
-    head = Path(path).read_bytes()[:21]
-    if head[:4] + head[8:16] == b"RIFFWEBPVP8X" and head[20] & 2:
-        return DataError(f"{path}: an animated WebP, which FFmpeg cannot read; convert it to GIF or mp4")
-    return DataError(f"{path}: damaged after frame {num_frames} ({error.strerror}); download or export it again")
-
-
-def promised_seconds(container, stream) -> float:
-    """Length of the video track by the header, 0 if unknown (the file's length may be another track's)."""
-    tag = stream.metadata.get("DURATION", "")  # what mkv writers put: 00:00:10.333000000
-    with contextlib.suppress(ValueError):
-        hours, minutes, seconds = tag.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    alone = len(container.streams) == 1 and container.duration
-    return container.duration / av.time_base if alone else 0.0
-
-
-def last_decodable(path, stream, group: list[av.Packet]) -> int:
-    """When the last good frame is shown, in the stream's time base: of the packets since the last key frame, or, where
-    those do not suffice (intra refresh), of the whole file.
-    """
-    stream.codec_context.flush_buffers()
-    stamps = good_stamps(itertools.chain.from_iterable(map(stream.decode, [*group, None]))) or good_frames(path)
-    if not stamps:
-        raise DataError(f"{path}: its last frames cannot be decoded; download or export it again")
-    return max(stamps)
-
-
-def good_frames(path) -> list[int | None]:
-    """The times of all frames of a file that is decoded for this."""
-    with opened(path) as (container, stream):
-        return good_stamps(decoded(container, stream))
-
-
-def good_stamps(frames: Iterator[av.VideoFrame]) -> list[int | None]:
-    """The times of the frames before the first damage, in the stream's time base."""
-    stamps = []
-    with contextlib.suppress(av.FFmpegError):
-        stamps.extend(frame.pts for frame in itertools.takewhile(lambda frame: not frame.is_corrupt, frames))
-    return stamps
 
 
 # ---------------------------------------------------------------- frames
@@ -383,19 +124,6 @@ def timed_frames(path, container, stream, start: float, seek: bool) -> Iterator[
             )
         damaged, before = frame.is_corrupt or (damaged and not frame.key_frame), seconds
         yield Shown(seconds, frame, damaged)
-
-
-def decoded(container, stream) -> Iterator[av.VideoFrame]:
-    """Frames from the first key frame on: what comes before it, in the file or in order of display, lacks its base."""
-    begin = None
-    for packet in container.demux(stream):
-        if begin is None and packet.is_keyframe:
-            begin = packet
-        if begin is None or (is_empty(packet) and packet.dts is not None):
-            continue
-        for frame in packet.decode():  # the last packet is empty and without a time: it brings what is left
-            if frame.pts is None or begin.pts is None or frame.pts >= begin.pts:
-                yield frame
 
 
 def put(path, pixels: np.ndarray | None, place: int, image: np.ndarray, num_frames: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -I, which looks at nothing of the user's, leaves it out
 
+from errors import print_whole
 from toolchain import c_compiler, cuda_toolkit, cxx_compiler, python_header
 
 
@@ -74,8 +75,7 @@ def main() -> int:
     builders = cxx_compiler(), shutil.which("ninja"), cuda_toolkit()
     findings.append(check_deepspeed_ops(installed_version("deepspeed"), *builders, has_gpu=num_gpus > 0))
     findings += [check_login(hub_token()), Finding("OK", "ffmpeg: not needed")]
-    for finding in findings:
-        print(f"{finding.state:<4}  {finding.text}")
+    print_whole("\n".join(f"{finding.state:<4}  {finding.text}" for finding in findings))
     return int(any(finding.state == "FAIL" for finding in findings))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -66,3 +67,11 @@ def keep_trace() -> Path:
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
         file.write(traceback.format_exc() + "\n")
     return path
+
+
+def print_whole(text: str) -> None:
+    """Print to stdout; a reader that has closed it, as `| head` does, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes at its end

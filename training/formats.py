@@ -7,12 +7,14 @@ import hashlib
 import io
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from errors import DataError
+from file_kinds import stand_in
 
 
 LAYOUTS = (
@@ -39,25 +41,83 @@ class Row(NamedTuple):
 
 
 def read_clips(
-    data_root, dataset_file, caption_column: str, video_column: str, allow_outside: bool = False
+    data_root,
+    dataset_file,
+    caption_column: str,
+    video_column: str,
+    allow_outside: bool = False,
+    blank_captions: bool = False,
 ) -> list[Clip]:
     """The clips of `<data_root>/<caption_column>` and `<video_column>`, or of the CSV `dataset_file`.
 
-    Raises DataError for whatever does not match; missing videos are all named in one error.
+    Raises DataError for whatever does not match; missing videos are all named in one error. `blank_captions` are legal
+    where an id token makes captions of them.
     """
     root = find_root(data_root, dataset_file)
     if dataset_file is None:
-        listing, rows = root / video_column, read_text_rows(root, caption_column, video_column)
+        rows = read_text_rows(root, caption_column, video_column, blank_captions)
+        listing = root / video_column
     else:
-        listing, rows = dataset_file, read_csv_rows(dataset_file, caption_column, video_column)
+        rows = read_csv_rows(dataset_file, caption_column, video_column, blank_captions)
+        listing = dataset_file
     clips = [
-        Clip(inside(root, source, f"{listing}:{row}", allow_outside), prompt, row, source)
+        Clip(inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside), prompt, row, source)
         for row, prompt, source in rows
     ]
-    missing = [f"'{clip.source}' (row {clip.row})" for clip in clips if not os.path.isfile(clip.video)]
-    if missing:
-        raise DataError(f"{listing}: {first_few(missing)} not found in {root}; paths are relative to that folder")
+    refuse_missing_videos(root, listing, [clip for clip in clips if not os.path.isfile(clip.video)])
     return clips
+
+
+def as_on_disk(root, source: str) -> str:
+    """The relative path `source` as the disk spells it, where that differs by Unicode normalization alone: macOS gives
+    decomposed names, and most editors write composed ones. What is not there stays as it is.
+    """
+    if source.isascii() or os.path.exists(os.path.join(root, source)):
+        return source
+    folder, name = os.path.split(source)
+    folder = as_on_disk(root, folder) if folder and folder != source else folder
+    return os.path.join(folder, names_in(os.path.join(root, folder)).get(unicodedata.normalize("NFC", name), name))
+
+
+@functools.lru_cache
+def names_in(folder: str) -> dict[str, str]:
+    """Composed form -> name of what lies in a folder; empty if it is none."""
+    if not os.path.isdir(folder):
+        return {}
+    return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
+
+
+def refuse_missing_videos(root: Path, listing, clips: list[Clip]) -> None:
+    """DataError that names the rows whose video is not there, with what was likely meant."""
+    folders = [f"'{clip.source}' (row {clip.row})" for clip in clips if os.path.isdir(clip.video)]
+    if folders:
+        raise DataError(
+            f"{listing}: {first_few(folders)}: a folder in place of a video; make one of the frames in it, as in "
+            "ffmpeg -framerate 8 -i FOLDER/%04d.png -c:v libx264 -crf 10 -pix_fmt yuv420p VIDEO.mp4"
+        )
+    if clips:
+        missing = [f"'{clip.source}' (row {clip.row})" for clip in clips]
+        raise DataError(
+            f"{listing}: {first_few(missing)} not found in {root}; paths are relative to that folder"
+            f"{likely_meant(root, clips[0])}"
+        )
+
+
+def likely_meant(root: Path, clip: Clip) -> str:
+    """What is there in place of a missing video, as the end of an error; empty if nothing is near."""
+    if os.path.islink(clip.video):
+        target = os.readlink(clip.video)
+        fetch = "; run git annex get" if ".git/annex" in target else ""
+        return f"; {clip.source} is a link to {target}, which is not there{fetch}"
+    bare = clip.source.strip().strip("\"'")
+    for spelling, why in ((bare, "quotes and spaces count"), (bare.replace("\\", "/"), "folders are separated by /")):
+        if spelling != clip.source and os.path.isfile(os.path.join(root, spelling)):
+            return f"; '{spelling}' is there: {why}"
+    folder = Path(clip.video).parent
+    names = {name.casefold(): name for name in (os.listdir(folder) if folder.is_dir() else ())}
+    stems = {Path(name).stem: name for name in names.values()}
+    near = names.get(clip.video.name.casefold()) or stems.get(clip.video.name) or stems.get(clip.video.stem)
+    return f"; {folder} holds '{near}'" if near else ""
 
 
 def find_root(data_root, dataset_file) -> Path:
@@ -110,13 +170,15 @@ def is_below(path: str, folder: str) -> bool:
 # ---------------------------------------------------------------- two text files
 
 
-def read_text_rows(root: Path, caption_column: str, video_column: str) -> list[Row]:
-    """Lines of the two files side by side; trailing blank lines do not count."""
+def read_text_rows(root: Path, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
+    """Lines of the two files side by side; trailing blank lines do not count, but as `blank_captions` of videos."""
     captions_path, videos_path = root / caption_column, root / video_column
     for path, flag in ((captions_path, "--caption_column"), (videos_path, "--video_column")):
         if not path.is_file():
             raise DataError(f"{path}: no such file ({flag}); {layout_hint(root)}")
     captions, videos = read_lines(captions_path), read_lines(videos_path)
+    if blank_captions:
+        captions += [""] * (min(len(videos), read_text(captions_path).count("\n")) - len(captions))
     if len(captions) != len(videos):
         raise DataError(
             f"{captions_path} has {len(captions)} captions and {videos_path} {len(videos)} videos; "
@@ -126,14 +188,16 @@ def read_text_rows(root: Path, caption_column: str, video_column: str) -> list[R
         raise DataError(f"{videos_path}: no clips; {LAYOUTS}")
     rows = [Row(row, *pair) for row, pair in enumerate(zip(captions, videos, strict=True), start=1)]
     for row, prompt, source in rows:
-        refuse_blank(captions_path, row, "caption", prompt)
+        if not blank_captions:
+            refuse_blank(captions_path, row, "caption", prompt)
         refuse_blank(videos_path, row, "video path", source)
     return rows
 
 
 def refuse_blank(path, row: int, what: str, text: str) -> None:
     if not text.strip():
-        raise DataError(f"{path}:{row}: blank {what}; fill it in or remove the row")
+        token = ", or give --id_token, which then is the caption" if what == "caption" else ""
+        raise DataError(f"{path}:{row}: blank {what}; fill it in or remove the row{token}")
 
 
 def layout_hint(root: Path) -> str:
@@ -162,8 +226,11 @@ def read_text(path: Path) -> str:
     """UTF-8 text, with or without a byte order mark; line endings as they are."""
     try:
         data = path.read_bytes()
+        other = stand_in(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if other:
+        raise DataError(f"{path}: {other}")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}: UTF-16 (byte offset 0); convert it: iconv -f UTF-16 -t UTF-8")
     try:
@@ -180,7 +247,7 @@ def read_text(path: Path) -> str:
 # ---------------------------------------------------------------- CSV
 
 
-def read_csv_rows(dataset_file, caption_column: str, video_column: str) -> list[Row]:
+def read_csv_rows(dataset_file, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
     """The two columns; every field is text, whatever it looks like."""
     path = Path(dataset_file)
     if not path.is_file():
@@ -199,7 +266,8 @@ def read_csv_rows(dataset_file, caption_column: str, video_column: str) -> list[
             raise DataError(
                 f"{path}:{row}: {len(fields)} fields and {len(header)} columns; quote captions with commas"
             )
-        refuse_blank(path, row, "caption", fields[caption])
+        if not blank_captions:
+            refuse_blank(path, row, "caption", fields[caption])
         refuse_blank(path, row, "video path", fields[video])
         rows.append(Row(row, fields[caption], fields[video]))
     if not rows:
@@ -230,8 +298,10 @@ def find_column(path: Path, header: list[str], name: str, flag: str) -> int:
 
 
 def with_id_token(prompt: str, id_token: str | None) -> str:
-    """The caption with the token in front, one space between."""
-    return f"{id_token} {prompt}" if id_token else prompt
+    """The caption with the token in front, one space between; of a blank caption the token alone."""
+    if not id_token:
+        return prompt
+    return f"{id_token} {prompt}" if prompt.strip() else id_token
 
 
 def unique_stems(sources: Iterable[str]) -> list[str]:

@@ -28,6 +28,7 @@ LOSS_NAME, CARD_NAME = "loss.png", "README.md"
 UPLOADED = (
     CARD_NAME, LOSS_NAME, "pytorch_lora_weights*.safetensors", f"{SUBFOLDER}/*", "samples/*.mp4", "samples/*.txt",
 )  # fmt: skip
+MODEL_OWNERS = {"zai-org", "THUDM"}  # who released CogVideoX, under its present and its earlier name
 APACHE = {"license": "apache-2.0"}
 MODEL_LICENCE = {
     "license": "other",
@@ -89,7 +90,7 @@ def write_card_from_args(args, facts: RunFacts) -> None:
         f"```python\n{usage_from_args(args, facts, name)}```",
         *usage_notes_from_args(args, facts),
         "## Licence",
-        licence_text(facts),
+        licence_text(hub_base_from_args(args), facts),
         "## Versions",
         ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES),
     ]
@@ -108,7 +109,7 @@ def card_data_from_args(args, facts: RunFacts, samples: list[tuple[str, str]]) -
     base, task = hub_base_from_args(args), task_of(facts)
     data = {"base_model": base, "base_model_relation": "adapter" if facts.is_lora else "finetune"} if base else {}
     data |= {"library_name": "diffusers", "pipeline_tag": task}
-    data |= APACHE if facts.model.apache_licence else MODEL_LICENCE
+    data |= licence_data(base, facts)
     data["tags"] = [task, "diffusers", "diffusers-training", "cogvideox", "cogvideox-diffusers"]
     if facts.is_lora:
         data["tags"] += ["lora", "template:diffusion-lora"]
@@ -180,11 +181,28 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def licence_text(facts: RunFacts) -> str:
-    licence = "the Apache License 2.0"
-    if not facts.model.apache_licence:
-        licence = f"the [CogVideoX LICENSE]({MODEL_LICENCE['license_link']})"
-    return f"The base model is under {licence}. Fine-tuned weights inherit it."
+def licence_data(base: str | None, facts: RunFacts) -> dict:
+    """The card's metadata of the licence: of the released models it is known, whatever else is `unknown`."""
+    if base is None or base.split("/")[0] not in MODEL_OWNERS:
+        return {"license": "unknown"}
+    return APACHE if facts.model.apache_licence else MODEL_LICENCE
+
+
+def licence_text(base: str | None, facts: RunFacts) -> str:
+    licence = licence_data(base, facts)
+    if licence == APACHE:
+        return (
+            "The base model is under the Apache License 2.0, which lets changed weights be passed on with a copy of it, "
+            "its notices, and a note that they were changed."
+        )
+    if licence == MODEL_LICENCE:
+        return (
+            f"The base model is under the [CogVideoX LICENSE]({MODEL_LICENCE['license_link']}). It has no clause on "
+            "fine-tuned weights: treat them as bound by it."
+        )
+    return (
+        "The licence of the base model is not recorded here. It may bind these weights too: see the base model's own."
+    )
 
 
 # ---------------------------------------------------------------- how to use the result

@@ -11,7 +11,7 @@ from torch import nn
 from allocator import expand_segments, uses_expandable_segments
 from dataset import build_dataset_from_args
 from engine import block_loader_from_args
-from errors import UsageError
+from errors import UsageError, print_whole
 from memory_plan import GIB, Run, closest, fastest_that_fits, table
 from optimizers import state_bytes_from_args
 from quantization import BASE_LINEARS
@@ -72,7 +72,7 @@ def print_plan_from_args(args, outline, is_lora: bool) -> None:
     buckets = build_dataset_from_args(*reading).bucket_of
     run = run_from_args(args, outline, buckets, DTYPES[args.mixed_precision or "bf16"], is_lora)
     free = free_on_gpu(device) if device.type == "cuda" else None
-    print(table(run, free, psutil.virtual_memory().available))
+    print_whole(table(run, free, psutil.virtual_memory().available))
 
 
 def run_from_args(args, outline, buckets, dtype: torch.dtype, is_lora: bool) -> Run:

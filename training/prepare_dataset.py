@@ -38,6 +38,7 @@ from cache import (
     written_beside,
 )
 from cogvideox import (
+    CONFIGS,
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
     default_fps,
@@ -73,14 +74,17 @@ def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
     output_dir = output_dir_from_args(args, rank)
-    model_dir = resolve_model_dir(args.model_id, components_from_args(args), args.revision, args.cache_dir)
-    config = read_config(model_dir, "transformer")
+    source = args.revision, args.cache_dir
+    config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
         check_device_from_args(args, num_parameters(config), device)
     fps = target_fps_from_args(args, default_fps(config))
 
     # ---------------------------------------------------------------- clips
     videos = build_videos_from_args(args, fps)
+    model_dir = resolve_model_dir(
+        args.model_id, components_from_args(args), *source
+    )  # gigabytes, for data that is there
     stems = unique_stems([clip.source for clip in videos.clips])
     rows = tqdm(enumerate(stems), desc="comparing", total=len(stems), delay=5, disable=rank > 0)  # hashes every video
     plan = [plan_clip_from_args(args, model_dir, videos, index, stem, fps) for index, stem in rows]
@@ -157,7 +161,7 @@ def target_fps_from_args(args, checkpoint_fps: int) -> int:
 
 def components_from_args(args) -> list[str]:
     weights = ["vae", "text_encoder", "tokenizer"] if args.save_latents_and_embeddings else []
-    return ["transformer/config.json", "vae/config.json", *weights]
+    return [*CONFIGS, *weights]
 
 
 def gather(lines: list[str], num_ranks: int) -> list[str]:

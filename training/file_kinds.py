@@ -1,0 +1,43 @@
+"""What a file is that does not hold what its name says: as downloads and version control leave them."""
+
+LOOKED_AT = 512  # bytes
+# How the file begins: what it is, and what to do
+STAND_INS = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself; run git lfs pull in its repository",
+    b"version https://hawser.github.com/spec/": "a Git LFS pointer, not the file itself; run git lfs pull in its repository",
+    b"# xet version": "a Xet pointer, not the file itself; download it from the hub",
+    b"/annex/objects/": "a git-annex pointer, not the file itself; run git annex get",
+}
+ARCHIVES = {
+    b"PK\3\4": "a zip archive; unpack it",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"Rar!\x1a\x07": "a RAR archive; unpack it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"\xfd7zXZ\0": "an xz archive; unpack it",
+    b"(\xb5/\xfd": "a Zstandard archive; unpack it",
+}
+WEB_PAGES = (b"<!doctype html", b"<html", b"<?xml", b'{"error"', b'{"message"')
+
+
+def stand_in(path) -> str | None:
+    """What a download or version control has left in the file's place; None where it may be the file."""
+    head = beginning(path)
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGES):
+        return "a web page or an error message of a server, not the file itself; download it again"
+    if len(head) == LOOKED_AT and not head.strip(b"\0"):
+        return "nothing but zeros at its beginning, as a download leaves it that was broken off; download it again"
+    return named(head, STAND_INS)
+
+
+def other_content(path) -> str | None:
+    """The same, or that the file is an archive, which for some files is no fault."""
+    return stand_in(path) or named(beginning(path), ARCHIVES)
+
+
+def beginning(path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(LOOKED_AT)
+
+
+def named(head: bytes, beginnings: dict[bytes, str]) -> str | None:
+    return next((what for start, what in beginnings.items() if head.startswith(start)), None)
