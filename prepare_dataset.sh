@@ -12,75 +12,94 @@
 set -euf -o pipefail
 here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- settings: clips, sizes
 
-MODEL="${MODEL:-zai-org/CogVideoX-5b}"   # hub id or folder: the model that will be trained
-DATA_ROOT="${DATA_ROOT:-}"               # folder of the two text files and the videos
-OUTPUT_ROOT="${OUTPUT_ROOT:-${DATA_ROOT%/}-prepared}"  # DATA_ROOT of the training wrapper
-DATASET_FILE="${DATASET_FILE:-}"         # a CSV in place of the two text files; then the next two name its columns
+MODEL="${MODEL:-zai-org/CogVideoX-5b}"  # hub id or folder: the model that will be trained
+DATA_ROOT="${DATA_ROOT:-}"              # folder of the two text files and the videos
 CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
 VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
-ID_TOKEN="${ID_TOKEN:-}"                 # put in front of every caption
-IMAGE_LATENTS="${IMAGE_LATENTS:-false}"  # true: encode noised first frames too, for image-to-video
+OUTPUT_ROOT="${OUTPUT_ROOT:-}"          # DATA_ROOT of the training wrapper; empty: <DATA_ROOT>-prepared
 
 # Every clip goes to the nearest size. CogVideoX 1.0 was trained at 480x720 with 49 frames, 1.5 at 768x1360 with 81.
+# Several values: "480 720" or (480 720).
 HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
 WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
 FRAME_BUCKETS="${FRAME_BUCKETS:-49}"
 MAX_NUM_FRAMES="${MAX_NUM_FRAMES:-49}"
-TARGET_FPS="${TARGET_FPS:-}"             # empty: the model's own rate, 8 for 1.0, 16 for 1.5
-
-DTYPE="${DTYPE:-bf16}"                   # fp32 on a CPU
+MAX_SEQUENCE_LENGTH="${MAX_SEQUENCE_LENGTH:-}"  # tokens of a caption; empty: 226
+TARGET_FPS="${TARGET_FPS:-}"                    # empty: the model's own rate, 8 for 1.0, 16 for 1.5
 BATCH_SIZE="${BATCH_SIZE:-1}"
+DTYPE="${DTYPE:-bf16}"                          # fp32 on a CPU
+
+# ---------------------------------------------------------------- settings: the rest
+
+DATASET_FILE="${DATASET_FILE:-}"         # a CSV in place of the two text files, with the columns above
+ID_TOKEN="${ID_TOKEN:-}"                 # put in front of every caption
+IMAGE_LATENTS="${IMAGE_LATENTS:-false}"  # true: encode noised first frames too, for image-to-video
 NUM_WORKERS="${NUM_WORKERS:-2}"          # processes that decode videos
 GPU_IDS="${GPU_IDS:-0}"                  # "0,1" splits the clips over two GPUs
 DRY_RUN="${DRY_RUN:-0}"                  # 1 prints the command and does not run it
 
-# ---------------------------------------------------------------- checks
+# ---------------------------------------------------------------- command
 
-refuse() {
-    echo "$(basename "$0"): $*" >&2
-    exit 2
+describe_run() {
+    output_dir="$OUTPUT_ROOT"
+    # Unquoted: several sizes are several arguments.
+    # shellcheck disable=SC2206
+    command+=(
+        "$here/training/prepare_dataset.py"
+        --model_id "$MODEL"
+        --data_root "$DATA_ROOT"
+        --caption_column "$CAPTION_COLUMN"
+        --video_column "$VIDEO_COLUMN"
+        --output_dir "$output_dir"
+        --save_latents_and_embeddings
+        --height_buckets $HEIGHT_BUCKETS
+        --width_buckets $WIDTH_BUCKETS
+        --frame_buckets $FRAME_BUCKETS
+        --max_num_frames "$MAX_NUM_FRAMES"
+        --dtype "$DTYPE"
+        --batch_size "$BATCH_SIZE"
+        --dataloader_num_workers "$NUM_WORKERS"
+    )
+    [[ $IMAGE_LATENTS == false ]] || command+=(--save_image_latents)
+    [[ -z $DATASET_FILE ]] || command+=(--dataset_file "$DATASET_FILE")
+    [[ -z $ID_TOKEN ]] || command+=(--id_token "$ID_TOKEN")
+    [[ -z $TARGET_FPS ]] || command+=(--target_fps "$TARGET_FPS")
+    [[ -z $MAX_SEQUENCE_LENGTH ]] || command+=(--max_sequence_length "$MAX_SEQUENCE_LENGTH")
 }
+
+# shellcheck source=/dev/null
+source "$here/training/settings.sh"
+
+other_name MODEL_ID MODEL
+other_name MODEL_PATH MODEL
+other_name OUTPUT_DIR OUTPUT_ROOT
+one_value NUM_GPUS
+join_words " " HEIGHT_BUCKETS WIDTH_BUCKETS FRAME_BUCKETS
+# shellcheck disable=SC2046
+one_value $(settings_of describe_run) DRY_RUN
+refuse_unread
 
 [[ -n $DATA_ROOT ]] || refuse "fill in DATA_ROOT: the folder of prompts.txt, videos.txt and the videos"
 [[ $IMAGE_LATENTS == true || $IMAGE_LATENTS == false ]] || refuse "IMAGE_LATENTS is true or false, not $IMAGE_LATENTS"
+OUTPUT_ROOT="${OUTPUT_ROOT:-${DATA_ROOT%/}-prepared}"
+[[ ! -e $OUTPUT_ROOT || -d $OUTPUT_ROOT ]] || refuse "OUTPUT_ROOT: $OUTPUT_ROOT is a file; give a folder"
 
-# `make install` puts everything into .venv; an active environment goes first.
-if ! command -v accelerate > /dev/null && [[ -x $here/.venv/bin/accelerate ]]; then
-    PATH="$here/.venv/bin:$PATH"
+read_gpus
+if [[ -n ${NUM_GPUS-} ]]; then  # the original's wrapper counts GPUs, from 0 on
+    [[ $NUM_GPUS =~ ^[1-9][0-9]*$ ]] || refuse "NUM_GPUS is a number of GPUs, not $NUM_GPUS"
+    [[ $GPU_IDS != 0 ]] || GPU_IDS="$(seq 0 $((NUM_GPUS - 1)))"
+    read_gpus
 fi
-
-# ---------------------------------------------------------------- command
-
+((${NUM_GPUS:-${#gpus[@]}} == ${#gpus[@]})) || refuse "NUM_GPUS is $NUM_GPUS but GPU_IDS=$GPU_IDS names ${#gpus[@]}"
 export CUDA_VISIBLE_DEVICES="$GPU_IDS"
-IFS=, read -r -a gpus <<< "$GPU_IDS"
+
 command=(python)
 ((${#gpus[@]} < 2)) || command=(torchrun --standalone --nproc_per_node "${#gpus[@]}")
-
-# Unquoted: several sizes are several arguments.
-# shellcheck disable=SC2206
-command+=(
-    "$here/training/prepare_dataset.py"
-    --model_id "$MODEL"
-    --data_root "$DATA_ROOT"
-    --caption_column "$CAPTION_COLUMN"
-    --video_column "$VIDEO_COLUMN"
-    --output_dir "$OUTPUT_ROOT"
-    --save_latents_and_embeddings
-    --height_buckets $HEIGHT_BUCKETS
-    --width_buckets $WIDTH_BUCKETS
-    --frame_buckets $FRAME_BUCKETS
-    --max_num_frames "$MAX_NUM_FRAMES"
-    --dtype "$DTYPE"
-    --batch_size "$BATCH_SIZE"
-    --dataloader_num_workers "$NUM_WORKERS"
-)
-[[ $IMAGE_LATENTS == false ]] || command+=(--save_image_latents)
-[[ -z $DATASET_FILE ]] || command+=(--dataset_file "$DATASET_FILE")
-[[ -z $ID_TOKEN ]] || command+=(--id_token "$ID_TOKEN")
-[[ -z $TARGET_FPS ]] || command+=(--target_fps "$TARGET_FPS")
+describe_run
 command+=("$@")
+find_output_dir
 
 if [[ $DRY_RUN != 0 ]]; then
     printf -v line '%q ' "${command[@]}"
@@ -89,11 +108,7 @@ if [[ $DRY_RUN != 0 ]]; then
 fi
 
 code=0
-started="$(mktemp)"
-trap 'rm -f "$started"' EXIT
+new_run_id
 "${command[@]}" || code=$?
-# torchrun turns every exit code into 1; the real one is in status.json, unless that is of an earlier run.
-if ((code != 0)) && [[ $OUTPUT_ROOT/status.json -nt $started ]]; then
-    code="$(sed -n 's/.*"exit_code": *\([0-9]*\).*/\1/p' "$OUTPUT_ROOT/status.json")"
-fi
-exit "${code:-1}"
+read_ending "$code"
+exit "$code"

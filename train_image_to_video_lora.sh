@@ -12,23 +12,32 @@
 # win: --use_8bit, --push_to_hub, --checkpoints_total_limit 2.
 # Exit code: 0, or that of the first run that failed, or 75 after an interruption.
 
-# -f: the swept settings are split at white space, never taken for file patterns.
+# -f: lists are split at white space, never taken for file patterns.
 set -euf -o pipefail
 here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- settings: data, sweep, GPUs
 
-MODEL="${MODEL:-zai-org/CogVideoX-5b-I2V}"  # hub id or folder
-DATA_ROOT="${DATA_ROOT:-}"                  # what prepare_dataset.sh wrote; with LOAD_TENSORS=false a folder of videos
-LOAD_TENSORS="${LOAD_TENSORS:-true}"        # false: encode the videos in every step, with the VAE in memory
-OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"       # every run gets a folder in it
-ID_TOKEN="${ID_TOKEN:-}"                    # put in front of every caption; the one given to prepare_dataset.sh
+DATA_ROOT="${DATA_ROOT:-}"                       # what prepare_dataset.sh wrote, or a folder of videos
+CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"  # of a folder of videos; prepared data keeps its names
+VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
 
-# Swept: several values, separated by spaces, are several runs.
+# Swept: several values, "1e-4 1e-3" or ("1e-4" "1e-3"), are several runs.
 LEARNING_RATES="${LEARNING_RATES:-1e-4}"
 LR_SCHEDULES="${LR_SCHEDULES:-cosine_with_restarts}"
 OPTIMIZERS="${OPTIMIZERS:-adamw}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-3000}"
+
+GPU_IDS="${GPU_IDS:-0}"  # "0,1" together with accelerate_configs/uncompiled_2.yaml
+ACCELERATE_CONFIG_FILE="${ACCELERATE_CONFIG_FILE:-$here/accelerate_configs/uncompiled_1.yaml}"
+
+# ---------------------------------------------------------------- settings: model, training
+
+MODEL="${MODEL:-zai-org/CogVideoX-5b-I2V}"  # hub id or folder
+# true: prepared data; false: videos, encoded in every step; empty: whichever of the two DATA_ROOT holds
+LOAD_TENSORS="${LOAD_TENSORS:-}"
+OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # every run gets a folder in it
+ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the one given to prepare_dataset.sh
 
 LORA_RANK="${LORA_RANK:-64}"
 LORA_ALPHA="${LORA_ALPHA:-64}"
@@ -43,8 +52,8 @@ CHECKPOINTING_STEPS="${CHECKPOINTING_STEPS:-1000}"
 SEED="${SEED:-42}"
 NUM_WORKERS="${NUM_WORKERS:-2}"                            # processes that read data
 
-# Videos rendered before the first step, at every interval and at the end; none without a prompt. Several prompts and
-# images are separated by :::. A text with a quote or a dollar sign, written here, goes between single quotes.
+# Videos rendered before the first step, at every interval and at the end; none without a prompt. Several are an array,
+# or a text with ::: between them. One with a quote or a dollar sign, written here, goes between single quotes.
 VALIDATION_PROMPT="${VALIDATION_PROMPT:-}"
 VALIDATION_IMAGES="${VALIDATION_IMAGES:-}"           # their first frames, files or URLs
 VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"         # epochs between validations
@@ -54,17 +63,13 @@ NUM_VALIDATION_VIDEOS="${NUM_VALIDATION_VIDEOS:-1}"  # of every prompt
 REPORT_TO="${REPORT_TO:-}"        # wandb, tensorboard, trackio or all; empty: metrics.jsonl alone
 TRACKER_NAME="${TRACKER_NAME:-}"  # project at the tracker; empty: the name of the task
 
-# Videos of LOAD_TENSORS=false only; prepared data keeps the names and sizes it was prepared with.
+# Of a folder of videos; prepared data keeps the sizes it was prepared with.
 DATASET_FILE="${DATASET_FILE:-}"  # a CSV in place of the two text files
-CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
-VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
 HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
 WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
 FRAME_BUCKETS="${FRAME_BUCKETS:-49}"
 MAX_NUM_FRAMES="${MAX_NUM_FRAMES:-49}"
 
-GPU_IDS="${GPU_IDS:-0}"  # "0,1" together with accelerate_configs/uncompiled_2.yaml
-ACCELERATE_CONFIG_FILE="${ACCELERATE_CONFIG_FILE:-$here/accelerate_configs/uncompiled_1.yaml}"
 DRY_RUN="${DRY_RUN:-0}"  # 1 prints the commands and runs none
 
 # export TORCH_LOGS="+dynamo,recompiles,graph_breaks"  # say why torch.compile compiles again or splits a graph

@@ -51,6 +51,12 @@ def release_locks():
         sys.modules["durable"].release_locks()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What is remembered between runs stays out of the user's folder. Set late: the hub's cache is found already."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """kind -> folder of a tiny pipeline, made once per session; treat it as read-only."""

@@ -175,6 +175,8 @@ NEW_PREPARE_FLAGS = {
     "save_previews": False,
     "video_backend": "auto",
     "num_image_variants": 8,
+    "verify": False,
+    "prune": False,
 }
 
 # Later flags with a value that uses them; each must be refused by every script

@@ -1,8 +1,6 @@
-import hashlib
 import os
 import threading
 import time
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,9 +10,7 @@ from safetensors.torch import load_file
 
 from cache import (
     Writer,
-    file_hash,
     recorded_key,
-    weights_hash,
     write_image,
     write_tensors,
     write_video,
@@ -63,37 +59,6 @@ def test_a_file_without_a_key_is_no_result(tmp_path, frames):
     Image.fromarray(frames[0]).save(tmp_path / "other.png")
     assert recorded_key(tmp_path / "text.safetensors") is None
     assert recorded_key(tmp_path / "other.png") is None
-
-
-def test_hashing_a_large_file_takes_no_memory(tmp_path):
-    with open(tmp_path / "large.mp4", "wb") as file:
-        file.truncate(64 * 2**20)
-        file.write(b"end")
-    tracemalloc.start()
-    digest = file_hash(tmp_path / "large.mp4")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert digest == hashlib.blake2b((tmp_path / "large.mp4").read_bytes(), digest_size=16).hexdigest()
-    assert peak < 4 * 2**20
-
-
-def test_weights_hash_follows_names_sizes_and_content(tmp_path):
-    def model(folder, **files):
-        (tmp_path / folder).mkdir()
-        for name, content in files.items():
-            (tmp_path / folder / name).write_bytes(content)
-        return weights_hash(tmp_path / folder)
-
-    same = model("a", config=b"1", weights=bytes(2**21))
-    assert model("b", config=b"1", weights=bytes(2**21)) == same
-    others = [
-        model("c", config=b"2", weights=bytes(2**21)),
-        model("d", config=b"1", weights=bytes(2**21 + 1)),
-        model("e", config=b"1", weights=b"1" + bytes(2**21 - 1)),
-        model("f", config=b"1", weights2=bytes(2**21)),
-        model("g", config=b"1"),
-    ]
-    assert len({same, *others}) == 6
 
 
 # ---------------------------------------------------------------- writing

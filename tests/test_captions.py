@@ -19,7 +19,8 @@ import cogvideox
 from args import parse_prepare_args, parse_training_args
 from captions import CaptionEmbeds, encode_captions_from_args
 from cogvideox import encode_captions
-from errors import StorageError
+from errors import StorageError, UsageError
+from runtime import run_script
 from test_scripts import DEFAULTS, SCRIPTS, TEXT_FILES
 
 
@@ -179,6 +180,17 @@ def test_a_run_that_broke_off_leaves_them_for_the_next(train, monkeypatch):
     monkeypatch.setattr(cogvideox, "load_text_encoder", lambda *given: pytest.fail("T5 was loaded again"))
     sys.modules["durable"].release_locks()
     assert not list(train("t2v_lora", "out").glob("caption_embeds*"))
+
+
+def test_a_command_that_is_refused_later_leaves_nothing(train, tmp_path, monkeypatch):
+    def refuse(*given, **named):
+        assert list((tmp_path / "out").glob("caption_embeds*"))
+        raise UsageError("no")
+
+    monkeypatch.setattr(importlib.import_module(SCRIPTS["t2v_lora"].module), "load_transformer", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        run_script(lambda: train("t2v_lora", "out"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_too_small_is_told_before_t5_is_loaded(train, monkeypatch):

@@ -27,7 +27,7 @@ from checkpointing import (
     write_record_from_args,
 )
 from errors import UsageError
-from runtime import STARTED, write_status
+from status import write_status
 from update import TrainingState, update
 
 
@@ -392,12 +392,3 @@ def test_the_record_holds_the_flags_and_no_token(out, flags):
     assert "hf_canary" not in text and record["seed"] == 5 and record["flags"]["rank"] == 8
     assert record["flags"]["seed"] is None and "rank" in record["given"] and "lora_alpha" not in record["given"]
     assert record["versions"]["torch"] == importlib.metadata.version("torch")
-
-
-def test_a_starting_run_removes_the_status_of_the_one_before(out, flags):
-    write_status(out, "failed", 65)  # by another rank of this run
-    write_record_from_args(flags(), 5)
-    assert (out / "status.json").exists()
-    os.utime(out / "status.json", (STARTED - 1, STARTED - 1))
-    write_record_from_args(flags(), 5)
-    assert not (out / "status.json").exists()

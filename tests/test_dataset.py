@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,83 @@ def test_enlarging_is_warned_of_and_then_refused(circle, caplog):
     assert "circle.mp4" in message and "4.1 times" in message and "--height_buckets" in message
 
 
+# ---------------------------------------------------------------- draws
+
+
+@pytest.fixture
+def drawn(numbered):
+    """(clips -> {(source, repeat, epoch): pixels}) with start, crop and flip drawn."""
+
+    def samples(clips):
+        options = {"fps": 16, "seed": 3, "crop": "random", "random_flip": 0.5}
+        videos = VideoDatasetWithResizeAndRectangleCrop(clips, [Bucket(9, 32, 64)], **options)
+        assert videos.is_drawn()
+        found = {}
+        for epoch in range(3):
+            for index, clip in enumerate(clips):
+                repeat = sum(other.source == clip.source for other in clips[:index])
+                found[clip.source, repeat, epoch] = videos[epoch * len(clips) + index]["pixels"]
+        return found
+
+    return samples
+
+
+def changed(before, after):
+    return [key for key in before if not torch.equal(before[key], after[key])]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda clips: clips[::-1],
+        lambda clips: [clips[0]._replace(source="new.mp4"), *clips],
+        lambda clips: [*clips, *clips],
+        lambda clips: [clips[2], clips[0], clips[2], clips[1]],
+        lambda clips: [clip._replace(prompt="another", row=9) for clip in clips],
+    ],
+    ids=["reversed", "one in front", "twice", "a repeat between", "captions"],
+)
+def test_other_rows_of_the_list_change_no_draw(numbered, drawn, other):
+    assert changed(drawn(numbered), drawn(other(numbered))) == []
+
+
+def test_a_moved_folder_changes_no_draw_and_another_source_does(numbered, drawn, tmp_path):
+    moved = [clip._replace(video=shutil.copy(clip.video, tmp_path / f"x{clip.row}.mp4")) for clip in numbered]
+    assert changed(drawn(numbered), drawn(moved)) == []
+    renamed = [clip._replace(source=clip.source.replace(".mp4", ".MP4")) for clip in numbered]
+    before = {(source.upper(), *rest): pixels for (source, *rest), pixels in drawn(numbered).items()}
+    after = {(source.upper(), *rest): pixels for (source, *rest), pixels in drawn(renamed).items()}
+    assert len(changed(before, after)) > 4
+
+
+def test_repeats_of_a_clip_are_drawn_apart(numbered, drawn):
+    samples = drawn([numbered[2]] * 3)
+    assert len({pixels.numpy().tobytes() for pixels in samples.values()}) == 9
+
+
+def test_skipped_frames_leave_the_other_clips_draws(numbered, tmp_path):
+    """A clip that is left out, as too short, moves those behind it up."""
+    short = as_clips([numbered_clip(tmp_path / "short.mp4", 3, fps=16)])
+    whole, rest = [
+        VideoDataset(clips, [NUMBERED], fps=16, on_problem="collect") for clips in (short + numbered, numbered)
+    ]
+    assert [whole.start_time(0, index) for index in range(3)] == [rest.start_time(0, index) for index in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("clip", "options", "expected"),
+    [(0, {}, False), (1, {}, True), (0, {"random_flip": 0.1}, True), (1, {"skip_frames_end": 11}, False)],
+)
+def test_a_dataset_knows_whether_it_draws(numbered, clip, options, expected):
+    assert VideoDataset(numbered[clip : clip + 1], [NUMBERED], fps=16, **options).is_drawn() is expected
+    for width, has_room in ((128, False), (64, True)):
+        options |= {"crop": "random"}
+        cut = VideoDatasetWithResizeAndRectangleCrop(
+            numbered[clip : clip + 1], [Bucket(9, 32, width)], fps=16, **options
+        )
+        assert cut.is_drawn() is (expected or has_room)
+
+
 # ---------------------------------------------------------------- prepared latents
 
 
@@ -320,6 +398,32 @@ def test_image_variants_are_drawn_per_epoch(tmp_path):
     assert torch.equal(LatentDataset(tmp_path, seed=1)[6]["image_moments"], latents[6]["image_moments"])
 
 
+@pytest.mark.parametrize("has_source", [False, True])
+def test_image_variants_follow_the_clip(tmp_path, has_source):
+    """Whatever its row, and with previews, which change the path in the row but not that of the source."""
+    rows = write_prepared(tmp_path, count=4)
+    for row in rows if has_source else []:
+        row["metadata"]["source"] = row["video"]
+    write_manifest(tmp_path, rows)
+    before = LatentDataset(tmp_path, seed=1)
+    for row in rows if has_source else []:
+        row["video"] = row["video"].replace("videos", "other")
+    write_manifest(tmp_path, rows[:0:-1])
+    after = LatentDataset(tmp_path, seed=1)
+    for epoch in range(8):
+        for index in (1, 2, 3):
+            ours, theirs = after[3 * epoch + 3 - index], before[4 * epoch + index]
+            assert torch.equal(ours["image_moments"], theirs["image_moments"])
+
+
+def test_latents_know_whether_they_draw(tmp_path):
+    write_prepared(tmp_path / "eight")
+    write_original(tmp_path / "one", ["a.mp4"])
+    assert LatentDataset(tmp_path / "eight").is_drawn() and not LatentDataset(tmp_path / "one").is_drawn()
+    text_to_video = LatentDataset(tmp_path / "eight", with_images=False)
+    assert not text_to_video.is_drawn() and "image_moments" not in text_to_video[0]
+
+
 def test_without_image_latents_there_are_none(tmp_path):
     write_prepared(tmp_path, images=False)
     assert "image_moments" not in LatentDataset(tmp_path)[0]
@@ -344,6 +448,28 @@ def test_full_stems_win_over_cut_ones(tmp_path):
         torch.save(tensors_of(1)[name], tmp_path / folder / "a.v1.pt")
     latents = LatentDataset(tmp_path)
     assert all(torch.equal(latents[i]["moments"], tensors_of(i)["moments"]) for i in range(2))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.1.mp4", "b.mp4", "a.2.mp4"],
+        ["one/a.mp4", "b.mp4", "two/a.mp4"],
+        ["a.mp4", "b.mp4", "a.mp4"],  # with another caption, whose embedding cannot be there too
+    ],
+)
+def test_two_clips_that_the_original_calls_alike_are_refused(tmp_path, names):
+    write_original(tmp_path, [Path(name).name for name in names])
+    (tmp_path / "videos.txt").write_text("".join(f"{name}\n" for name in names))
+    message = error_of(LatentDataset, tmp_path)
+    assert "rows 1 and 3" in message and names[0] in message and names[2] in message and "a.pt" in message
+
+
+def test_a_clip_that_is_listed_twice_counts_twice(tmp_path):
+    write_original(tmp_path, ["a.mp4", "b.mp4"])
+    (tmp_path / "prompts.txt").write_text("one\ntwo\none\n")
+    (tmp_path / "videos.txt").write_text("a.mp4\nb.mp4\na.mp4\n")
+    assert LatentDataset(tmp_path).prompts == ["one", "two", "one"]
 
 
 def test_a_pt_file_never_runs_code(tmp_path):

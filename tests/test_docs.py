@@ -41,7 +41,8 @@ from test_shell import CONFIGS, ORIGINAL_SWEEP
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FLAGS_PAGE = ROOT / "assets/flags.md"
-TRANSLATED = [README, ROOT / "assets/dataset.md", ROOT / "assets/contribute.md", ROOT / "tiny_model/README.md"]
+ASSETS = [ROOT / f"assets/{name}.md" for name in ("dataset", "readers", "contribute")]
+TRANSLATED = [README, *ASSETS, ROOT / "tiny_model/README.md"]
 PAGES = [*TRANSLATED, FLAGS_PAGE]
 name_of = lambda page: "-".join(page.relative_to(ROOT).with_suffix("").parts)  # noqa: E731
 by_page = pytest.mark.parametrize("page", TRANSLATED, ids=name_of)

@@ -14,8 +14,17 @@ from safetensors.torch import load_file, save_file
 from args import parse_training_args
 from cogvideox import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_transformer
 from errors import UsageError
-from export import COMFYUI_NAME, comfyui_module, export_comfyui, export_lora_from_args, merge_lora
-from lora import ADAPTER, WEIGHTS_NAME, save_lora
+from export import (
+    COMFYUI_NAME,
+    KOHYA_NAME,
+    comfyui_module,
+    export_comfyui,
+    export_kohya,
+    export_lora_from_args,
+    merge_lora,
+)
+from lora import ADAPTER, save_lora
+from lora_file import WEIGHTS_NAME
 from test_lora import example_inputs
 from tiny_pipeline import KINDS
 
@@ -112,7 +121,7 @@ def test_every_layer_has_the_name_that_comfyui_gives_it(kind, tiny):
 
 
 def test_the_file_holds_these_keys_and_shapes_and_no_others(base, tmp_path):
-    """Width 128, 2 blocks, rank 4 and alpha 2, key by key."""
+    """Width 128, 2 blocks, rank 4, key by key; trained with an alpha of 2, which is in the weights."""
     folder = tmp_path / "run"
     trained(base("2b"), folder)
     export_comfyui(folder / WEIGHTS_NAME, folder / COMFYUI_NAME)
@@ -124,7 +133,7 @@ def test_the_file_holds_these_keys_and_shapes_and_no_others(base, tmp_path):
     tensors = load_file(folder / COMFYUI_NAME)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert all(tensors[name].item() == 2.0 for name in expected if name.endswith(".alpha"))
+    assert all(tensors[name].item() == 4.0 for name in expected if name.endswith(".alpha"))
 
 
 def apply_as_comfyui_does(weights, lora, strength=1.0):
@@ -168,19 +177,20 @@ def test_comfyui_at_strength_1_computes_the_merged_weights(config, base, tmp_pat
         torch.testing.assert_close(patched[key], merged[key], rtol=1e-6, atol=1e-6)
 
 
-def test_dora_is_refused_before_training_and_in_a_file(base, tmp_path, capsys):
+@pytest.mark.parametrize(("form", "export"), [("comfyui", export_comfyui), ("kohya", export_kohya)])
+def test_dora_is_refused_before_training_and_in_a_file(form, export, base, tmp_path, capsys):
     argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--use_dora", "--export"]
     assert parse_training_args("t2v_lora", [*argv, "merged"]).export == ["merged"]
     capsys.readouterr()
     with pytest.raises(SystemExit) as left:
-        parse_training_args("t2v_lora", [*argv, "comfyui", "merged"])
+        parse_training_args("t2v_lora", [*argv, form, "merged"])
     err = capsys.readouterr().err
-    assert left.value.code == 2 and err.count("\n") == 1 and "--use_dora --export comfyui" in err and "merged" in err
+    assert left.value.code == 2 and err.count("\n") == 1 and f"--use_dora --export {form}" in err and "merged" in err
 
     folder = tmp_path / "run"
     trained(base("2b"), folder, use_dora=True)
     with pytest.raises(UsageError, match="DoRA"):
-        export_comfyui(folder / WEIGHTS_NAME, folder / COMFYUI_NAME)
+        export(folder / WEIGHTS_NAME, folder / "export.safetensors")
     assert sorted(path.name for path in folder.iterdir()) == [WEIGHTS_NAME]
 
 
@@ -270,11 +280,11 @@ def test_exports_name_no_place_and_equal_ones_are_equal_bytes(base, tmp_path):
     for folder in folders:
         trained(model_dir, folder)
         argv = ["--pretrained_model_name_or_path", str(model_dir), "--data_root", "d", "--output_dir", str(folder)]
-        args = parse_training_args("t2v_lora", [*argv, "--export", "comfyui", "merged"])
+        args = parse_training_args("t2v_lora", [*argv, "--export", "comfyui", "kohya", "merged"])
         export_lora_from_args(args, model_dir)
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert [str(path) for path in files] == [
-        WEIGHTS_NAME, COMFYUI_NAME, "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
+        WEIGHTS_NAME, COMFYUI_NAME, KOHYA_NAME, "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
     ]  # fmt: skip
     for path in files:
         contents = [(folder / path).read_bytes() for folder in folders]
@@ -288,11 +298,14 @@ def test_exports_name_no_place_and_equal_ones_are_equal_bytes(base, tmp_path):
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_written_alpha_holds_the_whole_scaling(use_rslora, base, tmp_path):
-    """Also the square root of rank-stabilised LoRA, of which ComfyUI knows nothing."""
+def test_up_holds_the_whole_scaling(use_rslora, base, tmp_path):
+    """Also the square root of rank-stabilised LoRA, of which ComfyUI knows nothing; alpha / rank is 1."""
     folder = tmp_path / "run"
     transformer = trained(base("2b"), folder, r=4, lora_alpha=3, use_rslora=use_rslora)
-    scaling = transformer.transformer_blocks[0].attn1.to_q.scaling[ADAPTER]
-    assert scaling == (3 / math.sqrt(4) if use_rslora else 3 / 4)
+    layer = transformer.transformer_blocks[0].attn1.to_q
+    assert layer.scaling[ADAPTER] == (3 / math.sqrt(4) if use_rslora else 3 / 4)
     export_comfyui(folder / WEIGHTS_NAME, folder / COMFYUI_NAME)
-    assert load_file(folder / COMFYUI_NAME)["diffusion_model.blocks.0.q.alpha"].item() == scaling * 4
+    tensors = load_file(folder / COMFYUI_NAME)
+    assert tensors["diffusion_model.blocks.0.q.alpha"].item() == 4
+    up = tensors["diffusion_model.blocks.0.q.lora_up.weight"]
+    assert torch.equal(up, layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER])

@@ -15,6 +15,7 @@ from errors import DataError, UserError
 from file_kinds import other_content
 from formats import read_clips
 from headers import probe
+from lora_file import read_lora
 
 
 def zipped():
@@ -79,3 +80,9 @@ def test_a_model_that_is_a_pointer(tmp_path, tiny, name):
     (model / name).write_bytes(LFS)
     with pytest.raises(UserError, match="a Git LFS pointer"):
         resolve_model_dir(str(model), ["vae", "tokenizer"])
+
+
+def test_a_lora_that_is_a_pointer(tmp_path):
+    (tmp_path / "lora.safetensors").write_bytes(LFS)
+    with pytest.raises(UserError, match="lora.safetensors: a Git LFS pointer"):
+        read_lora(tmp_path / "lora.safetensors")

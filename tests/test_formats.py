@@ -296,6 +296,12 @@ def test_stems_are_unique_safe_and_stable():
     assert unique_stems(["new.mp4", *sources])[1:] == stems
 
 
+def test_stems_are_unique_where_their_hashes_are_not():
+    """Clips of one name in 200,000 folders: some of the hashes, of 32 bits, are equal."""
+    stems = unique_stems(f"{number}/clip.mp4" for number in range(200_000))
+    assert len(set(stems)) == len(stems) and any(stem.endswith("-2") for stem in stems)
+
+
 def test_the_sample_data_reads_the_same_in_both_layouts(sample_data):
     text = read_clips(sample_data, None, "prompts.txt", "videos.txt")
     table = read_clips(None, sample_data / "metadata.csv", "caption", "video")

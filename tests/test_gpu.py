@@ -13,7 +13,7 @@ from PIL import Image
 
 from args import parse_training_args
 from checkpointing import load_checkpoint, save_checkpoint
-from lora import WEIGHTS_NAME
+from lora_file import WEIGHTS_NAME
 from masters import HostMasters, Masters
 from random_dataset import write_dataset
 from runtime import to_device

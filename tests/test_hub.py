@@ -26,6 +26,7 @@ from args import parse_prepare_args, parse_training_args
 from cogvideox import describe_model, read_config
 from errors import UsageError
 from runtime import run_script
+from test_shell import TRAININGS, output_dir_of
 from tiny_pipeline import KINDS
 
 
@@ -162,7 +163,7 @@ def test_the_example_of_the_card_runs_and_uses_what_was_trained(script, train, r
         name = name.replace(".lora_A.", ".lora_A.default_0.").replace(".lora_B.", ".lora_B.default_0.")
         assert torch.equal(weights[name].float(), trained), name
     if script.endswith("lora"):
-        assert values["pipe"].transformer.transformer_blocks[0].attn1.to_q.scaling == {"default_0": 0.5}
+        assert values["pipe"].transformer.transformer_blocks[0].attn1.to_q.scaling == {"default_0": 1.0}
 
 
 def test_the_example_drops_learned_positions_as_training_did(train, run_snippet):
@@ -262,7 +263,7 @@ def test_a_lora_over_quantised_weights_is_merged_into_the_exact_ones(train, tiny
     assert base.keys() == merged.keys()
     for name, weight in base.items():
         down, up = (lora.get(f"transformer.{name.removesuffix('.weight')}.lora_{part}.weight") for part in "AB")
-        exact = weight if down is None else (weight.float() + 2 / 4 * up @ down).to(weight.dtype)
+        exact = weight if down is None else (weight.float() + up @ down).to(weight.dtype)
         assert torch.equal(merged[name], exact)
 
 
@@ -323,11 +324,12 @@ def test_videos_of_the_last_validation_are_shown(train):
 
 
 def test_exports_are_made_and_named(train):
-    folder = train("t2v_lora", "--export", "comfyui", "merged")
-    assert (folder / "pytorch_lora_weights_comfyui.safetensors").exists()
+    folder = train("t2v_lora", "--export", "comfyui", "kohya", "merged")
+    for form in ("comfyui", "kohya"):
+        assert (folder / f"pytorch_lora_weights_{form}.safetensors").exists()
     assert (folder / "transformer/config.json").exists()
     text = (folder / "README.md").read_text()
-    assert "ComfyUI" in text and 'subfolder="transformer"' in text
+    assert "ComfyUI" in text and "VideoX-Fun" in text and 'subfolder="transformer"' in text
     other = train("t2v_lora", name="other")
     assert "ComfyUI" not in (other / "README.md").read_text() and not (other / "transformer").exists()
     metrics = (other / "metrics.jsonl").read_text()
@@ -528,7 +530,8 @@ def test_the_command_by_hand_uploads_the_same(train, fake_hub, tmp_path, monkeyp
     from huggingface_hub.cli.hf import main
 
     folder = train("t2v_lora", "--push_to_hub", name="a run")
-    ours = fake_hub.uploaded.pop("me/a-run")
+    repo = f"me/{hub.default_repo_name('a run')}"
+    ours = fake_hub.uploaded.pop(repo)
 
     def upload(api, *, repo_id, folder_path, allow_patterns, **options):
         fake_hub.upload_folder(repo_id, folder_path, allow_patterns, "")
@@ -537,28 +540,63 @@ def test_the_command_by_hand_uploads_the_same(train, fake_hub, tmp_path, monkeyp
 
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **options: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(sys, "argv", shlex.split(hub.upload_command("me/a-run", str(folder))))
+    monkeypatch.setattr(sys, "argv", shlex.split(hub.upload_command(repo, str(folder))))
     try:
         main()
     except SystemExit as left:
         assert not left.code
-    assert fake_hub.uploaded["me/a-run"] == ours
+    assert fake_hub.uploaded[repo] == ours
 
 
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
-        ("my run", "my-run"),
-        ("a--b..c", "a-b.c"),
-        (".hidden-", "hidden"),
-        ("x" * 120, "x" * 96),
-        ("日本", "cogvideox-finetune"),
+        ("my-run", "my-run"),
+        ("x" * 96, "x" * 96),
+        ("a.b_c", "a.b_c"),
         ("cogvideox-lora__optimizer_adamw__learning-rate_1e-4", "cogvideox-lora__optimizer_adamw__learning-rate_1e-4"),
     ],
 )
-def test_every_folder_has_a_name_that_the_hub_takes(folder, name):
+def test_a_folder_whose_name_the_hub_takes_is_called_so_there(folder, name):
     assert hub.default_repo_name(folder) == name
     validate_repo_id(f"me/{name}")
+
+
+@pytest.mark.parametrize(
+    ("folders", "beginning"),
+    [
+        (["my run", "my  run", "my+run", "my/run", "my\nrun"], "my-run-"),
+        (["a--b..c", "a-b...c", "-a-b.c", "a-b.c.git"], "a-b.c-"),
+        ([".hidden-", "hidden.", "_hidden"], "hidden-"),
+        (["x" * 97, "x" * 120, "x" * 96 + "-"], "x" * 87 + "-"),
+        (["-" * 90 + "x" * 20, "_" * 90 + "x" * 20], "x" * 20 + "-"),
+        (["y" * 86 + "-" * 30, "y" * 86 + "." * 30], "y" * 86 + "-"),
+        (["日本", "中国", "\udcff", "...", "---"], "cogvideox-finetune-"),
+        (
+            [os.path.basename(output_dir_of(rate, "came")) + more for rate in ("1e-4", "2e-4") for more in ("", "0")],
+            "cogvideox-lora__optimizer_came__steps_3000__lr-schedule_cosine_with_restarts__learning-",
+        ),
+    ],
+)
+def test_folders_whose_names_must_be_altered_share_no_repository(folders, beginning):
+    names = [hub.default_repo_name(folder) for folder in folders]
+    altered = [name for name, folder in zip(names, folders, strict=True) if name != folder]
+    assert len(set(names)) == len(folders) and altered
+    for name in names:
+        validate_repo_id(f"me/{name}")
+    for name in altered:
+        assert re.fullmatch(re.escape(beginning) + "[0-9a-f]{8}", name)
+
+
+def test_no_two_runs_of_a_sweep_share_a_repository():
+    """Whose folders differ in the last characters alone."""
+    names = {
+        hub.default_repo_name(os.path.basename(output_dir_of(rate, optimizer, training.output_name)))
+        for training in TRAININGS
+        for rate in ("1e-4", "1e-3", "1.5e-4", "1.25e-4", "0.00010")
+        for optimizer in ("adamw", "prodigy")
+    }
+    assert len(names) == len(TRAININGS) * 5 * 2 and max(map(len, names)) <= 96
 
 
 # ---------------------------------------------------------------- secrets

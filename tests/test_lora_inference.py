@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--image", default=None, help="first frame, for an image-to-video model: a path or a URL")
     parser.add_argument("--lora_path", default=None, help="folder or file of the LoRA; none: the base model alone")
     parser.add_argument("--lora_name", default="lora", help="a name for the adapter")
-    parser.add_argument("--lora_weight", type=float, default=1.0, help="strength; alpha and rank are in the file")
+    parser.add_argument("--lora_weight", type=float, default=1.0, help="strength; 1.0 is what was trained")
     parser.add_argument("--transformer_path", default=None, help="output_dir of a full fine-tuning run")
     parser.add_argument("--output_file", default="output.mp4", help="the video to write")
     parser.add_argument("--fps", type=int, default=8, help="frames per second of the video: 8 (1.0) or 16 (1.5)")

@@ -3,14 +3,20 @@
 import errno
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors import SafetensorError
 
+import runtime
 from args import parse_training_args
+from durable import write_json
 from errors import DataError, NumbersError, StorageError, UsageError, UserError
 from optimizers import make_lr_scheduler_from_args
 from runtime import (
@@ -21,8 +27,9 @@ from runtime import (
     plan_steps_from_args,
     run_script,
     shared_seed_from_args,
-    write_json,
 )
+from status import RUN, RUN_ID_VARIABLE, begin_run
+from test_scripts import run_ranks
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -249,20 +256,94 @@ def test_success_just_returns(tmp_path):
     assert done and not list(tmp_path.iterdir())
 
 
-def test_the_first_rank_that_fails_is_heard(tmp_path, capsys):
+by_clock = pytest.mark.parametrize("clock", [-600, 0, 600])  # of a file server, in seconds, against this machine's
+
+
+@by_clock
+def test_the_first_rank_that_fails_is_heard(tmp_path, capsys, monkeypatch, clock):
     """A rank with bad data ends; the others then lose their connection, which is no news."""
-    write_json(tmp_path / "status.json", {"state": "complete"})
-    old = time.time() - 60
-    os.utime(tmp_path / "status.json", (old, old))  # of an earlier run
+    monkeypatch.setenv(RUN_ID_VARIABLE, "this-run")
+    write_json(tmp_path / "status.json", {"state": "complete", "run": "an earlier run"})
 
     def main():
-        time.sleep(0.02)  # more than a tick of the file system's clock
         with pytest.raises(SystemExit):
             run_script(raiser(DataError("a.mp4: corrupt")), tmp_path)  # the other rank
+        os.utime(tmp_path / "status.json", (time.time() + clock, time.time() + clock))
         raise RuntimeError("connection closed by peer")
 
     code, _, status = leave(main, tmp_path, capsys)
     assert code == 70 and status["exit_code"] == 65 and status["message"] == "a.mp4: corrupt"
+
+
+@by_clock
+@pytest.mark.parametrize("earlier", [{"state": "complete", "run": "another"}, {"state": "complete"}, {}])
+def test_a_failure_replaces_what_an_earlier_run_said(tmp_path, capsys, clock, earlier):
+    write_json(tmp_path / "status.json", earlier)
+    os.utime(tmp_path / "status.json", (time.time() + clock, time.time() + clock))
+    _, _, status = leave(raiser(DataError("a.mp4: corrupt")), tmp_path, capsys)
+    assert (status["state"], status["exit_code"]) == ("failed", 65) and status["run"] not in ("another", None)
+
+
+@pytest.mark.parametrize("by_wrapper", [False, True])
+@pytest.mark.parametrize("refused_rank", [0, 1])
+def test_a_rank_that_is_stopped_because_another_was_refused_says_nothing(
+    tmp_path, monkeypatch, by_wrapper, refused_rank
+):
+    """The launcher sends the others SIGTERM as soon as one has left."""
+    if by_wrapper:
+        monkeypatch.setenv(RUN_ID_VARIABLE, "this-run")
+    write_json(tmp_path / "status.json", {"state": "complete", "run": "an earlier run"})
+
+    def main():
+        if int(os.environ["RANK"]) == refused_rank:
+            raise UsageError("other flags")
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    codes = run_ranks(lambda: run_script(main, tmp_path), 2)
+    assert (codes[refused_rank], codes[1 - refused_rank]) == (2, 75)
+    status = json.loads((tmp_path / "status.json").read_text())
+    refused = {"refused": {"run": "this-run", "exit_code": 2, "message": "other flags"}} if by_wrapper else {}
+    assert status == {"state": "complete", "run": "an earlier run", **refused}
+
+
+def test_ranks_that_are_stopped_once_they_have_begun_say_so(tmp_path):
+    def main():
+        begin_run(tmp_path, is_main_process=os.environ["RANK"] == "0")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    assert run_ranks(lambda: run_script(main, tmp_path), 2) == [75, 75]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "interrupted"
+
+
+def test_the_ranks_of_one_launcher_have_one_id_and_those_of_another_another(tmp_path, monkeypatch):
+    assert runtime.launch_id() is None  # the tests' own parent starts no ranks
+    monkeypatch.setattr(runtime, "LAUNCHERS", {Path(word).name for word in psutil.Process().cmdline()[:4]})
+
+    def main(name):
+        (tmp_path / f"{name}{os.environ['RANK']}").write_text(runtime.launch_id())
+
+    assert run_ranks(lambda: main("first"), 2) == [0, 0]
+    child = multiprocessing.get_context("fork").Process(target=lambda: run_ranks(lambda: main("second"), 2))
+    child.start()
+    child.join()
+    ids = [(tmp_path / name).read_text() for name in ("first0", "first1", "second0", "second1")]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
+def test_ranks_without_a_common_launcher_agree_as_soon_as_they_meet(tmp_path):
+    """Of several machines, or started by mpirun."""
+
+    def main():
+        RUN.__init__(f"launched for rank {os.environ['RANK']}")
+        torch.distributed.init_process_group("gloo")
+        runtime.agree_on_run()
+        (tmp_path / os.environ["RANK"]).write_text(RUN.id)
+
+    assert run_ranks(main, 2) == [0, 0]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["launched for rank 0"] * 2
 
 
 def test_a_status_that_cannot_be_written_hides_nothing(tmp_path, capsys):

@@ -101,6 +101,7 @@ def image_flags(kind):
 def prepare(model, data_root, out, *flags):
     paths = ["--model_id", str(model), "--data_root", str(data_root), "--output_dir", str(out)]
     fixed = [*paths, *TEXT_FILES, "--target_fps", "8", "--save_latents_and_embeddings", *BUCKET_FLAGS]
+    fixed += ["--seed", "1"]  # the runs' own: a longer clip starts at the same place, prepared or not
     importlib.import_module("prepare_dataset").main(parse_prepare_args([*fixed, *flags]))
 
 

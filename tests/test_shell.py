@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,9 +60,11 @@ with open(os.environ["STUB_LOG"], "a") as log:
     log.write(json.dumps([pathlib.Path(sys.argv[0]).name, os.environ.get("CUDA_VISIBLE_DEVICES"), *argv]) + "\\n")
 output_dir = pathlib.Path(argv[argv.index("--output_dir") + 1])
 output_dir.mkdir(parents=True, exist_ok=True)
-status = {{"state": "complete", "exit_code": 0, "step": 3000}}
+run = {{"run": os.environ.get("COGVIDEOX_RUN_ID")}}
+status = {{"state": "complete", "exit_code": 0, "step": 3000, **run}}
 if os.environ.get("FAIL_RUN", "no run") in output_dir.name:
     status = json.loads(os.environ["FAIL_STATUS"])
+    status = status and status | run
 if status:
     (output_dir / "status.json").write_text(json.dumps(status, indent=2))
 sys.exit(0 if status and status["exit_code"] == 0 else 1)
@@ -204,6 +207,276 @@ def test_dry_run_prints_what_a_run_starts_and_starts_nothing(run_wrapper, tmp_pa
     assert replayed == argvs
     assert len(argvs) == (1 if wrapper == PREPARE else 4)
     assert len(dry.stdout.splitlines()) == len(argvs)
+
+
+# ---------------------------------------------------------------- settings, however they are written
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """edited(wrapper, text, place): a copy of the repository's wrappers, one of them edited; returns that one."""
+
+    def edit(wrapper, text, place="end"):
+        folder = tmp_path / "edited"
+        for name in ("training/settings.sh", "training/sweep.sh", "accelerate_configs/uncompiled_1.yaml"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        lines = wrapper.read_text().splitlines()
+        headers = [index for index, line in enumerate(lines) if line.startswith("# -----")]
+        if place == "end":  # of all settings
+            lines[headers[2] : headers[2]] = text.splitlines()
+        elif place == "over":  # the first block of settings
+            lines[headers[0] + 1 : headers[1]] = text.splitlines()
+        else:  # line for line
+            new = {line.split("=")[0]: line for line in text.splitlines()}
+            lines = [new.get(line.split("=")[0], line) for line in lines]
+        copy = folder / wrapper.name
+        copy.write_text("\n".join(lines) + "\n")
+        copy.chmod(0o755)
+        return copy
+
+    return edit
+
+
+def values_of(argv, flag):
+    """What stands after `flag`, up to the next one."""
+    rest = argv[argv.index(flag) + 1 :]
+    return rest[: next((place for place, word in enumerate(rest) if word.startswith("--")), len(rest))]
+
+
+# As the original's users write them
+TRAINING_BLOCK = """\
+GPU_IDS=("0")
+LEARNING_RATES=("3e-4" "6e-5")
+LR_SCHEDULES=("constant" "polynomial")
+OPTIMIZERS=("adamw" "came")
+MAX_TRAIN_STEPS=("120" "480" "960")
+ACCELERATE_CONFIG_FILE="accelerate_configs/uncompiled_1.yaml"
+DATA_ROOT="/clips/red kites"
+CAPTION_COLUMN="prompt.txt"
+VIDEO_COLUMN="clips.txt"
+"""
+PREPARE_BLOCK = """\
+MODEL_ID="some/model"
+NUM_GPUS=2
+DATA_ROOT="/clips/red kites"
+CAPTION_COLUMN="prompt.txt"
+VIDEO_COLUMN="clips.txt"
+OUTPUT_DIR="/clips/red kites, prepared"
+HEIGHT_BUCKETS="480 720"
+WIDTH_BUCKETS="720 960"
+FRAME_BUCKETS="33 49"
+MAX_NUM_FRAMES="49"
+MAX_SEQUENCE_LENGTH=200
+TARGET_FPS=12
+BATCH_SIZE=3
+DTYPE=fp32
+"""
+
+
+@by_training
+@pytest.mark.parametrize("place", ["end", "over", "lines"])
+def test_the_originals_block_of_settings_starts_the_runs_that_it_starts_there(run_wrapper, edited, training, place):
+    argument = ["--rank", "128"] if training.is_lora else ["--checkpoints_total_limit", "3"]
+    result, argvs = run_wrapper(edited(training.wrapper, TRAINING_BLOCK, place), *argument, "--use_8bit")
+    assert result.returncode == 0, result.stderr
+    flags = ("--learning_rate", "--lr_scheduler", "--optimizer", "--max_train_steps", "--output_dir")
+    found = [tuple(argv[argv.index(flag) + 1] for flag in flags) for argv in argvs]
+    expected = [
+        (
+            lr, schedule, optimizer, steps,
+            f"outputs/{training.output_name}__optimizer_{optimizer}__steps_{steps}__lr-schedule_{schedule}"
+            f"__learning-rate_{lr}",
+        )
+        for lr in ("3e-4", "6e-5")
+        for schedule in ("constant", "polynomial")
+        for optimizer in ("adamw", "came")
+        for steps in ("120", "480", "960")
+    ]  # fmt: skip
+    assert found == expected
+    for argv in argvs:
+        assert argv[5:8] == [str(result.args[0].parent / "accelerate_configs/uncompiled_1.yaml"), "--gpu_ids", "0"]
+        assert values_of(argv, "--data_root") == ["/clips/red kites"]
+        assert values_of(argv, "--caption_column") == ["prompt.txt"]
+        assert values_of(argv, "--video_column") == ["clips.txt"]
+        assert argv[-3:] == [*argument, "--use_8bit"]
+
+
+@pytest.mark.parametrize("place", ["end", "over"])
+def test_the_originals_block_of_settings_prepares_what_it_prepares_there(run_wrapper, edited, place):
+    result, [argv] = run_wrapper(edited(PREPARE, PREPARE_BLOCK, place), "--save_image_latents")
+    assert result.returncode == 0, result.stderr
+    assert argv[:5] == ["torchrun", "0,1", "--standalone", "--nproc_per_node", "2"]
+    expected = {
+        "--model_id": ["some/model"], "--data_root": ["/clips/red kites"], "--caption_column": ["prompt.txt"],
+        "--video_column": ["clips.txt"], "--output_dir": ["/clips/red kites, prepared"],
+        "--height_buckets": ["480", "720"], "--width_buckets": ["720", "960"], "--frame_buckets": ["33", "49"],
+        "--max_num_frames": ["49"], "--max_sequence_length": ["200"], "--target_fps": ["12"], "--batch_size": ["3"],
+        "--dtype": ["fp32"], "--save_latents_and_embeddings": [], "--save_image_latents": [],
+    }  # fmt: skip
+    assert {flag: values_of(argv, flag) for flag in expected} == expected
+
+
+LISTS = {
+    "LEARNING_RATES": "--learning_rate", "LR_SCHEDULES": "--lr_scheduler", "OPTIMIZERS": "--optimizer",
+    "MAX_TRAIN_STEPS": "--max_train_steps", "HEIGHT_BUCKETS": "--height_buckets", "WIDTH_BUCKETS": "--width_buckets",
+    "FRAME_BUCKETS": "--frame_buckets",
+}  # fmt: skip
+WRITTEN = {"array": '("64" "96" "128")', "words": "(64 96 '128')", "text": '"64 96  128"', "lines": "$'64\\n96\\t128'"}
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_an_array_or_a_text_in_the_file_or_the_environment(run_wrapper, edited, name, written):
+    """Before a command, bash makes a text of an array: NAME=(a b) ./wrapper.sh."""
+    trainings = TRAININGS if written == WRITTEN["array"] else TRAININGS[:1]
+    for wrapper in [training.wrapper for training in trainings] + ([PREPARE] if name.endswith("_BUCKETS") else []):
+        settings = {"DATA_ROOT": "d", "LOAD_TENSORS": "false"}
+        in_file = run_wrapper(edited(wrapper, f"{name}={written}"), **settings)
+        in_environment = run_wrapper("bash", "-c", f'{name}={written} "$0"', wrapper, **settings)
+        for result, argvs in (in_file, in_environment):
+            assert result.returncode == 0, result.stderr
+            assert sum((values_of(argv, LISTS[name]) for argv in argvs), []) == ["64", "96", "128"]
+
+
+@pytest.mark.parametrize("written", ["(0 1)", '("0" "1")', '"0 1"', "0,1", '("0,1")', '"0, 1"'])
+def test_gpus_are_a_list_however_it_is_written(run_wrapper, edited, written):
+    config = str(ROOT / "accelerate_configs/uncompiled_2.yaml")
+    for wrapper in (edited(TRAIN, f"GPU_IDS={written}"), edited(PREPARE, f"GPU_IDS={written}")):
+        in_file = run_wrapper(wrapper, DATA_ROOT="d", ACCELERATE_CONFIG_FILE=config)
+        in_environment = run_wrapper(
+            "bash", "-c", f'GPU_IDS={written} "$0"', ROOT / wrapper.name, DATA_ROOT="d", ACCELERATE_CONFIG_FILE=config
+        )
+        for result, argvs in (in_file, in_environment):
+            assert result.returncode == 0, result.stderr
+            prepares = wrapper.name == PREPARE.name
+            expected = ["0,1", "--standalone", "--nproc_per_node", "2"] if prepares else ["--gpu_ids", "0,1"]
+            assert [argv[1:5] if prepares else argv[6:8] for argv in argvs] == [expected]
+
+
+def test_arrays_of_texts_keep_their_white_space(run_wrapper, edited):
+    block = """VALIDATION_PROMPT=("A red kite  over dunes." 'a "cat"' "(a dog)")
+VALIDATION_IMAGES=("first frame.png" b.png c.png)
+REPORT_TO=(wandb tensorboard)"""
+    result, [argv] = run_wrapper(edited(TRAININGS[2].wrapper, block), DATA_ROOT="d")
+    assert result.returncode == 0, result.stderr
+    assert values_of(argv, "--validation_prompt") == ['A red kite  over dunes.:::a "cat":::(a dog)']
+    assert values_of(argv, "--validation_images") == ["first frame.png:::b.png:::c.png"]
+    assert values_of(argv, "--report_to") == ["wandb,tensorboard"]
+    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", VALIDATION_PROMPT="(a 'dog')", REPORT_TO="wandb  tensorboard")
+    assert values_of(argv, "--validation_prompt") == ["(a 'dog')"]  # a text is left as it is
+    assert values_of(argv, "--report_to") == ["wandb,tensorboard"]
+
+
+SEVERAL = {*LISTS, "GPU_IDS", "REPORT_TO", "VALIDATION_PROMPT", "VALIDATION_IMAGES"}
+
+
+@by_wrapper
+def test_an_array_of_several_is_refused_where_one_value_is_taken(run_wrapper, edited, wrapper):
+    names = re.findall(r"^([A-Z][A-Z_]*)=", wrapper.read_text(), re.MULTILINE)
+    assert len(names) > 15
+    for name in [name for name in names if name not in SEVERAL]:
+        result, argvs = run_wrapper(edited(wrapper, f'{name}=("one" "two words")'), DATA_ROOT="d")
+        assert (result.returncode, argvs) == (2, []), name
+        assert result.stderr == f"{wrapper.name}: {name} takes one value, not 2 (one two words)\n"
+
+
+@by_training
+def test_an_array_of_one_or_none_is_that_value(run_wrapper, edited, training):
+    block = (
+        'SEED=(7)\nID_TOKEN=("my token")\nDATA_ROOT=([2]="d")\nREPORT_TO=()\nVALIDATION_PROMPT=()\nVALIDATION_STEPS=()'
+    )
+    result, [argv] = run_wrapper(edited(training.wrapper, block))
+    assert result.returncode == 0, result.stderr
+    assert [values_of(argv, flag) for flag in ("--seed", "--id_token", "--data_root")] == [["7"], ["my token"], ["d"]]
+    assert not [word for word in argv[2:] if "validation" in word or "report" in word]
+    result, argvs = run_wrapper(edited(training.wrapper, "LR_SCHEDULES=()"), DATA_ROOT="d")
+    assert (result.returncode, argvs) == (2, []) and "LR_SCHEDULES" in result.stderr
+
+
+@by_wrapper
+@pytest.mark.parametrize("line", ['LEARNING_RATE=("1e-3")', 'NUM_GPU="2"', 'RANK="${RANK:-8}"'])
+def test_a_setting_that_does_not_exist_is_refused(run_wrapper, edited, wrapper, line):
+    result, argvs = run_wrapper(edited(wrapper, line), DATA_ROOT="d")
+    assert (result.returncode, argvs) == (2, [])
+    assert result.stderr == f"{wrapper.name}: {line.split('=')[0]} is no setting of this file\n"
+
+
+def test_an_own_name_that_a_setting_is_made_of_is_none_of_them(run_wrapper, edited):
+    result, [argv] = run_wrapper(edited(TRAIN, 'CLIPS=/clips\nDATA_ROOT="$CLIPS/cats"'))
+    assert values_of(argv, "--data_root") == ["/clips/cats"], result.stderr
+
+
+@by_wrapper
+@pytest.mark.parametrize("name", ["MODEL_ID", "MODEL_PATH"])
+def test_the_originals_names_are_taken_and_two_that_disagree_are_refused(run_wrapper, wrapper, name):
+    flag = "--model_id" if wrapper == PREPARE else "--pretrained_model_name_or_path"
+    result, [argv] = run_wrapper(wrapper, DATA_ROOT="d", **{name: "other/model"})
+    assert values_of(argv, flag) == ["other/model"]
+    assert result.stderr == f"{wrapper.name}: MODEL is other/model, given as {name}\n"
+    result, argvs = run_wrapper(wrapper, DATA_ROOT="d", MODEL="some/model", **{name: "other/model"})
+    assert (result.returncode, argvs) == (2, []) and len(result.stderr.splitlines()) == 1
+    _, [argv] = run_wrapper(wrapper, DATA_ROOT="d", MODEL="some/model", **{name: "some/model"})
+    assert values_of(argv, flag) == ["some/model"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "message"),
+    [
+        ({"NUM_GPUS": "1"}, "0", None),
+        ({"NUM_GPUS": "3"}, "0,1,2", None),
+        ({"NUM_GPUS": "2", "GPU_IDS": "4 5"}, "4,5", None),
+        ({"NUM_GPUS": "4", "GPU_IDS": "4,5"}, None, "NUM_GPUS is 4 but GPU_IDS=4,5 names 2"),
+        ({"NUM_GPUS": "all"}, None, "NUM_GPUS is a number of GPUs, not all"),
+        ({"NUM_GPUS": "a[$(touch pwned)]"}, None, "NUM_GPUS is a number of GPUs"),
+    ],
+)
+def test_a_number_of_gpus_counts_from_the_first(run_wrapper, tmp_path, settings, gpus, message):
+    result, argvs = run_wrapper(PREPARE, DATA_ROOT="d", **settings)
+    assert [argv[1] for argv in argvs] == ([gpus] if gpus else []), result.stderr
+    assert result.returncode == (2 if message else 0) and (message or "") in result.stderr
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_relative_config_is_this_repositorys_unless_there_is_one_here(run_wrapper, tmp_path):
+    settings = {"DATA_ROOT": "d", "ACCELERATE_CONFIG_FILE": "accelerate_configs/compiled_1.yaml"}
+    _, [argv] = run_wrapper(TRAIN, **settings)
+    assert argv[5] == str(ROOT / "accelerate_configs/compiled_1.yaml")
+    (tmp_path / "work/accelerate_configs").mkdir()
+    (tmp_path / "work/accelerate_configs/compiled_1.yaml").write_text("num_processes: 1\n")
+    _, [argv] = run_wrapper(TRAIN, **settings)
+    assert argv[5] == "accelerate_configs/compiled_1.yaml"
+
+
+@by_training
+def test_a_folder_of_videos_is_trained_as_such_unless_said_otherwise(run_wrapper, training, tmp_path):
+    (tmp_path / "work/clips").mkdir()
+    result, [argv] = run_wrapper(training.wrapper, DATA_ROOT="clips")
+    assert "--load_tensors" not in argv and values_of(argv, "--height_buckets") == ["480"]
+    assert "clips holds no video_latents" in result.stderr
+    _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="clips", LOAD_TENSORS="true")
+    assert "--load_tensors" in argv
+    (tmp_path / "work/clips/video_latents").mkdir()
+    result, [argv] = run_wrapper(training.wrapper, DATA_ROOT="clips")
+    assert "--load_tensors" in argv and result.stderr == ""
+
+
+@by_training
+@pytest.mark.parametrize("argument", ["--output_dir", "--hub_model_id=me/lora"])
+def test_one_place_for_several_runs_is_refused(run_wrapper, training, argument):
+    more = ["runs"] if argument == "--output_dir" else []
+    result, argvs = run_wrapper(training.wrapper, argument, *more, **SWEEP)
+    assert (result.returncode, argvs) == (2, [])
+    assert f"{argument.split('=')[0]} names one place for 4 runs" in result.stderr
+    result, [argv] = run_wrapper(training.wrapper, argument, *more, DATA_ROOT="d")
+    assert result.returncode == 0 and argument in argv
+
+
+@by_wrapper
+def test_a_file_where_the_results_go_is_refused(run_wrapper, tmp_path, wrapper):
+    (tmp_path / "work/out").touch()
+    result, argvs = run_wrapper(wrapper, DATA_ROOT="d", OUTPUT_ROOT="out")
+    assert (result.returncode, argvs) == (2, []) and "out is a file" in result.stderr
 
 
 # ---------------------------------------------------------------- training
@@ -350,7 +623,7 @@ def test_two_gpus_are_launched_with_the_config_for_two(run_wrapper):
 
 
 def test_the_environment_of_make_install_is_found(run_wrapper, tmp_path):
-    for name in (TRAIN.name, "training/sweep.sh", "accelerate_configs/uncompiled_1.yaml"):
+    for name in (TRAIN.name, "training/settings.sh", "training/sweep.sh", "accelerate_configs/uncompiled_1.yaml"):
         (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / "copy" / name)
     refused, argvs = run_wrapper(tmp_path / "copy" / TRAIN.name, DATA_ROOT="d", PATH=os.defpath)

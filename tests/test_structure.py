@@ -14,14 +14,27 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "training").glob("*.py"))
 
 # Layers: each imports only what lies below it. L0 is the standard library alone; the parts of L1 do not import one
-# another, except that dataset and attention have rooms of their own, and T5 is streamed where it is used; only L2 and L3 know accelerate and the flags.
-PURE = {"args", "buckets", "draws", "durable", "errors", "file_kinds", "memory_plan", "signals", "toolchain"}
-DATA_ROOMS = {"formats", "containers", "picture", "headers", "decode", "cache", "report"}
+# another, except that dataset, prepared files, attention and lora have rooms of their own, and T5 is streamed where it is used; only L2 and L3 know accelerate and the flags.
+PURE = {
+    "args",
+    "buckets",
+    "draws",
+    "durable",
+    "errors",
+    "file_kinds",
+    "hashes",
+    "memory_plan",
+    "signals",
+    "status",
+    "toolchain",
+}
+DATA_ROOMS = {"formats", "containers", "picture", "headers", "decode", "cache", "prepared", "report"}
 ROOMS = {
     "dataset": DATA_ROOMS, "decode": {"picture", "headers"}, "headers": {"picture", "containers"}, "picture": {"containers"}, "attention_trial": {"attention"}, "cogvideox": {"streaming"},
+    "lora": {"lora_file"}, "prepared": {"cache"},
 }  # fmt: skip
 PARTS = DATA_ROOMS | {
-    "dataset", "cogvideox", "objective", "lora", "sft", "optimizers", "curves",
+    "dataset", "cogvideox", "objective", "lora", "lora_file", "sft", "optimizers", "curves",
     "memory", "attention", "attention_trial", "streaming", "quantization", "norm_rope", "masters", "zero", "allocator",
 }  # fmt: skip
 SERVICES = {

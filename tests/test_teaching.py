@@ -17,7 +17,7 @@ import world
 from args import parse_prepare_args, parse_training_args
 from durable import release_locks
 from judge import accuracy, colour_errors, judge
-from lora import METADATA_KEY, WEIGHTS_NAME
+from lora_file import METADATA_KEY, WEIGHTS_NAME
 from test_tiny_model import SHIPPED
 
 

@@ -711,6 +711,16 @@ def test_the_held_out_loss_is_the_same_in_every_setting(train, module, script, c
 
 
 @only_t2v_lora
+def test_the_order_of_held_out_clips_changes_nothing(train, prepared, own_copy):
+    data = own_copy(prepared("5b", "two"), "data")
+    rows = (data / "data.jsonl").read_text().splitlines()
+    flags = ["--validation_data_root", str(data), "--max_train_steps", "1"]
+    before = held_out_rows(train("before", *flags))[0]
+    (data / "data.jsonl").write_text("".join(f"{row}\n" for row in reversed(rows)))
+    assert held_out_rows(train("after", *flags))[0][1] == pytest.approx(before[1], rel=1e-9)
+
+
+@only_t2v_lora
 def test_the_held_out_loss_falls_on_what_is_trained(train, prepared):
     flags = ["--validation_data_root", str(prepared("5b")), "--max_train_steps", "30", "--train_batch_size", "4"]
     first, last = held_out_rows(train("out", *flags))

@@ -4,11 +4,13 @@ Standard library only: `--help` and a mistyped flag answer before torch is impor
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
 import os
 import sys
+from pathlib import Path
 
 from errors import print_whole
 
@@ -186,11 +188,18 @@ class FlagParser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
+        self.argv: list[str] = []
 
     def error(self, message: str):
         """Leaves with exit code 2."""
+        from status import REFUSED, note_refusal  # only here: --help is quick
+
         self.say("error", message)
-        self.exit(2)
+        output_dir = named_value(self.argv, "--output_dir")
+        if output_dir:
+            with contextlib.suppress(OSError):  # a file in its place, say: the line above is what matters
+                note_refusal(Path(output_dir), message)
+        self.exit(REFUSED)
 
     def print_help(self, file=None):
         print_whole(self.format_help().rstrip("\n"))
@@ -203,6 +212,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse_flags(self, argv: list[str] | None) -> argparse.Namespace:
         """The flags' values, and in `given` the sorted names of those on the command line."""
         argv = sys.argv[1:] if argv is None else list(argv)
+        self.argv = argv
         self.refuse_unknown(argv)
         argv = self.with_config(argv)
         args = self.parse_args(argv)
@@ -214,12 +224,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def with_config(self, argv: list[str]) -> list[str]:
         """The flags of the run that --config names, then those on the command line, which win."""
-        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        config.add_argument("--config")
-        try:
-            path = config.parse_known_args(argv)[0].config
-        except argparse.ArgumentError:
-            return argv  # --config without a value: the whole parser says so
+        path = named_value(argv, "--config")
         return argv if path is None else self.recorded_argv(path) + argv
 
     def recorded_argv(self, path: str) -> list[str]:
@@ -258,6 +263,16 @@ class FlagParser(argparse.ArgumentParser):
     def is_used(self, args: argparse.Namespace, dest: str) -> bool:
         """Whether a flag differs from its default."""
         return getattr(args, dest) != self.get_default(dest)
+
+
+def named_value(argv: list[str], flag: str) -> str | None:
+    """The value of one flag, whatever the others are; None also for a flag without a value, of which argparse speaks."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag, dest="value")
+    try:
+        return parser.parse_known_args(argv)[0].value
+    except argparse.ArgumentError:
+        return None
 
 
 # A token is written nowhere, and --config only stands for the flags of another run
@@ -408,11 +423,13 @@ def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
 
 def check_export(parser: FlagParser, args: argparse.Namespace):
     """Refuses a form that could not hold what is trained."""
-    if "comfyui" in args.export and args.use_dora:
+    if args.use_dora and "comfyui" in args.export:
         parser.error(
             "--use_dora --export comfyui: ComfyUI divides by the norm of the base's rows, DoRA by that of the sum's, "
             "so that the file would not be what was trained; use --export merged"
         )
+    if args.use_dora and "kohya" in args.export:
+        parser.error("--use_dora --export kohya: its readers leave DoRA's magnitudes out; use --export merged")
 
 
 def check_validation(parser: FlagParser, args: argparse.Namespace):
@@ -694,7 +711,7 @@ def add_lora_flags(parser: FlagParser):
         "--lora_alpha",
         type=int,
         default=64,
-        help="the LoRA's output is multiplied by lora_alpha / rank; both are saved in its file",
+        help="the LoRA's output is multiplied by lora_alpha / rank; in its file the weights are multiplied already",
     )
     group.add_argument(
         "--lora_target_modules",
@@ -724,15 +741,17 @@ def add_lora_flags(parser: FlagParser):
     group.add_argument(
         "--init_lora",
         metavar="FILE",
-        help="start a new run from this LoRA, a file or the folder of a run; rank, alpha, layers and kind must be the same",
+        help="start a new run from this LoRA, a file or the folder of a run, also in the layout of peft, kohya or "
+        "ComfyUI; rank, alpha, layers and kind must be the same",
     )
     group.add_argument(
         "--export",
         nargs="+",
-        choices=["comfyui", "merged"],
+        choices=["comfyui", "kohya", "merged"],
         default=[],
         help="write the LoRA in further forms: comfyui is pytorch_lora_weights_comfyui.safetensors, in the key layout "
-        "of ComfyUI's own CogVideoX; merged is transformer/, the base model with the LoRA added to its weights",
+        "of ComfyUI's own CogVideoX; kohya is pytorch_lora_weights_kohya.safetensors, for VideoX-Fun; merged is "
+        "transformer/, the base model with the LoRA added to its weights",
     )
 
 
@@ -1268,4 +1287,15 @@ def add_prepare_other_flags(parser: FlagParser):
     group = parser.add_argument_group("other")
     group.add_argument(
         "--seed", type=int, default=42, help="seed of the draws per clip: flip, crop, start, noise on first frames"
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="believe nothing remembered: hash every video and weight file anew, and make again, compare and replace what "
+        "an earlier version prepared",
+    )
+    group.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove files in the output folder's own subfolders that prepare_dataset.py wrote and no row names any more",
     )

@@ -1,8 +1,6 @@
 """Files of a prepared dataset: written beside and renamed, each with a key of everything that decided its content."""
 
 import contextlib
-import functools
-import hashlib
 import io
 import logging
 import os
@@ -16,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
+from durable import rename
 from errors import NumbersError
 
 
@@ -23,23 +22,6 @@ logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------- keys
-
-
-@functools.lru_cache
-def weights_hash(directory: Path) -> str:
-    """A fingerprint of a model's files: names, sizes and the first MiB of each (T5-XXL whole would take a minute)."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in directory.iterdir() if path.is_file()):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(2**20))
-    return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """The content's hash, read in pieces: memory does not grow with the file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def recorded_key(path: Path) -> str | None:
@@ -67,7 +49,7 @@ def written_beside(path: Path):
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
-        temporary.replace(path)
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -18,10 +18,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from cache import recorded_key, weights_hash
-from durable import TEMPORARY, flush
+from cache import recorded_key
+from durable import TEMPORARY, flush, rename, undo
 from errors import StorageError
 from formats import first_few
+from hashes import stamp_of
 from runtime import meet
 
 
@@ -137,16 +138,17 @@ def encode_captions_from_args(
         meet("captions-written")
         if place == 0:
             flush(unfinished(path))
-            unfinished(path).replace(path)
+            rename(unfinished(path), path)
         meet("captions-in-place")
     return CaptionEmbeds(path, prompts)
 
 
 def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype, max_length: int) -> str:
-    """All that decides the file's content."""
+    """All that decides the file's content. T5 goes by sizes and times: hashing it would cost more than is spared."""
+    paths = [path for part in ("text_encoder", "tokenizer") for path in sorted((model_dir / part).iterdir())]
     parts = {
-        "prompts": prompts, "text_encoder": weights_hash(model_dir / "text_encoder"), "variant": args.variant,
-        "tokenizer": weights_hash(model_dir / "tokenizer"), "dtype": str(dtype), "tokens": max_length,
+        "prompts": prompts, "encoder": [[path.name, *stamp_of(path)] for path in paths], "variant": args.variant,
+        "dtype": str(dtype), "tokens": max_length,
     }  # fmt: skip
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -166,6 +168,7 @@ def reserve(path: Path, header: bytes, shape: tuple[int, int, int], dtype: torch
             f"{path}: the embeddings of {shape[0]} captions take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
             "are free there; make room, or choose an --output_dir on another disk"
         )
+    undo.extend([path.unlink, unfinished(path).unlink])  # of a command that is refused later
     with open(unfinished(path), "wb") as file:
         file.write(header)
         file.truncate(len(header) + needed)

@@ -1,8 +1,8 @@
 """Checkpoints that continue exactly where the data stood, and the folder they live in.
 
-A checkpoint is the adapter's file beside `optimizer.safetensors`, `state.json` and `manifest.json`, which holds every
-file's size and hash; nothing is pickled. Random state need not be kept: every draw is a function of the seed and of the
-sample's position in the run.
+A checkpoint is the result's file or folder beside `optimizer.safetensors`, `state.json` and `manifest.json`, which
+holds every file's size and hash, and the trained weights where those of the result are others; nothing is pickled.
+Random state need not be kept: every draw is a function of the seed and of the sample's position in the run.
 """
 
 import importlib.metadata
@@ -16,17 +16,33 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
 from captions import remove_caption_embeds
-from durable import TEMPORARY, clean_up, damage, lock_folder, remove, written_folder
-from errors import Interrupted, NumbersError, StorageError, UsageError
+from durable import (
+    REPLACED,
+    TEMPORARY,
+    clean_up,
+    damage,
+    keep,
+    lock_folder,
+    make_folder,
+    remove,
+    rename,
+    take_back,
+    undo,
+    write_json,
+    written_folder,
+)
+from errors import Interrupted, NumbersError, StorageError, UsageError, first_line
 from hub import RunFacts, push_from_args, write_outputs_from_args
 from optimizers import join_tensors, schedule_state, split_tensors, state_bytes_from_args
 from quantization import bytes_unquantized
-from runtime import memory_report, on_main_process, remove_earlier_status, write_json, write_status
+from runtime import memory_report, on_main_process
 from signals import INTERRUPTION
+from status import begin_run, forget_refusal, read_status, write_status
 from tracking import finish_trackers
 from update import TrainingState
 
@@ -62,29 +78,35 @@ def open_output_dir_from_args(args, accelerator) -> int | None:
     """Make or re-open `output_dir`. Returns the seed that a run to go on with there had drawn, else None.
 
     Refuses, with UsageError on all ranks, a folder that another process writes, or that holds another run, unless
-    --overwrite moves it aside.
+    --overwrite moves it aside. Where the command is refused, here or until `record_run_from_args`, all stays as it was.
     """
     return on_main_process(accelerator, lambda: claim_output_dir_from_args(args))
 
 
 def claim_output_dir_from_args(args) -> int | None:
-    output_dir = Path(args.output_dir)
+    keep()  # of a run before it in this process
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--output_dir {output_dir}: {error.filename} is a file; give a folder") from error
+        return claim_from_args(args, Path(args.output_dir))
+    except UsageError:
+        take_back()
+        raise
+
+
+def claim_from_args(args, output_dir: Path) -> int | None:
+    make_folder(output_dir)
     lock_folder(output_dir)
     if args.overwrite:
         refuse_own_checkpoint(args, output_dir)
     if args.overwrite and any(path.name != ".lock" for path in output_dir.iterdir()):
         move_aside(output_dir)
-        output_dir.mkdir()
+        make_folder(output_dir)
         lock_folder(output_dir)
+    unfinished = list(output_dir.glob(f"{REPLACED}checkpoint-*"))
+    is_new = not (checkpoint_dirs(output_dir) or unfinished or is_complete(output_dir))
+    if not (args.overwrite or is_new):
+        refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
     clean_up(output_dir)
-    if args.overwrite or not (checkpoint_dirs(output_dir) or read_state(output_dir) == "complete"):
-        return None
-    refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
-    return read_record(output_dir)["seed"] if args.seed is None else None
+    return None if args.overwrite or is_new or args.seed is not None else read_record(output_dir)["seed"]
 
 
 def refuse_own_checkpoint(args, output_dir: Path) -> None:
@@ -105,7 +127,8 @@ def move_aside(output_dir: Path) -> None:
     name = f"{whole.name}.{time.strftime('%Y%m%d-%H%M%S')}"
     number = next(n for n in itertools.count(1) if not whole.with_name(f"{name}.{n}").exists())
     aside = whole.with_name(f"{name}.{number}")
-    whole.rename(aside)
+    rename(whole, aside)
+    undo.append(lambda: aside.rename(whole))
     logger.info("the old %s is now %s", output_dir, aside)
 
 
@@ -128,7 +151,7 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     # Flags that are new since then count as they are now, unless they were given
     earlier = {name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)} | earlier
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
-    may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or read_state(output_dir) != "complete"
+    may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or not is_complete(output_dir)
     free = FREE_FLAGS | MEMORY_FLAGS | (LENGTH_FLAGS if may_extend else set())
     refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
     if refused:
@@ -137,32 +160,57 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
         logger.info("continuing with changed %s", ", ".join(f"--{name} {flags.get(name)}" for name in changed))
 
 
-def read_state(output_dir: Path) -> str | None:
-    status = output_dir / "status.json"
-    return json.loads(status.read_text(encoding="utf-8"))["state"] if status.exists() else None
+def is_complete(output_dir: Path) -> bool:
+    return read_status(output_dir).get("state") == "complete"
 
 
 def is_complete_from_args(args, num_steps: int) -> bool:
     """True if the output folder holds the result of these very steps: the same command again has nothing to do."""
-    status = Path(args.output_dir) / "status.json"
-    if args.resume_from_checkpoint not in (None, "latest") or not status.exists():
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint not in (None, "latest") or not is_complete(output_dir):
         return False
-    content = json.loads(status.read_text(encoding="utf-8"))
-    complete = content["state"] == "complete" and content["step"] >= num_steps
-    if complete:
-        logger.info("%s is complete at step %d: nothing to do", args.output_dir, content["step"])
-    return complete
+    step = read_status(output_dir)["step"]
+    if step >= num_steps:
+        logger.info("%s is complete at step %d: nothing to do", output_dir, step)
+    return step >= num_steps
 
 
 def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int) -> None:
-    """Before the first step, the main process: check the disk, rehearse the end, write args.json, drop the status of an
-    earlier run.
+    """Before the first step, the main process: check the disk, rehearse checkpoints and the end, write args.json, drop the
+    status of an earlier run.
     """
+    keep()
     on_main_process(accelerator, lambda: check_disk_from_args(args, engine, first_step, num_steps))
+    on_main_process(accelerator, lambda: rehearse_checkpoint(Path(args.output_dir)))
     if first_step == 0:
         rehearse_end_from_args(args, accelerator, engine)
     if accelerator.is_main_process:
         write_record_from_args(args, seed)
+    begin_run(Path(args.output_dir), accelerator.is_main_process)
+
+
+def rehearse_checkpoint(output_dir: Path) -> None:
+    """Write a small checkpoint and one in its place, read it back and remove it: StorageError for a disk that cannot."""
+    folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsal"
+    target, tensors = folder / "checkpoint-0", {"step": torch.arange(2)}
+    try:
+        folder.mkdir()
+        for step in (1, 2):
+            with written_folder(target) as unfinished:
+                save_file(tensors, unfinished / "optimizer.safetensors")
+                for _ in range(2):  # a file in place of another
+                    write_json(unfinished / "state.json", {"step": step})
+        if reason := damage(target):
+            raise StorageError(
+                f"{output_dir}: gives back other files than were written ({reason}); choose another disk"
+            )
+        load_file(target / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{output_dir}: cannot hold checkpoints ({first_line(error)}); choose another disk"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rehearse_end_from_args(args, accelerator, engine) -> None:
@@ -192,7 +240,6 @@ def write_record_from_args(args, seed: int) -> None:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     content = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "versions": versions}
     write_json(Path(args.output_dir) / "args.json", content)
-    remove_earlier_status(Path(args.output_dir))
 
 
 # ---------------------------------------------------------------- save
@@ -261,7 +308,10 @@ def file_bytes_from_args(args, engine) -> tuple[int, int]:
     copies = weights * 4 * (1 + args.ema)  # fp32 weights, and their average
     save_dtype = getattr(engine, "save_dtype", None)  # full fine-tuning writes the model too
     result = weights * (save_dtype.itemsize if save_dtype else 4)
-    return states + copies + (result if save_dtype else 0), result
+    if save_dtype:
+        return states + copies + result, result
+    is_scaled = args.lora_alpha != args.rank or args.use_rslora
+    return states + copies + (result if is_scaled else 0), result  # B as it is trained, beside the file
 
 
 def save_checkpoint_from_args(args, accelerator, step: int, engine, state: TrainingState, facts: dict) -> None:
@@ -313,8 +363,10 @@ def finish_run_from_args(args, accelerator, about: RunFacts) -> None:
 
 def finish_again_from_args(args, accelerator, about: RunFacts) -> None:
     """A complete run's forms that --export asks for and that are not there yet, and its upload."""
-    if accelerator.is_main_process and (args.export or about.hub_repo):
-        write_outputs_from_args(args, about, only_missing=True)
+    if accelerator.is_main_process:
+        forget_refusal(Path(args.output_dir))
+        if args.export or about.hub_repo:
+            write_outputs_from_args(args, about, only_missing=True)
     upload_from_args(args, about)
 
 
@@ -323,8 +375,8 @@ def upload_from_args(args, about: RunFacts) -> None:
     if about.hub_repo is None:
         return
     output_dir = Path(args.output_dir)
-    earlier = json.loads((output_dir / "status.json").read_text(encoding="utf-8"))
-    rest = {name: value for name, value in earlier.items() if name not in ("state", "exit_code", "message")}
+    told_anew = ("state", "exit_code", "message", "run")
+    rest = {name: value for name, value in read_status(output_dir).items() if name not in told_anew}
     try:
         push_from_args(args, about.hub_repo)
     except StorageError as error:
@@ -368,7 +420,7 @@ def choose_checkpoint_from_args(args, num_steps: int) -> Path | None:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
         newest = newest_whole(output_dir)
-        if newest is None and (wanted or read_state(output_dir) == "complete"):
+        if newest is None and (wanted or is_complete(output_dir)):
             logger.info("%s holds no checkpoint: starting at step 0", output_dir)
         if newest:
             refuse_later_step(newest, step_of(newest), num_steps)
@@ -426,11 +478,17 @@ def newest_whole(output_dir: Path) -> Path | None:
 def load_checkpoint(path: Path, engine, state: TrainingState, facts: dict) -> int:
     """Restore weights, optimizer, schedule and scaler of a whole checkpoint; returns the step.
 
-    `facts` must equal those saved.
+    `facts` must equal those saved, but for the rule of draws about clips.
     """
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if facts.get("draws") and "draws" not in saved:
+        logger.warning(
+            "%s: made when starts, crops, flips, first frames and the noise on held-out clips were drawn by a clip's place "
+            "in the list; from here on they are drawn by its path, so that they differ from those before",
+            path,
+        )
     for name, value in facts.items():
-        if saved.get(name) != value:
+        if name != "draws" and saved.get(name) != value:
             raise UsageError(
                 f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
             )

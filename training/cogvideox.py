@@ -9,6 +9,7 @@ import functools
 import gc
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,8 @@ IMAGE_TO_VIDEO_PIPELINE = CogVideoXImageToVideoPipeline
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # pixels per latent; the VAE's first latent frame covers one pixel frame
 CONFIGS = ["transformer/config.json", "vae/config.json"]  # kilobytes that say which model it is
 IMAGE_NOISE_MEAN, IMAGE_NOISE_STD = -3.0, 0.5  # of log sigma, the noise on image-to-video's first frame
+WEIGHT_NAME = re.compile(r"\.(safetensors|bin)$|\.index\.(\w+\.)?json$")  # files of weights, and indices of several
+SETTINGS_SUFFIXES = {".json", ".model", ".txt"}
 SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -282,6 +285,22 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
         return [single]
     shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(shards))]
+
+
+def files_that_load(folder: Path, variant: str | None) -> list[Path]:
+    """The files that decide what a VAE, a text encoder or a tokenizer computes: settings, and the weights of `variant`."""
+    paths = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    weights = [path for path in paths if WEIGHT_NAME.search(path.name)]
+    chosen = [path for path in weights if variant_of(path.name) == variant] or weights
+    is_safe = any(path.suffix == ".safetensors" for path in chosen)  # which is then read alone
+    chosen = [path for path in chosen if "safetensors" in path.name or not is_safe]
+    return [path for path in paths if path not in weights and path.suffix in SETTINGS_SUFFIXES] + chosen
+
+
+def variant_of(name: str) -> str | None:
+    """`fp16` of model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and model.safetensors.index.fp16.json."""
+    parts = re.sub(r"-\d+-of-\d+", "", name).split(".")[1:]
+    return next((part for part in parts if part not in ("safetensors", "bin", "index", "json")), None)
 
 
 def check_buckets(transformer_config, buckets, drop_learned_positions: bool = False) -> None:

@@ -61,7 +61,7 @@ from cogvideox import (
 )
 from dataset import build_dataset_from_args
 from engine import build_lora_engine_from_args, build_optimizer_from_args
-from held_out import build_held_out_from_args, encode_held_out
+from held_out import build_held_out_from_args, data_facts, encode_held_out
 from hub import RunFacts, check_hub_from_args
 from meter import make_meter_from_args, report_memory
 from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
@@ -158,7 +158,7 @@ def main(args) -> None:
     optimizer = build_optimizer_from_args(args, accelerator, engine, learning_rate_from_args(args, num_ranks))
     lr_scheduler = make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
     state = TrainingState(engine.params, optimizer, lr_scheduler, make_scaler(dtype), engine.masters, engine.ema)
-    facts = {"seed": seed, "data": dataset.fingerprint(), "num_processes": num_ranks}
+    facts = {"seed": seed, "num_processes": num_ranks, **data_facts(dataset, held_out_clips)}
     first_step = load_checkpoint(checkpoint, engine, state, facts) if checkpoint else 0
     record_run_from_args(args, accelerator, engine, seed, first_step, plan.num_steps)
     start_trackers_from_args(args, accelerator, "cogvideox-text-to-video-lora")
@@ -225,7 +225,7 @@ def main(args) -> None:
 
 
 def encode_batch(
-    batch: dict, seed: int, positions: list[int], vae, embeds: dict[str, torch.Tensor], vae_config, patch_size_t
+    batch: dict, seed: int, positions: list, vae, embeds: dict[str, torch.Tensor], vae_config, patch_size_t
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(latents [B, F, C, H, W], prompt_embeds [B, S, D]): from moments on disk, or of clips."""
     if "moments" in batch:

@@ -3,8 +3,9 @@
 Axes: B batch, F' pixel frames, F latent frames, C latent channels, H/W latent size, h/w pixels, S text tokens, D text
 width, K noised variants of a first frame.
 
-A sample's key is epoch * len(dataset) + index: a worker then knows the epoch, and every draw about a sample is a
-function of (seed, epoch, index). Sizes come from headers or the manifest; decoding happens in the workers.
+A sample's key is epoch * len(dataset) + index: a worker then knows the epoch. Every draw about a clip is a function of
+(seed, epoch, its place of formats.draw_places), so that no other row of the list changes it; the order of an epoch is of
+the list. Sizes come from headers or the manifest; decoding happens in the workers.
 """
 
 import hashlib
@@ -41,7 +42,19 @@ from decode import import_decord, read_frames
 from draws import draw_seed
 from errors import DataError, Interrupted, UsageError, UserError, first_line
 from file_kinds import stand_in
-from formats import NAMED, Clip, as_on_disk, first_few, inside, read_clips, read_text, read_text_rows, with_id_token
+from formats import (
+    NAMED,
+    Clip,
+    Row,
+    as_on_disk,
+    draw_places,
+    first_few,
+    inside,
+    read_clips,
+    read_text,
+    read_text_rows,
+    with_id_token,
+)
 from headers import Header, VideoInfo, read_header
 from picture import Caution
 from signals import shield_worker
@@ -115,6 +128,7 @@ class VideoDataset(Dataset):
         self.bucket_of = [bucket for _, _, bucket in good]
         self.prompts = [clip.prompt for clip in self.clips]
         self.sources = [clip.source for clip in self.clips]
+        self.places = draw_places(self.sources)
 
     def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
         """The clip's bucket; DataError if it is too short or fits none."""
@@ -191,15 +205,24 @@ class VideoDataset(Dataset):
 
         Starts lie on frames of the file: between them, rounding could repeat one frame and skip the next.
         """
+        spare = self.spare_frames(index)
+        first = self.draw("start", epoch, index).randint(0, spare) if spare else 0
+        return (self.skip_start + first) / self.infos[index].fps
+
+    def spare_frames(self, index: int) -> int:
+        """How many frames of the file later than the first one the clip's sample may start."""
         info, num_frames = self.infos[index], self.bucket_of[index].frames
+        if self.num_frames(info) <= num_frames:
+            return 0
         last = info.num_frames - self.skip_start - self.skip_end - 1
-        spare = math.floor(last - (num_frames - 1) * info.fps / self.fps + 1e-6)  # frames of the file
-        if self.num_frames(info) <= num_frames or spare <= 0:
-            return self.skip_start / info.fps
-        return (self.skip_start + self.draw("start", epoch, index).randint(0, spare)) / info.fps
+        return max(0, math.floor(last - (num_frames - 1) * info.fps / self.fps + 1e-6))
 
     def draw(self, name: str, epoch: int, index: int) -> random.Random:
-        return random.Random(draw_seed(self.seed, name, epoch, index))
+        return random.Random(draw_seed(self.seed, name, epoch, self.places[index]))
+
+    def is_drawn(self) -> bool:
+        """True if anything about a clip is left to a draw."""
+        return self.random_flip > 0 or any(self.spare_frames(index) for index in range(len(self)))
 
     def reshape(self, pixels: torch.Tensor, bucket: Bucket, epoch: int, index: int) -> torch.Tensor:
         return pixels
@@ -264,6 +287,11 @@ class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
         draw = self.draw("crop", epoch, index)
         return draw.randint(0, spare_height), draw.randint(0, spare_width)
 
+    def is_drawn(self) -> bool:
+        rows = zip(self.infos, self.bucket_of, strict=True)
+        has_room = any(cover_size(info.height, info.width, bucket) != bucket[1:] for info, bucket in rows)
+        return super().is_drawn() or (self.crop == "random" and has_room)
+
 
 def header_or_error(clip: Clip) -> Header | DataError:
     try:
@@ -272,12 +300,16 @@ def header_or_error(clip: Clip) -> Header | DataError:
         return error
 
 
-def cover_resize(pixels: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """uint8 [F', 3, h, w] at the least size that keeps the aspect and covers the bucket."""
-    height, width = pixels.shape[-2:]
+def cover_size(height: int, width: int, bucket: Bucket) -> tuple[int, int]:
+    """The least height and width that keep the aspect and cover the bucket."""
     factor = upscale(height, width, bucket)
-    size = max(round(height * factor), bucket.height), max(round(width * factor), bucket.width)
-    if size == (height, width):
+    return max(round(height * factor), bucket.height), max(round(width * factor), bucket.width)
+
+
+def cover_resize(pixels: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    """uint8 [F', 3, h, w] at the size that covers the bucket."""
+    size = cover_size(*pixels.shape[-2:], bucket)
+    if size == pixels.shape[-2:]:
         return pixels
     # On uint8: a quarter of the memory, and torch rounds and clips what bicubic overshoots
     return F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
@@ -310,12 +342,13 @@ class Latent(NamedTuple):
     source: str
     prompt: str
     bucket: Bucket
+    clip: str  # the path in the list that it was prepared from
 
 
 class LatentDataset(Dataset):
     """Moments and prompt embeddings from a folder of prepare_dataset.py, or one of .pt files in the original's layout.
 
-    `image_moments` are given if every clip has them: one of the K variants, drawn per epoch.
+    `image_moments` are given if every clip has them, unless `with_images` is off: one of the K variants, drawn per epoch.
     """
 
     def __init__(
@@ -330,6 +363,7 @@ class LatentDataset(Dataset):
         text_dropout: bool = False,
         scaling_factor: float | None = None,
         allow_outside: bool = False,
+        with_images: bool = True,
     ):
         self.root, self.seed = Path(root), seed
         if not self.root.is_dir():
@@ -350,7 +384,8 @@ class LatentDataset(Dataset):
         self.bucket_of = [latent.bucket for latent in self.latents]
         self.prompts = [latent.prompt for latent in self.latents]
         self.sources = [latent.source for latent in self.latents]
-        self.has_image_latents = all(latent.image_moments for latent in self.latents)
+        self.places = draw_places(latent.clip for latent in self.latents)
+        self.has_image_latents = with_images and all(latent.image_moments for latent in self.latents)
         refuse_unknown_buckets(self.latents, buckets)
         if text_dropout:
             self.empty_prompt_embeds()
@@ -378,11 +413,19 @@ class LatentDataset(Dataset):
             "index": index,
         }
         if self.has_image_latents:
-            variants = read_tensor(latent.image_moments, "moments")  # [K, 2C, 1, H, W], the original's [2C, 1, H, W]
-            variants = variants[None] if variants.ndim == 4 else variants
-            draw = random.Random(draw_seed(self.seed, "image_variant", epoch, index))
+            variants = self.image_variants(index)
+            draw = random.Random(draw_seed(self.seed, "image_variant", epoch, self.places[index]))
             sample["image_moments"] = variants[draw.randrange(len(variants))].clone()
         return sample
+
+    def image_variants(self, index: int) -> torch.Tensor:
+        """Moments [K, 2C, 1, H, W] of the first frame; the original's [2C, 1, H, W] are K = 1."""
+        variants = read_tensor(self.latents[index].image_moments, "moments")
+        return variants[None] if variants.ndim == 4 else variants
+
+    def is_drawn(self) -> bool:
+        """True if one of several first frames is drawn; one command prepares equally many of each clip."""
+        return self.has_image_latents and len(self.image_variants(0)) > 1
 
     def empty_prompt_embeds(self) -> torch.Tensor:
         """[S, D] of the empty prompt, for text dropout; DataError if the folder has none."""
@@ -419,6 +462,7 @@ def manifest_latent(
         sizes = row["metadata"]
         bucket = Bucket(int(sizes["num_frames"]), int(sizes["height"]), int(sizes["width"]))
         source, prompt = str(row.get("video")), row["prompt"]
+        clip = str(sizes.get("source", source))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{place}: {error} is missing or wrong; {PREPARE_AGAIN.format(root)}") from error
     if not files[0] or not files[1]:
@@ -436,7 +480,7 @@ def manifest_latent(
             f"{scaling_factor}); prepare the clips with the model that is trained"
         )
     moments, prompt_embeds, image = [inside(root, name, place, allow_outside) if name else None for name in files]
-    return Latent(moments, prompt_embeds, image, source, prompt, bucket)
+    return Latent(moments, prompt_embeds, image, source, prompt, bucket, clip)
 
 
 def refuse_missing(root: Path, latents: list[Latent]) -> None:
@@ -455,27 +499,42 @@ def original_latents(root: Path, caption_column: str, video_column: str, allow_o
         "%s: .pt files without a manifest; sizes are taken from the tensors, and that they were made with this model's "
         "VAE cannot be checked", root
     )  # fmt: skip
-    files = [[find_pt(root / folder, row.source) for folder in ("video_latents", "prompt_embeds")] for row in rows]
-    missing = [str(path.relative_to(root)) for pair in files for path in pair if not path.is_file()]
+    names = [pt_name(root, row.source) for row in rows]
+    folders = ("video_latents", "prompt_embeds")
+    missing = [f"{folder}/{name}" for name in names for folder in folders if not (root / folder / name).is_file()]
     if missing:
         raise DataError(f"{root}: {first_few(missing)} not found; {PREPARE_AGAIN.format(root)}")
+    refuse_shared(root, rows, names)
     latents = []
-    for row, (moments, prompt_embeds) in zip(rows, files, strict=True):
-        image = find_pt(root / "image_latents", row.source)
+    for row, name in zip(rows, names, strict=True):
+        moments, prompt_embeds, image = [root / folder / name for folder in (*folders, "image_latents")]
         for path in (moments, prompt_embeds, image):
             inside(root, str(path.relative_to(root)), f"{video_column}:{row.row}", allow_outside)
         _, frames, height, width = read_pt(moments, 4).shape
         bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)  # the VAE's factors: 4 in time, 8 in space
         image = image if image.is_file() else None
-        latents.append(Latent(moments, prompt_embeds, image, row.source, row.prompt, bucket))
+        latents.append(Latent(moments, prompt_embeds, image, row.source, row.prompt, bucket, row.source))
     return latents
 
 
-def find_pt(folder: Path, source: str) -> Path:
+def pt_name(root: Path, source: str) -> str:
     """<stem>.pt, else what the original made of names with several dots: all up to the first."""
+    folder = root / "video_latents"
     names = f"{Path(source).stem}.pt", f"{Path(source).name.split('.')[0]}.pt"
-    whole, cut = (folder / as_on_disk(folder, name) for name in names)
-    return cut if cut.is_file() and not whole.is_file() else whole
+    whole, cut = (as_on_disk(folder, name) for name in names)
+    return cut if (folder / cut).is_file() and not (folder / whole).is_file() else whole
+
+
+def refuse_shared(root: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """DataError where the original gave two clips, or two captions of one, the same name."""
+    owners: dict[str, Row] = {}
+    for row, name in zip(rows, names, strict=True):
+        first = owners.setdefault(name, row)
+        if (first.source, first.prompt) != (row.source, row.prompt):
+            raise DataError(
+                f"{root}: rows {first.row} and {row.row} ('{first.source}', '{row.source}') both lead to {name}, which "
+                f"is of one of them; {PREPARE_AGAIN.format(root)}"
+            )
 
 
 def refuse_unknown_buckets(latents: list[Latent], buckets: Sequence[Bucket] | None) -> None:
@@ -677,6 +736,7 @@ def build_dataset_from_args(
             text_dropout=args.text_dropout > 0,
             scaling_factor=scaling_factor,
             allow_outside=args.allow_outside_root,
+            with_images=image_to_video,
         )
         if image_to_video:
             latents.require_image_latents()

@@ -3,10 +3,11 @@
 import hashlib
 
 
-def draw_seed(seed: int, name: str, *place: int) -> int:
-    """A 63-bit seed for the draw `name` at `place` (an epoch and a sample, or a sample's position in the run).
+def draw_seed(seed: int, name: str, *place: int | str) -> int:
+    """A 63-bit seed for the draw `name` at `place` (an epoch and a clip, or a sample's position in the run).
 
     A hash, not a sum: neighbouring places then give unrelated streams.
     """
     text = "/".join([str(seed), name, *map(str, place)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,19 +1,22 @@
 """Folders on disk that are whole or not there, whatever moment a process dies at, and that belong to one run at a time.
 
 A folder is written beside its place, flushed, described by `manifest.json` (size and SHA-256 of each file) and renamed.
+Network mounts may refuse to flush, to lock or to rename: the first two cost a warning, without the last nothing is whole.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from errors import UsageError
+from errors import StorageError, UsageError
 
 
 logger = logging.getLogger(__name__)
@@ -21,7 +24,11 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 TEMPORARY, REPLACED = ".tmp-", ".old-"  # what the names of unfinished and of replaced files and folders begin with
 HASHING_THREADS = 4  # hashing runs beside Python: a file each
+# What a file system that cannot flush answers; EBADF where it wants a descriptor that is open for writing
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 held_locks: list[int] = []  # file descriptors; the system frees a lock when its process ends, however it ends
+undo: list[Callable[[], None]] = []  # what takes back the steps of a command that is not accepted yet, in their order
+warned: set[str] = set()  # lines that a run says once
 
 
 # ---------------------------------------------------------------- writing
@@ -53,9 +60,9 @@ def write_manifest(folder: Path) -> None:
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        flush_descriptor(file.fileno())
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        flush(directory)
+        flush_names(directory)
 
 
 def describe(path: Path) -> dict:
@@ -64,12 +71,51 @@ def describe(path: Path) -> dict:
 
 
 def flush(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut."""
+    """Make a file's content survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush_descriptor(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_descriptor(descriptor: int) -> None:
+    """Flush an open file. A file system that cannot is warned of once; an error of the disk is raised."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        warn_once(f"the disk takes no fsync ({error.strerror}): a power cut may cost the files written last")
+
+
+def flush_names(folder: Path) -> None:
+    """Make a folder's list of names survive a power cut, where its file system can: many network mounts cannot."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def warn_once(line: str) -> None:
+    if line not in warned:
+        warned.add(line)
+        logger.warning("%s", line)
+
+
+def rename(old: Path, new: Path) -> Path:
+    """Give a file or a folder its final name, in place of a file that has it; StorageError if that is refused."""
+    try:
+        return old.rename(new) if old.is_dir() else old.replace(new)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a full disk has a line of its own, with what is free
+        reason = error.strerror or error
+        raise StorageError(
+            f"{new}: written, but cannot be renamed to that ({reason}); choose a disk whose file system allows it"
+        ) from error
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
@@ -77,9 +123,9 @@ def put_in_place(temporary: Path, target: Path) -> None:
     aside = target.with_name(REPLACED + target.name)
     if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    temporary.rename(target)
-    flush(target.parent)
+        rename(target, aside)
+    rename(temporary, target)
+    flush_names(target.parent)
     if aside.exists():
         remove(aside)
 
@@ -101,12 +147,26 @@ def clean_up(parent: Path) -> None:
         if target.exists():
             remove(aside)
         else:
-            aside.rename(target)  # killed between the two renames: the earlier one is still good
+            rename(aside, target)  # killed between the two renames: the earlier one is still good
     for left in sorted(parent.glob(f"{TEMPORARY}*")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 # ---------------------------------------------------------------- reading
@@ -138,30 +198,71 @@ def damage(folder: Path) -> str | None:
 # ---------------------------------------------------------------- one run at a time
 
 
+def make_folder(folder: Path) -> None:
+    """Make the output folder and those above it; `take_back` removes them."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    undo.extend(path.rmdir for path in reversed(missing))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--output_dir {folder}: {error.filename} is a file; give a folder") from error
+
+
 def lock_folder(folder: Path) -> None:
     """Hold `folder` until this process ends; UsageError, with the holder's number, if another process does.
 
     A record lock, not a file that exists: it ends with its process, kill -9 included, and forked workers do not share it.
     """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    path = folder / ".lock"
+    is_new = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    times, before = os.fstat(descriptor), os.read(descriptor, 100)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.read(descriptor, 20).decode(errors="replace").strip() or "another"
-        os.close(descriptor)
-        raise UsageError(
-            f"{folder}: process {holder} is writing there; wait until it ends, or choose another --output_dir"
-        ) from error
-    except OSError as error:  # some network file systems have no locks
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # POSIX allows either
+            os.close(descriptor)
+            holder = before.decode(errors="replace").strip() or "another"
+            raise UsageError(
+                f"{folder}: process {holder} is writing there; wait until it ends, or choose another --output_dir"
+            ) from error
         logger.warning("%s: cannot be locked (%s); start no second run there", folder, error.strerror)
-        return
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
+    if times.st_nlink and not os.fstat(descriptor).st_nlink:  # a refused command has just removed the file
+        os.close(descriptor)
+        return lock_folder(folder)
     held_locks.append(descriptor)
+    undo.append(lambda: restore_lock(path, descriptor, None if is_new else before, times))
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+
+def restore_lock(path: Path, descriptor: int, before: bytes | None, times: os.stat_result) -> None:
+    """Give the lock back, its file as it was `before`; None: there was none."""
+    if before is None:
+        path.unlink()
+    else:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, before, 0)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    held_locks.remove(descriptor)
+    os.close(descriptor)
+
+
+def keep() -> None:
+    """The command is accepted: what it does from here on stays."""
+    undo.clear()
+
+
+def take_back() -> None:
+    """Undo what a command did before it was refused: its lock, its folders, a folder moved aside."""
+    while undo:
+        with contextlib.suppress(OSError):  # such as a folder that holds something by now
+            undo.pop()()
 
 
 def release_locks() -> None:
     """For a process that goes on after a run: tests."""
+    keep()
+    warned.clear()
     while held_locks:
         os.close(held_locks.pop())

@@ -30,6 +30,7 @@ from lora import (
     project,
     project_apart,
     save_lora,
+    save_unscaled,
     start_from_lora,
 )
 from masters import HostMasters, Masters
@@ -98,6 +99,7 @@ class LoraEngine(Engine):
 
     def save_state(self, directory: Path) -> None:
         self.save(directory)
+        save_unscaled(self.transformer, directory)
 
     def load_state(self, directory: Path) -> None:
         load_lora(self.transformer, directory)

@@ -3,109 +3,102 @@
 ComfyUI's layout, as its own code reads it (Comfy-Org/ComfyUI): comfy/lora.py maps `diffusion_model.<module>` to every
 weight of a model; comfy/weight_adapter/lora.py takes `.lora_up.weight` [out, rank], `.lora_down.weight` [rank, in] and
 `.alpha` from there and adds strength * alpha / rank * up @ down; comfy/ldm/cogvideo/model.py names the modules.
-kijai's ComfyUI-CogVideoXWrapper keeps diffusers' names: it loads the LoRA's own file, by load_lora_weights.
+
+kohya's layout, as merge_lora of VideoX-Fun (videox_fun/utils/lora_utils.py) and of kijai's ComfyUI-CogVideoXWrapper
+(lora_utils.py) read it: the same three tensors under `lora_unet__<module>`, dots turned to underscores, whose pieces
+are joined until diffusers' model has a module of that name; added in fp32 with the same formula.
 """
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 
+from durable import rename, write_json
 from errors import UsageError
-from lora import METADATA_KEY, PREFIX, WEIGHTS_NAME
-from runtime import write_json
+from lora_file import (
+    COMFYUI_PREFIX,
+    DTYPES,
+    WEIGHTS_NAME,
+    comfyui_module,
+    kohya_module,
+    layers_in,
+    read_lora,
+    scaled,
+    scaling_of,
+    training_entry,
+    write_tensors,
+)
 from sft import SUBFOLDER
 
 
 COMFYUI_NAME = "pytorch_lora_weights_comfyui.safetensors"
-COMFYUI_PREFIX = "diffusion_model."
-# Modules that ComfyUI calls otherwise than diffusers; all the rest have one name in both
-COMFYUI_MODULES = (
-    ("transformer_blocks.", "blocks."),
-    (".attn1.to_q", ".q"),
-    (".attn1.to_k", ".k"),
-    (".attn1.to_v", ".v"),
-    (".attn1.to_out.0", ".attn_out"),
-    (".ff.net.0.proj", ".ff_proj"),
-    (".ff.net.2", ".ff_out"),
-    ("time_embedding.", "time_embedding_"),
-    ("ofs_embedding.", "ofs_embedding_"),
-)
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 BASE_NAME = "diffusion_pytorch_model"  # diffusers' name of a model's weight files
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class LoraWeights(NamedTuple):
-    """One layer's adapter. `magnitude` [out] is DoRA's length of every weight row."""
+    """One layer's adapter, which adds up @ down. `magnitude` [out] is DoRA's length of every weight row."""
 
     down: torch.Tensor  # A [rank, in], of a convolution [rank, in, h, w]
-    up: torch.Tensor  # B [out, rank], of a convolution [out, rank, 1, 1]
-    scaling: float
+    up: torch.Tensor  # B times its scaling [out, rank], of a convolution [out, rank, 1, 1]
     magnitude: torch.Tensor | None = None
 
 
 def export_lora_from_args(args, model_dir: Path, only_missing: bool = False) -> None:
     """What --export asks for, beside the LoRA in output_dir. `model_dir` holds the base model."""
     output_dir = Path(args.output_dir)
-    if "comfyui" in args.export and not (only_missing and (output_dir / COMFYUI_NAME).exists()):
-        export_comfyui(output_dir / WEIGHTS_NAME, output_dir / COMFYUI_NAME)
+    for form, name, export in (("comfyui", COMFYUI_NAME, export_comfyui), ("kohya", KOHYA_NAME, export_kohya)):
+        if form in args.export and not (only_missing and (output_dir / name).exists()):
+            export(output_dir / WEIGHTS_NAME, output_dir / name)
     if "merged" in args.export and not (only_missing and (output_dir / SUBFOLDER).exists()):
         merge_lora(output_dir / WEIGHTS_NAME, model_dir / SUBFOLDER, output_dir / SUBFOLDER, args.variant)
 
 
-def read_lora(path: Path) -> tuple[dict[str, LoraWeights], dict]:
-    """(weights by the name of their module, what training noted for inference) of a LoRA's file."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    config = json.loads(metadata[METADATA_KEY])
-    alpha, use_rslora = config[f"{PREFIX}lora_alpha"], config[f"{PREFIX}use_rslora"]
-    layers = {}
-    for module in sorted({name.split(".lora_")[0] for name in tensors}):
+def read_layers(path: Path) -> tuple[dict[str, LoraWeights], dict, dict]:
+    """(weights by the name of their module, what inference must follow, flags on record) of a LoRA's file."""
+    file = read_lora(path)
+    tensors, scaling, layers = file.tensors, scaling_of(file, path), {}
+    for module in sorted(layers_in(file)):
         down, up = (tensors.pop(f"{module}.lora_{part}.weight").float() for part in "AB")
-        scaling = alpha / (math.sqrt(down.shape[0]) if use_rslora else down.shape[0])
-        layers[module] = LoraWeights(down, up, scaling, tensors.pop(f"{module}.lora_magnitude_vector", None))
+        layers[module] = LoraWeights(down, scaled(up, scaling), tensors.pop(f"{module}.lora_magnitude_vector", None))
     if tensors:
         raise RuntimeError(f"{path}: {len(tensors)} tensors have no place in an export, e.g. {sorted(tensors)[0]}")
-    return layers, json.loads(metadata.get("training", "{}"))
+    return layers, file.facts, file.recorded
 
 
-# ---------------------------------------------------------------- ComfyUI
+# ---------------------------------------------------------------- ComfyUI, VideoX-Fun
 
 
 def export_comfyui(lora_path: Path, target: Path) -> None:
-    """Write the LoRA as ComfyUI reads it: strength 1.0 is what was trained, whatever alpha, rank and their scaling."""
-    layers, facts = read_lora(lora_path)
+    """Write the LoRA as ComfyUI's own CogVideoX reads it."""
+    export_up_down(lora_path, target, lambda module: COMFYUI_PREFIX + comfyui_module(module))
+
+
+def export_kohya(lora_path: Path, target: Path) -> None:
+    """Write the LoRA as VideoX-Fun reads it."""
+    export_up_down(lora_path, target, kohya_module)
+
+
+def export_up_down(lora_path: Path, target: Path, name_of: Callable[[str], str]) -> None:
+    """Strength 1.0 is what was trained, whether or not a reader knows of `.alpha`: it is the rank."""
+    layers, facts, recorded = read_layers(lora_path)
     tensors = {}
     for module, layer in layers.items():
         if layer.magnitude is not None:
-            raise UsageError(f"{lora_path}: ComfyUI's layout cannot hold DoRA; use --export merged")
-        name = COMFYUI_PREFIX + comfyui_module(module)
+            raise UsageError(f"{lora_path}: this layout cannot hold DoRA; use --export merged")
+        name = name_of(module)
         tensors[f"{name}.lora_up.weight"] = layer.up
         tensors[f"{name}.lora_down.weight"] = layer.down
-        tensors[f"{name}.alpha"] = torch.tensor(layer.scaling * layer.down.shape[0])
+        tensors[f"{name}.alpha"] = torch.tensor(float(layer.down.shape[0]))
     sizes = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
-    metadata = {"format": "pt"} | ({"training": json.dumps(facts, sort_keys=True)} if facts else {})
-    temporary = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        write_tensors(temporary, sizes, tensors.__getitem__, metadata)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def comfyui_module(module: str) -> str:
-    """ComfyUI's name for a module that diffusers calls `module`."""
-    for theirs, ours in COMFYUI_MODULES:
-        module = module.replace(theirs, ours)
-    return module
+    write_tensors(target, sizes, tensors.__getitem__, {"format": "pt"} | training_entry(facts | recorded))
 
 
 # ---------------------------------------------------------------- merge
@@ -116,7 +109,7 @@ def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | Non
 
     Sums are made in fp32 of the stored weights and rounded once. Written beside and renamed.
     """
-    layers, facts = read_lora(lora_path)
+    layers, facts, _ = read_layers(lora_path)
     temporary = target.with_name(f".{os.getpid()}-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -124,7 +117,7 @@ def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | Non
         merge_files(layers, base_dir, temporary, variant, dropped_weights(facts))
         write_config(base_dir, temporary, facts)
         shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -157,8 +150,7 @@ def merge_files(
 
 def merged_weight(weight: torch.Tensor, layer: LoraWeights) -> torch.Tensor:
     """The fp32 weight that does what `weight` and the adapter do together."""
-    change = layer.scaling * (layer.up.flatten(1) @ layer.down.flatten(1))
-    weight = weight + change.view_as(weight)
+    weight = weight + (layer.up.flatten(1) @ layer.down.flatten(1)).view_as(weight)
     if layer.magnitude is None:
         return weight
     norm = torch.linalg.norm(weight.flatten(1), dim=1)  # [out]
@@ -190,30 +182,3 @@ def write_config(base_dir: Path, target: Path, facts: dict) -> None:
     write_json(target / "config.json", config)
     if facts:
         write_json(target / "training.json", facts)
-
-
-# ---------------------------------------------------------------- safetensors, a tensor at a time
-
-
-def write_tensors(
-    path: Path,
-    sizes: dict[str, tuple[torch.dtype, Iterable[int]]],
-    tensor_of: Callable[[str], torch.Tensor],
-    metadata: dict[str, str],
-) -> None:
-    """A safetensors file of tensors of these dtypes and shapes, asked for one by one; equal content, equal bytes.
-
-    The format: length of the header, header in JSON padded to 8 bytes, tensors without a gap.
-    """
-    header, end = {"__metadata__": metadata}, 0
-    for name, (dtype, shape) in sizes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in sizes:
-            file.write(tensor_of(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -304,6 +304,19 @@ def with_id_token(prompt: str, id_token: str | None) -> str:
     return f"{id_token} {prompt}" if prompt.strip() else id_token
 
 
+def draw_places(sources: Iterable[str]) -> list[str]:
+    """`source/window/repeat` of each clip, all that a draw about it depends on: other rows may come, go and move.
+
+    The source is the path as written, its n-th row is repeat n; the window, of clips cut into several, is 0.
+    """
+    seen: Counter[str] = Counter()
+    places = []
+    for source in sources:
+        places.append(f"{source}/0/{seen[source]}")
+        seen[source] += 1
+    return places
+
+
 def unique_stems(sources: Iterable[str]) -> list[str]:
     """File names for what is made from each source path: safe, unique, and unchanged when other rows come or go.
 

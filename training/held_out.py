@@ -1,7 +1,7 @@
 """The loss on clips that are not trained on: it tells learning from luck, and shows when a run begins to memorise.
 
-Every clip at ten timesteps, with noise and latents that never change: numbers of two validations, or of two runs with
-the same seed, differ by the weights alone.
+Every clip at ten timesteps, with noise and latents that follow its path and never change: numbers of two validations,
+or of two runs with the same seed, differ by the weights alone.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from draws import draw_seed
 from objective import draw_normal
 
 
+DRAW_RULE = "source, window, repeat"
 NUM_BINS = 10  # of timesteps; the loss is taken at the centre of each
 
 
@@ -35,7 +36,9 @@ class HeldOutClips:
 class HeldOut:
     """What this rank evaluates: its clips, encoded once, since their draws are fixed too."""
 
-    clips: dict[int, list[torch.Tensor]]  # number of the clip -> what `losses_of` takes, on the CPU, latents first
+    clips: dict[
+        str, list[torch.Tensor]
+    ]  # place of formats.draw_places -> what `losses_of` takes, on the CPU, latents first
     num_clips: int  # of all ranks
     losses_of: Callable
     seed: int
@@ -63,6 +66,12 @@ def build_held_out_from_args(
     return HeldOutClips(dataset, dataset.bucket_of[:count], dataset.prompts[:count])
 
 
+def data_facts(dataset: Dataset, held_out_clips: HeldOutClips) -> dict:
+    """What checkpoints record of the data, and by which rule a run draws about clips: None where it draws nothing."""
+    is_drawn = bool(held_out_clips.prompts) or dataset.is_drawn()
+    return {"data": dataset.fingerprint(), "draws": DRAW_RULE if is_drawn else None}
+
+
 def encode_held_out(
     accelerator, clips: HeldOutClips, encode: Callable, losses_of: Callable, seed: int, num_timesteps: int
 ) -> HeldOut:
@@ -70,8 +79,8 @@ def encode_held_out(
     own_seed, device = draw_seed(seed, "held_out"), accelerator.device
     encoded = {}
     for index in range(accelerator.process_index, len(clips.prompts), accelerator.num_processes):
-        batch = send_to_device(collate([clips.dataset[index]]), device)
-        encoded[index] = [tensor.cpu() for tensor in encode(batch, own_seed, [index])]
+        batch, place = send_to_device(collate([clips.dataset[index]]), device), clips.dataset.places[index]
+        encoded[place] = [tensor.cpu() for tensor in encode(batch, own_seed, [place])]
     return HeldOut(encoded, len(clips.prompts), losses_of, own_seed, num_timesteps, device)
 
 
@@ -79,13 +88,12 @@ def sum_losses(held_out: HeldOut) -> torch.Tensor:
     """Sum [NUM_BINS] of the loss over this rank's clips; called within the engine's inference()."""
     sums = torch.zeros(NUM_BINS, dtype=torch.float64, device=held_out.device)
     width = held_out.num_timesteps / NUM_BINS
-    for index, inputs in held_out.clips.items():
+    for place, inputs in held_out.clips.items():
         inputs = [tensor.to(held_out.device) for tensor in inputs]
-        for place in range(NUM_BINS):
-            position = index * NUM_BINS + place
-            noise = draw_normal(held_out.seed, "noise", [position], inputs[0].shape[1:]).to(held_out.device)
-            timesteps = torch.tensor([int((place + 0.5) * width)], device=held_out.device)
-            sums[place] += held_out.losses_of(*inputs, noise, timesteps)[0]
+        for number in range(NUM_BINS):
+            noise = draw_normal(held_out.seed, f"noise/{number}", [place], inputs[0].shape[1:]).to(held_out.device)
+            timesteps = torch.tensor([int((number + 0.5) * width)], device=held_out.device)
+            sums[number] += held_out.losses_of(*inputs, noise, timesteps)[0]
     return sums
 
 

@@ -1,5 +1,6 @@
 """The model card that every run writes, and the upload of its result."""
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -13,9 +14,10 @@ import torch
 from huggingface_hub import HfApi, ModelCardData
 
 from curves import draw_losses
+from durable import write_text
 from errors import StorageError, UsageError, first_line
-from export import COMFYUI_NAME, export_lora_from_args
-from runtime import learning_rate_from_args, on_main_process, write_text
+from export import COMFYUI_NAME, KOHYA_NAME, export_lora_from_args
+from runtime import learning_rate_from_args, on_main_process
 from sft import SUBFOLDER
 
 
@@ -36,6 +38,7 @@ MODEL_LICENCE = {
     "license_link": "https://huggingface.co/zai-org/CogVideoX-5b/blob/main/LICENSE",
 }
 PACKAGES = ("torch", "diffusers", "transformers", "peft")
+LONGEST_NAME = 96  # characters of a repository's name that the hub takes
 NO_PROMPT = "A lighthouse stands in the rain."  # of the example, where the run had none
 
 
@@ -277,11 +280,15 @@ def usage_notes_from_args(args, facts: RunFacts) -> list[str]:
     """Paragraphs below the example."""
     notes = []
     if facts.is_lora:
-        notes.append("Alpha and rank are in the file: a weight of 1.0, the default, is the strength that was trained.")
+        notes.append(
+            "Alpha / rank is in the weights already: a strength of 1.0, the default, is what was trained, in every reader."
+        )
     if args.drop_learned_positions and facts.is_lora:
         notes.append("It was trained without the base model's learned positions, hence the transformer above.")
     if "comfyui" in args.export:
         notes.append(f"`{COMFYUI_NAME}` is the same LoRA for ComfyUI's own nodes, at strength 1.0.")
+    if "kohya" in args.export:
+        notes.append(f"`{KOHYA_NAME}` is the same LoRA for VideoX-Fun, at strength 1.0.")
     if "merged" in args.export:
         notes.append(
             f"`{SUBFOLDER}/` is the base model's transformer with the LoRA added, for "
@@ -322,10 +329,17 @@ def make_repo_from_args(args) -> str:
 
 
 def default_repo_name(folder: str) -> str:
-    """A name that the hub takes: at most 96 letters, digits, - _ and ., no -- or .. in it."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder)[:96]
+    """A name that the hub takes: at most 96 letters, digits, - _ and ., no -- or .. in it.
+
+    One that had to be altered ends in a hash of the whole, so that two folders are never one repository.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder)
     name = re.sub(r"--+", "-", re.sub(r"\.\.+", ".", name)).removesuffix(".git").strip("-._")
-    return name or "cogvideox-finetune"
+    if name == folder and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(folder.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    begin = name[: LONGEST_NAME - len(digest) - 1].rstrip("-._")
+    return f"{begin or 'cogvideox-finetune'}-{digest}"
 
 
 def push_from_args(args, repo: str) -> None:

@@ -1,13 +1,9 @@
 """Adapters in, adapters out: low-rank adaptation (arXiv 2106.09685) by peft, in files that diffusers loads."""
 
-import contextlib
-import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from peft import LoraConfig
@@ -15,20 +11,28 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 
 from draws import draw_seed
 from errors import UsageError
+from lora_file import (
+    WEIGHTS_NAME,
+    LoraFile,
+    find_file,
+    layers_in,
+    lora_metadata,
+    rank_and_alpha,
+    read_lora,
+    scaled,
+    scaling_of,
+    write_tensors,
+)
 
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
+UNSCALED_NAME = "lora_unscaled.safetensors"  # of a checkpoint, see save_unscaled
 ADAPTER = "default"  # peft's name for the trained adapter
-COPIED_AT_ONCE = 2**20  # bytes
-PREFIX = "transformer."  # diffusers' name for the adapted part of the pipeline
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's configuration, as JSON
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of an adapted layer; the last is DoRA's
 
 
@@ -152,97 +156,74 @@ def name_in_block(name: str) -> str:
 
 
 def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: dict | None = None) -> Path:
-    """Write the adapter with alpha and rank in its metadata, so that `load_lora_weights(directory)` alone restores it.
+    """Write the adapter so that `load_lora_weights(directory)` alone restores it, at its trained strength.
 
     `facts`, what else inference must know, goes into the metadata's "training" entry, which diffusers leaves alone.
-
-    Never `.alpha` tensors beside metadata: diffusers refuses both. Equal runs write equal bytes. Written beside
-    and renamed: a reader sees the old file or the new one.
+    Equal runs write equal bytes. One tensor at a time is in memory.
     """
-    metadata = {key: plain(value) for key, value in transformer.peft_config[ADAPTER].to_dict().items()}
-    temporary_name = f".tmp-{os.getpid()}-{WEIGHTS_NAME}"
-    pipeline_class.save_lora_weights(
-        save_directory=directory,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-        transformer_lora_adapter_metadata=metadata,
-        weight_name=temporary_name,
-    )
-    temporary = Path(directory, temporary_name)
-    finish_header(temporary, {"training": json.dumps(facts, sort_keys=True)} if facts else {})
-    return temporary.replace(Path(directory, WEIGHTS_NAME))
+    config, prefix = transformer.peft_config[ADAPTER], f"{pipeline_class.transformer_name}."
+    weights = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    factors = scalings(transformer, weights)
+
+    def tensor_of(name: str) -> torch.Tensor:
+        key = name.removeprefix(prefix)
+        return scaled(weights[key].detach().cpu(), factors.get(key, 1))
+
+    path = Path(directory, WEIGHTS_NAME)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = {prefix + key: (weight.dtype, weight.shape) for key, weight in weights.items()}
+    write_tensors(path, sizes, tensor_of, lora_metadata(config, facts or {}, prefix))
+    return path
 
 
-def plain(value):
-    """JSON for a value of peft's configuration; sets in order, since their own order changes with PYTHONHASHSEED."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return value.value if hasattr(value, "value") else value
+def save_unscaled(transformer: nn.Module, directory: Path) -> None:
+    """Beside a checkpoint's LoRA: every B as it is trained, unless all come back bit for bit by division.
 
-
-def finish_header(path: Path, more_metadata: dict[str, str]) -> None:
-    """Add to a safetensors file's metadata and sort the keys of its header: the library writes them in random order.
-
-    In place: 1 GiB of a LoRA, rank 256 of 5b, needs no second GiB of disk or memory.
+    They do where the scaling is a power of two, but for numbers near the ends of fp32's range.
     """
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] |= more_metadata
-        text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-        text = text.ljust(max(size, len(text) + -len(text) % 8))  # tensors start at a multiple of 8 bytes
-        move_towards_end(file, 8 + size, len(text) - size)
-        file.seek(0)
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.flush()
-        os.fsync(file.fileno())
-    give_usual_mode(path)
+    weights = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    factors = scalings(transformer, weights)
+    weights = {key: weights[key].detach() for key in factors}
+    if all(
+        torch.equal(scaled(scaled(weight, factors[key]), 1 / factors[key]), weight) for key, weight in weights.items()
+    ):
+        return
+    sizes = {key: (weight.dtype, weight.shape) for key, weight in weights.items()}
+    write_tensors(Path(directory, UNSCALED_NAME), sizes, lambda key: weights[key].cpu(), {"format": "pt"})
 
 
-def move_towards_end(file: BinaryIO, start: int, distance: int) -> None:
-    """Move what a file holds from byte `start` on by `distance` bytes, the last first."""
-    if distance:
-        for place in reversed(range(start, file.seek(0, os.SEEK_END), COPIED_AT_ONCE)):
-            file.seek(place)
-            content = file.read(COPIED_AT_ONCE)
-            file.seek(place + distance)
-            file.write(content)
-
-
-def give_usual_mode(path: Path) -> None:
-    """The permissions of any new file there: the library makes files that only their owner can read."""
-    new = path.with_name(f"{path.name}.new")
-    new.touch()
-    with contextlib.suppress(OSError):  # a file system may have none
-        path.chmod(new.stat().st_mode & 0o777)
-    new.unlink()
+def scalings(transformer: nn.Module, keys: Iterable[str]) -> dict[str, float]:
+    """The trained adapter's scaling by the key of each B among peft's `keys`."""
+    layers = lora_layers(transformer)
+    suffix = ".lora_B.weight"
+    return {key: layers[key.removesuffix(suffix)].scaling[ADAPTER] for key in keys if key.endswith(suffix)}
 
 
 def load_lora(transformer: nn.Module, directory: Path) -> None:
-    """Load a saved adapter into the trained one, bit for bit; any missing, unexpected or misshapen key is an error."""
-    path = Path(directory, WEIGHTS_NAME)
-    insert_lora(transformer, read_lora(path)[0], path)
+    """Load what `save_lora` and `save_unscaled` wrote into the trained adapter, bit for bit.
+
+    Any missing, unexpected or misshapen key is an error.
+    """
+    path, unscaled = Path(directory, WEIGHTS_NAME), Path(directory, UNSCALED_NAME)
+    file = read_lora(path)
+    insert_lora(transformer, file, path)
+    if unscaled.exists():
+        set_peft_model_state_dict(transformer, file.tensors | read_lora(unscaled).tensors, adapter_name=ADAPTER)
 
 
-def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors by their keys in the transformer, what peft's configuration says in the metadata, empty without)."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            config = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"{path}: not readable as a LoRA file ({error})") from error
-    return tensors, {key.removeprefix(PREFIX): value for key, value in config.items()}
-
-
-def insert_lora(transformer: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def insert_lora(transformer: nn.Module, file: LoraFile, path: Path) -> None:
+    """Give the adapter the file's weights; where it scales B @ A otherwise, B makes up for it."""
     current = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-    differing = sorted(current.keys() ^ tensors.keys())
-    differing += [key for key in current if key in tensors and tensors[key].shape != current[key].shape]
+    differing = sorted(current.keys() ^ file.tensors.keys())
+    differing += [key for key, tensor in file.tensors.items() if key in current and tensor.shape != current[key].shape]
     if differing:
         raise UsageError(
             f"{path}: does not fit this model and rank, {len(differing)} keys differ, e.g. {differing[0]}"
         )
-    set_peft_model_state_dict(transformer, tensors, adapter_name=ADAPTER)
+    theirs = scaling_of(file, path)
+    for key, ours in scalings(transformer, file.tensors).items():
+        file.tensors[key] = scaled(file.tensors[key], theirs / ours)
+    set_peft_model_state_dict(transformer, file.tensors, adapter_name=ADAPTER)
 
 
 def check_saved_lora(transformer: nn.Module, directory: Path) -> None:
@@ -256,49 +237,66 @@ def check_saved_lora(transformer: nn.Module, directory: Path) -> None:
         transformer.load_lora_adapter(directory, weight_name=WEIGHTS_NAME, adapter_name=check, prefix="transformer")
     try:
         for name, layer in lora_layers(transformer).items():
-            for part in (getattr(layer, part) for part in PARTS):
-                if (check in part) != (ADAPTER in part):
-                    raise RuntimeError(f"{directory}: {name} has other parts after saving")
-                if check in part and not torch.equal(part[check].weight, part[ADAPTER].weight.to(part[check].weight)):
-                    raise RuntimeError(f"{directory}: {name} differs after saving")
-            if layer.scaling[check] != layer.scaling[ADAPTER]:
+            if layer.scaling[check] != 1:  # what readers without metadata take
                 raise RuntimeError(f"{directory}: {name} is scaled differently after saving")
+            for part in PARTS:
+                check_part(f"{directory}: {name}", layer, part, check)
     finally:
         transformer.set_adapter(ADAPTER)
         transformer.delete_adapters(check)
+
+
+def check_part(name: str, layer: LoraLayer, part: str, check: str) -> None:
+    """A saved part is the trained one, B times its scaling."""
+    weights = getattr(layer, part)
+    if (check in weights) != (ADAPTER in weights):
+        raise RuntimeError(f"{name} has other parts after saving")
+    if check not in weights:
+        return
+    saved, trained = weights[check].weight, weights[ADAPTER].weight
+    trained = scaled(trained, layer.scaling[ADAPTER] if part == "lora_B" else 1)
+    if not torch.equal(saved, trained.to(saved)):
+        raise RuntimeError(f"{name} differs after saving")
 
 
 # ---------------------------------------------------------------- starting from a trained LoRA
 
 
 def start_from_lora(transformer: nn.Module, path: Path) -> None:
-    """Give the fresh adapter the weights of a LoRA file in diffusers' format, or of the one in a run's folder.
+    """Give the fresh adapter the effect of a LoRA's file, or of the one in a folder: diffusers', peft's, kohya's, ComfyUI's.
 
     The flags must be those that it was trained with: what differs is refused in one line that says what to give.
     """
-    path = path / WEIGHTS_NAME if path.is_dir() else path
-    tensors, config = read_lora(path)
-    if config.get("rank_pattern") or config.get("alpha_pattern") or len(ranks_in(tensors)) != 1:
-        raise UsageError(f"{path}: --init_lora needs a LoRA file with one rank and one alpha for all layers")
-    theirs, ours = flags_of_file(tensors, config), flags_of_adapter(transformer)
+    path = find_file(path)
+    modules = {name for name, _ in transformer.named_modules()}
+    file = read_lora(path, modules)
+    if unknown := sorted(layers_in(file) - modules):
+        raise UsageError(f"{path}: does not fit this model, which has no layer {unknown[0]}")
+    theirs, ours = flags_of_file(file, path), flags_of_adapter(transformer)
     advice = [flag_advice(flag, theirs[flag], ours[flag]) for flag in theirs if theirs[flag] != ours[flag]]
-    if layers_in(tensors) != set(lora_layers(transformer)):
-        names = config.get("target_modules") or {name_in_block(name) for name in layers_in(tensors)}
-        advice.append(f"give --lora_target_modules {' '.join(sorted(names))}")
+    names = {name_in_block(layer) for layer in layers_in(file)}
+    if names != {name_in_block(layer) for layer in lora_layers(transformer)}:
+        targets = file.config.get("target_modules")  # for peft also a pattern, which the flag does not take
+        advice.append(
+            f"give --lora_target_modules {' '.join(sorted(targets if isinstance(targets, list) else names))}"
+        )
     if advice:
         raise UsageError(f"{path}: --init_lora goes on with a LoRA of other flags; {', '.join(advice)}")
-    insert_lora(transformer, tensors, path)
+    insert_lora(transformer, file, path)
 
 
-def flags_of_file(tensors: dict[str, torch.Tensor], config: dict) -> dict:
-    """Without metadata alpha is the rank, as diffusers has it."""
-    (rank,) = ranks_in(tensors)
-    return {
+def flags_of_file(file: LoraFile, path: Path) -> dict:
+    """Those that it was trained with, by what it says; no flag names an alpha that is no whole number."""
+    rank, alpha = rank_and_alpha(file, path)
+    flags = {
         "rank": rank,
-        "lora_alpha": config.get("lora_alpha", rank),
-        "use_dora": any("lora_magnitude_vector" in key for key in tensors),
-        "use_rslora": config.get("use_rslora", False),
-    }
+        "lora_alpha": alpha,
+        "use_dora": any("lora_magnitude_vector" in key for key in file.tensors),
+        "use_rslora": bool(file.config.get("use_rslora")) and not file.alphas,
+    } | file.recorded
+    if flags["lora_alpha"] % 1:
+        del flags["lora_alpha"], flags["use_rslora"]
+    return flags
 
 
 def flags_of_adapter(transformer: nn.Module) -> dict:
@@ -314,12 +312,4 @@ def flags_of_adapter(transformer: nn.Module) -> dict:
 def flag_advice(flag: str, theirs, ours) -> str:
     if isinstance(theirs, bool):
         return f"{'give' if theirs else 'leave out'} --{flag}"
-    return f"give --{flag} {theirs} (not {ours})"
-
-
-def ranks_in(tensors: dict[str, torch.Tensor]) -> set[int]:
-    return {tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".lora_A.weight")}
-
-
-def layers_in(tensors: dict[str, torch.Tensor]) -> set[str]:
-    return {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    return f"give --{flag} {theirs:g} (not {ours})"

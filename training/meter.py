@@ -17,9 +17,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from durable import write_text
 from errors import NumbersError
 from formats import first_few
-from runtime import START, Start, memory_report, write_text
+from runtime import START, Start, memory_report
 from streaming import gather_objects
 from tracking import log_values
 from update import Update

@@ -11,17 +11,17 @@ import torch
 from draws import draw_seed
 
 
-def draw_generator(seed: int, name: str, *place: int) -> torch.Generator:
+def draw_generator(seed: int, name: str, *place: int | str) -> torch.Generator:
     """A CPU generator for one draw: the same numbers on every device, rank, worker and after every restart."""
     return torch.Generator("cpu").manual_seed(draw_seed(seed, name, *place))
 
 
-def draw_normal(seed: int, name: str, positions: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+def draw_normal(seed: int, name: str, positions: Sequence[int | str], shape: Sequence[int]) -> torch.Tensor:
     """Standard normal [B, *shape] in fp32; row i depends on (seed, name, positions[i]) alone."""
     return torch.stack([torch.randn(tuple(shape), generator=draw_generator(seed, name, p)) for p in positions])
 
 
-def draw_uniform(seed: int, name: str, positions: Sequence[int]) -> torch.Tensor:
+def draw_uniform(seed: int, name: str, positions: Sequence[int | str]) -> torch.Tensor:
     """Uniform [B] in [0, 1)."""
     return torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in positions])
 

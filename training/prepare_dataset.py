@@ -21,6 +21,8 @@ import re
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed
@@ -29,9 +31,6 @@ from tqdm import tqdm
 from allocator import expand_segments
 from cache import (
     Writer,
-    file_hash,
-    recorded_key,
-    weights_hash,
     write_image,
     write_tensors,
     write_video,
@@ -46,6 +45,7 @@ from cogvideox import (
     encode_images,
     encode_prompts,
     encode_videos,
+    files_that_load,
     free_memory,
     load_text_encoder,
     load_vae,
@@ -58,23 +58,44 @@ from cogvideox import (
     text_length,
 )
 from dataset import build_videos_from_args, tolerant_loader
-from durable import TEMPORARY, lock_folder
+from durable import TEMPORARY, keep, lock_folder, make_folder
 from errors import DataError, Interrupted, UsageError
 from formats import unique_stems, with_id_token
+from hashes import Hashes
 from objective import draw_generator
-from runtime import check_device_from_args, run_script, write_status
+from prepared import (
+    CURRENT,
+    EARLIER,
+    EMPTY,
+    MISSING,
+    VERSION,
+    Component,
+    Key,
+    content_hash,
+    file_key,
+    hash_component,
+    named_files,
+    pixels_key,
+    prune,
+    state_of,
+    unnamed_files,
+)
+from runtime import agree_on_run, check_device_from_args, on_main_process, run_script
 from signals import INTERRUPTION
+from status import begin_run, write_status
 
 
 logger = logging.getLogger(__name__)
 
+GO_ON = "the same command does what is missing"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
-    output_dir = output_dir_from_args(args, rank)
+    ranks = SimpleNamespace(is_main_process=rank == 0, num_processes=num_ranks)
+    output_dir = on_main_process(ranks, lambda: output_dir_from_args(args))  # refused by one, refused by all
     source = args.revision, args.cache_dir
     config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
@@ -83,16 +104,23 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- clips
     videos = build_videos_from_args(args, fps)
-    model_dir = resolve_model_dir(
-        args.model_id, components_from_args(args), *source
-    )  # gigabytes, for data that is there
+    # Gigabytes, for data that is there
+    model_dir = resolve_model_dir(args.model_id, components_from_args(args), *source)
     stems = unique_stems([clip.source for clip in videos.clips])
     rows = tqdm(enumerate(stems), desc="comparing", total=len(stems), delay=5, disable=rank > 0)  # hashes every video
-    plan = [plan_clip_from_args(args, model_dir, videos, index, stem, fps) for index, stem in rows]
-    for item in plan:
-        item["missing"] = {path for path in item["files"] if not is_current(output_dir, path, item)}
+    with Hashes(believe=not args.verify) as hashes:
+        model = hash_model_from_args(args, model_dir, hashes)
+        plan = [plan_clip_from_args(args, model, videos, index, stem, hashes) for index, stem in rows]
+    empty = plan_empty_from_args(args, model)
+    earlier = compare_from_args(args, output_dir, [*plan, *empty])
     todo = [item for item in plan if item["missing"]]
+    old_content = {path: content_hash(output_dir, path) for path in earlier if args.verify and rank == 0}
+    keep()
+    if rank == 0:
+        warn_of_unnamed_from_args(args, output_dir, plan)
+        remove_unfinished(output_dir)
     gather([], num_ranks)  # nobody writes before all have seen the same state: the ranks share `todo` by place
+    begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
 
@@ -101,17 +129,22 @@ def main(args) -> None:
     if args.save_latents_and_embeddings:
         if rank == 0:
             warn_of_captions_from_args(args, model_dir, todo)
-        write_embeddings_from_args(args, output_dir, model_dir, mine, config, device, rank)
+        captions = [*empty, *mine] if rank == 0 else mine
+        write_embeddings_from_args(args, output_dir, model_dir, captions, config, device, rank)
     unreadable = write_pixels_from_args(args, output_dir, model_dir, videos, mine, device, rank)
 
     # ---------------------------------------------------------------- manifest
     problems = videos.problems + gather(unreadable, num_ranks)
     if rank > 0:
         return  # rank 0 reports: the launcher ends all processes as soon as one fails
-    made = [item["index"] for item in todo if all(is_current(output_dir, path, item) for path in item["files"])]
+    made = [item["index"] for item in todo if is_made(output_dir, item)]
     done = [item for item in plan if not item["missing"] or item["index"] in made]
     write_manifest(output_dir, done)
     logger.info("%s: %d clips, %d prepared now, %d left out", output_dir, len(done), len(made), len(problems))
+    report_verified_from_args(args, output_dir, old_content)
+    if args.prune:
+        num_removed = prune(output_dir, files_of(done))
+        logger.info("--prune: %d files removed that no row of data.jsonl names", num_removed)
     for line in problems:
         logger.warning("left out: %s", line)
     if problems:
@@ -127,6 +160,7 @@ def init_processes() -> tuple[int, int, torch.device]:
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        agree_on_run()
     if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)
     # LOCAL_RANK: the global rank names no device of the second machine
@@ -134,19 +168,23 @@ def init_processes() -> tuple[int, int, torch.device]:
     return rank, num_ranks, torch.device(device)
 
 
-def output_dir_from_args(args, rank: int) -> Path:
-    """The folder, held by rank 0 until it ends, without what killed processes left unfinished."""
+def output_dir_from_args(args) -> Path:
+    """The folder, held by this process until it ends."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir}: is a file; give a folder")
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        lock_folder(output_dir)
-        for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
-            left.unlink()
+    keep()  # of a run before it in this process
+    make_folder(output_dir)
+    lock_folder(output_dir)
     return output_dir
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """What killed processes left half written."""
+    for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
+        left.unlink()
 
 
 def target_fps_from_args(args, checkpoint_fps: int) -> int:
@@ -179,45 +217,121 @@ def gather(lines: list[str], num_ranks: int) -> list[str]:
 # ---------------------------------------------------------------- what a clip needs, and what is there
 
 
-def plan_clip_from_args(args, model_dir: Path, videos, index: int, stem: str, fps: float) -> dict:
-    """The files that a clip needs and, for each kind, a key of everything that decides its content."""
+class Model(NamedTuple):
+    """What keys and rows must know of the model; without latents no hashes."""
+
+    scaling_factor: float
+    vae: Component | None = None
+    text_encoder: Component | None = None
+    tokenizer: Component | None = None
+
+
+def hash_model_from_args(args, model_dir: Path, hashes: Hashes) -> Model:
+    scaling_factor = load_vae_config(model_dir).scaling_factor
+    if not args.save_latents_and_embeddings:
+        return Model(scaling_factor)
+    parts = [model_dir / name for name in ("vae", "text_encoder", "tokenizer")]
+    return Model(
+        scaling_factor, *(hash_component(part, files_that_load(part, args.variant), hashes) for part in parts)
+    )
+
+
+def plan_clip_from_args(args, model: Model, videos, index: int, stem: str, hashes: Hashes) -> dict:
+    """The files that a clip needs and, for each, the key of everything that decides its content."""
     clip, bucket = videos.clips[index], videos.bucket_of[index]
-    pixels_key = {
-        "source": file_hash(clip.video), "bucket": list(bucket), "fps": fps, "reshape": args.video_reshape_mode,
+    earlier = {
+        "source": hashes.of(clip.video), "bucket": list(bucket), "fps": videos.fps, "reshape": args.video_reshape_mode,
         "flip": args.random_flip, "seed": args.seed,
     }  # fmt: skip
-    latents_key = {
-        **pixels_key, "vae": weights_hash(model_dir / "vae"), "variant": args.variant, "dtype": args.dtype,
-        "tiling": args.use_tiling,
-    }  # fmt: skip
-    item = {"index": index, "stem": stem, "bucket": bucket, "fps": fps, "source": clip.source}
+    now = pixels_key(earlier, videos.places[index], "decord" if args.video_backend == "decord" else "pyav")
+    item = {"index": index, "stem": stem, "bucket": bucket, "fps": videos.fps, "source": clip.source}
     item |= {"caption": clip.prompt, "prompt": with_id_token(clip.prompt, args.id_token), "id_token": args.id_token}
-    item["scaling_factor"] = load_vae_config(model_dir).scaling_factor
-    keys = {}
-    if args.save_latents_and_embeddings:
-        keys[f"video_latents/{stem}.safetensors"] = latents_key
-        if args.save_image_latents:
-            keys[f"image_latents/{stem}.safetensors"] = {**latents_key, "variants": args.num_image_variants}
+    item |= {"scaling_factor": model.scaling_factor, "files": {}}
     if args.save_previews or not args.save_latents_and_embeddings:
-        keys[f"images/{stem}.png"] = pixels_key  # written after videos/<stem>.mp4: it vouches for both
+        item["files"][f"images/{stem}.png"] = file_key(now, earlier)  # written after the video: it vouches for both
     if args.save_latents_and_embeddings:
-        keys[f"prompt_embeds/{stem}.safetensors"] = prompt_key_from_args(args, model_dir, item["prompt"])
-    item["files"] = {path: json.dumps(key, sort_keys=True) for path, key in keys.items()}
+        item["files"] |= tensor_keys_from_args(args, model, item, now, earlier)
     return item
 
 
-def prompt_key_from_args(args, model_dir: Path, prompt: str) -> dict:
-    return {
-        "prompt": prompt, "text_encoder": weights_hash(model_dir / "text_encoder"), "variant": args.variant,
-        "tokenizer": weights_hash(model_dir / "tokenizer"), "dtype": args.dtype, "tokens": args.max_sequence_length,
-    }  # fmt: skip
+def tensor_keys_from_args(args, model: Model, item: dict, now: dict, earlier: dict) -> dict:
+    """Keys of a clip's moments and embedding, from those of its pixels."""
+    both = {"dtype": args.dtype, "tiling": args.use_tiling}
+    earlier = {**earlier, **both, "vae": model.vae.earlier, "variant": args.variant}
+    now = {**now, **both, "vae": model.vae.now}
+    keys = {video_latent(item): file_key(now, earlier)}
+    if args.save_image_latents:
+        variants = {"variants": args.num_image_variants}
+        noise = {"noise": [IMAGE_NOISE_MEAN, IMAGE_NOISE_STD]}
+        keys[image_latent(item)] = file_key({**now, **variants, **noise}, {**earlier, **variants})
+    keys[f"prompt_embeds/{item['stem']}.safetensors"] = prompt_key_from_args(args, model, item["prompt"])
+    return keys
 
 
-def is_current(output_dir: Path, path: str, item: dict) -> bool:
-    """True if the file is there, readable and made from the same content with the same settings."""
-    if path.startswith("images/") and not (output_dir / "videos" / f"{item['stem']}.mp4").exists():
-        return False
-    return recorded_key(output_dir / path) == item["files"][path]
+def prompt_key_from_args(args, model: Model, prompt: str) -> Key:
+    both = {"prompt": prompt, "dtype": args.dtype, "tokens": args.max_sequence_length}
+    now = {"version": VERSION, "text_encoder": model.text_encoder.now, "tokenizer": model.tokenizer.now}
+    earlier = {
+        "text_encoder": model.text_encoder.earlier,
+        "tokenizer": model.tokenizer.earlier,
+        "variant": args.variant,
+    }
+    return file_key({**both, **now}, {**both, **earlier})
+
+
+def plan_empty_from_args(args, model: Model) -> list[dict]:
+    """The empty prompt, which text dropout trains on; nothing where no captions are embedded."""
+    if not args.save_latents_and_embeddings:
+        return []
+    return [{"prompt": "", "files": {EMPTY: prompt_key_from_args(args, model, "")}}]
+
+
+def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
+    """Set what each item lacks; returns the files that an earlier version prepared, by the same flags and content."""
+    accepted, earlier = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
+    for item in items:
+        states = {path: state_of(output_dir, path, key) for path, key in item["files"].items()}
+        if any(state == MISSING and not is_embedding(path) for path, state in states.items()):
+            # Frames of version 1 may start elsewhere: a clip's video, first frames and preview are made together
+            states |= {path: MISSING for path in states if not is_embedding(path) and states[path] == EARLIER}
+        item["missing"] = {path for path, state in states.items() if state not in accepted}
+        earlier += [path for path, state in states.items() if state == EARLIER]
+    if earlier and not args.verify:
+        logger.info(
+            "%d files were prepared by an earlier version and are kept; --verify checks them in full", len(earlier)
+        )
+    return earlier
+
+
+def report_verified_from_args(args, output_dir: Path, old_content: dict[str, str]) -> None:
+    """`old_content`: hashes of what an earlier version had prepared, by path."""
+    if args.verify:
+        kept = [path for path in old_content if (output_dir / path).exists()]
+        num_differing = sum(content_hash(output_dir, path) != old_content[path] for path in kept)
+        logger.info(
+            "--verify: %d files of an earlier version were made again, %d of them were different",
+            len(kept),
+            num_differing,
+        )
+
+
+def warn_of_unnamed_from_args(args, output_dir: Path, plan: list[dict]) -> None:
+    unnamed = unnamed_files(output_dir, files_of(plan))
+    if unnamed and not args.prune:
+        logger.warning(
+            "%s: holds %d files of %d clips that are none of this command's; data.jsonl will not name them, and they stay: "
+            "--prune removes them, another --output_dir keeps both sets",
+            output_dir, len(unnamed), len({path.stem for path in unnamed}),
+        )  # fmt: skip
+
+
+def files_of(items: list[dict]) -> set[str]:
+    return named_files(path for item in items for path in item["files"])
+
+
+def is_made(output_dir: Path, item: dict) -> bool:
+    """True if all that the item lacked has been made."""
+    return all(state_of(output_dir, path, item["files"][path]) == CURRENT for path in item["missing"])
 
 
 def is_embedding(path: str) -> bool:
@@ -226,6 +340,10 @@ def is_embedding(path: str) -> bool:
 
 def video_latent(item: dict) -> str:
     return f"video_latents/{item['stem']}.safetensors"
+
+
+def image_latent(item: dict) -> str:
+    return f"image_latents/{item['stem']}.safetensors"
 
 
 # ---------------------------------------------------------------- captions
@@ -244,16 +362,11 @@ def warn_of_captions_from_args(args, model_dir: Path, items: list[dict]) -> None
 def write_embeddings_from_args(
     args, output_dir: Path, model_dir: Path, items, config: dict, device, rank: int
 ) -> None:
-    """T5 embeddings of the captions that lack one, and of the empty prompt, which text dropout trains on."""
+    """T5 embeddings of the captions that lack one."""
     wanted: dict[str, list] = {}  # prompt -> [(path, key)]
-    if rank == 0:
-        key = json.dumps(prompt_key_from_args(args, model_dir, ""), sort_keys=True)
-        empty = {"prompt": "", "files": {"prompt_embeds/_empty.safetensors": key}}
-        empty["missing"] = {path for path in empty["files"] if not is_current(output_dir, path, empty)}
-        items = [empty, *items]
     for item in items:
         for path in filter(is_embedding, sorted(item["missing"])):
-            wanted.setdefault(item["prompt"], []).append((path, item["files"][path]))
+            wanted.setdefault(item["prompt"], []).append((path, item["files"][path].now))
     if not wanted:
         return
     max_length = args.max_sequence_length
@@ -295,13 +408,13 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
             batch_items = [pending[index] for index in batch["index"]]
             if batch_items:
                 for path, tensors, item in make_tensors_from_args(args, vae, batch["pixels"], batch_items, device):
-                    writer.submit(write_tensors, output_dir / path, tensors, item["files"][path])
+                    writer.submit(write_tensors, output_dir / path, tensors, item["files"][path].now)
                 for pixels, item in zip(batch["pixels"], batch_items, strict=True):
                     if f"images/{item['stem']}.png" in item["missing"]:
                         writer.submit(write_preview, output_dir, item, pixels)
             bar.update(len(batch_items) + len(batch["problems"]))
     if INTERRUPTION.reason:
-        raise Interrupted(f"stopped by {INTERRUPTION.reason}; the same command does what is missing")
+        raise Interrupted(f"stopped by {INTERRUPTION.reason}; {GO_ON}")
     return problems
 
 
@@ -315,7 +428,7 @@ def make_tensors_from_args(args, vae, pixels: torch.Tensor, items: list[dict], d
         for place, moments in zip(wanted, encode_videos(vae, units[wanted]).cpu(), strict=True):
             yield video_latent(items[place]), {"moments": moments}, items[place]
     for frames, item in zip(units, items, strict=True):
-        path = f"image_latents/{item['stem']}.safetensors"
+        path = image_latent(item)
         if path in item["missing"]:
             moments = encode_noised_frames(vae, frames[0], args.num_image_variants, args.seed, item["stem"])
             yield path, {"moments": moments.cpu()}, item
@@ -340,7 +453,7 @@ def write_preview(output_dir: Path, item: dict, pixels: torch.Tensor) -> None:
     frames = pixels.permute(0, 2, 3, 1).numpy()
     write_video(output_dir / f"videos/{item['stem']}.mp4", frames, item["fps"])
     image = f"images/{item['stem']}.png"
-    write_image(output_dir / image, frames[0], item["files"][image])
+    write_image(output_dir / image, frames[0], item["files"][image].now)
 
 
 def write_manifest(output_dir: Path, items: list[dict]) -> None:
@@ -383,4 +496,4 @@ def manifest_row(item: dict) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(ARGS), ARGS.output_dir)
+    run_script(lambda: main(ARGS), ARGS.output_dir, GO_ON)

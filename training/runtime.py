@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
@@ -10,6 +9,7 @@ import re
 import resource
 import secrets
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -28,9 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
-from errors import ERROR_LOG, MemoryFullError, UsageError, UserError, first_line
+from durable import take_back
+from errors import ERROR_LOG, MemoryFullError, StorageError, UsageError, UserError, first_line
 from quantization import check_base_precision
 from signals import INTERRUPTION, caught_signals
+from status import REFUSED, RUN, is_of_this_run, note_refusal, read_status, write_status
 from tracking import tracking_options_from_args
 from zero import check_deepspeed_from_args, uses_deepspeed
 
@@ -39,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
-STARTED = time.time()  # this process
 INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
+STORAGE_ERRORS = {
+    errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE
+}  # fmt: skip
 # What the launcher exports of its config, where that sets it
 LAUNCHER_VARIABLES = {
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -69,14 +73,33 @@ class Start:
         self.since = now
 
 
+def find_launcher() -> psutil.Process | None:
+    """The launcher that started this process."""
+    with contextlib.suppress(psutil.Error):  # the parent of another user, or gone
+        parent = psutil.Process().parent()
+        if parent and LAUNCHERS & {Path(word).name for word in parent.cmdline()[:4]}:
+            return parent
+    return None
+
+
 def launch_time() -> float:
     """When this process was started, or the launcher that started it."""
-    process = psutil.Process()
-    with contextlib.suppress(psutil.Error):  # the parent of another user, or gone
-        parent = process.parent()
-        if parent and LAUNCHERS & {Path(word).name for word in parent.cmdline()[:4]}:
-            return parent.create_time()
-    return process.create_time()
+    return (find_launcher() or psutil.Process()).create_time()
+
+
+def launch_id() -> str | None:
+    """An id of what the launcher has started, the same in all its processes; None without one."""
+    launcher = find_launcher()
+    return f"{socket.gethostname()}-{launcher.pid}-{launcher.create_time()}" if launcher else None
+
+
+def agree_on_run() -> None:
+    """All ranks take the id of the first: several machines have a launcher each, and mpirun is none of those known."""
+    if torch.distributed.is_initialized():
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if torch.distributed.get_rank() == 0:
+            store.set("run", RUN.id)
+        RUN.id = store.get("run").decode()
 
 
 START = Start()  # of this process
@@ -94,6 +117,7 @@ def init_accelerator_from_args(args) -> Accelerator:
     cpu = not torch.cuda.is_available() and not uses_deepspeed()  # accelerate would leave DeepSpeed out
     options = tracking_options_from_args(args)
     accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
+    agree_on_run()
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.ERROR)
     expand_segments(accelerator.device)
@@ -372,74 +396,51 @@ def memory_savers_from_args(args, level: str | None, is_lora: bool) -> list[str]
 # ---------------------------------------------------------------- finish
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def write_status(output_dir: Path, state: str, exit_code: int, **more) -> None:
-    """`status.json`: what `accelerate launch` hides, since it turns every exit code into 1."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "status.json", {"state": state, "exit_code": exit_code, **more})
-
-
-def remove_earlier_status(output_dir: Path) -> None:
-    """What a killed run leaves must not be the status of the run before it. Another rank may have failed already."""
-    status = output_dir / "status.json"
-    if status.exists() and status.stat().st_mtime < STARTED:
-        status.unlink()
-
-
-def run_script(main: Callable[[], None], output_dir: str | Path) -> None:
+def run_script(main: Callable[[], None], output_dir: str | Path, go_on: str = GO_ON) -> None:
     """Run `main` and leave: every error that a user can mend is one line, its exit code also in status.json.
 
-    Any other error is a defect: exit code 70 too, after its traceback. A signal is 75, see signals.py.
+    Any other error is a defect: exit code 70 too, after its traceback. A signal is 75, see signals.py. `go_on` says
+    what the same command does then.
     """
-    started, output_dir = time.time(), Path(output_dir)
+    output_dir = Path(output_dir)
     os.environ[ERROR_LOG] = str(output_dir.absolute() / "errors.log")
-    with caught_signals(lambda: note_failure(output_dir, INTERRUPTED, "stopped at once; " + GO_ON, started)):
+    RUN.__init__(launch_id())
+    with caught_signals(lambda: note_failure(output_dir, INTERRUPTED, f"stopped at once; {go_on}")):
         try:
             main()
             return
         except UserError as error:
             code, line = error.exit_code, str(error)
+            if code == 2:
+                take_back()
         except KeyboardInterrupt:
-            code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {GO_ON}"
+            code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {go_on}"
         except torch.cuda.OutOfMemoryError as error:
             code, line = INTERNAL, f"the GPU's memory is full: {oom_line(error)}"
         except Exception as error:  # the outermost place: with its traceback, unless a user can mend it
-            code, line = explain(error, output_dir)
+            code, line = explain(error, output_dir, go_on)
             if code == INTERNAL:
                 traceback.print_exc()
-            note_failure(output_dir, code, line, started)
+            note_failure(output_dir, code, line)
             raise SystemExit(code) from error
-        note_failure(output_dir, code, line, started)
+        note_failure(output_dir, code, line)
     sys.exit(code)  # at once: the other ranks may wait in a collective that will never come
 
 
-def explain(error: Exception, output_dir: Path) -> tuple[int, str]:
+def explain(error: Exception, output_dir: Path, go_on: str) -> tuple[int, str]:
     """(exit code, line) of an error of a library."""
     if is_storage_error(error):
         return STORAGE, storage_line(error, output_dir)
     if "DataLoader worker" in str(error):  # torch raises it at any place, as soon as the worker has died
-        return INTERRUPTED, f"a data worker was killed, most likely for lack of memory; {GO_ON}"
+        return INTERRUPTED, f"a data worker was killed, most likely for lack of memory; {go_on}"
     return INTERNAL, repr(error)
 
 
 def is_storage_error(error: Exception) -> bool:
-    """True for a full or read-only disk; safetensors hides the error number in its text."""
+    """True for a full, read-only or failing disk; safetensors hides the error number in its text."""
     in_text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     number = int(in_text[1]) if in_text else getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    return number in STORAGE_ERRORS
 
 
 def nearest_folder(output_dir: str | Path) -> Path:
@@ -454,20 +455,23 @@ def storage_line(error: Exception, output_dir: str | Path) -> str:
     return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"
 
 
-def note_failure(output_dir: Path, code: int, line: str, started: float) -> None:
-    """One line on stderr, and status.json unless it was written since `started`.
+def note_failure(output_dir: Path, code: int, line: str) -> None:
+    """One line on stderr, and status.json unless another rank of this run has spoken there.
 
     Any rank may be the one that fails; what the others say after that is only that it is gone.
     """
     print(f"error: {line}", file=sys.stderr, flush=True)
-    status = output_dir / "status.json"
+    # Before the run has begun a rank may be asked to stop because another was refused, which leaves no trace by hand
+    may_be_refused = code == INTERRUPTED and not RUN.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        noted = status.exists() and status.stat().st_mtime > started
-        if code != 2 and not noted:  # a refused command has nothing to say about the run that lies there
+        if code == REFUSED:
+            note_refusal(output_dir, line)
+        elif not (may_be_refused or is_of_this_run(read_status(output_dir))):
             state = "interrupted" if code == INTERRUPTED else "failed"
             write_status(output_dir, state, code, message=line, step=last_step(output_dir))
-    except OSError as error:
-        print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
+    except (OSError, StorageError) as error:
+        if code != STORAGE:  # which says already that the disk cannot be written
+            print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
 
 
 def last_step(output_dir: Path) -> int:

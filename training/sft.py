@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from durable import rename
 from errors import UsageError
 
 
@@ -68,7 +69,7 @@ def save_transformer(
     if facts:
         (temporary / "training.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
-    return temporary.rename(target)
+    return rename(temporary, target)
 
 
 def forget_source(config_path: Path) -> None:

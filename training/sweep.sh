@@ -5,32 +5,62 @@
 # `command` for the learning rate, schedule, optimizer and number of steps that it is given.
 # shellcheck disable=SC2154
 
+# ---------------------------------------------------------------- settings
+
+# shellcheck source=/dev/null
+source "$here/training/settings.sh"
+
+other_name MODEL_ID MODEL
+other_name MODEL_PATH MODEL
+join_words " " LEARNING_RATES LR_SCHEDULES OPTIMIZERS MAX_TRAIN_STEPS HEIGHT_BUCKETS WIDTH_BUCKETS FRAME_BUCKETS
+join_words , REPORT_TO
+read_gpus
+join_texts ::: VALIDATION_PROMPT VALIDATION_IMAGES
+# shellcheck disable=SC2046
+one_value $(settings_of describe_run) DRY_RUN
+refuse_unread
+
 # ---------------------------------------------------------------- checks
 
-refuse() {
-    echo "$(basename "$0"): $*" >&2
-    exit 2
-}
-
 [[ -n $DATA_ROOT ]] || refuse "fill in DATA_ROOT: the folder that prepare_dataset.sh wrote"
+if [[ -z $LOAD_TENSORS ]]; then
+    LOAD_TENSORS=true
+    if [[ -d $DATA_ROOT && ! -d $DATA_ROOT/video_latents ]]; then
+        LOAD_TENSORS=false
+        echo "$(basename "$0"): $DATA_ROOT holds no video_latents: its videos are encoded in every step" >&2
+    fi
+fi
 for name in LOAD_TENSORS DROP_LEARNED_POSITIONS; do
     value="${!name-false}"  # text-to-video has no learned positions to drop
     [[ $value == true || $value == false ]] || refuse "$name is true or false, not $value"
 done
+[[ ! -e $OUTPUT_ROOT || -d $OUTPUT_ROOT ]] || refuse "OUTPUT_ROOT: $OUTPUT_ROOT is a file; give a folder"
+# A relative path means this repository's where the working directory has no such file.
+[[ -r $ACCELERATE_CONFIG_FILE || ! -r $here/$ACCELERATE_CONFIG_FILE ]] ||
+    ACCELERATE_CONFIG_FILE="$here/$ACCELERATE_CONFIG_FILE"
 [[ -r $ACCELERATE_CONFIG_FILE ]] || refuse "ACCELERATE_CONFIG_FILE: there is no $ACCELERATE_CONFIG_FILE"
 
 # One process a GPU: accelerate would leave the second GPU idle, or stop with a traceback.
-IFS=, read -r -a gpus <<< "$GPU_IDS"
 processes="$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$ACCELERATE_CONFIG_FILE")"
 if [[ $GPU_IDS != all && ${processes:-${#gpus[@]}} != "${#gpus[@]}" ]] &&
     grep -q '^num_machines: 1$' "$ACCELERATE_CONFIG_FILE"; then
     refuse "GPU_IDS=$GPU_IDS names ${#gpus[@]} but num_processes is $processes in $ACCELERATE_CONFIG_FILE"
 fi
 
-# `make install` puts everything into .venv; an active environment goes first.
-if ! command -v accelerate > /dev/null && [[ -x $here/.venv/bin/accelerate ]]; then
-    PATH="$here/.venv/bin:$PATH"
-fi
+runs=1
+for list in "$LEARNING_RATES" "$LR_SCHEDULES" "$OPTIMIZERS" "$MAX_TRAIN_STEPS"; do
+    read -r -a values <<< "$list"
+    runs=$((runs * ${#values[@]}))
+done
+((runs > 0)) || refuse "LEARNING_RATES, LR_SCHEDULES, OPTIMIZERS and MAX_TRAIN_STEPS each need a value"
+for argument; do
+    case "${argument%%=*}" in
+        --output_dir | --hub_model_id)
+            ((runs == 1)) || refuse "${argument%%=*} names one place for $runs runs; leave it out, each has its own name"
+            ;;
+    esac
+done
+
 [[ $DRY_RUN != 0 ]] || command -v accelerate > /dev/null || refuse "accelerate is not installed: run make install"
 
 # ---------------------------------------------------------------- one run
@@ -46,32 +76,18 @@ pass_on() {
     [[ -z $child ]] || pkill -TERM -P "$child" 2> /dev/null || kill -TERM "$child" 2> /dev/null || true
 }
 trap pass_on INT TERM USR1
-started="$(mktemp)"
-trap 'rm -f "$started"' EXIT
-
-read_status() {
-    sed -n "s/.*\"$1\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$output_dir/status.json"
-}
 
 run() {  # the arguments are the command
-    local state=complete code=0 step=-
+    local state code step
     printf '\n== %s\n' "$output_dir"
-    touch "$started"
+    new_run_id
     "$@" & child=$!  # not in the foreground: bash would look at a signal only after the run
     while :; do
         wait "$child" && code=0 || code=$?
         kill -0 "$child" 2> /dev/null || break  # it was a signal that ended the wait
     done
     child=
-    [[ $code == 0 ]] || state=failed
-    # The launcher turns every exit code into 1; the real one is in status.json, unless that is of an earlier run.
-    if [[ $output_dir/status.json -nt $started ]]; then
-        state="$(read_status state)" code="$(read_status exit_code)" step="$(read_status step)"
-    elif [[ $code == 0 && -r $output_dir/status.json ]]; then
-        step="$(read_status step)"  # it was complete: nothing was done
-    elif [[ -n $interrupted ]]; then
-        state=interrupted code=75
-    fi
+    read_ending "$code"
     [[ $code != 75 ]] || interrupted=1
     [[ $code == 0 ]] || echo "$(basename "$0"): $state with exit code $code: $output_dir" >&2
     [[ $exit_code != 0 ]] || exit_code="${code:-1}"
@@ -80,14 +96,13 @@ run() {  # the arguments are the command
 
 # ---------------------------------------------------------------- all runs
 
-runs=0
 for learning_rate in $LEARNING_RATES; do
     for lr_schedule in $LR_SCHEDULES; do
         for optimizer in $OPTIMIZERS; do
             for steps in $MAX_TRAIN_STEPS; do
                 describe_run "$learning_rate" "$lr_schedule" "$optimizer" "$steps"
                 command+=("$@")
-                runs=$((runs + 1))
+                find_output_dir
                 if [[ $DRY_RUN != 0 ]]; then
                     printf -v line '%q ' "${command[@]}"
                     printf '%s\n' "${line% }"
@@ -101,7 +116,6 @@ for learning_rate in $LEARNING_RATES; do
     done
 done
 
-((runs > 0)) || refuse "LEARNING_RATES, LR_SCHEDULES, OPTIMIZERS and MAX_TRAIN_STEPS each need a value"
 [[ $DRY_RUN == 0 ]] || exit 0
 [[ -z $interrupted ]] || exit_code=75
 printf '\n%-12s %4s %6s  %s\n' state exit step output_dir

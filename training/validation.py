@@ -27,11 +27,12 @@ from torch import nn
 from attention import check_sage, sage_attention
 from buckets import Bucket
 from cache import write_video
+from durable import write_text
 from errors import UsageError
 from held_out import HeldOut, mean_losses, sum_losses
 from meter import StepMeter, report_memory
 from objective import draw_generator
-from runtime import StepPlan, meet, write_text
+from runtime import StepPlan, meet
 from signals import INTERRUPTION
 from tracking import log_values
 

@@ -1,0 +1,149 @@
+# shellcheck shell=bash
+# What all wrappers share: their settings, however they are written, and how a command ended. Sourced by a wrapper that
+# has `set -euf -o pipefail` and $here (this repository).
+# shellcheck disable=SC2034,SC2154
+
+refuse() {
+    echo "$(basename "$0"): $*" >&2
+    exit 2
+}
+
+# ---------------------------------------------------------------- values
+
+# The values of setting $1, in the array `values`: one of a text, each of an array.
+read_values() {
+    local reference="$1[@]"
+    values=(${!reference+"${!reference}"})
+}
+
+is_array() {
+    [[ $(declare -p "$1" 2> /dev/null) =~ ^declare\ -[A-Za-z]*a ]]
+}
+
+set_text() {
+    ! is_array "$1" || unset "$1"  # a text would become its first value
+    printf -v "$1" '%s' "$2"
+}
+
+# join_words SEPARATOR NAME...: settings of several words become a text with SEPARATOR between them, whether they are
+# arrays or texts with white space. bash hands LEARNING_RATES=(1e-4 1e-3) before a command on as the text "(1e-4 1e-3)".
+join_words() {
+    local separator="$1" name text values
+    shift
+    for name; do
+        declare -p "$name" > /dev/null 2>&1 || continue
+        read_values "$name"
+        text="${values[*]-}"
+        text="${text//[()\"\']/ }"
+        [[ $separator == " " ]] || text="${text//"$separator"/ }"
+        # Unquoted: divided at white space.
+        # shellcheck disable=SC2086
+        printf -v text "%s$separator" $text
+        set_text "$name" "${text%"$separator"}"
+    done
+}
+
+# join_texts SEPARATOR NAME...: the same for texts that may hold white space themselves.
+join_texts() {
+    local separator="$1" name text values
+    shift
+    for name; do
+        is_array "$name" || continue
+        read_values "$name"
+        printf -v text "%s$separator" ${values[@]+"${values[@]}"}
+        set_text "$name" "${text%"$separator"}"
+    done
+}
+
+# one_value NAME...: settings of one value each; an array of several would lose all but the first.
+one_value() {
+    local name values
+    for name; do
+        is_array "$name" || continue
+        read_values "$name"
+        ((${#values[@]} < 2)) || refuse "$name takes one value, not ${#values[@]} (${values[*]})"
+        set_text "$name" "${values[0]-}"
+    done
+}
+
+# GPU_IDS as a list with commas, and as the array `gpus`.
+read_gpus() {
+    join_words , GPU_IDS
+    IFS=, read -r -a gpus <<< "$GPU_IDS"
+}
+
+# The settings that function $1 reads.
+settings_of() {
+    declare -f "$1" | grep -oE '\$\{?[A-Z][A-Z0-9_]*' | tr -d '{$' | sort -u
+}
+
+# ---------------------------------------------------------------- names
+
+# other_name THEIRS OURS: the name that the original's wrappers give a setting.
+other_name() {
+    local theirs="$1" ours="$2"
+    one_value "$theirs"
+    [[ -n ${!theirs-} && ${!theirs} != "${!ours-}" ]] || return 0
+    # Given in the environment: what stands in the file is its default.
+    [[ $(declare -p "$ours" 2> /dev/null) != "declare -x"* ]] ||
+        refuse "$theirs=${!theirs} and $ours=${!ours} are one setting: give one of them"
+    echo "$(basename "$0"): $ours is ${!theirs}, given as $theirs" >&2
+    set_text "$ours" "${!theirs}"
+}
+
+# A setting that nothing but its own line reads is misspelt, or of another wrapper.
+refuse_unread() {
+    local names name text others
+    names="$(sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$0")"
+    text="$(cat "$0" "$here/training/settings.sh" "$here/training/sweep.sh")"
+    for name in $names; do
+        others="${text//$'\n'$name=/ }"
+        others="${others//"\${$name"[:-]/ }"  # its default
+        [[ $others =~ [^A-Z0-9_]${name}[^A-Z0-9_] ]] || refuse "$name is no setting of this file"
+    done
+}
+
+# ---------------------------------------------------------------- command
+
+# `make install` puts everything into .venv; an active environment goes first.
+if ! command -v accelerate > /dev/null && [[ -x $here/.venv/bin/accelerate ]]; then
+    PATH="$here/.venv/bin:$PATH"
+fi
+
+# The folder that the array `command` names, in $output_dir: an argument of the wrapper comes last and wins.
+find_output_dir() {
+    local index
+    for ((index = 0; index < ${#command[@]}; index++)); do
+        case "${command[index]}" in
+            --output_dir) output_dir="${command[index + 1]-}" ;;
+            --output_dir=*) output_dir="${command[index]#*=}" ;;
+        esac
+    done
+}
+
+# A new id for the run that is started next; its processes write it into status.json.
+new_run_id() {
+    COGVIDEOX_RUN_ID="$(uname -n)-$$-$RANDOM$RANDOM-$(date +%s)"
+    export COGVIDEOX_RUN_ID
+}
+
+# status_value INDENT NAME: a value of status.json, whose first level is indented by two blanks.
+status_value() {
+    sed -n "s/^$1\"$2\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$output_dir/status.json" 2> /dev/null || true
+}
+
+# read_ending CODE: how the run ended whose launcher ended with CODE, in $state, $code and $step. Launchers turn every
+# exit code into 1; the real one is in status.json, unless that is of an earlier run.
+read_ending() {
+    code="$1" state=failed step=-
+    if [[ $(status_value "  " run) == "$COGVIDEOX_RUN_ID" ]]; then
+        state="$(status_value "  " state)" code="$(status_value "  " exit_code)" step="$(status_value "  " step)"
+    elif [[ $code == 2 || $(status_value "    " run) == "$COGVIDEOX_RUN_ID" ]]; then
+        state=refused code=2
+    elif [[ $code == 0 ]]; then
+        state=complete  # it was: nothing was done
+        [[ $(status_value "  " state) != complete ]] || step="$(status_value "  " step)"
+    elif [[ -n ${interrupted-} ]]; then
+        state=interrupted code=75  # before it could say so
+    fi
+}
