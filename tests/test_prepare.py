@@ -864,6 +864,16 @@ def test_the_script_itself(five_clips, tiny, tmp_path, monkeypatch):
     assert (status["state"], status["exit_code"]) == ("failed", 65) and len(rows_of(tmp_path / "out")) == 2
 
 
+def test_ctrl_c_says_what_the_same_command_does_then(data, tiny, tmp_path, monkeypatch):
+    argv = [str(SCRIPT), *arguments(tiny("5b"), data, tmp_path / "out", *LATENTS)]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr("dataset.build_videos_from_args", lambda *values: os.kill(os.getpid(), signal.SIGINT))
+    child = in_child(lambda: runpy.run_path(str(SCRIPT), run_name="__main__"), tmp_path / "log")
+    assert wait_for(child) == 75
+    line = (tmp_path / "log").read_text().splitlines()[-1]
+    assert line == "error: interrupted by SIGINT; the same command does what is missing"
+
+
 def test_two_processes_equal_one(five_clips, tiny, tmp_path):
     """Also where clips are left out: the other process has time to finish, and one error is shown."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
