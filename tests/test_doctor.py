@@ -143,6 +143,37 @@ def test_what_triton_builds_with(monkeypatch, tmp_path):
     assert "install gcc" in results[0].text and "-dev" in results[1].text
 
 
+@pytest.mark.parametrize(
+    ("version", "builders", "has_gpu", "state", "words"),
+    [
+        ("0.19.8", ("/c++", "/ninja", None), True, "OK", ["can be compiled", "nvcc none, which it can do without"]),
+        ("0.19.7", ("/c++", "/ninja", None), False, "OK", ["can be compiled"]),
+        ("0.19.7", ("/c++", "/ninja", "/nvcc"), True, "OK", ["nvcc /nvcc"]),
+        ("0.19.7", ("/c++", "/ninja", None), True, "WARN", ["cannot", 'pip install "deepspeed>=0.19.8', "CUDA_HOME"]),
+        ("0.19.8", (None, "/ninja", "/nvcc"), True, "WARN", ["cannot", "apt-get install g++"]),
+        (None, (None, None, None), False, "WARN", ["cannot", "g++", "pip install ninja"]),
+    ],
+)
+def test_whether_deepspeeds_ops_can_be_compiled(version, builders, has_gpu, state, words):
+    finding = doctor.check_deepspeed_ops(version, *builders, has_gpu)
+    assert finding.state == state and not [word for word in words if word not in finding.text]
+
+
+def test_what_deepspeed_builds_with_is_found_as_torch_finds_it(monkeypatch, tmp_path):
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "bin").mkdir()
+    for name in ("c++", "nvcc", "other++"):
+        (tmp_path / "bin" / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert doctor.cxx_compiler() == str(tmp_path / "bin" / "c++")
+    assert doctor.cuda_toolkit() == str(tmp_path / "bin" / "nvcc")
+    monkeypatch.setenv("CXX", "other++")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))  # it rules, whatever is on the path
+    assert doctor.cxx_compiler() == str(tmp_path / "bin" / "other++")
+    assert doctor.cuda_toolkit() is None
+
+
 def test_memory_and_disk(tmp_path):
     assert doctor.check_memory(31.0).state == "WARN" and doctor.check_memory(64.0).state == "OK"
     assert doctor.check_disk("models", tmp_path, 19.9e9).state == "WARN"

@@ -18,6 +18,7 @@ import runtime
 from args import parse_training_args
 from durable import write_json
 from errors import DataError, NumbersError, StorageError, UsageError, UserError
+from optimizers import make_lr_scheduler_from_args
 from runtime import (
     check_device_from_args,
     check_launcher_from_args,
@@ -110,9 +111,58 @@ def test_a_real_model_on_a_cpu_needs_the_flag():
 
 def test_the_plan_of_the_flags():
     args = flags("--num_train_epochs", "3", "--gradient_accumulation_steps", "4")
-    assert plan_steps_from_args(args, 10) == (8, 3, 30, 4)
+    assert plan_steps_from_args(args, 10, 1) == (8, 3, 30, 4)
     args = flags("--num_train_epochs", "3", "--gradient_accumulation_steps", "4", "--max_train_steps", "5")
-    assert plan_steps_from_args(args, 10) == (5, 2, 20, 4)
+    assert plan_steps_from_args(args, 10, 1) == (5, 2, 20, 4)
+
+
+def warnings_of(caplog, *more):
+    """Of a plan for two processes and four batches an epoch."""
+    caplog.clear()
+    plan_steps_from_args(flags(*more), 4, 2)
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--max_train_steps", "20"], ["--lr_warmup_steps 500: the run has 20 updates", "3.8e-06 and never 0.0001"]),
+        (["--max_train_steps", "20", "--lr_warmup_steps", "200"], ["reaches 9.5e-06 and"]),
+        (["--num_train_epochs", "5", "--lr_warmup_steps", "20"], ["20: the run has 20 updates", "9.5e-05 and never"]),
+        (["--max_train_steps", "1", "--lr_warmup_steps", "1"], ["reaches 0 and never"]),
+        (["--max_train_steps", "20", "--scale_lr", "--train_batch_size", "3"], ["never 0.0006"]),
+    ],
+)
+def test_a_warm_up_as_long_as_the_run_is_told_with_the_rate_it_reaches(more, words, caplog):
+    (line,) = warnings_of(caplog, "--lr_scheduler", "cosine", *more)
+    assert not [word for word in words if word not in line]
+
+
+def test_the_rate_that_is_told_is_the_schedules(caplog):
+    args = flags("--lr_scheduler", "polynomial", "--max_train_steps", "7", "--lr_warmup_steps", "9")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=args.learning_rate)
+    schedule, rates = make_lr_scheduler_from_args(args, optimizer, 7), []
+    for _ in range(7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    plan_steps_from_args(args, 4, 1)
+    assert f"reaches {max(rates):.3g} and never" in caplog.text
+
+
+def test_a_warm_up_that_ends_is_not_warned_of(caplog):
+    assert not warnings_of(caplog, "--lr_scheduler", "constant", "--max_train_steps", "20")  # it has none
+    assert not warnings_of(caplog, "--lr_scheduler", "cosine", "--lr_warmup_steps", "19", "--max_train_steps", "20")
+
+
+def test_checkpoints_and_validations_that_never_come_are_told(caplog):
+    caplog.set_level("INFO")
+    short = ["--max_train_steps", "20", "--validation_prompt", "a dog"]
+    warnings_of(caplog, *short, "--validation_steps", "20")
+    assert "no checkpoint before the end: --checkpointing_steps 500" in caplog.text
+    assert "no validation between the first and the last: --validation_steps 20" in caplog.text
+    warnings_of(caplog, *short, "--validation_steps", "19", "--checkpointing_steps", "20")
+    assert "no checkpoint" not in caplog.text and "no validation" not in caplog.text
 
 
 def test_scale_lr_counts_the_global_batch():

@@ -38,7 +38,7 @@ PARTS = DATA_ROOMS | {
     "memory", "attention", "attention_trial", "streaming", "quantization", "norm_rope", "masters", "zero", "allocator",
 }  # fmt: skip
 SERVICES = {
-    "runtime", "meter", "engine", "planning", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",
+    "runtime", "captions", "meter", "engine", "planning", "update", "checkpointing", "tracking", "held_out", "validation", "hub", "export",
 }  # fmt: skip
 
 

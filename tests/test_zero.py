@@ -1,6 +1,9 @@
-"""DeepSpeed trains what is trained without it. It is no requirement: without it these tests are skipped."""
+"""DeepSpeed trains what is trained without it, and a run without it does not know that it is there.
 
-import importlib
+The quick tests share the imports, and keep to ZeRO without offload: its CPU optimizer takes two minutes to compile.
+"""
+
+import importlib.util
 import json
 import os
 import shutil
@@ -87,7 +90,127 @@ def test_what_deepspeed_cannot_do_is_refused(use, message, monkeypatch):
             zero.check_deepspeed_from_args(flags())
 
 
-# ---------------------------------------------------------------- runs
+# ---------------------------------------------------------------- results
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "event" not in row]
+
+
+def weights(folder):
+    (path,) = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("transformer/*.safetensors")]
+    return load_file(path)
+
+
+def assert_same_training(under, plain):
+    """Of two folders: one that DeepSpeed trained, one that was trained without."""
+    assert losses(under) == pytest.approx(losses(plain), rel=1e-4)
+    ours, theirs = weights(plain), weights(under)
+    assert ours.keys() == theirs.keys()
+    # Adam divides by tiny second moments: where a gradient is rounding alone, so is the update
+    difference = sum(float((ours[name] - theirs[name]).abs().sum()) for name in ours)
+    assert difference < 1e-3 * sum(float(tensor.abs().sum()) for tensor in ours.values())
+
+
+# ---------------------------------------------------------------- quick: runs that share their imports
+
+
+# argv: a JSON list of [module, script, flags, environment]. Each run is forked off a process that has imported all and
+# run nothing; it says whether DeepSpeed is loaded at its end.
+DRIVER = """
+import json, multiprocessing, os, sys
+import cogvideox_text_to_video_lora, cogvideox_text_to_video_sft, prepare_dataset
+from args import parse_prepare_args, parse_training_args
+
+def run(module, script, flags, environment):
+    os.environ.update(environment)
+    if environment:
+        import deepspeed
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute; gloo does the same
+    sys.modules[module].main(parse_prepare_args(flags) if script is None else parse_training_args(script, flags))
+    print(json.dumps("deepspeed" in sys.modules), flush=True)
+
+for values in json.loads(sys.argv[1]):
+    process = multiprocessing.get_context("fork").Process(target=run, args=values)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(process.exitcode)
+"""
+RAW = ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
+RAW += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9"]
+
+
+@pytest.fixture(scope="module")
+def quick(tiny, sample_data, prepared_data, tmp_path_factory):
+    """(folder of the runs, for each run whether DeepSpeed was loaded after it)."""
+    folder = tmp_path_factory.mktemp("quick")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launched = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    launched |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    launched |= {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}
+
+    def run(script, name, steps, *more, **environment):
+        module, own = SCRIPTS[script]
+        flags = ["--pretrained_model_name_or_path", str(tiny("5b")), "--output_dir", str(folder / name), *FLAGS, *own]
+        flags += ["--data_root", str(prepared_data), "--load_tensors", "--mixed_precision", "no"]
+        return module, script, [*flags, "--max_train_steps", str(steps), *more], environment
+
+    prepare = [
+        "--model_id",
+        str(tiny("5b")),
+        "--data_root",
+        str(sample_data),
+        "--output_dir",
+        str(folder / "prepared"),
+    ]
+    without = ["--validation_prompt", "a red circle", "--num_inference_steps", "1", "--enable_model_cpu_offload"]
+    runs = [
+        ("prepare_dataset", None, [*prepare, *RAW, "--save_latents_and_embeddings"], {}),
+        run("t2v_lora", "plain_t2v_lora", 3, *without),
+        run("t2v_sft", "plain_t2v_sft", 3),
+        run("t2v_lora", "t2v_lora", 3, **launched),
+        run("t2v_sft", "t2v_sft", 3, **launched),
+        run("t2v_lora", "stopped", 2, **launched),
+        run("t2v_lora", "stopped", 3, **launched),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "training"), "DS_ACCELERATOR": "cpu"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", DRIVER, json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [line == "true" for line in done.stdout.splitlines() if line in ("true", "false")]
+
+
+def test_deepspeed_is_loaded_where_it_is_asked_for_alone(quick):
+    """Preparing and training with validation, at which libraries might import it wherever it is installed."""
+    assert importlib.util.find_spec("deepspeed")
+    assert quick[1] == [False] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_updates_are_those_of_adamw(script, quick):
+    """Two micro-steps an update."""
+    assert_same_training(quick[0] / script, quick[0] / f"plain_{script}")
+
+
+def test_a_longer_run_continues_bit_for_bit(quick):
+    resumed, unbroken = quick[0] / "stopped", quick[0] / "t2v_lora"
+    assert losses(resumed) == losses(unbroken) and len(losses(resumed)) == 3
+    ours, theirs = weights(unbroken), weights(resumed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---------------------------------------------------------------- slow: as users launch it
 
 
 @pytest.fixture
@@ -115,36 +238,16 @@ def launch(tiny, prepared_data, tmp_path):
     return run
 
 
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
-
-
-def losses(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "event" not in row]
-
-
-def weights(folder):
-    (path,) = [*folder.glob("pytorch_lora_weights.safetensors"), *folder.glob("transformer/*.safetensors")]
-    return load_file(path)
-
-
-@needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", ["cpu", "none"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_deepspeed_trains_what_is_trained_without(script, offload, launch):
     plain = launch(script, "plain", "--mixed_precision", "no", "--max_train_steps", "4", deepspeed=False)
     under = launch(script, "under", "--mixed_precision", "no", "--max_train_steps", "4", offload=offload)
-    assert losses(under) == pytest.approx(losses(plain), rel=1e-4)
-    ours, theirs = weights(plain), weights(under)
-    assert ours.keys() == theirs.keys()
-    # Adam divides by tiny second moments: where a gradient is rounding alone, so is the update
-    difference = sum(float((ours[name] - theirs[name]).abs().sum()) for name in ours)
-    assert difference < 1e-3 * sum(float(tensor.abs().sum()) for tensor in ours.values())
+    assert_same_training(under, plain)
 
 
-@needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_interrupted_run_continues_bit_for_bit(script, launch, tmp_path):
     run = ["--mixed_precision", "bf16", "--max_train_steps", "4"]
@@ -159,7 +262,7 @@ def test_an_interrupted_run_continues_bit_for_bit(script, launch, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_bad_clip_costs_its_update_alone(script, precision, launch, prepared_data, tmp_path):
@@ -176,7 +279,7 @@ def test_one_bad_clip_costs_its_update_alone(script, precision, launch, prepared
     assert all(torch.isfinite(tensor).all() for tensor in weights(out).values())
 
 
-@needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "num_processes"),
     [

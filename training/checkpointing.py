@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from args import recorded_flags
+from captions import remove_caption_embeds
 from durable import (
     REPLACED,
     TEMPORARY,
@@ -414,6 +415,7 @@ def save_result(accelerator, output_dir: Path, engine) -> None:
 def finish_run_from_args(args, accelerator, about: RunFacts) -> None:
     """Write what belongs beside the result, say in status.json that all is done, upload."""
     output_dir = Path(args.output_dir)
+    remove_caption_embeds(output_dir)
     if accelerator.is_main_process:
         write_outputs_from_args(args, about)
         write_status(output_dir, "complete", 0, step=about.num_steps, **memory_report(accelerator.device))

@@ -12,7 +12,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -323,6 +323,11 @@ def text_length(transformer_config) -> int:
     return transformer_config.get("max_text_seq_length", 226)
 
 
+def text_shape(transformer_config) -> tuple[int, int]:
+    """[S, D] of a prompt's embedding."""
+    return text_length(transformer_config), transformer_config.get("text_embed_dim", 4096)
+
+
 def check_task(model: str, transformer_config, image_to_video: bool) -> None:
     """Refuse a checkpoint of the other task."""
     has_image = takes_image(transformer_config)
@@ -521,12 +526,8 @@ def load_text_encoder(model_dir: Path, dtype: torch.dtype, variant: str | None =
 
 @torch.no_grad()
 def encode_prompts(tokenizer, text_encoder, prompts: list[str], max_length: int = 226) -> torch.Tensor:
-    """T5 embeddings [B, S, D] of `prompts` as the pipelines make them: padded to S tokens, no attention mask."""
+    """T5 embeddings [B, S, D] of `prompts` as the pipelines make them: cut or padded to S tokens, no attention mask."""
     tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
-    for prompt in prompts:
-        num_tokens = len(tokenizer(prompt).input_ids)
-        if num_tokens > max_length:
-            logger.warning("caption of %d tokens cut at %d: %.60s...", num_tokens, max_length, prompt)
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
 
 
@@ -564,20 +565,21 @@ def encode_captions(
     max_length: int,
     variant: str | None = None,
     level: str | None = None,
-) -> dict[str, torch.Tensor]:
-    """Embeddings [S, D] of each different prompt, on the CPU. T5 is loaded, used and freed: it never trains beside
-    the transformer (T5-XXL alone takes 9 GiB in bf16). An embedding of 226 x 4096 in bf16 takes 1.8 MiB of host memory.
+) -> Iterator[torch.Tensor]:
+    """The embedding [S, D] of each prompt in turn, on the CPU. T5 is loaded, used and freed: it never trains beside
+    the transformer (T5-XXL alone takes 9 GiB in bf16).
 
     At a `level` of memory that keeps things on the host T5 is streamed too.
     """
+    if not prompts:
+        return
     tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
     place_text_encoder(text_encoder, device, streamed=level in ("offload", "stream"))
     # One by one: a caption's neighbours would change the last bits of its embedding
-    unique = tqdm(dict.fromkeys(prompts), desc="captions", delay=1)
-    embeds = {prompt: encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu() for prompt in unique}
+    for prompt in tqdm(prompts, desc="captions", delay=1):
+        yield encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
     del text_encoder
     free_memory(device)
-    return embeds
 
 
 def place_text_encoder(text_encoder, device: torch.device, streamed: bool = False) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from buckets import num_batches
+from captions import encode_captions_from_args, read_texts_from_args
 from checkpointing import (
     content_from_args,
     find_checkpoint_from_args,
@@ -58,7 +59,7 @@ from cogvideox import (
     rotary_embeddings,
     sample_latents,
     stored_dtype,
-    text_length,
+    text_shape,
 )
 from dataset import build_dataset_from_args
 from engine import build_lora_engine_from_args, build_optimizer_from_args
@@ -119,7 +120,7 @@ def main(args) -> None:
     if prompts:
         check_sample_size(config, size)
     batches_per_epoch = num_batches(dataset.bucket_of, args.train_batch_size, num_ranks)
-    plan = plan_steps_from_args(args, batches_per_epoch)
+    plan = plan_steps_from_args(args, batches_per_epoch, num_ranks)
 
     # ---------------------------------------------------------------- models; T5 comes and goes before the transformer
     needs_encoders = bool(prompts) or not args.load_tensors
@@ -140,9 +141,9 @@ def main(args) -> None:
     START.mark("data")
     vae, embeds = None, {}
     if needs_encoders:
-        captions = [] if args.load_tensors else [*dataset.prompts, *held_out_clips.prompts]
-        texts = ["", *captions, *prompts]
-        embeds = encode_captions(model_dir, texts, dtype, device, text_length(config), args.variant, level)
+        texts = read_texts_from_args(args, dataset, held_out_clips, prompts)
+        encoding = (model_dir, texts, dtype, level, text_shape(config), encode_captions)
+        embeds = encode_captions_from_args(args, accelerator, *encoding)
         vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling)
         vae.to("cpu" if args.load_tensors else device)  # prepared data needs it in validation alone
     if args.text_dropout:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent))  # python -I, which looks at nothing of the user's, leaves it out
 
 from errors import print_to_pipe
-from toolchain import c_compiler, python_header
+from toolchain import c_compiler, cuda_toolkit, cxx_compiler, python_header
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +31,7 @@ MODEL_DISK = 20e9  # bytes: what a model takes, T5-XXL included
 HOST_MEMORY = 32  # GiB: T5-XXL in fp32 takes 18 while the data is prepared
 SMALLEST_GPU = 4  # GiB: a LoRA of 2b at --memory stream, the least of the README's table, and what CUDA takes
 PREPARING = 10  # GiB: of data, whole frames at a time
+WITHOUT_TOOLKIT = "0.19.8"  # the first DeepSpeed that compiles its CPU optimizer without nvcc beside a GPU
 # PyTorch's builds by the major CUDA that a driver must support: any driver of that major runs them
 TORCH_BUILDS = {12: "cu126", 13: "cu130"}
 
@@ -43,7 +44,7 @@ OPTIONAL = {
     "wandb": ("--report_to wandb", "wandb"),
     "tensorboard": ("--report_to tensorboard", "tensorboard"),
     "trackio": ("--report_to trackio", "trackio"),
-    "deepspeed": ("accelerate_configs/deepspeed.yaml", "deepspeed, which builds itself with the CUDA toolkit"),
+    "deepspeed": ("accelerate_configs/deepspeed.yaml", "deepspeed"),
     "sageattention": ("--validation_attention sage", "sageattention"),
     "flash-attn-4": ("--attention fa4", "flash-attn-4==4.0.0b36"),
     "flash-attn": (None, "flash-attn"),
@@ -62,14 +63,17 @@ class Gpu(NamedTuple):
 
 
 def main() -> int:
+    driver, cuda, num_gpus = probe_driver()
     findings = [check_python(sys.version_info[:3])]
     findings += check_packages(read_requirements(ROOT / "requirements.txt"), installed_version)
-    findings += check_gpus(*probe_driver(), probe_torch())
+    findings += check_gpus(driver, cuda, num_gpus, probe_torch())
     findings.append(check_compiler(c_compiler(), python_header().exists()))
     findings.append(check_memory(host_memory()))
     findings += [check_disk(name, place, free_bytes(place)) for name, place in disk_places()]
     findings += check_decoders({name: probe_decoder(name) for name in ("av", "decord") if installed_version(name)})
     findings += [check_optional(name, installed_version(name)) for name in OPTIONAL]
+    builders = cxx_compiler(), shutil.which("ninja"), cuda_toolkit()
+    findings.append(check_deepspeed_ops(installed_version("deepspeed"), *builders, has_gpu=num_gpus > 0))
     findings += [check_login(hub_token()), Finding("OK", "ffmpeg: not needed")]
     print_to_pipe("\n".join(f"{finding.state:<4}  {finding.text}" for finding in findings))
     return int(any(finding.state == "FAIL" for finding in findings))
@@ -154,6 +158,24 @@ def check_optional(name: str, version: str | None) -> Finding:
     if version:
         return Finding("OK", f"{name} {version}, for {flag}")
     return Finding("OK", f"{name}: not installed, and needed for {flag} only; pip install {package}")
+
+
+def check_deepspeed_ops(
+    version: str | None, compiler: str | None, ninja: str | None, toolkit: str | None, has_gpu: bool
+) -> Finding:
+    """DeepSpeed compiles its CPU optimizer when a run first asks for it."""
+    use = "DeepSpeed's CPU optimizer (accelerate_configs/deepspeed.yaml)"
+    found = f"C++ compiler {compiler or 'none'}, ninja {ninja or 'none'}, nvcc {toolkit or 'none'}"
+    needs_toolkit = has_gpu and version is not None and not within(version, f">={WITHOUT_TOOLKIT}")
+    lacking = [
+        (compiler is None, "apt-get install g++"),
+        (ninja is None, "pip install ninja, and its folder on PATH"),
+        (needs_toolkit and toolkit is None, f'pip install "deepspeed>={WITHOUT_TOOLKIT},<1", or set CUDA_HOME'),
+    ]
+    fixes = [fix for lacks, fix in lacking if lacks]
+    if fixes:
+        return Finding("WARN", f"{use} cannot be compiled: {found}; {'; '.join(fixes)}")
+    return Finding("OK", f"{use} can be compiled: {found}{'' if needs_toolkit else ', which it can do without'}")
 
 
 # ---------------------------------------------------------------- GPU

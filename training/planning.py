@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 
 import psutil
@@ -9,13 +10,14 @@ import torch
 from torch import nn
 
 from allocator import expand_segments, uses_expandable_segments
+from captions import embeds_bytes
 from dataset import build_dataset_from_args
 from engine import block_loader_from_args
 from errors import UsageError, print_to_pipe
 from memory_plan import GIB, Run, closest, fastest_that_fits, table
 from optimizers import state_bytes_from_args
 from quantization import BASE_LINEARS
-from runtime import DTYPES
+from runtime import DTYPES, nearest_folder
 from streaming import free_on_gpu, gather_objects
 from zero import uses_deepspeed
 
@@ -69,10 +71,26 @@ def print_plan_from_args(args, outline, is_lora: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     expand_segments(device)  # as the run would, before the estimates
     reading = (args, outline.fps, args.seed or 0, outline.scaling_factor, outline.image_to_video)
-    buckets = build_dataset_from_args(*reading).bucket_of
-    run = run_from_args(args, outline, buckets, DTYPES[args.mixed_precision or "bf16"], is_lora)
+    dataset, dtype = build_dataset_from_args(*reading), DTYPES[args.mixed_precision or "bf16"]
+    run = run_from_args(args, outline, dataset.bucket_of, dtype, is_lora)
     free = free_on_gpu(device) if device.type == "cuda" else None
-    print_to_pipe(table(run, free, psutil.virtual_memory().available))
+    lines = [table(run, free, psutil.virtual_memory().available)]
+    if not args.load_tensors:
+        lines.append(disk_line(args.output_dir, outline.transformer.config, dataset.prompts, dtype))
+    print_to_pipe("\n".join(lines))
+
+
+def disk_line(output_dir: str, config, prompts: list[str], dtype: torch.dtype) -> str:
+    """What the captions' embeddings take: of the disk, since their file is mapped, and not of the host's memory."""
+    num_captions = len(set(prompts)) + 1  # the empty one
+    needed = embeds_bytes((num_captions, config["max_text_seq_length"], config["text_embed_dim"]), dtype)
+    place = nearest_folder(output_dir)
+    free = shutil.disk_usage(place).free
+    verdict = "yes" if needed <= free else "no"
+    return (
+        f"disk: {needed / GIB:.1f} GiB for the embeddings of {num_captions} captions, as long as the run lasts; "
+        f"{free / GIB:.1f} GiB are free in {place}; fits: {verdict}"
+    )
 
 
 def run_from_args(args, outline, buckets, dtype: torch.dtype, is_lora: bool) -> Run:

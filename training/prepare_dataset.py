@@ -35,6 +35,7 @@ from cache import (
     write_tensors,
     write_video,
 )
+from captions import warn_of_texts_from_args
 from cogvideox import (
     CONFIGS,
     IMAGE_NOISE_MEAN,
@@ -119,6 +120,8 @@ def main(args) -> None:
     # ---------------------------------------------------------------- captions, then pixels: never both on the GPU
     mine = todo[rank::num_ranks]
     if args.save_latents_and_embeddings:
+        if rank == 0:
+            warn_of_captions_from_args(args, model_dir, todo)
         captions = [*empty, *mine] if rank == 0 else mine
         write_embeddings_from_args(args, output_dir, model_dir, captions, config, device, rank)
     unreadable = write_pixels_from_args(args, output_dir, model_dir, videos, mine, device, rank)
@@ -358,6 +361,16 @@ def image_latent(item: dict) -> str:
 
 
 # ---------------------------------------------------------------- captions
+
+
+def warn_of_captions_from_args(args, model_dir: Path, items: list[dict]) -> None:
+    """Of all ranks' captions that are to be encoded."""
+    texts: dict[str, list[str]] = {}
+    for item in items:
+        if any(map(is_embedding, item["missing"])):
+            texts.setdefault(item["prompt"], []).append(item["source"])
+    if texts:
+        warn_of_texts_from_args(args, model_dir, texts, args.max_sequence_length)
 
 
 def write_embeddings_from_args(

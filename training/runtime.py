@@ -49,6 +49,7 @@ LAUNCHER_VARIABLES = {
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
     "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
 }
+WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules
 LAUNCHERS = {"accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 GO_ON = "the same command continues from the last checkpoint"
 MEETING_SECONDS = 24 * 3600  # longest that ranks wait for one another outside of collectives
@@ -251,8 +252,32 @@ def plan_steps(batches_per_epoch: int, accumulation: int, num_epochs: int, max_s
     return StepPlan(max_steps, math.ceil(num_micro_steps / batches_per_epoch), num_micro_steps, accumulation)
 
 
-def plan_steps_from_args(args, batches_per_epoch: int) -> StepPlan:
-    return plan_steps(batches_per_epoch, args.gradient_accumulation_steps, args.num_train_epochs, args.max_train_steps)
+def plan_steps_from_args(args, batches_per_epoch: int, num_ranks: int) -> StepPlan:
+    """The flags' plan; what it leaves no room for is said."""
+    plan = plan_steps(batches_per_epoch, args.gradient_accumulation_steps, args.num_train_epochs, args.max_train_steps)
+    tell_what_never_comes_from_args(args, plan.num_steps, learning_rate_from_args(args, num_ranks))
+    return plan
+
+
+def tell_what_never_comes_from_args(args, num_steps: int, learning_rate: float) -> None:
+    """A line each, before the run: the whole learning rate, a checkpoint, a validation."""
+    warmup = args.lr_warmup_steps
+    if args.lr_scheduler not in WITHOUT_WARMUP and warmup >= num_steps:
+        logger.warning(
+            "--lr_warmup_steps %d: the run has %d updates, so the learning rate reaches %.3g and never %.3g; "
+            "give a smaller one",
+            warmup, num_steps, learning_rate * (num_steps - 1) / warmup, learning_rate,
+        )  # fmt: skip
+    if args.checkpointing_steps > num_steps:
+        logger.info(
+            "no checkpoint before the end: --checkpointing_steps %d, and the run has %d updates",
+            args.checkpointing_steps, num_steps,
+        )  # fmt: skip
+    if args.validation_steps and args.validation_steps >= num_steps:
+        logger.info(
+            "no validation between the first and the last: --validation_steps %d, and the run has %d updates",
+            args.validation_steps, num_steps,
+        )  # fmt: skip
 
 
 def sample_positions(micro_step: int, micro_batch: int, num_ranks: int, rank: int, size: int) -> list[int]:
@@ -417,12 +442,16 @@ def is_storage_error(error: Exception) -> bool:
     return number in STORAGE_ERRORS
 
 
+def nearest_folder(output_dir: str | Path) -> Path:
+    """The folder, or of those above it the nearest that exists: on its disk it will be."""
+    whole = Path(output_dir).absolute()
+    return next(path for path in (whole, *whole.parents) if path.exists())
+
+
 def storage_line(error: Exception, output_dir: str | Path) -> str:
-    folder = next(
-        path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists()
-    )
     if getattr(error, "errno", None) not in (None, *FULL_DISK):
         return f"cannot read or write: {error}; when that is mended the same command continues"
+    folder = nearest_folder(output_dir)
     free = shutil.disk_usage(folder).free / 2**30
     return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"
 

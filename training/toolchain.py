@@ -1,4 +1,4 @@
-"""What Triton builds with at a run's first step, in C, and whether it is there."""
+"""What Triton and DeepSpeed build with at a run's first step, and whether it is there."""
 
 import os
 import shutil
@@ -9,6 +9,19 @@ from pathlib import Path
 
 def c_compiler() -> str | None:
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+def cxx_compiler() -> str | None:
+    """The one that torch's extensions are built with."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def cuda_toolkit() -> str | None:
+    """nvcc, where torch's extensions look for it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which(str(Path(home, "bin", "nvcc")))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def python_header() -> Path:
