@@ -1,6 +1,9 @@
+import io
 import math
 import os
 import random
+import struct
+import subprocess
 import sys
 import tempfile
 from fractions import Fraction
@@ -18,7 +21,7 @@ from decode import read_frames
 from errors import ERROR_LOG, DataError, UsageError
 from formats import Clip
 from headers import probe
-from synthetic_clips import X264, encode, ffmpeg, numbered_frames, numbers
+from synthetic_clips import FFMPEG, X264, encode, ffmpeg, numbered_frames, numbers
 
 
 def numbered_clip(path, num_frames, fps=8):
@@ -230,6 +233,91 @@ def test_frames_that_an_edit_list_hides_are_neither_counted_nor_read(tmp_path, b
     path = encode(tmp_path / "a.mp4", numbered_frames(200), "25", *PLAIN_X264, "-bf", "2", "-g", "50")
     ffmpeg("-ss", "1.4", "-i", path, "-c", "copy", tmp_path / "trimmed.mp4")
     assert every_number(tmp_path / "trimmed.mp4", backend) == list(range(35, 200))
+
+
+def with_edits(data, edits):
+    """An mp4 whose moov box comes last, with another edit list: (seconds, from which second of the media on)."""
+
+    def grown(start, end, path, content):
+        out = b""
+        while start + 8 <= end:
+            size, name = struct.unpack(">I4s", data[start : start + 8])
+            body = data[start : start + size]
+            if name == path[0]:
+                inner = content if len(path) == 1 else grown(start + 8, start + size, path[1:], content)
+                body = struct.pack(">I4s", 8 + len(inner), name) + inner
+            out += body
+            start += size
+        return out
+
+    with av.open(io.BytesIO(data)) as container:
+        rate = container.streams.video[0].time_base.denominator
+    rows = b"".join(struct.pack(">IiI", round(length * 1000), round(start * rate), 1 << 16) for length, start in edits)
+    content = struct.pack(">II", 0, len(edits)) + rows  # lengths in the movie's time scale, which ffmpeg makes 1000
+    return grown(0, len(data), (b"moov", b"trak", b"edts", b"elst"), content)
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        ([(2, 0), (3, 5)], [*range(50), *range(125, 200)]),
+        ([(2, 1), (2, 1)], [*range(25, 75), *range(25, 75)]),
+        ([(8, 2)], range(50, 200)),
+        ([(2, 5), (2, 0)], [*range(125, 175), *range(50)]),
+    ],
+    ids=["a piece cut out", "a piece twice", "a length from before the cut", "pieces exchanged"],
+)
+def test_edit_lists_are_played(tmp_path, edits, expected):
+    path = encode(tmp_path / "a.mp4", numbered_frames(200), "25", *PLAIN_X264, "-g", "25")
+    (tmp_path / "edited.mp4").write_bytes(with_edits(path.read_bytes(), edits))
+    seen = every_number(tmp_path / "edited.mp4")
+    assert (
+        abs(len(seen) - len(expected)) <= 2
+        and seen[: len(expected) - 2] == list(expected)[: len(seen)][: len(expected) - 2]
+    )
+
+
+@pytest.mark.parametrize("name", ["h264.avi", "h264.asf", "xvid.avi", "mpeg4.avi"])
+def test_formats_that_store_when_a_frame_is_decoded(tmp_path, name):
+    codec = {"h264": (*PLAIN_X264, "-bf", "3"), "xvid": ("-c:v", "libxvid", "-q:v", "3", "-bf", "2")}
+    flags = codec.get(name.split(".")[0], ("-c:v", "mpeg4", "-q:v", "3", "-bf", "2"))
+    path = encode(tmp_path / name, numbered_frames(150), "25", *flags, "-g", "50")
+    seen = every_number(path)
+    assert len(seen) >= 148 and seen[:147] == list(range(147))
+    times = frame_times(9, 8, 3.0)
+    assert numbers(read_frames(path, times)) == [math.ceil(time * 25 - 0.5) for time in times]
+
+
+def test_an_avi_written_into_a_pipe_has_no_length_and_is_whole(tmp_path):
+    raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "128x32", "-r", "25", "-i", "-")
+    command = [FFMPEG, "-v", "error", *raw, "-c:v", "mjpeg", "-q:v", "3", "-f", "avi", "-"]
+    piped = subprocess.run(command, input=numbered_frames(50).tobytes(), capture_output=True, check=True).stdout
+    (tmp_path / "piped.avi").write_bytes(piped)
+    assert every_number(tmp_path / "piped.avi") == list(range(50))
+    whole = encode(tmp_path / "a.avi", numbered_frames(50), "25", "-c:v", "mjpeg").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
+    assert "cut off" in error_of(probe, tmp_path / "cut.avi")
+
+
+def test_recordings_that_overlap_are_refused_before_training(tmp_path):
+    path = encode(tmp_path / "a.ts", numbered_frames(50), "25", *PLAIN_X264)
+    ffmpeg("-i", path, "-c", "copy", "-output_ts_offset", "1.6", tmp_path / "b.ts")
+    (tmp_path / "joined.ts").write_bytes(path.read_bytes() + (tmp_path / "b.ts").read_bytes())
+    assert "its times go back" in error_of(probe, tmp_path / "joined.ts")
+
+
+def test_decord_is_not_asked_for_a_file_with_a_gap(tmp_path):
+    pytest.importorskip("decord")
+    path = encode(tmp_path / "a.mkv", numbered_frames(200), "25", *PLAIN_X264, "-g", "10")
+    data = path.read_bytes()
+    (tmp_path / "gap.mkv").write_bytes(data[: len(data) // 2] + data[len(data) * 11 // 20 :])
+    times = frame_times(20, 8, 3.0)
+    try:
+        expected = read_frames(tmp_path / "gap.mkv", times, "pyav")
+    except DataError:
+        error_of(read_frames, tmp_path / "gap.mkv", times, "decord")
+    else:
+        assert (read_frames(tmp_path / "gap.mkv", times, "decord") == expected).all()
 
 
 def test_packets_without_data_are_frames_that_stay(tmp_path):

@@ -287,6 +287,35 @@ def test_opaque_pictures_with_an_alpha_channel_are_not_named(tmp_path):
     assert cautions_of(path) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "what"),
+    [
+        ("two.mp4", (*PLAIN_X264, "-x264-params", "frame-packing=3"), "two pictures in one"),
+        (
+            "alpha.mov",
+            ("-c:v", "prores_ks", "-vf", "format=rgba,colorchannelmixer=aa=0.5,format=yuva444p10le"),
+            "transparent",
+        ),
+        ("rle.mov", ("-c:v", "qtrle", "-vf", "format=argb,colorchannelmixer=aa=0.5"), "transparent"),
+        ("comb.mp4", ("-c:v", "mpeg4", "-q:v", "3", "-flags", "+ildct+ilme"), "interlaced"),
+    ],
+)
+def test_what_only_a_frame_tells_is_named_once_it_is_read(tmp_path, caplog, name, flags, what):
+    path = encode(tmp_path / name, flat((255, 255, 255), 64, 64), "8", *flags)
+    for _ in range(2):
+        read_frames(path, [0.0, 0.25])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{path} is {what}") and "ffmpeg -i IN -vf " in line
+
+
+def test_tags_of_the_container_count_where_the_stream_has_none(tmp_path):
+    plain = encode(tmp_path / "a.mp4", flat((148, 148, 148), 64, 64), "8", *H265, "-x265-params", "log-level=none")
+    tags = ("-color_trc", "smpte2084", "-colorspace", "bt2020nc", "-color_primaries", "bt2020")
+    for suffix in ("mkv", "mp4"):
+        ffmpeg("-i", plain, "-c", "copy", *tags, tmp_path / f"tagged.{suffix}")
+        assert "HDR (PQ)" in cautions_of(tmp_path / f"tagged.{suffix}")[0]
+
+
 def test_other_than_quarter_turns_are_named(tmp_path):
     encode(tmp_path / "a.mp4", left_white(), "8", *PLAIN_X264)
     ffmpeg("-display_rotation", "30", "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "turned.mp4")
@@ -303,6 +332,39 @@ def test_stills_are_clips_of_one_frame(tmp_path, name):
     Image.fromarray(flat((200, 60, 30))[0]).save(tmp_path / name)
     assert probe(tmp_path / name)[:1] + probe(tmp_path / name)[2:] == (1, 48, 64)
     assert abs(read_frames(tmp_path / name, [0.0])[0, 20, 20].astype(int) - (200, 60, 30)).max() <= 12
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.jpeg", "a.JPG", "progressive.jpg", "a.png", "jpeg_called.png", "cmyk.jpg"]
+)
+def test_photos_of_real_sizes_are_read(tmp_path, name):
+    """FFmpeg looks at a small file's content, and at a larger one's name."""
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    image = Image.fromarray(noise).convert("CMYK" if name.startswith("cmyk") else "RGB")
+    kind = "png" if name == "a.png" else "jpeg"
+    image.save(tmp_path / name, kind, quality=95, progressive=name.startswith("progressive"))
+    assert probe(tmp_path / name)[:1] + probe(tmp_path / name)[2:] == (1, 480, 640)
+    assert read_frames(tmp_path / name, [0.0]).shape == (1, 480, 640, 3)
+
+
+@pytest.mark.parametrize("orientation", [3, 5, 6, 8])
+def test_an_avif_is_turned_in_its_header_too(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(left_white()[0]).save(tmp_path / "a.avif", exif=exif)
+    assert probe(tmp_path / "a.avif")[2:] == read_frames(tmp_path / "a.avif", [0.0]).shape[1:3]
+    assert (probe(tmp_path / "a.avif").height == 96) == (orientation != 3)
+
+
+@pytest.mark.parametrize("pixels", [2, 8, 16])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_crop_in_the_stream_is_made_to_the_pixel(tmp_path, suffix, pixels):
+    path = encode(tmp_path / "a.mp4", left_white(64, 96), "8", *PLAIN_X264)
+    crop = ("-bsf:v", f"h264_metadata=crop_left={pixels}:crop_top={pixels}")
+    ffmpeg("-i", path, *crop, "-c", "copy", tmp_path / f"cropped.{suffix}")
+    image = read_frames(tmp_path / f"cropped.{suffix}", [0.0])[0]
+    assert probe(tmp_path / f"cropped.{suffix}")[2:] == image.shape[:2] == (64 - pixels, 96 - pixels)
+    assert abs(image.astype(int) - left_white(64, 96)[0, pixels:, pixels:]).mean() < 4
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.avif"])

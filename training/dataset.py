@@ -199,6 +199,8 @@ class VideoDataset(Dataset):
         # In a worker one thread by default: the workers are the parallelism
         num_threads = self.num_threads or int(get_worker_info() is not None)
         frames = read_frames(self.clips[index].video, times, self.backend, num_threads)
+        if frames.shape[1:3] != self.infos[index][2:]:
+            raise self.other_size(index, *frames.shape[1:3])
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     def start_time(self, epoch: int, index: int) -> float:
@@ -231,10 +233,14 @@ class VideoDataset(Dataset):
     def check_shape(self, pixels: torch.Tensor, index: int) -> None:
         frames, _, height, width = pixels.shape
         if (frames, height, width) != self.bucket_of[index]:
-            raise DataError(
-                f"{self.clips[index].video}: frames of {height}x{width} (height x width) where the header says "
-                f"{self.infos[index].height}x{self.infos[index].width}; convert the clip again"
-            )
+            raise self.other_size(index, height, width)
+
+    def other_size(self, index: int, height: int, width: int) -> DataError:
+        info = self.infos[index]
+        return DataError(
+            f"{self.clips[index].video}: frames of {height}x{width} (height x width) where the header says "
+            f"{info.height}x{info.width}; convert the clip again"
+        )
 
     def fingerprint(self) -> str:
         """A hash of which clips, captions and sizes are trained on, in which order."""

@@ -16,8 +16,8 @@ import av
 import numpy as np
 
 from errors import DataError, UsageError, first_line
-from headers import decoded, formats_of, header_rate, one_clip, opened, read_header
-from picture import SD_LINES, UNSPECIFIED, describe, show
+from headers import decoded, formats_of, header_rate, in_one_order, one_clip, opened, read_header
+from picture import SD_LINES, UNSPECIFIED, Caution, Picture, describe, frame_cautions, show
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 TIE = 1e-3  # seconds; a time midway between two frames takes the earlier one, also where a file rounds to 1 ms (mkv)
 SEEK_AFTER = 2.0  # seconds; nearer starts are decoded up to
 SEEK_MARGIN = 1.0  # seconds; seeking goes by decode times, which run ahead of display times
+LATE_STAMPS = {"avi", "asf"}  # formats that store when a frame is decoded, or when another is shown
 SEEKABLE = {"mp4", "matroska", "mpegts"}  # formats that store every frame's time, so that it is the same after a seek
 DECORD_FORMATS, DECORD_PIXELS = {"mp4", "matroska"}, {"yuv420p", "yuvj420p"}
 
@@ -73,13 +74,16 @@ def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = num_threads
         picture = describe(path, container, stream)
+        stamps = display_stamps(path) if LATE_STAMPS & formats_of(container) else []
         try:
-            for current in timed_frames(path, container, stream, times[0], seek):
+            for current in timed_frames(path, container, stream, times[0], seek, stamps):
                 while done < len(times) and times[done] <= current.seconds + TIE:
                     early = previous and times[done] <= (previous.seconds + current.seconds) / 2 + TIE
                     chosen = previous if early else current
                     if chosen.damaged:
                         raise unreadable(path, stream, previous, "damaged data")
+                    if pixels is None:
+                        warn_of_frame(path, chosen.frame, picture)
                     pixels = put(path, pixels, done, show(chosen.frame, picture), len(times))
                     done += 1
                 if done == len(times):
@@ -100,9 +104,33 @@ def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.
     return pixels
 
 
-def timed_frames(path, container, stream, start: float, seek: bool) -> Iterator[Shown]:
+def display_stamps(path) -> list[float]:
+    """Seconds at which the frames are shown, from the packets: in order, for formats that give a frame the time of when
+    it was decoded.
+    """
+    with opened(path) as (container, stream):
+        packets = [packet for packet in in_one_order(path, container, stream) if packet.pts is not None]
+    first = next((number for number, packet in enumerate(packets) if packet.is_keyframe), 0)
+    seconds = sorted(float(packet.pts * packet.time_base) for packet in packets[first:])
+    return [second - seconds[0] for second in seconds]
+
+
+def warn_of_frame(path, frame: av.VideoFrame, picture: Picture) -> None:
+    """Name a clip that is not read as a player shows it, where only a decoded frame tells."""
+    for caution in frame_cautions(frame):
+        if caution not in picture.cautions:
+            say_caution(path, caution)
+
+
+@functools.cache
+def say_caution(path, caution: Caution) -> None:
+    """One line, once per clip and process."""
+    logger.warning('%s is %s; convert with ffmpeg -i IN -vf "%s" OUT.mp4', path, caution.what, caution.filter)
+
+
+def timed_frames(path, container, stream, start: float, seek: bool, stamps: list[float]) -> Iterator[Shown]:
     """Frames in order of display, from some frame at or before `start` on; DataError for a seek that lands late, and
-    where times go backwards.
+    where times go backwards. `stamps` rule where they are given.
     """
     frames = decoded(container, stream)
     first = next(frames, None)
@@ -117,7 +145,10 @@ def timed_frames(path, container, stream, start: float, seek: bool) -> Iterator[
             raise DataError(f"{path}: no key frame is found before {start:.2f} s")
     period, damaged, before = 1 / header_rate(stream), False, -math.inf
     for number, frame in enumerate(itertools.chain([first], frames)):
-        seconds = number * period if frame.pts is None else frame.time - origin
+        if number < len(stamps):
+            seconds = stamps[number]
+        else:
+            seconds = number * period if frame.pts is None else frame.time - origin
         if seconds < before - TIE:
             raise DataError(
                 f"{path}: its frames' times go back from {before:.2f} to {seconds:.2f} s; convert it again"
@@ -211,4 +242,6 @@ def trusted_times(path, size: int, mtime_ns: int) -> np.ndarray | None:
         if not (usual and described) or any(packet.pts is None or packet.is_discard for packet in packets):
             return None
         stamps = np.sort([float(packet.pts * packet.time_base) for packet in packets])
-    return stamps - stamps[0]
+    gaps = np.diff(stamps)
+    has_gap = len(gaps) and gaps.max() > 1.5 * np.median(gaps)  # where packets are lost decord repeats a frame
+    return None if has_gap else stamps - stamps[0]

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+from av.codec.context import Flags
 from av.stream import Disposition
 
 from containers import file_boxes
 from errors import DataError, UserError, first_line, keep_trace
 from file_kinds import beginning, other_content
-from picture import Picture, describe
+from picture import Picture, color_cautions, describe
 
 
 MISSING = 0.5  # seconds by which a file may end before the length that its header gives
-STARTS_OVER = 1.0  # seconds by which a packet's decode time may lie before its predecessor's
+STARTS_OVER = 0.1  # seconds by which a packet's decode time may lie before its predecessor's
 # Containers that hold their frames themselves. Playlists and lists (hls, dash, concat, sdp, image2) name other files or
 # addresses, and what is a list is told by content: a list may call itself .mp4
 CONTAINERS = (
@@ -36,7 +37,7 @@ CONTAINERS = (
     )),
 )  # fmt: skip
 KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats whose header has the length; FFmpeg guesses others'
-PATTERNS = set("%*?{")  # in an image's name, FFmpeg takes them for a list of files
+OWN_INDEX = {"mp4"}  # formats whose index says whether the file is whole
 
 
 class VideoInfo(NamedTuple):
@@ -93,14 +94,16 @@ def opened(path):
         raise DataError(f"{path}: empty file; download or export it again")
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
     source, kind = os.path.abspath(path), mimetypes.guess_type(path)[0] or ""
-    if kind.startswith("image/") and PATTERNS & set(os.path.basename(path)):
+    if kind.startswith("image/"):  # by its name FFmpeg would take a photo for a list of files, image2
         source = io.BytesIO(Path(path).read_bytes())
     try:
         container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
     except (av.FFmpegError, ValueError) as error:
         raise DataError(f"{path}: {why_not_opened(path, error)}") from error
     with container:
-        yield container, choose_stream(path, container)
+        stream = choose_stream(path, container)
+        stream.codec_context.flags |= Flags.unaligned  # a crop on the left is made to the pixel
+        yield container, stream
 
 
 def why_not_opened(path, error: Exception) -> str:
@@ -129,8 +132,9 @@ def choose_stream(path, container):
 def read_header(path) -> Header:
     """Facts and Picture of a video. Files whose header does not tell how many frames can be decoded are demuxed."""
     with one_clip(path), opened(path) as (container, stream):
+        colors = tuple(color_cautions(stream))  # the container's tags, which a decoder may drop
         counted = count_indexed(path, container, stream) or count_by_demuxing(path, container, stream)
-        picture = describe(path, container, stream, counted.first)
+        picture = describe(path, container, stream, counted.first, colors)
         height, width = picture.shown(stream.codec_context.height, stream.codec_context.width)
         if counted.num_frames == 0 or height == 0 or width == 0:
             raise DataError(f"{path}: no frames in its video stream")
@@ -164,7 +168,7 @@ def count_indexed(path, container, stream) -> Counted | None:
     None where it does not: in fragments, of which only some were read, under an edit list, which hides frames, or
     before a key frame.
     """
-    if "mp4" not in formats_of(container) or next(file_boxes(path, b"moov", b"mvex"), None) is not None:
+    if "mp4" not in formats_of(container) or is_fragmented(path) or is_still(path):
         return None
     entries, size = list(stream.index_entries), os.path.getsize(path)
     there = sum(entry.pos + entry.size <= size for entry in entries)
@@ -178,17 +182,26 @@ def count_indexed(path, container, stream) -> Counted | None:
     return Counted(len(entries), max(fps, measured_rate(fps, len(entries), seconds)), None)
 
 
+def is_fragmented(path) -> bool:
+    return next(file_boxes(path, b"moov", b"mvex"), None) is not None
+
+
+def is_still(path) -> bool:
+    """True for a HEIF photo, whose turn is no track's."""
+    return next(file_boxes(path, b"moov"), None) is None
+
+
 def count_by_demuxing(path, container, stream) -> Counted:
     """The frames that can be decoded, from the first key frame on; DataError for a file that is damaged or cut off.
 
     Reads all packets, decodes the first frame and, where no header vouches for the file's end, the last ones.
     """
     stream.codec_context.thread_count = 1
-    promised = promised_seconds(container, stream)
-    vouched = promised and KEEP_LENGTH & formats_of(container)
+    promised = promised_seconds(path, container, stream)
+    vouched = KEEP_LENGTH & formats_of(container) and (promised or OWN_INDEX & formats_of(container))
     begin, end, stamps, first, group = math.inf, -math.inf, [], None, []  # group: packets since the last key frame
     try:
-        for packet in in_one_order(path, container.demux(stream)):
+        for packet in in_one_order(path, container, stream):
             if packet.pts is not None:
                 begin = min(begin, float(packet.pts * packet.time_base))
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -217,14 +230,14 @@ def count_by_demuxing(path, container, stream) -> Counted:
     return Counted(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)
 
 
-def in_one_order(path, packets: Iterator[av.Packet]) -> Iterator[av.Packet]:
-    """The packets that hold data; DataError where their times start over."""
-    before = -math.inf
-    for packet in packets:
+def in_one_order(path, container, stream) -> Iterator[av.Packet]:
+    """The packets that hold data; DataError where their times start over, but for an mp4's, which an edit list orders."""
+    before, is_edited = -math.inf, "mp4" in formats_of(container)
+    for packet in container.demux(stream):
         if is_empty(packet):
             continue
         seconds = before if packet.dts is None else float(packet.dts * packet.time_base)
-        if seconds < before - STARTS_OVER:
+        if seconds < before - STARTS_OVER and not is_edited:
             raise DataError(
                 f"{path}: its times go back from {before:.1f} to {seconds:.1f} s, as in files that were joined by bytes; "
                 "join them with ffmpeg's concat demuxer, or convert it"
@@ -245,8 +258,13 @@ def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
     return DataError(f"{path}: damaged after frame {num_frames} ({error.strerror}); download or export it again")
 
 
-def promised_seconds(container, stream) -> float:
+def promised_seconds(path, container, stream) -> float:
     """Length of the video track by the header, 0 if unknown (the file's length may be another track's)."""
+    formats = formats_of(container)
+    if ("mp4" in formats and not is_fragmented(path)) or ("avi" in formats and not is_cut_avi(path)):
+        return (
+            0.0  # the index is whole; the header's length is that before an edit list, or a guess of one who streamed
+        )
     tag = stream.metadata.get("DURATION", "")  # what mkv writers put: 00:00:10.333000000
     with contextlib.suppress(ValueError):
         hours, minutes, seconds = tag.split(":")
@@ -255,6 +273,13 @@ def promised_seconds(container, stream) -> float:
         return float(stream.duration * stream.time_base)
     alone = len(container.streams) == 1 and container.duration
     return container.duration / av.time_base if alone else 0.0
+
+
+def is_cut_avi(path) -> bool:
+    """True if the file is shorter than its first RIFF chunk; programs that write into a pipe leave its size open."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8)[4:], "little")
+    return os.path.getsize(path) < size + 8 < 2**32
 
 
 def last_decodable(path, stream, group: list[av.Packet]) -> int:

@@ -86,8 +86,10 @@ class Picture(NamedTuple):
         return (width, height) if self.matrix[0] == 0 else (height, width)
 
 
-def describe(path, container, stream, frame: av.VideoFrame | None = None) -> Picture:
-    """The Picture of a video stream, from its headers and, where one is at hand, a decoded frame."""
+def describe(path, container, stream, frame: av.VideoFrame | None = None, colors: tuple[Caution, ...] = ()) -> Picture:
+    """The Picture of a video stream, from its headers and, where one is at hand, a decoded frame. `colors`: cautions of
+    the container's tags, taken before a frame was decoded.
+    """
     formats, track, crop = container.format.name.split(","), b"", UNCROPPED
     height, width = stream.codec_context.height, stream.codec_context.width
     if "mp4" in formats:
@@ -96,7 +98,7 @@ def describe(path, container, stream, frame: av.VideoFrame | None = None) -> Pic
     elif "matroska" in formats:
         crop = matroska_crop(path, container.streams.video.index(stream))
     matrix = track_matrix(track) if frame is None else frame_matrix(frame)
-    cautions = [*color_cautions(stream), *layout_cautions(stream, track), *turn_cautions(matrix)]
+    cautions = [*colors, *color_cautions(stream), *layout_cautions(stream, track), *turn_cautions(matrix)]
     if frame is not None:
         cautions += frame_cautions(frame)
     crop = sensible_crop(crop, height, width)
