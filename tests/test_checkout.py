@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDS_LF = [*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh"), ROOT / "Makefile", ROOT / ".ci" / "run"]
 
 
-def git(*words):
+def git(*words, given=b""):
     settings = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "core.safecrlf=false"]
-    return subprocess.run(["git", *settings, *map(str, words)], check=True, capture_output=True).stdout
+    return subprocess.run(["git", *settings, *map(str, words)], check=True, capture_output=True, input=given).stdout
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,8 @@ def cloned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cloned")
     git("init", "-q", folder / "origin")
     here = [f"--git-dir={folder / 'origin' / '.git'}", f"--work-tree={ROOT}"]
-    git(*here, "add", ".")
+    names = git("-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    git(*here, "add", "--pathspec-from-file=-", "--pathspec-file-nul", given=names)
     git(*here, "commit", "-q", "-m", "all")
     git("clone", "-q", "-c", "core.autocrlf=true", folder / "origin", folder / "clone")
     return folder / "clone"

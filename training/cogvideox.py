@@ -218,7 +218,8 @@ def find_transformer(start: str) -> Path:
 
 def transformer_folder(model_dir: Path) -> Path:
     """The transformer's folder in that of a pipeline; else it is that itself."""
-    return model_dir / "transformer" if (model_dir / "transformer").is_dir() else model_dir
+    folder = Path(model_dir, "transformer")
+    return folder if folder.is_dir() else Path(model_dir)
 
 
 def read_start_config_from_args(args, model_config) -> dict:

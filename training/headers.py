@@ -37,7 +37,7 @@ CONTAINERS = (
     )),
 )  # fmt: skip
 KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats whose header has the length; FFmpeg guesses others'
-OWN_INDEX = {"mp4"}  # formats whose index says whether the file is whole
+OWN_SIZE = {"mp4", "avi"}  # formats that say how large the file is
 
 
 class VideoInfo(NamedTuple):
@@ -196,9 +196,11 @@ def count_by_demuxing(path, container, stream) -> Counted:
 
     Reads all packets, decodes the first frame and, where no header vouches for the file's end, the last ones.
     """
+    if "avi" in formats_of(container):
+        refuse_cut_avi(path)
     stream.codec_context.thread_count = 1
     promised = promised_seconds(path, container, stream)
-    vouched = KEEP_LENGTH & formats_of(container) and (promised or OWN_INDEX & formats_of(container))
+    vouched = KEEP_LENGTH & formats_of(container) and (promised or OWN_SIZE & formats_of(container))
     begin, end, stamps, first, group = math.inf, -math.inf, [], None, []  # group: packets since the last key frame
     try:
         for packet in in_one_order(path, container, stream):
@@ -261,10 +263,9 @@ def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
 def promised_seconds(path, container, stream) -> float:
     """Length of the video track by the header, 0 if unknown (the file's length may be another track's)."""
     formats = formats_of(container)
-    if ("mp4" in formats and not is_fragmented(path)) or ("avi" in formats and not is_cut_avi(path)):
-        return (
-            0.0  # the index is whole; the header's length is that before an edit list, or a guess of one who streamed
-        )
+    if "avi" in formats or ("mp4" in formats and not is_fragmented(path)):
+        # Known to be whole, see `count_indexed` and `refuse_cut_avi`; the header's length is a guess, or that before edits
+        return 0.0
     tag = stream.metadata.get("DURATION", "")  # what mkv writers put: 00:00:10.333000000
     with contextlib.suppress(ValueError):
         hours, minutes, seconds = tag.split(":")
@@ -275,11 +276,12 @@ def promised_seconds(path, container, stream) -> float:
     return container.duration / av.time_base if alone else 0.0
 
 
-def is_cut_avi(path) -> bool:
-    """True if the file is shorter than its first RIFF chunk; programs that write into a pipe leave its size open."""
+def refuse_cut_avi(path) -> None:
+    """DataError if the file is shorter than its first RIFF chunk; programs that write into a pipe leave its size open."""
     with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8)[4:], "little")
-    return os.path.getsize(path) < size + 8 < 2**32
+        size = int.from_bytes(file.read(8)[4:], "little") + 8
+    if (there := os.path.getsize(path)) < size < 2**32:
+        raise DataError(f"{path}: cut off: {there} of {size} bytes are in the file; download it again")
 
 
 def last_decodable(path, stream, group: list[av.Packet]) -> int:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
-from durable import take_back
+from durable import keep, take_back
 from errors import ERROR_LOG, MemoryFullError, StorageError, UsageError, UserError, first_line
 from quantization import check_base_precision
 from signals import INTERRUPTION, caught_signals
@@ -404,6 +404,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path, go_on: str = GO
     output_dir = Path(output_dir)
     os.environ[ERROR_LOG] = str(output_dir.absolute() / "errors.log")
     RUN.__init__(launch_id())
+    keep()  # what a process before this one, or a run before in it, did
     with caught_signals(lambda: note_failure(output_dir, INTERRUPTED, f"stopped at once; {go_on}")):
         try:
             main()
