@@ -14,6 +14,7 @@ import prepare_dataset
 from args import parse_prepare_args
 from cache import recorded_key
 from dataset import VideoDataset
+from formats import draw_places
 from make_fixtures import PREPARED, prepare_argv
 from prepared import SUFFIXES, Key
 from test_fixtures import old  # noqa: F401
@@ -396,3 +397,18 @@ def test_nothing_is_pruned_where_preparing_ended_early(prepare, prepared, data, 
     with pytest.raises(KeyboardInterrupt):
         prepare(*EVERYTHING, "--prune")
     assert before - set(contents(prepared)) == {"data.jsonl"}
+
+
+def test_verify_finds_a_latent_that_has_rotted(prepare, prepared, data, info):
+    path = sorted((prepared / "video_latents").iterdir())[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    prepare(*EVERYTHING)
+    assert "0 prepared now" in info.text
+    prepare(*EVERYTHING, "--verify")
+    assert "1 prepared now" in info.text and f"{path.name}: no longer what was written" in info.text
+    assert path.read_bytes() == whole
+
+
+def test_a_dot_before_a_source_is_no_other_source():
+    assert draw_places(["./a.mp4", "a.mp4", "b/../a.mp4"]) == draw_places(["a.mp4"] * 3)

@@ -17,7 +17,7 @@ import pytest
 import durable
 import prepare_dataset
 from args import parse_prepare_args, parse_training_args
-from durable import lock_folder, release_locks
+from durable import lock_folder, release_locks, write_json
 from errors import StorageError, UsageError
 from make_fixtures import RUNS, prepare_argv, train_argv
 from runtime import run_script
@@ -346,3 +346,22 @@ def test_rename_names_the_place_and_what_to_do(tmp_path, monkeypatch):
     refuse(monkeypatch, Path, "replace", errno.EPERM)
     with pytest.raises(StorageError, match="b: written, but cannot be renamed to that .* choose a disk"):
         durable.rename(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_disk_that_renames_nothing_still_has_a_status(tmp_path, monkeypatch, capsys):
+    refuse(monkeypatch, Path, "replace", errno.EPERM)
+    refuse(monkeypatch, Path, "rename", errno.EPERM)
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda: write_json(tmp_path / "out" / "a.json", {}), tmp_path / "out")
+    assert left.value.code == 74
+    assert json.loads((tmp_path / "out/status.json").read_text())["exit_code"] == 74
+
+
+def test_a_disk_that_does_not_say_what_is_free_is_used(train, monkeypatch):
+    refuse(monkeypatch, shutil, "disk_usage", errno.ENOSYS)
+    assert checkpoints(train()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_disk_that_does_not_remove_a_rehearsal_goes_on(train, monkeypatch):
+    refuse(monkeypatch, os, "rmdir", errno.EBUSY, lambda path, *_, **__: "rehears" in str(path))
+    assert checkpoints(train()) == ["checkpoint-2", "checkpoint-4"]

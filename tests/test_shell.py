@@ -363,8 +363,8 @@ REPORT_TO=(wandb tensorboard)"""
     assert values_of(argv, "--validation_prompt") == ['A red kite  over dunes.:::a "cat":::(a dog)']
     assert values_of(argv, "--validation_images") == ["first frame.png:::b.png:::c.png"]
     assert values_of(argv, "--report_to") == ["wandb,tensorboard"]
-    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", VALIDATION_PROMPT="(a 'dog')", REPORT_TO="wandb  tensorboard")
-    assert values_of(argv, "--validation_prompt") == ["(a 'dog')"]  # a text is left as it is
+    _, [argv] = run_wrapper(TRAIN, DATA_ROOT="d", VALIDATION_PROMPT="a (small) 'dog'", REPORT_TO="wandb  tensorboard")
+    assert values_of(argv, "--validation_prompt") == ["a (small) 'dog'"]  # a text is left as it is
     assert values_of(argv, "--report_to") == ["wandb,tensorboard"]
 
 
@@ -763,3 +763,17 @@ def test_every_training_script_has_a_wrapper():
     from args import SCRIPTS
 
     assert {training.script: f"cogvideox_{training.task}.py" for training in TRAININGS} == SCRIPTS
+
+
+@by_wrapper
+@pytest.mark.parametrize("name", ["ID_TOKEN", "MODEL", "DATA_ROOT", "OUTPUT_ROOT"])
+def test_an_array_in_front_of_a_command_is_no_text_of_one_value(run_wrapper, wrapper, name):
+    """bash hands ID_TOKEN=(x) ./wrapper on as the text "(x)"."""
+    result, argvs = run_wrapper(wrapper, **{"DATA_ROOT": "d", name: "(x)"})
+    assert (result.returncode, argvs) == (2, []) and f"{name}=(x): an array in front of the command" in result.stderr
+
+
+@by_training
+def test_an_array_of_prompts_in_front_of_a_command_is_refused(run_wrapper, training):
+    result, argvs = run_wrapper(training.wrapper, DATA_ROOT="d", VALIDATION_PROMPT="(A cat runs. A dog sits.)")
+    assert (result.returncode, argvs) == (2, []) and "write ::: between texts" in result.stderr

@@ -1,5 +1,6 @@
 """Files of a prepared dataset: written beside and renamed, each with a key of everything that decided its content."""
 
+import hashlib
 import io
 import logging
 from collections import deque
@@ -31,10 +32,28 @@ def recorded_key(path: Path) -> str | None:
             with Image.open(path) as image:
                 return image.text.get("key")
         with safe_open(path, framework="pt") as tensors:
-            return (tensors.metadata() or {}).get("key")
+            key = (tensors.metadata() or {}).get("key")
+            return key and key.partition("\n")[0]  # JSON in one line, then the content's hash
     except (SafetensorError, OSError, SyntaxError) as error:  # PIL raises SyntaxError on a broken PNG
         logger.warning("%s: not readable (%s), made again", path, error)
         return None
+
+
+def is_intact(path: Path) -> bool:
+    """False if the tensors are no longer those that were written; files of before this was recorded count as intact."""
+    if path.suffix != ".safetensors":
+        return True
+    with safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get("key", "").partition("\n")[2]
+        return not recorded or recorded == tensors_hash({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- writing
@@ -48,7 +67,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str) -> Non
                 "the model's files are damaged" if tensor.dtype == torch.float32 else "run again with --dtype fp32"
             )
             raise NumbersError(f"{path}: {name} is not finite in {tensor.dtype}; {advice}")
-    content = serialize(tensors, metadata={"key": key})
+    # One entry: the library writes several in random order, and equal files are to be equal bytes
+    content = serialize(tensors, metadata={"key": f"{key}\n{tensors_hash(tensors)}"})
     with written_beside(path) as temporary:
         temporary.write_bytes(content)  # not save_file, which makes files that only their owner can read
 

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from cache import recorded_key
-from durable import TEMPORARY, flush, rename, undo
+from durable import TEMPORARY, flush, free_bytes, rename, undo
 from errors import StorageError
 from formats import first_few
 from hashes import stamp_of
@@ -162,7 +161,7 @@ def reserve(path: Path, header: bytes, shape: tuple[int, int, int], dtype: torch
     """Begin the unfinished file; returns what is in the way, in one line, before T5 is loaded for nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # of other captions
-    needed, free = embeds_bytes(shape, dtype), shutil.disk_usage(path.parent).free
+    needed, free = embeds_bytes(shape, dtype), free_bytes(path.parent)
     if needed > free:
         return (
             f"{path}: the embeddings of {shape[0]} captions take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "

@@ -28,6 +28,7 @@ from durable import (
     TEMPORARY,
     clean_up,
     damage,
+    free_bytes,
     keep,
     lock_folder,
     make_folder,
@@ -256,7 +257,7 @@ def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, 
 
 def rehearse_checkpoint(output_dir: Path) -> None:
     """Write a small checkpoint and one in its place, read it back and remove it: StorageError for a disk that cannot."""
-    folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsal"
+    folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsed-checkpoint"
     target, tensors = folder / "checkpoint-0", {"step": torch.arange(2)}
     try:
         folder.mkdir()
@@ -291,7 +292,7 @@ def rehearse_end_from_args(args, accelerator, engine) -> None:
     engine.gather()
     if accelerator.is_main_process:
         folder = Path(args.output_dir) / f"{TEMPORARY}{os.getpid()}-rehearsal"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         try:
             engine.save(folder)
             engine.check(folder)
@@ -353,7 +354,7 @@ def check_disk_from_args(args, engine, first_step: int, num_steps: int) -> None:
     saves = num_steps // args.checkpointing_steps - first_step // args.checkpointing_steps
     # The newest is written before the oldest goes; those that lie there already take no more room
     together = saves if limit is None else min(saves, limit + 1 - min(limit, len(checkpoint_dirs(output_dir))))
-    needed, free = checkpoint * together + result, shutil.disk_usage(output_dir).free
+    needed, free = checkpoint * together + result, free_bytes(output_dir)
     if needed <= free:
         return
     line = (

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -86,6 +87,14 @@ def flush_descriptor(descriptor: int) -> None:
         if error.errno not in NO_FSYNC:
             raise
         warn_once(f"the disk takes no fsync ({error.strerror}): a power cut may cost the files written last")
+
+
+def free_bytes(folder: Path) -> float:
+    """What the disk has left; infinite where its file system does not say."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf
 
 
 def flush_names(folder: Path) -> None:
@@ -172,7 +181,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_text(path, to_json(content))
+
+
+def to_json(content) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 # ---------------------------------------------------------------- reading

@@ -307,11 +307,11 @@ def with_id_token(prompt: str, id_token: str | None) -> str:
 def draw_places(sources: Iterable[str]) -> list[str]:
     """`source/window/repeat` of each clip, all that a draw about it depends on: other rows may come, go and move.
 
-    The source is the path as written, its n-th row is repeat n; the window, of clips cut into several, is 0.
+    The source is the path as written, but for ./ and the like, its n-th row is repeat n; the window, of clips cut into several, is 0.
     """
     seen: Counter[str] = Counter()
     places = []
-    for source in sources:
+    for source in map(os.path.normpath, sources):
         places.append(f"{source}/0/{seen[source]}")
         seen[source] += 1
     return places

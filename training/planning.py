@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Callable
 
 import psutil
@@ -12,6 +11,7 @@ from torch import nn
 from allocator import expand_segments, uses_expandable_segments
 from captions import embeds_bytes
 from dataset import build_dataset_from_args
+from durable import free_bytes
 from engine import block_loader_from_args
 from errors import UsageError, print_to_pipe
 from memory_plan import GIB, Run, closest, fastest_that_fits, table
@@ -85,7 +85,7 @@ def disk_line(output_dir: str, config, prompts: list[str], dtype: torch.dtype) -
     num_captions = len(set(prompts)) + 1  # the empty one
     needed = embeds_bytes((num_captions, config["max_text_seq_length"], config["text_embed_dim"]), dtype)
     place = nearest_folder(output_dir)
-    free = shutil.disk_usage(place).free
+    free = free_bytes(place)
     verdict = "yes" if needed <= free else "no"
     return (
         f"disk: {needed / GIB:.1f} GiB for the embeddings of {num_captions} captions, as long as the run lasts; "

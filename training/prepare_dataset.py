@@ -295,7 +295,7 @@ def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
     """Set what each item lacks; returns the files that an earlier version prepared, by the same flags and content."""
     accepted, kept = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
     for item in items:
-        states = {path: state_of(output_dir, path, key) for path, key in item["files"].items()}
+        states = {path: state_of(output_dir, path, key, args.verify) for path, key in item["files"].items()}
         if any(state == MISSING and not is_embedding(path) for path, state in states.items()):
             # Frames of version 1 may start elsewhere: a clip's video, first frames and preview are made together
             states |= {path: MISSING for path in states if not is_embedding(path) and states[path] == EARLIER}

@@ -8,6 +8,7 @@ are the key's version.
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cache import recorded_key
+from cache import is_intact, recorded_key
 from hashes import Hashes
 
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2
 CURRENT, EARLIER, MISSING = "current", "earlier", "missing"
@@ -67,14 +70,18 @@ def file_key(now: dict, earlier: dict) -> Key:
     return Key(json.dumps(now, sort_keys=True), json.dumps(earlier, sort_keys=True))
 
 
-def state_of(output_dir: Path, path: str, key: Key) -> str:
+def state_of(output_dir: Path, path: str, key: Key, in_full: bool = False) -> str:
     """CURRENT if the file is there, readable and made from the same content with the same settings; EARLIER if so by the
-    rules of version 1; else MISSING.
+    rules of version 1; else MISSING. `in_full`: and if it still holds what was written.
     """
     if path.startswith("images/") and not video_of(output_dir, path).exists():
         return MISSING
     recorded = recorded_key(output_dir / path)
-    return {key.now: CURRENT, key.earlier: EARLIER}.get(recorded, MISSING)
+    state = {key.now: CURRENT, key.earlier: EARLIER}.get(recorded, MISSING)
+    if in_full and state == CURRENT and not is_intact(output_dir / path):
+        logger.warning("%s: no longer what was written, made again", output_dir / path)
+        return MISSING
+    return state
 
 
 def earlier_weights_hash(folder: Path) -> str:

@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import secrets
-import shutil
 import socket
 import sys
 import time
@@ -28,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
 from dataset import BucketSampler, make_loader
-from durable import keep, take_back
+from durable import free_bytes, keep, take_back
 from errors import ERROR_LOG, MemoryFullError, StorageError, UsageError, UserError, first_line
 from quantization import check_base_precision
 from signals import INTERRUPTION, caught_signals
@@ -453,7 +452,7 @@ def storage_line(error: Exception, output_dir: str | Path) -> str:
     if getattr(error, "errno", None) not in (None, *FULL_DISK):
         return f"cannot read or write: {error}; when that is mended the same command continues"
     folder = nearest_folder(output_dir)
-    free = shutil.disk_usage(folder).free / 2**30
+    free = free_bytes(folder) / 2**30
     return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"
 
 

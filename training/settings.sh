@@ -48,6 +48,7 @@ join_texts() {
     local separator="$1" name text values
     shift
     for name; do
+        [[ ${!name-} != "("*")" ]] || refuse "$name=${!name}: an array in front of the command; write $separator between texts"
         is_array "$name" || continue
         read_values "$name"
         printf -v text "%s$separator" ${values[@]+"${values[@]}"}
@@ -59,6 +60,8 @@ join_texts() {
 one_value() {
     local name values
     for name; do
+        # bash hands NAME=(a b) before a command on as this text
+        [[ ${!name-} != "("*")" ]] || refuse "$name=${!name}: an array in front of the command; write its text without ( )"
         is_array "$name" || continue
         read_values "$name"
         ((${#values[@]} < 2)) || refuse "$name takes one value, not ${#values[@]} (${values[*]})"

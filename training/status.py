@@ -9,7 +9,8 @@ import os
 import secrets
 from pathlib import Path
 
-from durable import write_json
+from durable import to_json, write_json
+from errors import StorageError
 
 
 RUN_ID_VARIABLE = "COGVIDEOX_RUN_ID"  # set by a wrapper for each run that it starts
@@ -38,7 +39,11 @@ def read_status(output_dir: Path) -> dict:
 
 def write_status(output_dir: Path, state: str, exit_code: int, **more) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "status.json", {"state": state, "exit_code": exit_code, "run": RUN.id, **more})
+    path, content = output_dir / "status.json", {"state": state, "exit_code": exit_code, "run": RUN.id, **more}
+    try:
+        write_json(path, content)
+    except StorageError:  # a disk without renaming: in place, for it is what says so
+        path.write_text(to_json(content), encoding="utf-8")
 
 
 def is_of_this_run(status: dict) -> bool:
