@@ -37,8 +37,8 @@ ACCELERATE_CONFIG_FILE="${ACCELERATE_CONFIG_FILE:-$here/accelerate_configs/uncom
 # ---------------------------------------------------------------- settings: model, training
 
 MODEL="${MODEL:-zai-org/CogVideoX-2b}"  # hub id or folder
-# true: prepared data; false: videos, encoded in every step; empty: whichever of the two DATA_ROOT holds
-LOAD_TENSORS="${LOAD_TENSORS:-}"
+# true: prepared data; false: videos, encoded in every step; auto: whichever of the two DATA_ROOT holds
+LOAD_TENSORS="${LOAD_TENSORS:-auto}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # every run gets a folder in it
 ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the one given to prepare_dataset.sh
 

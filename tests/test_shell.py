@@ -457,8 +457,9 @@ def test_a_folder_of_videos_is_trained_as_such_unless_said_otherwise(run_wrapper
     _, [argv] = run_wrapper(training.wrapper, DATA_ROOT="clips", LOAD_TENSORS="true")
     assert "--load_tensors" in argv
     (tmp_path / "work/clips/video_latents").mkdir()
-    result, [argv] = run_wrapper(training.wrapper, DATA_ROOT="clips")
-    assert "--load_tensors" in argv and result.stderr == ""
+    for settings in ({}, {"LOAD_TENSORS": "auto"}, {"LOAD_TENSORS": ""}):
+        result, [argv] = run_wrapper(training.wrapper, DATA_ROOT="clips", **settings)
+        assert "--load_tensors" in argv and result.stderr == ""
 
 
 @by_training
@@ -594,7 +595,7 @@ def test_an_interrupted_run_ends_the_sweep(run_wrapper):
         ({"GPU_IDS": "0,1"}, "GPU_IDS=0,1 names 2 but num_processes is 1"),
         ({"ACCELERATE_CONFIG_FILE": str(ROOT / "accelerate_configs/uncompiled_2.yaml")}, "num_processes is 2"),
         ({"ACCELERATE_CONFIG_FILE": "nowhere.yaml"}, "there is no nowhere.yaml"),
-        ({"LOAD_TENSORS": "yes"}, "LOAD_TENSORS is true or false"),
+        ({"LOAD_TENSORS": "yes"}, "LOAD_TENSORS is true, false or auto"),
         ({"LEARNING_RATES": " "}, "LEARNING_RATES"),
     ],
 )

@@ -23,17 +23,16 @@ refuse_unread
 # ---------------------------------------------------------------- checks
 
 [[ -n $DATA_ROOT ]] || refuse "fill in DATA_ROOT: the folder that prepare_dataset.sh wrote"
-if [[ -z $LOAD_TENSORS ]]; then
+if [[ $LOAD_TENSORS == auto ]]; then
     LOAD_TENSORS=true
     if [[ -d $DATA_ROOT && ! -d $DATA_ROOT/video_latents ]]; then
         LOAD_TENSORS=false
         echo "$(basename "$0"): $DATA_ROOT holds no video_latents: its videos are encoded in every step" >&2
     fi
 fi
-for name in LOAD_TENSORS DROP_LEARNED_POSITIONS; do
-    value="${!name-false}"  # text-to-video has no learned positions to drop
-    [[ $value == true || $value == false ]] || refuse "$name is true or false, not $value"
-done
+[[ $LOAD_TENSORS == true || $LOAD_TENSORS == false ]] || refuse "LOAD_TENSORS is true, false or auto, not $LOAD_TENSORS"
+value="${DROP_LEARNED_POSITIONS-false}"  # text-to-video has none to drop
+[[ $value == true || $value == false ]] || refuse "DROP_LEARNED_POSITIONS is true or false, not $value"
 [[ ! -e $OUTPUT_ROOT || -d $OUTPUT_ROOT ]] || refuse "OUTPUT_ROOT: $OUTPUT_ROOT is a file; give a folder"
 # A relative path means this repository's where the working directory has no such file.
 [[ -r $ACCELERATE_CONFIG_FILE || ! -r $here/$ACCELERATE_CONFIG_FILE ]] ||
