@@ -14,9 +14,9 @@ import pytest
 import prepare_dataset
 from args import EPILOG, parse_training_args
 from durable import release_locks
-from errors import UserError
+from errors import DataError, UserError
 from runtime import run_script
-from status import RUN_ID_VARIABLE
+from status import RUN_ID_VARIABLE, write_status
 from test_scripts import (  # noqa: F401
     ROOT,
     SCRIPTS,
@@ -334,3 +334,21 @@ def test_a_real_sweep_reruns_what_failed(tiny, clips, prepared, tmp_path):
     assert sweep()[:2] == (0, [["complete", "0", "4"]] * 2)
     assert "refused" not in status(folder)
     assert status(folder)["state"] == "complete" and json.loads((folder / "args.json").read_text())
+
+
+@pytest.mark.parametrize("from_a_wrapper", [False, True])
+def test_what_fails_before_it_begins_leaves_a_finished_run_finished(tmp_path, monkeypatch, capsys, from_a_wrapper):
+    """A mistyped --data_root, say: the next command would else take the folder for a new one and train over the result."""
+    monkeypatch.delenv(RUN_ID_VARIABLE, raising=False)
+    run_script(lambda: write_status(tmp_path, "complete", 0, step=4), tmp_path)
+    if from_a_wrapper:
+        monkeypatch.setenv(RUN_ID_VARIABLE, "second")
+
+    def failing():
+        raise DataError("no such folder (--data_root)")
+
+    with pytest.raises(SystemExit) as left:
+        run_script(failing, tmp_path)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert left.value.code == 65 and (status["state"], status["exit_code"], status["step"]) == ("complete", 0, 4)
+    assert status.get("refused", {}).get("exit_code") == (65 if from_a_wrapper else None)

@@ -30,6 +30,7 @@ CONTENTS = {
     "Git LFS pointer": LFS,
     "git-annex pointer": b"/annex/objects/SHA256E-s48--0123.mp4\n",
     "zip archive": zipped(),
+    "a text": b"the video will follow\n" * 30,
     "gzip archive": gzip.compress(b"0" * 600),
     "web page": b"\n<!DOCTYPE HTML>\n<html><title>404</title></html>",
     "message of a server": b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
@@ -48,7 +49,7 @@ def test_a_video_that_is_something_else(tmp_path, what):
 
 
 def test_what_is_damaged_is_not_called_something_else(tmp_path):
-    (tmp_path / "a.mp4").write_bytes(b"hello\n" * 100)
+    (tmp_path / "a.mp4").write_bytes(bytes(range(256)) * 10)
     assert other_content(tmp_path / "a.mp4") is None
     with pytest.raises(DataError, match="truncated download"):
         probe(tmp_path / "a.mp4")
@@ -86,3 +87,9 @@ def test_a_lora_that_is_a_pointer(tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(LFS)
     with pytest.raises(UserError, match="lora.safetensors: a Git LFS pointer"):
         read_lora(tmp_path / "lora.safetensors")
+
+
+def test_a_table_that_is_a_workbook(tmp_path, sample_data):
+    (tmp_path / "m.csv").write_bytes(zipped())
+    with pytest.raises(DataError, match="m.csv: a zip archive, as a spreadsheet program's own files are"):
+        read_clips(sample_data, tmp_path / "m.csv", "caption", "video")

@@ -453,6 +453,23 @@ def test_a_transformer_of_another_kind_or_size_is_refused(kind, change, line, tr
     assert not (tmp_path / "run/args.json").exists()
 
 
+@pytest.mark.parametrize("fault", ["lacks a block", "prefixed", "another shape"])
+def test_weights_that_are_not_the_models_are_refused_at_once(fault, train, tuned, tmp_path):
+    model, data, sft = tuned("2b")
+    broken = shutil.copytree(sft / "transformer", tmp_path / "broken")
+    path = broken / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    if fault == "lacks a block":
+        weights = {name: weight for name, weight in weights.items() if "transformer_blocks.1." not in name}
+    elif fault == "prefixed":
+        weights = {f"module.{name}": weight for name, weight in weights.items()}
+    else:
+        weights["norm_final.weight"] = torch.zeros(3)
+    save_file(weights, path)
+    with pytest.raises(UsageError, match="weights of its config.json are missing or of another shape"):
+        train("t2v_lora", model, data, *PREPARED, "--init_transformer", broken)
+
+
 def test_what_is_no_transformer_is_refused_with_advice(train, tiny, prepared, tmp_path):
     model, data = tiny("2b"), prepared("2b")
 

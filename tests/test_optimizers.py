@@ -237,6 +237,21 @@ def test_a_resumed_schedule_is_the_same_to_the_last_bit(row, scheduler):
     assert rates[0] == rates[1] and len(set(rates[0])) > 2
 
 
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "polynomial", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [4, 6])
+def test_a_warm_up_as_long_as_the_run_is_no_error(scheduler, warmup):
+    args = parse("adamw")
+    args = type(args)(**vars(args) | {"lr_scheduler": scheduler, "lr_warmup_steps": warmup})
+    optimizer = make_optimizer_from_args(args, [torch.nn.Parameter(torch.zeros(2))], 1e-3)
+    schedule = make_lr_scheduler_from_args(args, optimizer, 4)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1e-3 * step / warmup for step in range(4)])
+
+
 def test_adam_adds_its_decay_to_the_gradient_also_in_8_bits():
     """bitsandbytes' own Adam decays the weights as AdamW does: 0.9 of them would be left without any gradient."""
     for row, decoupled in (("bnb_adam8", False), ("bnb_adamw8", True)):

@@ -235,6 +235,7 @@ def read_start_config_from_args(args, model_config) -> dict:
     names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if differing := [f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in names if name not in dropped]:
         raise UsageError(f"--init_transformer {args.init_transformer}: does not fit {model} ({'; '.join(differing)})")
+    check_start_weights(args, folder, config)
     facts_path = folder / "training.json"
     facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
     scale = facts.get("image_latent_scale", args.image_latent_scale)
@@ -243,6 +244,22 @@ def read_start_config_from_args(args, model_config) -> dict:
             f"--init_transformer {args.init_transformer}: was trained with --image_latent_scale {scale}; give the same"
         )
     return config
+
+
+def check_start_weights(args, folder: Path, config: dict) -> None:
+    """UsageError unless the files hold every weight of the model, each of its shape: by their headers."""
+    found = {}
+    for path in filter(Path.is_file, weight_files(*weights_from_args(args, folder))):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel.from_config(config)
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    if differing := sorted(name for name, shape in wanted.items() if found.get(name) != shape):
+        raise UsageError(
+            f"--init_transformer {args.init_transformer}: {len(differing)} weights of its config.json are missing or of "
+            f"another shape, e.g. {differing[0]}"
+        )
 
 
 # ---------------------------------------------------------------- which model it is, by content

@@ -388,7 +388,10 @@ class LatentDataset(Dataset):
     ):
         self.root, self.seed = Path(root), seed
         if not self.root.is_dir():
-            raise DataError(f"{root}: no such folder (--data_root); {PREPARE_AGAIN.format(root)}")
+            what = "a file" if self.root.is_file() else "no such folder"
+            raise DataError(
+                f"{root}: {what} (--data_root); give the folder that prepare_dataset.py wrote, or one of videos"
+            )
         manifest = self.root / "data.jsonl"
         if not manifest.is_file() and not (self.root / "video_latents").is_dir():
             raise DataError(

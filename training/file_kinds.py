@@ -9,13 +9,15 @@ STAND_INS = {
     b"/annex/objects/": "a git-annex pointer, not the file itself; run git annex get",
 }
 ARCHIVES = {
-    b"PK\3\4": "a zip archive; unpack it",
+    b"PK\3\4": "a zip archive, as a spreadsheet program's own files are; unpack it, or export the table as CSV",
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"Rar!\x1a\x07": "a RAR archive; unpack it",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
     b"\xfd7zXZ\0": "an xz archive; unpack it",
     b"(\xb5/\xfd": "a Zstandard archive; unpack it",
 }
+TEXT = "a text, not a video or picture"
+PRINTABLE = {*b"\t\n\r", *range(32, 127)}
 WEB_PAGES = (b"<!doctype html", b"<html", b"<?xml", b'{"error"', b'{"message"')
 
 
@@ -30,8 +32,17 @@ def stand_in(path) -> str | None:
 
 
 def other_content(path) -> str | None:
-    """The same, or that the file is an archive, which for some files is no fault."""
-    return stand_in(path) or named(beginning(path), ARCHIVES)
+    """The same, or that the file is an archive or a text, which for some files is no fault."""
+    head = beginning(path)
+    return stand_in(path) or archive(path) or (TEXT if is_text(head) else None)
+
+
+def is_text(head: bytes) -> bool:
+    return bool(head) and all(byte in PRINTABLE for byte in head)
+
+
+def archive(path) -> str | None:
+    return named(beginning(path), ARCHIVES)
 
 
 def beginning(path) -> bytes:

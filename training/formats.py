@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import DataError
-from file_kinds import stand_in
+from file_kinds import archive, stand_in
 from hashes import short_hash
 
 
@@ -226,7 +226,7 @@ def read_text(path: Path) -> str:
     """UTF-8 text, with or without a byte order mark; line endings as they are."""
     try:
         data = path.read_bytes()
-        other = stand_in(path)
+        other = stand_in(path) or archive(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if other:

@@ -141,7 +141,8 @@ def make_lr_scheduler_from_args(args, optimizer: torch.optim.Optimizer, num_step
         args.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=num_steps,
+        # A polynomial divides by what follows the warm-up
+        num_training_steps=max(num_steps, args.lr_warmup_steps + 1),
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )

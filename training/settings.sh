@@ -142,7 +142,8 @@ read_ending() {
     if [[ $(status_value "  " run) == "$COGVIDEOX_RUN_ID" ]]; then
         state="$(status_value "  " state)" code="$(status_value "  " exit_code)" step="$(status_value "  " step)"
     elif [[ $code == 2 || $(status_value "    " run) == "$COGVIDEOX_RUN_ID" ]]; then
-        state=refused code=2
+        code="$(status_value "    " exit_code)" code="${code:-2}"
+        [[ $code != 2 ]] || state=refused
     elif [[ $code == 0 ]]; then
         state=complete  # it was: nothing was done
         [[ $(status_value "  " state) != complete ]] || step="$(status_value "  " step)"

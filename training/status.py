@@ -61,15 +61,15 @@ def begin_run(output_dir: Path, is_main_process: bool) -> None:
         (output_dir / "status.json").unlink(missing_ok=True)
 
 
-def note_refusal(output_dir: Path, message: str) -> None:
-    """Tell the wrapper, if one started this, that the command was refused.
+def note_refusal(output_dir: Path, message: str, exit_code: int = REFUSED) -> None:
+    """Tell the wrapper, if one started this, that the command was refused, or failed before it changed anything.
 
     What is said of the run in the folder stays. Started by hand, nothing is written: the exit code says it.
     """
     if RUN_ID_VARIABLE not in os.environ:
         return
     output_dir.mkdir(parents=True, exist_ok=True)
-    refused = {"run": RUN.id, "exit_code": REFUSED, "message": message}
+    refused = {"run": RUN.id, "exit_code": exit_code, "message": message}
     write_json(output_dir / "status.json", {**read_status(output_dir), "refused": refused})
 
 
