@@ -188,3 +188,14 @@ def test_another_kind_of_model_is_one_line(copied):
 def test_configs_are_read_without_weights(tiny):
     config = read_config(tiny("1.5-5b"), "transformer")
     assert config["patch_size_t"] == 2
+
+
+@pytest.mark.parametrize(("there", "asked"), [("fp16", None), (None, "fp16"), ("bf16", "fp16")])
+def test_weights_of_another_variant_are_told(copied, there, asked):
+    path = copied / "transformer/diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name(f"diffusion_pytorch_model{f'.{there}' if there else ''}.safetensors"))
+    with pytest.raises(UsageError) as error:
+        stored_dtype(copied, asked)
+    assert f"no weights of --variant {asked or '(none)'}" in str(error.value)
+    assert f"it holds those of --variant {there or '(none)'}" in str(error.value)
+    assert stored_dtype(copied, there) == torch.bfloat16

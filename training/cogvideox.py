@@ -147,10 +147,12 @@ def check_class(place: Path, transformer_config) -> None:
 
 def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
     """The dtype in which the transformer's weights lie on disk: read from a header, never from a name."""
-    pattern, folder = f"*.{variant}*.safetensors" if variant else "*.safetensors", transformer_folder(model_dir)
-    files = sorted(folder.glob(pattern))
+    folder = transformer_folder(model_dir)
+    files = [path for path in sorted(folder.glob("*.safetensors")) if variant_of(path.name) == variant]
     if not files:
-        raise UsageError(f"{folder}: no {pattern} in it; download the model again")
+        others = sorted({variant_of(path.name) or "(none)" for path in folder.glob("*.safetensors")})
+        advice = f"it holds those of --variant {', '.join(others)}" if others else "download the model again"
+        raise UsageError(f"{folder}: no weights of --variant {variant or '(none)'}; {advice}")
     try:
         with safe_open(files[0], framework="pt") as weights:
             name = next(iter(weights.keys()))
