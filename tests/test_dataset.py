@@ -154,7 +154,7 @@ def bad_clips(folder, numbered):
 def test_all_problems_come_in_one_line(tmp_path, numbered):
     message = error_of(VideoDataset, [*numbered, *bad_clips(tmp_path, numbered)], [NUMBERED], fps=16)
     assert message.startswith("7 of 10 clips cannot be used: ") and message.endswith("; and 2 more")
-    for part in ("empty.mp4: empty file", "text.mp4: not a readable video", "short.mp4: too short: 5 frames"):
+    for part in ("empty.mp4: empty file", "text.mp4: a text, not a video", "short.mp4: too short: 5 frames"):
         assert part in message
 
 

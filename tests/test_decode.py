@@ -411,7 +411,7 @@ def test_files_that_are_no_video(tmp_path, clip):
 
     data = clip.read_bytes()
     assert "empty file" in error("empty.mp4", b"")
-    assert "not a readable video" in error("text.mp4", b"hello\n" * 100)
+    assert "a text, not a video" in error("text.mp4", b"hello\n" * 100)
     assert "truncated download?" in error("cut.mp4", data[: len(data) // 2])
     assert "no such file" in error_of(probe, tmp_path / "nothing.mp4")
 

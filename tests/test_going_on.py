@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import cogvideox
 from args import parse_prepare_args, parse_training_args
 from conftest import write_clip
+from durable import describe
 from errors import UsageError
 from tiny_pipeline import make_tiny_pipeline
 
@@ -183,6 +184,49 @@ def test_the_original_layout_may_move_too(train, tiny, prepared, tmp_path):
     shutil.copy(place / "video_latents/0.pt", place / "video_latents/1.pt")
     with pytest.raises(UsageError, match="the files of the clips"):
         train("t2v_lora", tiny("2b"), place, *PREPARED, steps=3)
+
+
+def absolute(folder, lines):
+    """The list of videos with whole paths, as exports of annotation tools have them."""
+    (folder / "videos.txt").write_text("".join(f"{folder / line}\n" for line in lines))
+
+
+DRAWN = ["--random_flip", "0.5", "--video_reshape_mode", "random"]
+
+
+def test_a_list_of_absolute_paths_may_move_with_its_folder(train, tiny, clips, tmp_path):
+    data = copied(clips, tmp_path)
+    lines = (data / "videos.txt").read_text().splitlines()
+    absolute(data, lines)
+    unbroken = train("t2v_lora", tiny("2b"), data, *RAW, *DRAWN, steps=2, name="unbroken")
+    out = train("t2v_lora", tiny("2b"), data, *RAW, *DRAWN)
+    place = moved(data, tmp_path)
+    absolute(place, lines)
+    train("t2v_lora", tiny("2b"), place, *RAW, *DRAWN, steps=2)
+    assert losses(out) == losses(unbroken)
+
+
+def test_a_run_of_an_earlier_version_hashed_absolute_paths_as_such(train, tiny, clips, tmp_path):
+    data = copied(clips, tmp_path)
+    absolute(data, (data / "videos.txt").read_text().splitlines())
+    out = train("t2v_lora", tiny("2b"), data, *RAW)
+    content = json.loads((out / "args.json").read_text())["content"]
+    assert content["data"] != content["data_as_written"]
+    state = out / "checkpoint-1/state.json"
+    rewrite(state, lambda saved: saved | {"data": saved["data_as_written"]})
+    rewrite(out / "args.json", lambda saved: saved | {"content": content | {"data": content["data_as_written"]}})
+    train("t2v_lora", tiny("2b"), data, *RAW, steps=2)
+    assert len(losses(out)) == 2
+
+
+def rewrite(path, change):
+    """Change a JSON file and, in a checkpoint, what its manifest says of it."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    manifest = path.with_name("manifest.json")
+    if manifest.exists():
+        content = json.loads(manifest.read_text())
+        content["files"][path.name] = describe(path)
+        manifest.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("change", ["caption", "order", "fewer"])

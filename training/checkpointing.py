@@ -179,6 +179,7 @@ def content_from_args(args, accelerator, dataset, hash_model: Callable[[], dict]
     def read() -> dict:
         content = {
             "data": dataset.fingerprint(),
+            "data_as_written": dataset.fingerprint(as_written=True),
             "files": dataset.content(),
             **hash_model(),
             **hash_lora(args.init_lora),
@@ -198,6 +199,10 @@ def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> 
     earlier, flags, known = read_record(output_dir)["flags"], recorded_flags(args), recorded_content(output_dir)
     if args.init_transformer and "transformer" not in known:  # of a version that had no such start
         known["transformer"] = None
+    if "data" in known and known["data"] == content.get(
+        "data_as_written"
+    ):  # of a version that hashed absolute paths as such
+        known["data"] = content.get("data")
     names = [name for name in sorted(CONTENT_FLAGS) if earlier.get(name) != flags[name]]
     changes = {name: f"--{name} {earlier.get(name)} -> {flags[name]}" for name in names}
     both = [name for name in CONTENT if name in known and name in content]
@@ -555,8 +560,10 @@ def load_checkpoint(path: Path, engine, state: TrainingState, facts: dict) -> in
             "in the list; from here on they are drawn by its path, so that they differ from those before",
             path,
         )
+    if "data_as_written" in facts and saved.get("data") == facts["data_as_written"]:  # of an earlier version
+        saved["data"] = facts["data"]
     for name, value in facts.items():
-        if name != "draws" and saved.get(name) != value:
+        if name not in ("draws", "data_as_written") and saved.get(name) != value:
             raise UsageError(
                 f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
             )

@@ -129,7 +129,7 @@ class VideoDataset(Dataset):
         self.bucket_of = [bucket for _, _, bucket in good]
         self.prompts = [clip.prompt for clip in self.clips]
         self.sources = [clip.source for clip in self.clips]
-        self.places = draw_places(self.sources)
+        self.places = draw_places(clip.identity for clip in self.clips)
 
     def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
         """The clip's bucket; DataError if it is too short or fits none."""
@@ -242,9 +242,12 @@ class VideoDataset(Dataset):
             f"{info.height}x{info.width}; convert the clip again"
         )
 
-    def fingerprint(self) -> str:
-        """A hash of which clips, captions and sizes are trained on, in which order."""
-        return hash_rows(zip((clip.source for clip in self.clips), self.prompts, self.bucket_of, strict=True))
+    def fingerprint(self, as_written: bool = False) -> str:
+        """A hash of which clips, captions and sizes are trained on, in which order; `as_written`: with absolute paths as
+        such, as earlier versions had it.
+        """
+        names = self.sources if as_written else [clip.identity for clip in self.clips]
+        return hash_rows(zip(names, self.prompts, self.bucket_of, strict=True))
 
     def content(self) -> str:
         """A hash of the clips' files, wherever they lie."""
@@ -458,8 +461,8 @@ class LatentDataset(Dataset):
             raise DataError(f"{path}: missing, and --text_dropout needs it; {PREPARE_AGAIN.format(self.root)}")
         return read_tensor(path, "prompt_embeds")
 
-    def fingerprint(self) -> str:
-        """A hash of which clips, captions and sizes are trained on, in which order."""
+    def fingerprint(self, as_written: bool = True) -> str:
+        """A hash of which clips, captions and sizes are trained on, in which order; the manifest's paths count as written."""
         return hash_rows((latent.source, latent.prompt, latent.bucket) for latent in self.latents)
 
     def content(self) -> str:

@@ -32,6 +32,12 @@ class Clip(NamedTuple):
     prompt: str
     row: int
     source: str
+    below_root: str = ""  # where `source` is absolute: the path from the data root on, which stays when the root moves
+
+    @property
+    def identity(self) -> str:
+        """What the clip is known by, wherever its root lies."""
+        return self.below_root or self.source
 
 
 class Row(NamedTuple):
@@ -60,12 +66,18 @@ def read_clips(
     else:
         rows = read_csv_rows(dataset_file, caption_column, video_column, blank_captions)
         listing = dataset_file
-    clips = [
-        Clip(inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside), prompt, row, source)
-        for row, prompt, source in rows
-    ]
+    clips = []
+    for row, prompt, source in rows:
+        video = inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside)
+        clips.append(Clip(video, prompt, row, source, from_root(root, source)))
     refuse_missing_videos(root, listing, [clip for clip in clips if not os.path.isfile(clip.video)])
     return clips
+
+
+def from_root(root, source: str) -> str:
+    """An absolute path below the data root as a relative one; empty for any other."""
+    base = os.path.abspath(root)
+    return os.path.relpath(source, base) if os.path.isabs(source) and is_below(source, base) else ""
 
 
 def as_on_disk(root, source: str) -> str:

@@ -69,7 +69,8 @@ def build_held_out_from_args(
 def data_facts(dataset: Dataset, held_out_clips: HeldOutClips) -> dict:
     """What checkpoints record of the data, and by which rule a run draws about clips: None where it draws nothing."""
     is_drawn = bool(held_out_clips.prompts) or dataset.is_drawn()
-    return {"data": dataset.fingerprint(), "draws": DRAW_RULE if is_drawn else None}
+    hashes = {"data": dataset.fingerprint(), "data_as_written": dataset.fingerprint(as_written=True)}
+    return {**hashes, "draws": DRAW_RULE if is_drawn else None}
 
 
 def encode_held_out(
