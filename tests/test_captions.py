@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import captions
 import cogvideox
+import durable
 from args import parse_prepare_args, parse_training_args
 from captions import CaptionEmbeds, encode_captions_from_args
 from cogvideox import encode_captions
@@ -194,7 +195,7 @@ def test_a_command_that_is_refused_later_leaves_nothing(train, tmp_path, monkeyp
 
 
 def test_a_disk_too_small_is_told_before_t5_is_loaded(train, monkeypatch):
-    monkeypatch.setattr(captions.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    monkeypatch.setattr(durable.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     monkeypatch.setattr(cogvideox, "load_text_encoder", lambda *given: pytest.fail("T5 was loaded"))
     with pytest.raises(StorageError, match="embeddings of 7 captions take .* are free there") as caught:
         train("t2v_lora", "out")

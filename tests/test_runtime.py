@@ -263,7 +263,7 @@ by_clock = pytest.mark.parametrize("clock", [-600, 0, 600])  # of a file server,
 def test_the_first_rank_that_fails_is_heard(tmp_path, capsys, monkeypatch, clock):
     """A rank with bad data ends; the others then lose their connection, which is no news."""
     monkeypatch.setenv(RUN_ID_VARIABLE, "this-run")
-    write_json(tmp_path / "status.json", {"state": "complete", "run": "an earlier run"})
+    write_json(tmp_path / "status.json", {"state": "interrupted", "run": "an earlier run"})
 
     def main():
         with pytest.raises(SystemExit):
@@ -276,7 +276,7 @@ def test_the_first_rank_that_fails_is_heard(tmp_path, capsys, monkeypatch, clock
 
 
 @by_clock
-@pytest.mark.parametrize("earlier", [{"state": "complete", "run": "another"}, {"state": "complete"}, {}])
+@pytest.mark.parametrize("earlier", [{"state": "failed", "run": "another"}, {"state": "interrupted"}, {}])
 def test_a_failure_replaces_what_an_earlier_run_said(tmp_path, capsys, clock, earlier):
     write_json(tmp_path / "status.json", earlier)
     os.utime(tmp_path / "status.json", (time.time() + clock, time.time() + clock))
@@ -341,6 +341,7 @@ def test_ranks_without_a_common_launcher_agree_as_soon_as_they_meet(tmp_path):
         torch.distributed.init_process_group("gloo")
         runtime.agree_on_run()
         (tmp_path / os.environ["RANK"]).write_text(RUN.id)
+        torch.distributed.barrier()  # the store is rank 0's
 
     assert run_ranks(main, 2) == [0, 0]
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["launched for rank 0"] * 2

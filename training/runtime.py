@@ -465,10 +465,14 @@ def note_failure(output_dir: Path, code: int, line: str) -> None:
     # Before the run has begun a rank may be asked to stop because another was refused, which leaves no trace by hand
     may_be_refused = code == INTERRUPTED and not RUN.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        # A finished run stays one, whatever a later command lacked
-        if code == REFUSED or (not RUN.has_begun and read_status(output_dir).get("state") == "complete"):
-            note_refusal(output_dir, line, code)
-        elif not (may_be_refused or is_of_this_run(read_status(output_dir))):
+        earlier = read_status(output_dir)
+        if code == REFUSED:
+            note_refusal(output_dir, line)
+        elif may_be_refused or is_of_this_run(earlier):
+            return
+        elif not RUN.has_begun and earlier.get("state") == "complete":
+            note_refusal(output_dir, line, code)  # a finished run stays one, whatever a later command lacked
+        else:
             state = "interrupted" if code == INTERRUPTED else "failed"
             write_status(output_dir, state, code, message=line, step=last_step(output_dir))
     except (OSError, StorageError) as error:
