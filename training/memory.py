@@ -22,14 +22,24 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], saved_ops: list) -> None:
     Sublinear memory (arXiv 1604.06174), selective as in arXiv 2205.05198. By class, not by instance: blocks of one class
     share one compiled graph.
     """
-    context_fn = functools.partial(create_selective_checkpoint_contexts, list(saved_ops))
-    context_fn.cache_hash = "keeps " + ", ".join(sorted(map(str, saved_ops)))  # for the compiler's cache on disk
+    names = sorted(map(str, saved_ops))
+    context_fn = functools.partial(selective_contexts, *names)
+    context_fn.cache_hash = "keeps " + ", ".join(names)  # AOTAutograd's cache on disk takes no policy without one
     classes = {}
     for block in blocks:
         cls = type(block)
         if cls not in classes:
             classes[cls] = checkpointed_class(cls, context_fn)
         block.__class__ = classes[cls]
+
+
+def selective_contexts(*names: str):
+    """What `checkpoint` wants of a selective policy: keep the outputs of the operators `names` ("aten.mm.default").
+
+    By name, since an operator cannot be pickled, and a policy that cannot is compiled anew at every start (13 s).
+    """
+    operators = [functools.reduce(getattr, name.split("."), torch.ops) for name in names]
+    return create_selective_checkpoint_contexts(operators)
 
 
 def checkpointed_class(cls: type, context_fn) -> type:
