@@ -68,6 +68,8 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> No
     Hooks on a block stay outside of the graph.
     """
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    # Ours are pure, and their code is in the key: without this a graph that holds one is compiled anew at every start
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     classes = {}
     for block in blocks:
         cls = type(block)

@@ -49,7 +49,7 @@ LAUNCHER_VARIABLES = {
     "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
 }
 WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules
-LAUNCHERS = {"accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 GO_ON = "the same command continues from the last checkpoint"
 MEETING_SECONDS = 24 * 3600  # longest that ranks wait for one another outside of collectives
 
