@@ -1,10 +1,17 @@
 """--compile_blocks changes speed, not what is trained; nor what is saved."""
 
+import json
+import os
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora as script
+import memory
 from args import parse_training_args
 
 
@@ -69,3 +76,58 @@ def test_inductor_trains_the_same(train):
     plain, compiled = train("plain"), train("compiled", "--compile_blocks")
     for name in plain:
         torch.testing.assert_close(compiled[name], plain[name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_checkpoint_policy_outlives_its_process(monkeypatch):
+    """A policy that cannot be pickled keeps its graph out of the compile cache: every start compiles again, 13 s."""
+    kept = []
+    monkeypatch.setattr(memory, "checkpoint", lambda run, *inputs, context_fn, **options: kept.append(context_fn))
+    layer = torch.nn.Linear(4, 4)
+    memory.checkpoint_blocks([layer], [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    layer(torch.zeros(2, 4))
+    again = pickle.loads(pickle.dumps(kept[0]))
+    assert again.cache_hash == kept[0].cache_hash == "keeps aten.addmm.default, aten.mm.default"
+    forward, _ = again()
+    keeps = forward.policy_fn
+    decisions = {str(op): keeps(None, op).name for op in (torch.ops.aten.mm.default, torch.ops.aten.add.Tensor)}
+    assert decisions == {"aten.mm.default": "MUST_SAVE", "aten.add.Tensor": "PREFER_RECOMPUTE"}
+
+
+COMPILE = """
+import json, torch
+from torch import nn
+import attention, memory, quantization
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(32, 32).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(32))
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        heads = quantization.frozen_products(hidden_states * self.scale, [self.frozen])[0][:, None]
+        return attention.make_attend("sdpa")(heads, heads, heads)[:, 0], encoder_hidden_states
+
+torch.manual_seed(0)
+blocks = [Block()]
+memory.checkpoint_blocks(blocks, attention.SAVED_OPS)
+memory.compile_blocks(blocks)
+states, _ = blocks[0](torch.randn(1, 8, 32), torch.randn(1, 4, 32))
+states.square().mean().backward()
+print(json.dumps([torch._dynamo.utils.counters["aot_autograd"], blocks[0].scale.grad.sum().item()]))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_compiled_blocks(tmp_path):
+    """Two processes, since a cache that outlives one is what is tested; inductor takes half a minute in the first."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def start():
+        done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    (first, gradient), (second, same_gradient) = start(), start()
+    assert first["autograd_cache_saved"] >= 1 and "autograd_cache_bypass" not in {**first, **second}
+    assert second["autograd_cache_hit"] == first["autograd_cache_saved"] and "autograd_cache_miss" not in second
+    assert same_gradient == gradient
