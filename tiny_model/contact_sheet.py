@@ -19,7 +19,7 @@ GAP, BORDER = 8, 3
 COLUMNS = 2  # of rows: twelve rows are as high as they are wide
 TEXT_WIDTH = 131  # beside the clips: two columns are 830 pixels wide, as a README is
 CHARACTERS = 23  # that fit into TEXT_WIDTH
-LINE, HEADER = 15, 64
+LINE, HEADER = 14, 64
 WIDTH = 2 * CLIP + 2 * GAP + TEXT_WIDTH  # of a row
 MILLISECONDS, PAUSE = 1000 // FPS, 600  # a frame's, and more for the last, so that the loop's seam is seen
 QUALITY = 85  # of 100: the text stays sharp
@@ -95,7 +95,7 @@ def draw_row(draw: ImageDraw.ImageDraw, row: Row, place: tuple[int, int]) -> Non
         box = (x - BORDER, top - BORDER, x + CLIP + BORDER - 1, top + CLIP + BORDER - 1)
         draw.rectangle(box, outline=MISSED if wrong else OBEYED, width=BORDER)
     x = left + 2 * (CLIP + GAP)
-    top = draw_lines(draw, (x, top - 3), row.caption, INK) + 4
+    top = draw_lines(draw, (x, top - 3), row.caption, INK) + 3
     for name, wrong in zip(("before", "after"), row.wrong, strict=True):
         draw_mark(draw, (x, top + 3), not wrong)
         verdict = f"{name}: wrong {', '.join(wrong)}" if wrong else f"{name}: obeyed"
