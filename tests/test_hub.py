@@ -415,6 +415,11 @@ def test_no_run_and_no_held_out_loss_is_taken_for_an_outlier_of_the_others(axes_
     assert legend_of(axes) == ["low", "high", "held-out clips"]
 
 
+def test_a_dozen_runs_have_colours_of_their_own(axes_of):
+    axes = axes_of(**{f"run{number}": updates_of([0.1, 0.2]) for number in range(12)})
+    assert len({line.get_color() for line in axes.lines if line.get_label().startswith("run")}) == 12
+
+
 def test_runs_are_called_by_what_tells_them_apart():
     names = [f"lora__optimizer_{name}__steps_9__learning-rate_{rate}" for name, rate in (("adamw", 1), ("came", 2))]
     assert curves.short_labels(names) == [

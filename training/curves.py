@@ -11,7 +11,7 @@ import numpy as np
 WINDOW = 20  # updates of the running mean
 HELD_OUT = "held_out_loss"  # the event that validation writes between the updates
 OUTLIERS, HEADROOM = 0.05, 3.0  # the share of largest losses that may lie above the axis, if above 3 times the others
-LABEL = 40  # characters of a run's name in the legend, which has two columns
+LABEL = 36  # characters of a run's name in the legend, which has two columns
 WIDTH, HEIGHT, LINE = 6.4, 3.2, 0.21  # inches: of the figure without a legend, and of a line of the legend
 
 
@@ -34,13 +34,17 @@ def draw_losses(runs: dict[str, Path], figure_path: Path, window: int = WINDOW) 
 
     Returns the names of those that hold no finite loss yet. Nothing is written if none does.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: that one keeps figures and asks for a display
 
     read = {name: read_losses(path) for name, path in runs.items()}
     drawn = {name: run for name, run in read.items() if len(run.steps)}
     if drawn:
         figure = Figure(dpi=150)
-        fill_axes(figure.add_subplot(), drawn, window)
+        axes = figure.add_subplot()
+        if len(drawn) > 10:  # the usual colours would come twice
+            axes.set_prop_cycle(color=colormaps["tab20"].colors)
+        fill_axes(axes, drawn, window)
         place(figure)
         figure.savefig(figure_path)
     return [name for name in runs if name not in drawn]
@@ -102,7 +106,7 @@ def place(figure) -> None:
     height = HEIGHT + lines * LINE
     figure.set_size_inches(WIDTH, height)
     figure.subplots_adjust(left=0.13, right=0.98, bottom=0.53 / height, top=1 - (0.3 + lines * LINE) / height)
-    figure.legend(handles, labels, fontsize="small", loc="upper left", bbox_to_anchor=(0.12, 1), ncols=2,
+    figure.legend(handles, labels, fontsize="small", loc="upper left", bbox_to_anchor=(0.02, 1), ncols=2,
                   frameon=False)  # fmt: skip
 
 
