@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -487,12 +488,40 @@ def test_figures_of_memory_are_drawn_of_the_rows_that_both_have(tmp_path, monkey
     pairs = memory_rows.side_by_side("2b", bench.rows_in(path))
     assert [ours["label"] for _, ours in pairs] == [labels[0], labels[3], labels[2]]  # the later of two levels
     assert draw_memory.bars_of(pairs, "after_testing") == ([24.234, 24.234, 24.709], [0, 3, 2])
+    assert draw_memory.levels_of(pairs) == "speed without checkpointing, stream with checkpointing"
     monkeypatch.setattr("sys.argv", ["draw_memory.py", "--csv", str(path), "--out", str(tmp_path)])
     draw_memory.main()
     assert "3 rows" in capsys.readouterr().out
     assert [drawn.name for drawn in tmp_path.glob("*.png")] == ["lora_2b.png"]
     with Image.open(tmp_path / "lora_2b.png") as image:
         assert len(image.convert("RGB").getcolors(2**20)) > 10
+        points = image.width / draw_memory.INCHES["width"] / 72  # pixels each
+        assert draw_memory.FONT * points * 830 / image.width >= 11, "too small where a page shows it 830 wide"
+
+
+def test_figures_of_memory_are_grouped_by_batch_and_checkpointing():
+    """Each pair stands once, under the heading that is true of it."""
+    for model in draw_memory.MODELS:
+        pairs = memory_rows.side_by_side(model, bench.rows_in(memory_rows.ROOT / "benchmarks/lora_memory.csv"))
+        lines = draw_memory.lines_of(draw_memory.grouped(pairs))
+        headings = [label for label, pair in lines if pair is None]
+        assert len(headings) == len(set(headings)) and set(headings) <= {
+            f"batch {batch}, {kind}" for batch in (1, 4) for kind in ("checkpointing", "no checkpointing")
+        }
+        shown = [pair for _, pair in lines if pair]
+        assert sorted(map(repr, shown)) == sorted(map(repr, pairs))
+        heading = None
+        for label, pair in lines:
+            heading = label if pair is None else heading
+            assert pair is None or draw_memory.group_of(pair[0]) == heading
+            assert pair is None or label.endswith(f"rank {pair[0]['lora_rank']}")
+
+
+def test_figures_of_memory_tell_the_two_apart_without_colour():
+    from matplotlib.colors import to_rgb
+
+    original, ours = (np.dot(to_rgb(draw_memory.COLOURS[who]), (0.299, 0.587, 0.114)) for who in ("original", "ours"))
+    assert original - ours > 0.4
 
 
 # ---------------------------------------------------------------- exactness and overlap of the levels

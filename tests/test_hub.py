@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import runpy
@@ -345,18 +346,98 @@ def write_metrics(folder, rows):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_the_picture_shows_updates_mean_and_held_out_loss(tmp_path, monkeypatch):
+@pytest.fixture
+def axes_of(tmp_path, monkeypatch):
+    """A function that draws runs, name -> rows of metrics.jsonl, and returns the picture's axes."""
     from matplotlib.figure import Figure
 
-    rows = [{"step": step, "loss": None if step == 2 else float(step)} for step in range(1, 5)]
+    def draw(window=2, **runs):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+        for name, rows in runs.items():
+            (tmp_path / name).mkdir()
+            write_metrics(tmp_path / name, rows)
+        paths = {name: tmp_path / name / "metrics.jsonl" for name in runs}
+        assert curves.draw_losses(paths, tmp_path / "loss.png", window=window) == []
+        [axes] = figures[0].axes
+        return axes
+
+    return draw
+
+
+def updates_of(losses):
+    return [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+
+
+def legend_of(axes):
+    [legend] = axes.figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_the_picture_shows_updates_mean_and_held_out_loss(axes_of):
+    rows = updates_of([1.0, None, 3.0, 4.0])
     rows[2:2] = [{"event": "memory", "step": 2}, {"event": "held_out_loss", "step": 2, "loss": 7.0}]
-    write_metrics(tmp_path, rows)
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
-    assert curves.draw_losses({"run": tmp_path / "metrics.jsonl"}, tmp_path / "loss.png", window=2) == []
-    [axes] = figures[0].axes
+    axes = axes_of(run=rows)
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
-    assert lines == [([1, 3, 4], [1, 3, 4]), ([1, 3, 4], [1, 2, 3.5]), ([2], [7])]
+    assert lines[:3] == [([1, 3, 4], [1, 3, 4]), ([1, 3, 4], [1, 2, 3.5]), ([2], [7])]
+    assert legend_of(axes) == ["mean of 2 updates", "held-out clips"]
+    assert axes.get_title(loc="right") == "\u00d7 not finite: 1" and list(axes.lines[-1].get_xdata()) == [2]
+    low, high = axes.get_ylim()
+    assert 0 < low < 1 and 7 < high < 8
+
+
+@pytest.mark.parametrize("count", [3, 40, 1000])
+@pytest.mark.parametrize("spike", [1000.0, math.nan, None])
+def test_an_outlier_does_not_set_the_axis_and_is_marked(axes_of, count, spike):
+    losses = [0.1 + 0.1 * (step % 5) for step in range(count)]
+    losses[count // 2] = spike
+    axes = axes_of(run=updates_of(losses))
+    low, high = axes.get_ylim()
+    assert low < 0.1 and max(losses[: count // 2]) < high < 0.6
+    marks = {line.get_marker(): list(line.get_xdata()) for line in axes.lines if line.get_marker() in "^x"}
+    place = [count // 2 + 1]
+    assert marks == ({"^": place, "x": []} if spike == 1000 else {"^": [], "x": place})
+    note = "\u25b2 above the axis: 1, up to 1e+03" if spike == 1000 else "\u00d7 not finite: 1"
+    assert axes.get_title(loc="right") == note
+
+
+@pytest.mark.parametrize("losses", [[0.3], [0.1, 0.5], [0.3, 0.2, 0.4], [0.0] * 9, [1.0] * 30 + [2.5] * 30])
+def test_without_outliers_everything_lies_within_the_axis(axes_of, losses):
+    axes = axes_of(run=updates_of(losses))
+    low, high = axes.get_ylim()
+    assert low < min(losses) and max(losses) < high and not axes.get_title(loc="right")
+
+
+def test_no_run_and_no_held_out_loss_is_taken_for_an_outlier_of_the_others(axes_of):
+    held = [{"event": "held_out_loss", "step": step, "loss": 30.0} for step in (1, 40)]
+    axes = axes_of(low=updates_of([0.1] * 40), high=updates_of([9.0] * 40) + held)
+    assert axes.get_ylim()[1] > 30 and not axes.get_title(loc="right")
+    assert legend_of(axes) == ["low", "high", "held-out clips"]
+
+
+def test_a_dozen_runs_have_colours_of_their_own(axes_of):
+    axes = axes_of(**{f"run{number}": updates_of([0.1, 0.2]) for number in range(12)})
+    assert len({line.get_color() for line in axes.lines if line.get_label().startswith("run")}) == 12
+
+
+def test_runs_are_called_by_what_tells_them_apart():
+    names = [f"lora__optimizer_{name}__steps_9__learning-rate_{rate}" for name, rate in (("adamw", 1), ("came", 2))]
+    assert curves.short_labels(names) == [
+        "optimizer_adamw, learning-rate_1", "optimizer_came, learning-rate_2",
+    ]  # fmt: skip
+    assert curves.short_labels(["/a/x/run", "/b/x/run"]) == ["a", "b"]
+    assert curves.short_labels(["run", "run__more"]) == ["run", "more"]
+    [long, other] = curves.short_labels(["a" * 50 + "1", "a" * 50 + "2"])
+    assert len(long) <= curves.LABEL + 1 and long != other
+
+
+def test_a_long_run_is_drawn_into_a_small_file(tmp_path):
+    write_metrics(tmp_path, updates_of([0.1 + step % 97 / 100 for step in range(20_000)]))
+    for name in ("loss.png", "loss.svg"):
+        curves.draw_losses({"run": tmp_path / "metrics.jsonl"}, tmp_path / name)
+        assert (tmp_path / name).stat().st_size < 500_000
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.width == 960 and 450 < image.height < 600
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, caplog):

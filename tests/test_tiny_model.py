@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+import contact_sheet
 import judge as judging
 import measure
 import networks
@@ -337,26 +339,94 @@ def test_before_and_after_are_shown_and_measured(untrained, tmp_path, capsys):
     compare.main(given)
     numbers = json.loads((out / "numbers.json").read_text())
     assert numbers.keys() == {"star before", "star after", "known before", "known after"}
-    sheet = Image.open(out / "contact_sheet.png")
-    width = 64 * compare.SCALE * 3
-    row = compare.TEXT_HEIGHT + 64 * compare.SCALE + compare.GAP
-    assert sheet.size == (2 * width + 3 * compare.GAP, compare.TEXT_HEIGHT + 2 * row + compare.GAP)
+    with Image.open(out / "contact_sheet.webp") as sheet:
+        assert (sheet.format, sheet.size) == ("WEBP", (830, 200))  # one frame: this model draws nothing that moves
     assert read_clip(out / "before_and_after.mp4").shape == (9, 3, 2 * 64, 2 * 64)
     with pytest.raises(SystemExit, match="0% of the captions of star are obeyed, and 50% were expected"):
         compare.main([*given, "--at_least", "0.5"])
 
 
-def test_sheet_and_video_put_clips_where_they_belong(tmp_path):
+def some_rows(count, missed=()):
+    """Rows of drawn clips of which only `missed` are not obeyed after training."""
+    clips = world.draw_clips(torch.tensor(sample_contents(2 * count)), 0)
+    wrong = [(["colour"], ["colour", "shape"] if number in missed else []) for number in range(count)]
+    return [
+        contact_sheet.Row(f"caption {number}", (clips[number], clips[count + number]), wrong[number])
+        for number in range(count)
+    ]
+
+
+def clip_at(frames, place):
+    """The clip [F', 3, 64, 64] that a sheet's frames show at (left, top)."""
+    box = (*place, place[0] + contact_sheet.CLIP, place[1] + contact_sheet.CLIP)
+    pixels = [np.asarray(frame.crop(box).resize((64, 64), 0)) for frame in frames]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
+
+
+def test_the_sheet_shows_every_row_and_those_that_are_missed_last():
+    rows = some_rows(5, missed=(0, 3))
+    frames = contact_sheet.draw_sheet("title", rows)
+    places = contact_sheet.places_of(5)
+    for number, (left, top) in zip((1, 2, 4, 0, 3), places, strict=True):
+        for side in (0, 1):
+            shown = clip_at(frames, (left + side * (contact_sheet.CLIP + contact_sheet.GAP), top))
+            assert torch.allclose(shown, rows[number].clips[side], atol=0.5 / 255 + 1e-6), (number, side)
+        edge = frames[0].getpixel((left + contact_sheet.CLIP + contact_sheet.GAP, top - 1))
+        assert edge == (contact_sheet.MISSED if number in (0, 3) else contact_sheet.OBEYED)
+
+
+def test_nothing_on_the_sheet_overlaps_however_long_the_caption():
+    """The text of a row ends above the next row's, and within the page."""
+    longest = max((world.caption(row, 4) for row in EVERYTHING), key=len)
+    wrong = (["shape", "colour", "direction"], ["shape", "colour", "direction"])
+    row = some_rows(1)[0]._replace(caption=longest, wrong=wrong)
+    page = contact_sheet.draw_page("title", [row], [(contact_sheet.GAP, contact_sheet.HEADER)])
+    text = page.crop((contact_sheet.GAP + 2 * (contact_sheet.CLIP + contact_sheet.GAP), 0, *page.size))
+    ink = np.asarray(text)[contact_sheet.HEADER :].min(axis=2) < 200
+    assert ink[: contact_sheet.CLIP].any() and not ink[contact_sheet.CLIP :].any()
+    assert not ink[:, contact_sheet.TEXT_WIDTH :].any()
+
+
+def test_the_sheet_moves_and_is_small(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "sheet.webp"
+    contact_sheet.save_sheet(contact_sheet.draw_sheet("title", some_rows(12)), path)
+    for sheet_path in (path, ROOT / "assets/contact_sheet.webp"):
+        with Image.open(sheet_path) as sheet:
+            assert (sheet.size, sheet.n_frames, sheet.info["loop"]) == ((830, 880), 9, 0)
+        assert sheet_path.stat().st_size < 1_000_000
+
+
+def test_clips_that_obey_their_captions_are_marked_so():
+    import compare
+
+    contents = sample_contents(12)
+    clips = world.draw_clips(torch.tensor(contents), 0)
+    others = {"colour": "red", "shape": "circle", "direction": "left"}
+    for name, word in others.items():
+        column, index = world.NAMES.index(name), world.ATTRIBUTES[name].index(word)
+        changed = [(*row[:column], index, *row[column + 1 :]) for row in contents]
+        moved = world.draw_clips(torch.tensor(changed), 0)
+        verdicts = [judging.judge(moved), judging.judge(clips)]
+        rows = compare.rows_of(contents, [moved, clips], verdicts)
+        expected = [[name] if row[column] != index else [] for row in contents]
+        assert [row.wrong for row in rows] == [(wrong, []) for wrong in expected]
+        count = sum(not wrong for wrong in expected)
+        assert compare.title_of("pink", rows).endswith(f"{count} of 12 obeyed before training, 12 of 12 after")
+
+
+def test_a_clip_that_shows_nothing_obeys_nothing():
+    contents = sample_contents(1)
+    empty = world.draw_clips(torch.tensor(contents), 0)[:, :, :, :, :1].expand(-1, -1, -1, -1, 64)
+    assert judging.mistakes(judging.judge(empty)[0], contents[0]) == list(world.MEASURED)
+
+
+def test_the_video_puts_clips_where_they_belong(tmp_path):
     import compare
 
     clips = world.draw_clips(torch.tensor(sample_contents(6)), 0)
     before, after = clips[:3], clips[3:]
-    sheet = compare.contact_sheet(["a", "b", "c"], before, after)
-    row = compare.TEXT_HEIGHT + 64 * compare.SCALE + compare.GAP
-    left, top = 2 * compare.GAP + 64 * compare.SCALE * 3, compare.TEXT_HEIGHT + 2 * row + compare.TEXT_HEIGHT
-    corner = sheet.crop((left, top, left + 64 * compare.SCALE, top + 64 * compare.SCALE)).resize((64, 64), 0)
-    shown = torch.frombuffer(bytearray(corner.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1) / 255
-    assert torch.allclose(shown, after[2, 0], atol=0.5 / 255 + 1e-6)
     compare.write_video(tmp_path / "both.mp4", before, after)
     video = read_clip(tmp_path / "both.mp4")  # [F', 3, 2h, 3w]
     assert measure.psnr(video[None, :, :, :64, 128:], before[None, 2]) > 25
@@ -374,7 +444,7 @@ def test_teaching_goes_through_the_wrappers(untrained, tmp_path, method):
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run([ROOT / "tiny_model/teach.sh", "pink"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = {"clips", "prepared", "contact_sheet.png", "before_and_after.mp4", "numbers.json", "loss.png"}
+    names = {"clips", "prepared", "contact_sheet.webp", "before_and_after.mp4", "numbers.json", "loss.png"}
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
 
 

@@ -3,8 +3,9 @@
 
     python tiny_model/compare.py --concept pink --lora outputs/teach/run --out outputs/teach
 
-Writes a contact sheet (caption, before, after) and a video of the same, and prints accuracies on new captions of the
-concept and on captions of what the model knew. Exit code 1 if --at_least says that more was to be learned.
+Writes a moving contact sheet of every caption of the concept (before, after, obeyed or not) and a video of the first
+ones, and prints accuracies on new captions of the concept and on captions of what the model knew. Exit code 1 if
+--at_least says that more was to be learned.
 """
 
 import argparse
@@ -14,16 +15,12 @@ from pathlib import Path
 
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from PIL import Image, ImageDraw
 
-from judge import accuracy, confusion, judge
+from contact_sheet import Row, draw_sheet, save_sheet
+from judge import accuracy, confusion, judge, mistakes
 from measure import GUIDANCE, STEPS, captions_of, check_pipeline, sample, score_line
 from networks import TEXT_LENGTH
-from world import CONCEPTS, FPS, SIZE, test_contents
-
-
-SCALE, SHOWN_FRAMES = 2, (0, 4, 8)  # of the contact sheet: pixels per pixel, frames of each clip
-GAP, TEXT_HEIGHT = 6, 16  # pixels
+from world import CONCEPTS, FPS, test_contents
 
 
 def load_pipelines(model: Path, lora: Path | None, transformer: Path | None) -> tuple:
@@ -39,28 +36,6 @@ def load_pipelines(model: Path, lora: Path | None, transformer: Path | None) -> 
     if lora:
         after.load_lora_weights(lora)
     return before.to(device), after.to(device)
-
-
-def strip(clip: torch.Tensor) -> Image.Image:
-    """Some frames of a clip [F', 3, h, w] in 0..1 side by side."""
-    frames = (clip[list(SHOWN_FRAMES)] * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2)  # [h, frames x w, 3]
-    image = Image.fromarray(frames.contiguous().numpy())
-    return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST)
-
-
-def contact_sheet(prompts: list[str], before: torch.Tensor, after: torch.Tensor) -> Image.Image:
-    """A row per prompt: the prompt, frames before and frames after."""
-    width, row = SIZE * SCALE * len(SHOWN_FRAMES), TEXT_HEIGHT + SIZE * SCALE + GAP
-    sheet = Image.new("RGB", (2 * width + 3 * GAP, TEXT_HEIGHT + len(prompts) * row + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 3), "before", fill="black")
-    draw.text((2 * GAP + width, 3), "after", fill="black")
-    for number, prompt in enumerate(prompts):
-        top = TEXT_HEIGHT + number * row
-        draw.text((GAP, top + 2), prompt, fill="black")
-        sheet.paste(strip(before[number]), (GAP, top + TEXT_HEIGHT))
-        sheet.paste(strip(after[number]), (2 * GAP + width, top + TEXT_HEIGHT))
-    return sheet
 
 
 def write_video(path: Path, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -82,6 +57,18 @@ def summary(numbers: dict[str, dict[str, float]], concept: str, num_clips: int) 
     )
 
 
+def rows_of(contents: list, clips: list, verdicts: list) -> list[Row]:
+    """The sheet's rows; `clips` and `verdicts` are before and after."""
+    rows = zip(contents, captions_of(contents), zip(*clips, strict=True), zip(*verdicts, strict=True), strict=True)
+    return [Row(text, both, tuple(mistakes(found, row) for found in pair)) for row, text, both, pair in rows]
+
+
+def title_of(concept: str, rows: list[Row]) -> str:
+    before, after = (sum(not row.wrong[side] for row in rows) for side in (0, 1))
+    count = len(rows)
+    return f"New captions with {concept!r}: {before} of {count} obeyed before training, {after} of {count} after"
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
@@ -92,7 +79,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder for the contact sheet, the video and numbers.json"
     )
     parser.add_argument("--num_clips", type=int, default=12, help="of the concept, and as many of what was known")
-    parser.add_argument("--num_shown", type=int, default=6)
+    parser.add_argument("--num_shown", type=int, default=6, help="of the concept, in the video")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--max_sequence_length", type=int, default=TEXT_LENGTH, help="text tokens, as in training")
@@ -113,19 +100,19 @@ def main(argv=None) -> None:
         "max_sequence_length": args.max_sequence_length,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    numbers, clips = {}, {}
+    numbers, clips, verdicts = {}, {}, {}
     for name, contents in sets.items():
         for when, pipe in pipes.items():
             clips[name, when] = sample(pipe, captions_of(contents), **options)
-            verdicts = judge(clips[name, when])
-            numbers[f"{name} {when}"] = accuracy(verdicts, contents)
+            verdicts[name, when] = judge(clips[name, when])
+            numbers[f"{name} {when}"] = accuracy(verdicts[name, when], contents)
             print(f"{name} {when}: {score_line(numbers[f'{name} {when}'])}")
         if name == args.concept:
-            print(confusion(verdicts, contents, CONCEPTS[name]))
-    prompts = captions_of(sets[args.concept])[: args.num_shown]
-    shown = [clips[args.concept, when][: args.num_shown] for when in pipes]
-    contact_sheet(prompts, *shown).save(args.out / "contact_sheet.png")
-    write_video(args.out / "before_and_after.mp4", *shown)
+            print(confusion(verdicts[name, when], contents, CONCEPTS[name]))
+    both = [(args.concept, when) for when in pipes]
+    rows = rows_of(sets[args.concept], [clips[key] for key in both], [verdicts[key] for key in both])
+    save_sheet(draw_sheet(title_of(args.concept, rows), rows), args.out / "contact_sheet.webp")
+    write_video(args.out / "before_and_after.mp4", *(clips[key][: args.num_shown] for key in both))
     (args.out / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     print(summary(numbers, args.concept, args.num_clips))
     learned = numbers[f"{args.concept} after"]["caption"]

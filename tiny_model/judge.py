@@ -173,12 +173,18 @@ def colour_errors(clips: torch.Tensor, contents: Sequence) -> dict[str, float]:
     return {"distance": float(255 * (seen - true).norm(dim=-1).mean()), "chroma": float(255 * chroma.mean())}
 
 
+def mistakes(verdict: dict[str, str | None], row) -> list[str]:
+    """Which of MEASURED are not as the content `row` says; none: the caption is obeyed."""
+    want = words_of(row)
+    return [name for name in MEASURED if verdict[name] != want[name]]
+
+
 def accuracy(verdicts: Sequence[dict], contents: Sequence) -> dict[str, float]:
     """Share of clips in which each attribute is as the content says, and under "caption" all of MEASURED together."""
     wanted = [words_of(row) for row in contents]
     pairs = list(zip(verdicts, wanted, strict=True))
     scores = {name: sum(found[name] == want[name] for found, want in pairs) / len(pairs) for name in ATTRIBUTES}
-    scores["caption"] = sum(all(found[name] == want[name] for name in MEASURED) for found, want in pairs) / len(pairs)
+    scores["caption"] = sum(not mistakes(*pair) for pair in zip(verdicts, contents, strict=True)) / len(pairs)
     return scores
 
 

@@ -64,7 +64,7 @@ python tiny_model/compare.py --model "$MODEL" "${result[@]}" --concept "$concept
 
 say "done"
 cat << END
-contact sheet   $OUT/contact_sheet.png
+contact sheet   $OUT/contact_sheet.webp  (moves: open it in a browser)
 video           $OUT/before_and_after.mp4
 accuracies      $OUT/numbers.json
 clips           $OUT/clips

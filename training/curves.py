@@ -1,13 +1,32 @@
-"""The loss of a run as a picture."""
+"""The losses of runs as a picture."""
 
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 
 WINDOW = 20  # updates of the running mean
 HELD_OUT = "held_out_loss"  # the event that validation writes between the updates
+OUTLIERS, HEADROOM = 0.05, 3.0  # the share of largest losses that may lie above the axis, if above 3 times the others
+LABEL = 36  # characters of a run's name in the legend, which has two columns
+WIDTH, HEIGHT, LINE = 6.4, 3.2, 0.21  # inches: of the figure without a legend, and of a line of the legend
+
+
+class Losses(NamedTuple):
+    """What a metrics file holds: update numbers and losses [N], and those of the held-out clips [M]."""
+
+    steps: np.ndarray
+    losses: np.ndarray
+    held_steps: np.ndarray
+    held_losses: np.ndarray
+    not_finite: list[int]  # updates
+
+    @property
+    def held(self):
+        return self.held_steps, self.held_losses
 
 
 def draw_losses(runs: dict[str, Path], figure_path: Path, window: int = WINDOW) -> list[str]:
@@ -15,43 +34,41 @@ def draw_losses(runs: dict[str, Path], figure_path: Path, window: int = WINDOW) 
 
     Returns the names of those that hold no finite loss yet. Nothing is written if none does.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: that one keeps figures and asks for a display
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    empty = [name for name, path in runs.items() if not draw_run(axes, name, read_rows(path), window)]
-    if len(empty) == len(runs):
-        return empty
-    axes.set_xlabel("update")
-    axes.set_ylabel(f"loss (line: mean of {window} updates)")
-    axes.legend(fontsize="small", loc="upper right")
-    figure.savefig(figure_path, dpi=120)
-    return empty
+    read = {name: read_losses(path) for name, path in runs.items()}
+    drawn = {name: run for name, run in read.items() if len(run.steps)}
+    if drawn:
+        figure = Figure(dpi=150)
+        axes = figure.add_subplot()
+        if len(drawn) > 10:  # the usual colours would come twice
+            axes.set_prop_cycle(color=colormaps["tab20"].colors)
+        fill_axes(axes, drawn, window)
+        place(figure)
+        figure.savefig(figure_path)
+    return [name for name in runs if name not in drawn]
 
 
-def draw_run(axes, name: str, rows: list[dict], window: int) -> bool:
-    """Points, running mean and, where there is one, the held-out loss; False without a finite loss."""
-    steps, losses = series(row for row in rows if "event" not in row)
-    if not len(steps):
-        return False
-    (points,) = axes.plot(steps, losses, ".", markersize=2, alpha=0.4)
-    colour = points.get_color()
-    axes.plot(steps, running_mean(losses, window), color=colour, label=name)
-    held_steps, held_losses = series(row for row in rows if row.get("event") == HELD_OUT)
-    if len(held_steps):
-        axes.plot(held_steps, held_losses, "o--", color=colour, markersize=4, label=f"{name}: held-out clips")
-    return True
+# ---------------------------------------------------------------- reading
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl: one an update, and events between them."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_losses(path: Path) -> Losses:
+    """A metrics.jsonl: one line an update, and events between them."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    updates = [row for row in rows if "event" not in row]
+    held = [row for row in rows if row.get("event") == HELD_OUT]
+    return Losses(*series(updates), *series(held), [row["step"] for row in updates if not is_finite(row)])
 
 
-def series(rows) -> tuple[np.ndarray, np.ndarray]:
+def is_finite(row: dict) -> bool:
+    return row.get("loss") is not None and math.isfinite(row["loss"])
+
+
+def series(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """(update numbers, losses) [N] of the rows whose loss was finite."""
-    pairs = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    return np.array([step for step, _ in pairs]), np.array([loss for _, loss in pairs])
+    pairs = [(row["step"], row["loss"]) for row in rows if is_finite(row)]
+    return np.array([step for step, _ in pairs]), np.array([loss for _, loss in pairs], dtype=float)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -60,3 +77,85 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def fill_axes(axes, runs: dict[str, Losses], window: int) -> None:
+    """Runs, limits, and marks of what lies outside of them."""
+    alone = len(runs) == 1
+    labels = [f"mean of {window} updates"] if alone else short_labels(list(runs))
+    for label, run in zip(labels, runs.values(), strict=True):
+        draw_run(axes, label, run, window)
+    if any(len(run.held_steps) for run in runs.values()):
+        axes.plot([], [], "o--", color="0.3", markersize=4, label="held-out clips")
+    bottom, top = limits([values for run in runs.values() for values in (run.losses, run.held_losses)])
+    axes.set_ylim(bottom, top)
+    mark_the_rest(axes, list(runs.values()), top)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.set_xlabel("update")
+    axes.set_ylabel("loss" if alone else f"loss, mean of {window} updates")
+    axes.grid(alpha=0.25)
+
+
+def place(figure) -> None:
+    """A legend above the axes, where it covers nothing. Margins are given: to find them matplotlib draws twice."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    lines = -(-len(labels) // 2)
+    height = HEIGHT + lines * LINE
+    figure.set_size_inches(WIDTH, height)
+    figure.subplots_adjust(left=0.13, right=0.98, bottom=0.53 / height, top=1 - (0.3 + lines * LINE) / height)
+    figure.legend(handles, labels, fontsize="small", loc="upper left", bbox_to_anchor=(0.02, 1), ncols=2,
+                  frameon=False)  # fmt: skip
+
+
+def draw_run(axes, label: str, run: Losses, window: int) -> None:
+    """Points, running mean and, where there is one, the held-out loss."""
+    few = len(run.steps) <= WINDOW
+    (points,) = axes.plot(run.steps, run.losses, ".", markersize=6 if few else 2, alpha=0.4, rasterized=True)
+    axes.plot(run.steps, running_mean(run.losses, window), color=points.get_color(), label=label)
+    axes.plot(*run.held, "o--", color=points.get_color(), markeredgecolor="black", markersize=4)
+
+
+def mark_the_rest(axes, runs: list[Losses], top: float) -> None:
+    """Triangles at the upper edge for what lies above it, crosses at the lower for updates without a finite loss."""
+    pairs = [pair for run in runs for pair in ((run.steps, run.losses), run.held)]
+    above = np.concatenate([steps[values > top] for steps, values in pairs])
+    not_finite = np.concatenate([run.not_finite for run in runs])
+    notes = []
+    if len(above):
+        largest = max(values.max() for _, values in pairs if len(values))
+        notes.append(f"\u25b2 above the axis: {len(above)}, up to {largest:.3g}")
+    if len(not_finite):
+        notes.append(f"\u00d7 not finite: {len(not_finite)}")
+    for steps, height, marker in ((above, 0.98, "^"), (not_finite, 0.02, "x")):
+        axes.plot(steps, np.full(len(steps), height), marker, color="black", markersize=4,
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set_title("   ".join(notes), loc="right", fontsize="small")
+
+
+def limits(columns: list[np.ndarray]) -> tuple[float, float]:
+    """Of the axis: from the least loss to the largest that is no outlier, of all `columns`, and a little more."""
+    columns = [values for values in columns if len(values)]
+    low, high = min(values.min() for values in columns), max(ceiling(values) for values in columns)
+    margin = 0.05 * (high - low or abs(high) or 1.0)
+    return low - margin, high + margin
+
+
+def ceiling(values: np.ndarray) -> float:
+    """The largest of `values` [N] that is no outlier. Below there are none: a loss is a mean of squares."""
+    ordered = np.sort(values)
+    if len(ordered) < 3:
+        return float(ordered[-1])  # of two nobody can say which is the outlier
+    largest_of_others = ordered[-1 - math.ceil(OUTLIERS * len(ordered))]
+    return float(ordered[ordered <= max(HEADROOM * largest_of_others, ordered[0])][-1])
+
+
+def short_labels(names: list[str]) -> list[str]:
+    """What tells the runs' names apart: parts that all share are left out, long ones lose their middle."""
+    parts = [name.replace("/", "__").split("__") for name in names]
+    shared = set.intersection(*map(set, parts))
+    labels = [", ".join(part for part in some if part not in shared) or some[-1] for some in parts]
+    half = LABEL // 2
+    return [label if len(label) <= LABEL else f"{label[:half]}\u2026{label[-half:]}" for label in labels]
