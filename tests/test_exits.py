@@ -195,6 +195,7 @@ def launch_ranks(tmp_path):
         (tmp_path / "bin" / name).write_text(RANKS_LAUNCHER)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "bin/python").symlink_to(sys.executable)
+    (tmp_path / "d").mkdir()
 
     def run(wrapper, *arguments, **settings):
         env = {"PATH": f"{tmp_path / 'bin'}:{os.defpath}", "HOME": str(tmp_path), "DATA_ROOT": "d", **settings}
