@@ -31,6 +31,8 @@ for it; the others refuse it.
 PREPARE = """
 ## prepare_dataset.py
 """
+# What keeps its small letter
+NAMES = re.compile(r"(adam|fp32|prodigy|sage|torch\.compile|wandb)\b")
 # Scripts that take a flag -> what its row ends with
 TAKEN_BY = {
     frozenset(SCRIPTS): "",
@@ -59,7 +61,7 @@ def tables(parser: argparse.ArgumentParser, ending) -> str:
 
 def row(action: argparse.Action, ending: str) -> str:
     short, more, default = parts_of_help(action)
-    parts = [sentence(as_markdown(text)) for text in (short, more) if text]
+    parts = [sentence(as_markdown(short)), *([as_markdown(more)] if more else [])]
     if action.choices:
         some = "Any" if action.nargs else "One"
         parts.append(f"{some} of {', '.join(f'`{choice}`' for choice in action.choices)}.")
@@ -84,10 +86,10 @@ def as_markdown(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """A capital in front, unless the first word is a name such as fp32, and a full stop."""
-    if re.match(r"(?!wandb|prodigy)[a-z][a-z-]*,? ", text):
+    """A capital in front, unless the first word is a name, and a full stop."""
+    if not NAMES.match(text):
         text = text[0].upper() + text[1:]
-    return text if text.endswith(".") else f"{text}."
+    return f"{text}."
 
 
 def taken_by(dest: str) -> str:

@@ -615,9 +615,9 @@ def check_max_num_frames(parser: FlagParser, args: argparse.Namespace):
 
 
 # ---------------------------------------------------------------- parsers
-# The first line of a help text is for --help: what and in which unit, 48 characters where they are enough. It may end by
-# what holds where the flag is left out, "(default: ...)"; elsewhere that is the parsed default. What follows on a second
-# line is for assets/flags.md alone.
+# The first line of a help text is for --help: what and in which unit, about 48 characters where they are enough. It may
+# end by what holds where the flag is left out, "(default: ...)"; elsewhere that is the parsed default. A second line, of
+# whole sentences, is for assets/flags.md alone.
 
 
 def make_training_parser(script: str) -> FlagParser:
@@ -651,13 +651,13 @@ def example_of(script: str) -> str:
     """A command that works where it is pasted into the repository's folder, on its small models and clips."""
     model = "assets/tiny-cogvideox-i2v" if script.startswith("i2v") else "assets/tiny-cogvideox"
     clips = ["--data_root assets/tests", "--video_column videos.txt --caption_column prompts.txt"]
-    sizes = "--height_buckets 64 --width_buckets 64 --frame_buckets 9 --max_num_frames 9"
+    sizes = ["--height_buckets 64 --width_buckets 64", "--frame_buckets 9 --max_num_frames 9"]
     if script == "prepare":
-        lines = ["python training/prepare_dataset.py", f"--model_id {model} --max_sequence_length 32", *clips, sizes]
+        lines = ["python training/prepare_dataset.py", f"--model_id {model} --max_sequence_length 32", *clips, *sizes]
         lines += ["--save_latents_and_embeddings --output_dir outputs/example-prepared"]
     else:
         launch = "accelerate launch --config_file accelerate_configs/uncompiled_1.yaml"
-        lines = [launch, f"training/{SCRIPTS[script]}", f"--pretrained_model_name_or_path {model}", *clips, sizes]
+        lines = [launch, f"training/{SCRIPTS[script]}", f"--pretrained_model_name_or_path {model}", *clips, *sizes]
         lines += [f"--max_train_steps 10 --output_dir outputs/example-{script}"]
     return " \\\n    ".join(lines)
 
@@ -668,13 +668,13 @@ def example_of(script: str) -> str:
 def add_download_flags(group):
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
     group.add_argument(
-        "--variant", metavar="NAME", help="variant of the weight files, such as fp16\nfp16 is *.fp16.safetensors"
+        "--variant", metavar="NAME", help="variant of the weight files, such as fp16\nfp16 is *.fp16.safetensors."
     )
     group.add_argument("--cache_dir", metavar="FOLDER", help="folder for downloads (default: the hub's cache)")
     group.add_argument(
         "--allow_cpu",
         action="store_true",
-        help="run a model of real size on a CPU, very slowly\nwithout the flag it is refused",
+        help="run a model of real size on a CPU, very slowly\nWithout the flag it is refused.",
     )
 
 
@@ -682,26 +682,29 @@ def add_clip_list_flags(group, caption_column: str):
     group.add_argument(
         "--dataset_file",
         metavar="CSV",
-        help="CSV, a row per clip, in place of the text files\nits columns: --video_column, --caption_column",
+        help="CSV, a row per clip, in place of the text files\nIts columns are named by --video_column and "
+        "--caption_column.",
     )
     group.add_argument(
         "--video_column",
         metavar="NAME",
         default="video",
-        help="text file of paths, or the CSV's column\nin --data_root, one path per line",
+        help="text file of paths, or the CSV's column\nThe file lies in --data_root and has one path per line.",
     )
     group.add_argument(
         "--caption_column",
         metavar="NAME",
         default=caption_column,
-        help="text file of captions, or the CSV's column\nin --data_root, one caption per line",
+        help="text file of captions, or the CSV's column\nThe file lies in --data_root and has one caption per line.",
     )
     group.add_argument(
         "--allow_outside_root",
         action="store_true",
-        help="read files outside of the data folder as well\nby .., absolute paths or links",
+        help="read files outside of the data folder as well\nThey are named by .., absolute paths or links.",
     )
-    group.add_argument("--id_token", metavar="TOKEN", help="text put in front of every caption\nwith a space between")
+    group.add_argument(
+        "--id_token", metavar="TOKEN", help="text put in front of every caption\nA space is put between."
+    )
 
 
 def add_reading_flags(group):
@@ -709,21 +712,22 @@ def add_reading_flags(group):
         "--random_flip",
         type=float,
         metavar="P",
-        help="probability that a clip is mirrored (default: 0)\nleft to right, all its frames; captions stay as written",
+        help="probability that a clip is mirrored (default: 0)\nAll its frames are mirrored, left to right; "
+        "captions stay as written.",
     )
     group.add_argument(
         "--dataloader_num_workers",
         type=int,
         metavar="N",
         default=0,
-        help="processes that read data, for each GPU\n0: the main process reads",
+        help="processes that read data, for each GPU\nWith 0 the main process reads.",
     )
     group.add_argument("--pin_memory", action="store_true", help="pinned host memory: faster copies to the GPU")
     group.add_argument(
         "--video_backend",
         choices=["auto", "decord", "pyav"],
         default="auto",
-        help="video decoder; auto is pyav\nit was faster on real clips and reports damaged frames",
+        help="video decoder; auto is pyav\npyav was faster on real clips and reports damaged frames.",
     )
 
 
@@ -750,24 +754,26 @@ def add_size_flags(group):
         nargs="+",
         metavar="FRAMES",
         default=[49],
-        help="frame counts, 4k+1\n4k is accepted with a warning",
+        help="frame counts, 4k+1\n4k is accepted with a warning.",
     )
     group.add_argument(
         "--max_num_frames",
         type=int,
         metavar="FRAMES",
         default=49,
-        help="most frames of a clip\nlarger frame buckets stay empty",
+        help="most frames of a clip\nLarger frame buckets stay empty.",
     )
     group.add_argument(
         "--video_reshape_mode",
         metavar="MODE",
-        help="crop at the center or at random; with none, clips have their bucket's size already (default: center)\ncenter and random scale a clip to cover its bucket, aspect kept; random draws a place per clip; none changes no size",
+        help="crop at the center or at random; with none, clips have their bucket's size already (default: "
+        "center)\nBoth crops scale a clip to cover its bucket and keep its aspect; random draws a place per "
+        "clip.",
     )
 
 
 FPS_HELP = (
-    "sampled frames per second (default: 8; CogVideoX 1.5: 16)\nclips are sampled by time, whatever their own rate is"
+    "sampled frames per second (default: 8; CogVideoX 1.5: 16)\nClips are sampled by time, whatever their own rate is."
 )
 
 
@@ -786,59 +792,69 @@ def add_model_flags(parser: FlagParser):
     group.add_argument(
         "--init_transformer",
         metavar="FOLDER",
-        help="an earlier full fine-tuning to start from\nits output folder, a checkpoint of it, or the transformer folder there, of the same kind and size as MODEL, whose other parts are used",
+        help="an earlier full fine-tuning to start from\nGive its output folder, a checkpoint of it, or the "
+        "transformer folder there. It must be of the same kind and size as MODEL, whose other parts are used.",
     )
     group.add_argument(
-        "--config", metavar="args.json", help="flags and seed of a run; those given here win\nits args.json"
+        "--config",
+        metavar="args.json",
+        help="flags and seed of a run; those given here win\nIt is named by its args.json.",
     )
     add_download_flags(group)
 
 
 def add_lora_flags(parser: FlagParser):
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, metavar="N", default=64, help="rank of the LoRA\nits size grows with it")
+    group.add_argument("--rank", type=int, metavar="N", default=64, help="rank of the LoRA\nIts size grows with it.")
     group.add_argument(
         "--lora_alpha",
         type=int,
         metavar="N",
         default=64,
-        help="output is scaled by lora_alpha / rank\nin the file, the weights are scaled already",
+        help="output is scaled by lora_alpha / rank\nIn the file the weights are scaled already.",
     )
     group.add_argument(
         "--lora_target_modules",
         nargs="+",
         metavar="NAME",
         default=["to_q", "to_k", "to_v", "to_out.0"],
-        help="linear layers that get a LoRA, by the end of their names\nff.net.0.proj and ff.net.2 are the feed-forward",
+        help="linear layers that get a LoRA, by the end of their names\nff.net.0.proj and ff.net.2 are the "
+        "feed-forward.",
     )
     group.add_argument(
         "--use_dora",
         action="store_true",
-        help="DoRA (arXiv 2402.09353): slower, more memory\nthe length of every weight row is trained beside the LoRA",
+        help="DoRA (arXiv 2402.09353): slower, more memory\nThe length of every weight row is trained beside the "
+        "LoRA.",
     )
     group.add_argument(
         "--use_rslora",
         action="store_true",
-        help="scale by alpha / sqrt(rank) (arXiv 2312.03732)\nrank-stabilised scaling: high ranks keep their strength",
+        help="scale by alpha / sqrt(rank) (arXiv 2312.03732)\nHigh ranks keep their strength.",
     )
     group.add_argument(
         "--lora_init",
         metavar="SCHEME",
         default="default",
-        help="start: default, gaussian or orthogonal\nnone has an effect at first; default is Kaiming uniform, orthogonal needs an even rank. Schemes of peft that change the base weights too (pissa, olora, ...) are refused: their file fits no other base",
+        help="start: default, gaussian or orthogonal\nNone has an effect at first. default is Kaiming uniform, "
+        "orthogonal needs an even rank. Schemes of peft that change the base weights too (pissa, olora, ...) "
+        "are refused: their file fits no other base.",
     )
     group.add_argument(
         "--init_lora",
         metavar="FILE",
-        help="start from this LoRA of the same rank and layers\na file or the folder of a run, also in the layout of "
-        "peft, kohya or ComfyUI; rank, alpha, layers and kind must be the same",
+        help="start from this LoRA of the same rank and layers\nGive a file or the folder of a run, also in the "
+        "layout of peft, kohya or ComfyUI. Rank, alpha, layers and kind must be the same.",
     )
     group.add_argument(
         "--export",
         nargs="+",
         choices=["comfyui", "kohya", "merged"],
         default=[],
-        help="also write it for ComfyUI, for readers of kohya's layout, or merged into the transformer\ncomfyui is pytorch_lora_weights_comfyui.safetensors, in the key layout of ComfyUI's own CogVideoX; kohya is pytorch_lora_weights_kohya.safetensors, for VideoX-Fun; merged is transformer/, the base model with the LoRA added to its weights",
+        help="also write it for ComfyUI, for readers of kohya's layout, or merged into the transformer\ncomfyui "
+        "is pytorch_lora_weights_comfyui.safetensors, in the key layout of ComfyUI's own CogVideoX; kohya is "
+        "pytorch_lora_weights_kohya.safetensors, for VideoX-Fun; merged is transformer/, the base model with "
+        "the LoRA added to its weights.",
     )
 
 
@@ -847,14 +863,15 @@ def add_training_data_flags(parser: FlagParser):
     group.add_argument(
         "--data_root",
         metavar="FOLDER",
-        help="folder of videos and captions, or with --load_tensors of prepared data\nprepare_dataset.py writes it; "
-        "required, unless there is a --dataset_file",
+        help="folder of videos and captions, or with --load_tensors of prepared data\nprepare_dataset.py writes "
+        "the latter. Required, unless there is a --dataset_file.",
     )
     add_clip_list_flags(group, caption_column="text")
     group.add_argument(
         "--load_tensors",
         action="store_true",
-        help="train on prepared data, without the VAE and T5\nmoments and prompt embeddings made by prepare_dataset.py",
+        help="train on prepared data, without the VAE and T5\nThese are the moments and prompt embeddings that "
+        "prepare_dataset.py makes.",
     )
     add_reading_flags(group)
 
@@ -877,13 +894,15 @@ def add_training_flags(parser: FlagParser):
         "--seed",
         type=int,
         metavar="N",
-        help="seed of every draw (default: drawn, kept in args.json)\ndraws follow a sample's place in the run, so that the "
-        "number of workers and processes changes only rounding",
+        help="seed of every draw (default: drawn, kept in args.json)\nDraws follow a sample's place in the run, "
+        "so that the number of workers and processes changes only rounding.",
     )
     group.add_argument(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
-        help="what the model computes in; no is fp32 (default: the launcher's, else bf16 on a GPU and no on a CPU)\nfrozen weights have it too, trained ones are fp32. fp16 scales the loss, and needs a GPU and a checkpoint not stored in bf16, such as CogVideoX-2b",
+        help="what the model computes in; no is fp32 (default: the launcher's, else bf16 on a GPU and no on a "
+        "CPU)\nFrozen weights have it too, trained ones are fp32. fp16 scales the loss, and needs a GPU and "
+        "a checkpoint not stored in bf16, such as CogVideoX-2b.",
     )
     group.add_argument("--train_batch_size", type=int, metavar="CLIPS", default=4, help="clips per batch, on each GPU")
     group.add_argument(
@@ -900,7 +919,7 @@ def add_training_flags(parser: FlagParser):
         type=int,
         metavar="SECONDS",
         default=600,
-        help="how long processes wait for one another\nthen the run is given up",
+        help="how long processes wait for one another\nThen the run is given up.",
     )
     add_conditioning_flags(group)
 
@@ -911,7 +930,7 @@ def add_conditioning_flags(group):
         type=float,
         metavar="P",
         default=0.0,
-        help="probability of an empty caption, per sample\nfor classifier-free guidance",
+        help="probability of an empty caption, per sample\nClassifier-free guidance relies on such samples.",
     )
     group.add_argument(
         "--noised_image_dropout",
@@ -923,18 +942,21 @@ def add_conditioning_flags(group):
     group.add_argument(
         "--stratified_timesteps",
         action="store_true",
-        help="spread timesteps in each update: less noisy loss\nover the noise levels; the mean of the loss stays",
+        help="spread timesteps in each update: less noisy loss\nThey cover the noise levels evenly; the mean of "
+        "the loss stays.",
     )
     group.add_argument(
         "--image_latent_scale",
         choices=["pipeline", "raw"],
         default="pipeline",
-        help="of the first frame's latents; with raw, inference must be changed\nsee assets/inference.md; it is recorded in the result",
+        help="of the first frame's latents; with raw, inference must be changed\npipeline is what diffusers feeds "
+        "the model, raw is the VAE's own; it is recorded in the result.",
     )
     group.add_argument(
         "--drop_learned_positions",
         action="store_true",
-        help="train CogVideoX-5b-I2V at other sizes than 49 frames of 480x720; inference must drop them too\nsee assets/inference.md; it is recorded in the result",
+        help="train CogVideoX-5b-I2V at other sizes than 49 frames of 480x720; inference must drop them too\nIt "
+        "is recorded in the result.",
     )
 
 
@@ -947,7 +969,7 @@ def add_optimizer_flags(parser: FlagParser):
         choices=["adam", "adamw", "prodigy", "came"],
         default="adam",
         help="prodigy needs --learning_rate 1\nprodigy (arXiv 2306.06101) estimates the step size; came (arXiv "
-        "2307.02047) keeps factored states",
+        "2307.02047) keeps factored states.",
     )
     group.add_argument("--beta1", type=float, metavar="DECAY", default=0.9, help="decay of the gradient's mean")
     group.add_argument("--beta2", type=float, metavar="DECAY", default=0.95, help="decay of the mean of its square")
@@ -955,35 +977,38 @@ def add_optimizer_flags(parser: FlagParser):
         "--beta3",
         type=float,
         metavar="DECAY",
-        help="third decay (default: sqrt(beta2); came: 0.9999)\nof prodigy's step size estimate, of came's confidence",
+        help="third decay (default: sqrt(beta2); came: 0.9999)\nIt is of prodigy's step size estimate, or of "
+        "came's confidence.",
     )
     group.add_argument(
         "--weight_decay",
         type=float,
         metavar="X",
         default=1e-4,
-        help="weight decay (adamw), L2 term (adam)\nadamw applies it to the weights themselves, adam adds it to the gradient",
+        help="weight decay (adamw), L2 term (adam)\nadamw applies it to the weights themselves, adam adds it to "
+        "the gradient.",
     )
     group.add_argument(
         "--epsilon",
         type=float,
         metavar="X",
         default=1e-8,
-        help="added to the denominator of the step\nnot for came, which has two of its own",
+        help="added to the denominator of the step\ncame has two of its own.",
     )
     group.add_argument(
         "--max_grad_norm",
         type=float,
         metavar="NORM",
         default=1.0,
-        help="gradients are clipped to this L2 norm\nof all trained weights and processes together",
+        help="gradients are clipped to this L2 norm\nThe norm is over all trained weights and processes.",
     )
     group.add_argument(
         "--max_bad_steps",
         type=int,
         metavar="N",
         default=5,
-        help="updates with NaN or infinity are skipped; so many in a row end the run\nexit code 70; loss and gradient of every update are looked at",
+        help="updates with NaN or infinity are skipped; so many in a row end the run\nThe exit code is 70. Loss "
+        "and gradient of every update are checked.",
     )
     add_state_flags(group)
 
@@ -992,7 +1017,7 @@ def add_state_flags(group):
     group.add_argument(
         "--use_8bit",
         action="store_true",
-        help="adam, adamw: 8-bit states, by bitsandbytes\ntensors under 4,096 elements stay in fp32",
+        help="adam, adamw: 8-bit states, by bitsandbytes\nTensors under 4,096 elements stay in fp32.",
     )
     group.add_argument("--use_4bit", action="store_true", help="adam, adamw: 4-bit states, by torchao")
     group.add_argument("--use_fp8", action="store_true", help="adam, adamw: fp8 states, by torchao, since Ada")
@@ -1011,7 +1036,7 @@ def add_lr_flags(group):
     group.add_argument(
         "--scale_lr",
         action="store_true",
-        help="multiply --learning_rate by the clips of an update\nbatch size x accumulation x processes",
+        help="multiply --learning_rate by the clips of an update\nThese are batch size x accumulation x processes.",
     )
     group.add_argument("--lr_scheduler", metavar="NAME", default="constant", help=", ".join(LR_SCHEDULERS))
     group.add_argument(
@@ -1019,7 +1044,7 @@ def add_lr_flags(group):
         type=int,
         metavar="N",
         default=500,
-        help="updates of warm-up, not with constant\nlinear from 0; constant_with_warmup has it",
+        help="updates of warm-up, not with constant\nIt is linear from 0; constant_with_warmup has it.",
     )
     group.add_argument("--lr_num_cycles", type=int, metavar="N", default=1, help="cycles of cosine_with_restarts")
     group.add_argument("--lr_power", type=float, metavar="X", default=1.0, help="exponent of polynomial")
@@ -1031,13 +1056,13 @@ def add_output_flags(parser: FlagParser):
         "--output_dir",
         metavar="FOLDER",
         default="cogvideox-sft",
-        help="folder of the result; a run of the same flags there is continued\nwith checkpoints, args.json, "
-        "metrics.jsonl and status.json",
+        help="folder of the result; a run of the same flags there is continued\nIt holds checkpoints, args.json, "
+        "metrics.jsonl and status.json too.",
     )
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="move what is in --output_dir aside, start anew\ninstead of continuing or refusing",
+        help="move what is in --output_dir aside, start anew\nWithout the flag, the run is continued or refused.",
     )
     group.add_argument(
         "--save_dtype",
@@ -1047,28 +1072,33 @@ def add_output_flags(parser: FlagParser):
     group.add_argument(
         "--ema",
         action="store_true",
-        help="validate and write an average of the weights\na moving average over the updates, kept in fp32",
+        help="validate and write an average of the weights\nIt moves with every update and is kept in fp32.",
     )
     group.add_argument(
-        "--ema_decay", type=float, metavar="DECAY", default=0.9999, help="weight of the old average\nin every update"
+        "--ema_decay",
+        type=float,
+        metavar="DECAY",
+        default=0.9999,
+        help="weight of the old average\nThe new weights have the rest, in every update.",
     )
     group.add_argument(
         "--checkpointing_steps",
         type=int,
         metavar="N",
         default=500,
-        help="updates between checkpoints\neach a folder checkpoint-<step> of --output_dir",
+        help="updates between checkpoints\nEach is a folder checkpoint-<step> of --output_dir.",
     )
     group.add_argument(
         "--checkpoints_total_limit",
         type=int,
         metavar="N",
-        help="newest checkpoints kept (default: all)\nthe oldest goes once a newer one is written",
+        help="newest checkpoints kept (default: all)\nThe oldest goes once a newer one is written.",
     )
     group.add_argument(
         "--resume_from_checkpoint",
         metavar="PATH",
-        help="a checkpoint to go on from, or latest\nlatest is the newest of --output_dir, without any a fresh start",
+        help="a checkpoint to go on from, or latest\nlatest is the newest of --output_dir; without any, the run "
+        "starts afresh.",
     )
 
 
@@ -1077,12 +1107,13 @@ def add_validation_flags(parser: FlagParser):
     group.add_argument(
         "--validation_prompt",
         metavar="TEXT",
-        help="prompts to render before, during and after training, with ::: between them\nat every validation",
+        help="prompts to render before, during and after training, with ::: between them\nThey are rendered at "
+        "every validation as well as before the first step and after the last.",
     )
     group.add_argument(
         "--validation_images",
         metavar="PATHS",
-        help="first frames, files or URLs, with ::: between\none for each prompt",
+        help="first frames, files or URLs, with ::: between\nThere is one for each prompt.",
     )
     group.add_argument(
         "--validation_prompt_separator", metavar="TEXT", default=":::", help="between prompts and images"
@@ -1095,12 +1126,13 @@ def add_validation_flags(parser: FlagParser):
     group.add_argument(
         "--no_first_validation",
         action="store_true",
-        help="none before the first update\nruns of one sweep would all render the same untrained model",
+        help="none before the first update\nRuns of one sweep would all render the same untrained model.",
     )
     group.add_argument(
         "--validation_data_root",
         metavar="FOLDER",
-        help="held-out clips, whose loss is logged\nin the form of --data_root (with --dataset_file, a CSV of that name in the folder); noise and timesteps are fixed",
+        help="held-out clips, whose loss is logged\nThey have the form of --data_root (with --dataset_file, a CSV "
+        "of that name in the folder). Noise and timesteps are fixed.",
     )
     group.add_argument(
         "--validation_num_clips", type=int, metavar="N", default=8, help="held-out clips used, the first ones"
@@ -1124,7 +1156,7 @@ def add_sampling_flags(group):
         "--validation_attention",
         choices=["default", "sage"],
         default="default",
-        help="sage: SageAttention\nit has no backward pass and never trains",
+        help="sage: SageAttention\nIt must be installed; it has no backward pass and never trains.",
     )
 
 
@@ -1133,32 +1165,38 @@ def add_memory_flags(parser: FlagParser):
     group.add_argument(
         "--memory",
         choices=MEMORY_LEVELS,
-        help="what is kept for the backward pass: auto is the fastest level that fits, plan prints what each needs, see assets/training.md (default: by --gradient_checkpointing)\nspeed keeps all of it; balanced computes blocks again but keeps the attention's output; offload is balanced with that in host memory; stream has the frozen weights there too. offload and stream are for LoRA",
+        help="what is kept for the backward pass: auto is the fastest level that fits, plan prints what each "
+        "needs, see assets/training.md (default: by --gradient_checkpointing)\nspeed keeps all of it on the "
+        "GPU; balanced recomputes blocks but keeps the attention's output; offload is balanced with that in "
+        "host memory; stream has the frozen weights there too. offload and stream are for LoRA.",
     )
     group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
-        help="recompute blocks: far less memory, slower\nactivations are not kept for the backward pass",
+        help="recompute blocks: far less memory, slower\nActivations are not kept for the backward pass.",
     )
     group.add_argument(
         "--enable_slicing",
         action="store_true",
-        help="VAE: one video at a time, less memory\nwhere raw videos are encoded and validation videos decoded",
+        help="VAE: one video at a time, less memory\nThis is where raw videos are encoded and validation videos "
+        "decoded.",
     )
     group.add_argument(
         "--enable_tiling",
         action="store_true",
-        help="VAE: overlapping tiles, less memory\nresults differ slightly",
+        help="VAE: overlapping tiles, less memory\nResults differ slightly.",
     )
     group.add_argument(
         "--use_cpu_offload_optimizer",
         action="store_true",
-        help="fp32 weights and optimizer in host memory: far less GPU memory, slower steps\nthe optimizer steps there",
+        help="fp32 weights and optimizer in host memory: far less GPU memory, slower steps\nThe optimizer steps "
+        "there.",
     )
     group.add_argument(
         "--offload_gradients",
         action="store_true",
-        help="gradients too, with --use_cpu_offload_optimizer\nevery gradient moves to host memory as soon as it is there",
+        help="gradients too, with --use_cpu_offload_optimizer\nEvery gradient moves to host memory as soon as it "
+        "is there.",
     )
     add_speed_flags(group)
 
@@ -1167,25 +1205,31 @@ def add_speed_flags(group):
     group.add_argument(
         "--compile_blocks",
         action="store_true",
-        help="torch.compile the blocks (default: on a GPU with --memory)\nevery block in place: faster steps after a first one that compiles; accelerate_configs/compiled_1.yaml does it too",
+        help="torch.compile the blocks (default: on a GPU with --memory)\nEvery transformer block is compiled in "
+        "place: steps are faster after a first one that compiles. accelerate_configs/compiled_1.yaml does it "
+        "too.",
     )
     group.add_argument("--no_compile_blocks", action="store_true", help="--memory without torch.compile")
     group.add_argument(
         "--attention",
         choices=["auto", "cudnn", "flash", "fa4", "math"],
         default="auto",
-        help="auto is the fastest there; fa4: FlashAttention-4; math: exact and slow\nauto times them on this run's shape, once for each card and shape; fa4 is a pre-release on PyPI (flash-attn-4)",
+        help="auto is the fastest there; fa4: FlashAttention-4; math: exact and slow\nauto times those that are "
+        "installed on this run's shape, once for each card and shape. fa4 is a pre-release on PyPI "
+        "(flash-attn-4).",
     )
     group.add_argument(
         "--base_precision",
         choices=BASE_PRECISIONS,
         default="bf16",
-        help="frozen weights: fp8 is faster, int8 and nf4 are smaller; the loss changes a little\nthose of attention and feed-forward; bf16 leaves them as computed, int8 and nf4 cost some speed",
+        help="frozen weights: fp8 is faster, int8 and nf4 are smaller; the loss changes a little\nThose of "
+        "attention and feed-forward. bf16 leaves them as computed; fp8 computes faster on Ada and newer; "
+        "int8 and nf4 take less memory, at some speed.",
     )
     group.add_argument(
         "--allow_tf32",
         action="store_true",
-        help="TF32 for fp32 matrix products: faster, coarser\non GPUs since Ampere",
+        help="TF32 for fp32 matrix products: faster, coarser\nIt needs a GPU since Ampere.",
     )
 
 
@@ -1194,14 +1238,16 @@ def add_tracking_flags(parser: FlagParser):
     group.add_argument(
         "--report_to",
         metavar="TRACKER",
-        help="wandb, tensorboard, trackio, or all that are installed (default: metrics.jsonl alone)\nseveral with commas; metrics.jsonl is written in any case",
+        help="wandb, tensorboard, trackio, or all that are installed (default: metrics.jsonl alone)\nSeveral are "
+        "separated by commas. metrics.jsonl is written in any case.",
     )
     group.add_argument(
         "--log_every",
         type=int,
         metavar="N",
         default=10,
-        help="updates between reads of the loss\nand the gradient norm from the GPU; each update still has its own line in metrics.jsonl",
+        help="updates between reads of the loss\nThe gradient norm is read with it. Each update still has its own "
+        "line in metrics.jsonl.",
     )
     group.add_argument("--tracker_name", metavar="NAME", help="project at the tracker (default: the task's name)")
     group.add_argument("--logging_dir", metavar="FOLDER", default="logs", help="trackers' folder in --output_dir")
@@ -1210,7 +1256,8 @@ def add_tracking_flags(parser: FlagParser):
     group.add_argument(
         "--hub_token",
         metavar="TOKEN",
-        help="token for the hub; other users of the machine can read it, HF_TOKEN is safer\nso is `hf auth login`; it is written nowhere",
+        help="token for the hub; other users of the machine can read it, HF_TOKEN is safer\nSo is `hf auth "
+        "login`. The token is written nowhere.",
     )
     group.add_argument("--hub_model_id", metavar="ID", help="repository (default: yours, named as --output_dir)")
 
@@ -1224,22 +1271,22 @@ def add_prepare_model_flags(parser: FlagParser):
         "--model_id",
         metavar="MODEL",
         default="THUDM/CogVideoX-2b",
-        help="model that will be trained: a hub id, zai-org/... or THUDM/..., or a local diffusers folder\nits VAE and "
-        "T5 encode",
+        help="model that will be trained: a hub id, zai-org/... or THUDM/..., or a local diffusers folder\nIts "
+        "VAE and T5 encode.",
     )
     add_download_flags(group)
     group.add_argument(
         "--dtype",
         choices=["fp32", "fp16", "bf16"],
         default="fp32",
-        help="precision of the VAE and T5\nloaded and computed in it",
+        help="precision of the VAE and T5\nThey are loaded and compute in it.",
     )
     group.add_argument(
         "--max_sequence_length",
         type=int,
         metavar="TOKENS",
         default=226,
-        help="tokens that captions are cut or padded to\nCogVideoX is trained with 226",
+        help="tokens that captions are cut or padded to\nCogVideoX is trained with 226.",
     )
 
 
@@ -1250,7 +1297,7 @@ def add_prepare_data_flags(parser: FlagParser):
         required=True,
         default=argparse.SUPPRESS,
         metavar="FOLDER",
-        help="folder of videos and captions, required\nvideo paths are relative to it",
+        help="folder of videos and captions, required\nVideo paths are relative to it.",
     )
     add_clip_list_flags(group, caption_column="caption")
     add_reading_flags(group)
@@ -1259,14 +1306,14 @@ def add_prepare_data_flags(parser: FlagParser):
         type=int,
         metavar="N",
         default=0,
-        help="threads that decode one video\n0 leaves it to the decoder",
+        help="threads that decode one video\n0 leaves it to the decoder.",
     )
     group.add_argument(
         "--seed",
         type=int,
         metavar="N",
         default=42,
-        help="seed of every draw\nper clip: flip, crop, start, noise on first frames",
+        help="seed of every draw\nThey are made per clip: flip, crop, start, noise on first frames.",
     )
 
 
@@ -1283,40 +1330,45 @@ def add_prepare_output_flags(parser: FlagParser):
         required=True,
         default=argparse.SUPPRESS,
         metavar="FOLDER",
-        help="folder to write, required\nin one that holds part of the work, only what is missing is done",
+        help="folder to write, required\nIn one that holds part of the work, only what is missing is done.",
     )
     group.add_argument(
         "--save_latents_and_embeddings",
         action="store_true",
-        help="write what --load_tensors trains on, not resized videos and first frames\nVAE moments and prompt embeddings",
+        help="write what --load_tensors trains on, not resized videos and first frames\nThese are VAE moments and "
+        "prompt embeddings.",
     )
     group.add_argument(
         "--save_image_latents",
         action="store_true",
-        help="first frames too, noised, for image-to-video\ntheir moments, with --save_latents_and_embeddings",
+        help="first frames too, noised, for image-to-video\nTheir moments are written; "
+        "--save_latents_and_embeddings is needed.",
     )
     group.add_argument(
         "--num_image_variants",
         type=int,
         metavar="N",
         default=8,
-        help="noised first frames per clip\nwith --save_image_latents; training draws one each time",
+        help="noised first frames per clip\nThey need --save_image_latents; training draws one each time.",
     )
     group.add_argument(
         "--save_previews",
         action="store_true",
-        help="write resized videos and first frames too\nwith --save_latents_and_embeddings; without it they are always written",
+        help="write resized videos and first frames too\nWithout --save_latents_and_embeddings they are always "
+        "written.",
     )
     group.add_argument(
         "--verify",
         action="store_true",
-        help="hash everything again, make again what is old\nbelieve nothing remembered: hash every video and weight file anew, and make again, compare and replace what an earlier version prepared",
+        help="hash everything again, make again what is old\nNothing remembered is believed: every video and "
+        "weight file is hashed anew, and what an earlier version prepared is made again, compared and "
+        "replaced.",
     )
     group.add_argument(
         "--prune",
         action="store_true",
-        help="remove its files of clips no longer listed\nthose in the output folder's own subfolders that "
-        "prepare_dataset.py wrote and no row names any more",
+        help="remove its files of clips no longer listed\nThose in the output folder's own subfolders that "
+        "prepare_dataset.py wrote and no row names any more.",
     )
 
 
@@ -1325,7 +1377,7 @@ def add_prepare_memory_flags(parser: FlagParser):
     group.add_argument("--batch_size", type=int, metavar="CLIPS", default=1, help="clips encoded at once, on each GPU")
     group.add_argument("--use_slicing", action="store_true", help="VAE: one clip at a time, less memory")
     group.add_argument(
-        "--use_tiling", action="store_true", help="VAE: overlapping tiles, less memory\nresults differ slightly"
+        "--use_tiling", action="store_true", help="VAE: overlapping tiles, less memory\nResults differ slightly."
     )
     group.add_argument(
         "--num_artifact_workers", type=int, metavar="N", default=4, help="threads that write files, for each GPU"
