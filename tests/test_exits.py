@@ -75,7 +75,7 @@ def start(tmp_path):
     (tmp_path / "bin/accelerate").write_text(LAUNCHER)
     (tmp_path / "bin/accelerate").chmod(0o755)
     (tmp_path / "bin/accelerate.run").write_text(RUN)
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work/prepared/video_latents").mkdir(parents=True)
 
     def begin(**settings):
         env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path), **SWEEP, **settings}
