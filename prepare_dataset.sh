@@ -99,8 +99,7 @@ command=(python)
 ((${#gpus[@]} < 2)) || command=(torchrun --standalone --nproc_per_node "${#gpus[@]}")
 describe_run
 command+=("$@")
-find_value output_dir
-output_dir="$value"
+find_output_dir
 
 if [[ $DRY_RUN != 0 ]]; then
     printf 'CUDA_VISIBLE_DEVICES=%q ' "$GPU_IDS"

@@ -133,6 +133,12 @@ find_value() {
     done
 }
 
+# The folder that `command` names, in $output_dir.
+find_output_dir() {
+    find_value output_dir
+    output_dir="$value"
+}
+
 # print_command WORD...: the command as it can be pasted into a shell, the script and each flag on a line of its own.
 print_command() {
     local word text=

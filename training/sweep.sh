@@ -133,8 +133,7 @@ for learning_rate in $LEARNING_RATES; do
             for steps in $MAX_TRAIN_STEPS; do
                 describe_run "$learning_rate" "$lr_schedule" "$optimizer" "$steps"
                 command+=("$@")
-                find_value output_dir
-                output_dir="$value"
+                find_output_dir
                 if [[ $DRY_RUN != 0 ]]; then
                     show_run
                 elif [[ -n $interrupted ]]; then
