@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import av
+import imageio_ffmpeg
 import pytest
 import torch
 
@@ -35,7 +36,6 @@ from args import (
     parse_prepare_args,
     parse_training_args,
 )
-from synthetic_clips import FFMPEG
 from test_shell import CONFIGS, ORIGINAL_SWEEP
 
 
@@ -165,7 +165,7 @@ def check_command(settings, words, monkeypatch):
 
 def check_ffmpeg(argv):
     """Run it on a clip of 20 seconds: what it writes has frames."""
-    quiet = [FFMPEG, "-v", "error"]
+    quiet = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
     clip = argv[argv.index("-i") + 1]
     subprocess.run([*quiet, "-f", "lavfi", "-i", "testsrc=duration=20:rate=8:size=64x64", clip], check=True)
     subprocess.run([*quiet, *argv], check=True)
