@@ -362,7 +362,9 @@ def flags_of_other_scripts():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_named_in_the_text_exist(page):
-    parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
+    from accelerate.commands.launch import launch_command_parser
+
+    parsers = [launch_command_parser(), make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
     known = {flag for parser in parsers for flag in parser._option_string_actions} | flags_of_other_scripts()
     named = {flag for code in re.findall(r"`([^`]+)`", prose(page)) for flag in flags_in(code)}
     assert named
