@@ -81,7 +81,7 @@ join_words " " HEIGHT_BUCKETS WIDTH_BUCKETS FRAME_BUCKETS
 one_value $(settings_of describe_run) DRY_RUN
 refuse_unread
 
-[[ -n $DATA_ROOT ]] || refuse "fill in DATA_ROOT: the folder of prompts.txt, videos.txt and the videos"
+check_data_root "of the captions and videos"
 [[ $IMAGE_LATENTS == true || $IMAGE_LATENTS == false ]] || refuse "IMAGE_LATENTS is true or false, not $IMAGE_LATENTS"
 OUTPUT_ROOT="${OUTPUT_ROOT:-${DATA_ROOT%/}-prepared}"
 [[ ! -e $OUTPUT_ROOT || -d $OUTPUT_ROOT ]] || refuse "OUTPUT_ROOT: $OUTPUT_ROOT is a file; give a folder"
@@ -102,8 +102,9 @@ command+=("$@")
 find_output_dir
 
 if [[ $DRY_RUN != 0 ]]; then
-    printf -v line '%q ' "${command[@]}"
-    printf 'CUDA_VISIBLE_DEVICES=%q %s\n' "$GPU_IDS" "${line% }"
+    printf 'CUDA_VISIBLE_DEVICES=%q ' "$GPU_IDS"
+    print_command "${command[@]}"
+    printf '\n# 1 run\n'
     exit 0
 fi
 

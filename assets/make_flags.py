@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from translate_flags import in_chinese
 
-from args import NO_MEANING, SCRIPTS, make_prepare_parser, make_training_parser
+from args import NO_MEANING, SCRIPTS, make_prepare_parser, make_training_parser, parts_of_help
 
 
 PAGE = Path(__file__).resolve().with_name("flags.md")
@@ -23,8 +23,9 @@ HEAD = """# Flags
 
 English | [中文](flags_zh.md)
 
-Made from `training/args.py` by `python assets/make_flags.py`; `--help` of each script says the same. A default of
-*unset* is no value, *off* belongs to a flag that takes none. [Back to the README](../README.md).
+Made from `training/args.py` by `python assets/make_flags.py`. `--help` of each script is shorter: it leaves out what has
+no use there. The default is what holds where a flag is left out; *unset* is no value, *off* belongs to a flag that takes
+none. [Back to the README](../README.md).
 """
 TRAINING = """
 ## Training scripts
@@ -35,6 +36,8 @@ for it; the others refuse it.
 PREPARE = """
 ## prepare_dataset.py
 """
+# What keeps its small letter
+NAMES = re.compile(r"(adam|fp32|prodigy|sage|torch\.compile|wandb)\b")
 # Scripts that take a flag -> what its row ends with
 TAKEN_BY = {
     frozenset(SCRIPTS): "",
@@ -62,37 +65,36 @@ def tables(parser: argparse.ArgumentParser, ending) -> str:
 
 
 def row(action: argparse.Action, ending: str) -> str:
-    meaning = action.help.removesuffix(" [no meaning in this script]").removesuffix(" (required)")
-    parts = [sentence(as_markdown(meaning))]
+    short, more, default = parts_of_help(action)
+    parts = [sentence(as_markdown(short)), *([as_markdown(more)] if more else [])]
     if action.choices:
         some = "Any" if action.nargs else "One"
         parts.append(f"{some} of {', '.join(f'`{choice}`' for choice in action.choices)}.")
     parts += [ending] if ending else []
-    return f"| `{action.option_strings[0]}` | {default_of(action)} | {' '.join(parts)} |\n"
+    return f"| `{action.option_strings[0]}` | {default_of(action, default)} | {' '.join(parts)} |\n"
 
 
-def default_of(action: argparse.Action) -> str:
+def default_of(action: argparse.Action, text: str) -> str:
+    """`text` is what holds without the flag; as code where it is the parsed value."""
     if action.required:
         return "*required*"
-    if action.default is False:
-        return "*off*"
-    if action.default is None or action.default == []:
-        return "*unset*"
-    values = action.default if isinstance(action.default, list) else [action.default]
-    return f"`{' '.join(map(str, values))}`"
+    if text:
+        values = action.default if isinstance(action.default, list) else [action.default]
+        return f"`{text}`" if text == " ".join(map(str, values)) else as_markdown(text)
+    return "*off*" if action.default is False else "*unset*"
 
 
 def as_markdown(text: str) -> str:
     """Flags as code, and nothing else taken for markup."""
-    text = re.sub(r"([<|*])", r"\\\1", text.replace("%%", "%"))
+    text = re.sub(r"([<|*])", r"\\\1", text)
     return re.sub(r"(?<!\w)--[a-z]\w*", lambda flag: f"`{flag[0]}`", text)
 
 
 def sentence(text: str) -> str:
-    """A capital in front, unless the first word is a name such as fp32, and a full stop."""
-    if re.match(r"(?!wandb|prodigy)[a-z][a-z-]*,? ", text):
+    """A capital in front, unless the first word is a name, and a full stop."""
+    if not NAMES.match(text):
         text = text[0].upper() + text[1:]
-    return text if text.endswith(".") else f"{text}."
+    return f"{text}."
 
 
 def taken_by(dest: str) -> str:

@@ -6,8 +6,9 @@ import re
 # Heading -> its Chinese, and what stands below it in place of the English paragraphs
 HEADINGS = {
     "# Flags": ("# 参数", "[English](flags.md) | 中文\n\n由 `python assets/make_flags.py` 从 `training/args.py` 生成；"
-                "各脚本的 `--help` 内容相同。含义是英文原文。默认值一栏，*未设*表示没有值，*关*表示不带值的参数未给出。"
-                "[返回 README](../README_zh.md)。"),
+                "各脚本的 `--help` 较短，"
+                "省去在该脚本里没有用处的参数。含义是英文原文。默认值是不给出参数时的实际取值；*未设*表示没有值，*关*属于不带值的"
+                "参数。[返回 README](../README_zh.md)。"),
     "## Training scripts": ("## 训练脚本", "四个脚本的参数相同。只对其中几个脚本有意义的参数，末尾写明是哪些；"
                             "其他脚本会拒绝它。"),
     "## prepare_dataset.py": ("## prepare_dataset.py", ""),
@@ -15,20 +16,16 @@ HEADINGS = {
 GROUPS = {
     "model": "模型",
     "data": "数据",
-    "buckets": "桶",
+    "sizes": "尺寸",
+    "sizes of raw videos (prepared data keeps its own)": "原始视频的尺寸（预处理数据保持自己的尺寸）",
     "training": "训练",
-    "conditioning and noise": "条件与噪声",
-    "optimizer": "优化器",
-    "learning rate": "学习率",
-    "checkpoints": "检查点",
-    "validation": "验证",
-    "validation videos": "验证视频",
-    "memory": "显存",
-    "memory and speed": "显存与速度",
-    "speed": "速度",
-    "tracking and hub": "跟踪器与 hub",
+    "optimizer and learning rate": "优化器与学习率",
     "output": "输出",
-    "other": "其他",
+    "output and checkpoints": "输出与检查点",
+    "validation": "验证",
+    "memory and speed": "显存与速度",
+    "logging": "日志",
+    "logging and upload": "日志与上传",
 }
 WORDS = {
     "| Flag | Default | Meaning |": "| 参数 | 默认值 | 含义 |",

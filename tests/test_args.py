@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from args import (
+    FIRST,
     IDLE_WITHOUT,
+    NO_MEANING,
     SCRIPTS,
     make_prepare_parser,
     make_training_parser,
@@ -295,13 +299,28 @@ def test_sweep_command_with_precomputed_data_is_accepted():
 # ---------------------------------------------------------------- help and the parser itself
 
 
-@pytest.mark.parametrize("parser", [*map(make_training_parser, SCRIPTS), make_prepare_parser()], ids=lambda p: p.prog)
-def test_every_flag_has_a_help_text(parser):
+ROOT = Path(__file__).resolve().parent.parent
+MAKERS = {script: (lambda script=script: make_training_parser(script)) for script in SCRIPTS}
+MAKERS["prepare"] = make_prepare_parser
+by_parser = pytest.mark.parametrize("script", MAKERS)
+
+
+def help_of(script: str, monkeypatch, columns: int = 80) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return MAKERS[script]().format_help()
+
+
+def shown_flags(text: str) -> list[str]:
+    """The flags that --help explains, in its order."""
+    return re.findall(r"^  --(\w+)", text, re.MULTILINE)
+
+
+@by_parser
+def test_every_flag_has_a_group_and_a_help_text(script):
+    parser = MAKERS[script]()
     for name, action in flags_of(parser).items():
-        assert len((action.help or "").split()) >= 2 or action.dest == "report_to", name
-    titles = {group.title for group in parser._action_groups if group._group_actions}
-    # Everything sits in a group of its own, none in argparse's catch-all but --help.
-    assert len(titles) >= 6 and [a.dest for a in parser._optionals._group_actions] == ["help"]
+        assert len((action.help or "").split()) >= 2, name
+    assert [action.dest for action in parser._optionals._group_actions] == ["help"]
 
 
 @pytest.mark.parametrize(
@@ -312,14 +331,103 @@ def test_help_prints_and_ends_with_0(parse, capsys):
         parse()
     out = capsys.readouterr().out
     assert ended.value.code == 0
-    assert "(default: 49)" in out and "zai-org/" in out and "THUDM/" in out and "local" in out
+    assert "[49]" in out and "zai-org/" in out and "THUDM/" in out and "local" in out
 
 
-def test_help_marks_what_is_refused():
-    flags = flags_of(make_training_parser("t2v_sft"))
-    assert flags["rank"].help.endswith("[no meaning in this script]")
-    assert flags["export"].help.endswith("[no meaning in this script]")
-    assert "[" not in flags["learning_rate"].help
+@by_parser
+def test_help_is_short_and_begins_with_ten_flags(script, monkeypatch):
+    text = help_of(script, monkeypatch)
+    lines = text.splitlines()
+    assert len(lines) < 200 and max(map(len, lines)) <= 80
+    first = text.split("most runs need")[1].split("\n\n")[0]
+    assert shown_flags(first) == list(FIRST[script]) and len(FIRST[script]) == 10
+    required = {name for name, action in flags_of(MAKERS[script]()).items() if action.required}
+    assert required <= set(FIRST[script])
+
+
+@by_parser
+def test_help_explains_once_what_has_a_use_and_names_the_rest(script, monkeypatch):
+    text = help_of(script, monkeypatch)
+    hidden = set(NO_MEANING.get(script, {}))
+    assert sorted(shown_flags(text)) == sorted(flags_of(MAKERS[script]()).keys() - hidden)
+    named = text.partition("Without a use in this script")[2].split("assets/")[0]
+    assert set(re.findall(r"--(\w+)", named)) == hidden
+
+
+@by_parser
+def test_a_flag_without_a_use_is_accepted_as_before(script):
+    parser = MAKERS[script]()
+    for name in NO_MEANING.get(script, {}):
+        action = flags_of(parser)[name]
+        argv = (
+            []
+            if action.nargs == 0 or action.default in (None, [])
+            else [f"--{name}", *map(str, as_list(action.default))]
+        )
+        assert getattr(parse_training_args(script, [*TRAIN, *argv]), name) == action.default
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+@by_parser
+@pytest.mark.parametrize("columns", [1, 60, 80, 100, 400])
+def test_help_fits_terminals_of_any_width(script, columns, monkeypatch):
+    text = help_of(script, monkeypatch, columns)
+    flags = text.split("most runs need")[1]
+    assert max(map(len, flags.splitlines())) <= min(max(columns, 60), 100)
+    assert shown_flags(text) == shown_flags(help_of(script, monkeypatch))
+
+
+DEFAULTS_THAT_HOLD = {
+    "rank": "64",
+    "lora_target_modules": "to_q to_k to_v to_out.0",
+    "text_dropout": "0.0",
+    "skip_frames_start": "0",
+    "fps": "8; CogVideoX 1.5: 16",
+    "max_train_steps": "by --num_train_epochs",
+    "random_flip": "0",
+    "seed": "drawn, kept in args.json",
+}
+
+
+@pytest.mark.parametrize("flag", DEFAULTS_THAT_HOLD)
+def test_help_names_the_default_that_holds(flag, monkeypatch):
+    text = help_of("t2v_lora", monkeypatch)
+    entry = re.search(rf"^  --{flag} .*\n(?: {{20,}}.*\n)*", text, re.MULTILINE)[0]
+    assert " ".join(entry.split()).endswith(f"[{DEFAULTS_THAT_HOLD[flag]}]")
+
+
+@by_parser
+def test_help_never_shows_none_or_false_as_a_default(script, monkeypatch):
+    text = help_of(script, monkeypatch)
+    assert not re.search(r"\[(None|False|\[\]|)\]|whatever", text)
+    switches = [name for name, action in flags_of(MAKERS[script]()).items() if action.nargs == 0]
+    shown = {name for name in switches if re.search(rf"^  --{name} .*\]$", text, re.MULTILINE)}
+    assert shown <= {"compile_blocks"}  # on by itself with --memory
+
+
+@by_parser
+def test_the_example_of_the_help_can_be_pasted(script, monkeypatch):
+    example = help_of(script, monkeypatch).split("Example")[1].partition("\n")[2].split("\n\n")[0]
+    words = shlex.split(example.replace("\\\n", " "))
+    name = "training/prepare_dataset.py" if script == "prepare" else f"training/{SCRIPTS[script]}"
+    argv = words[words.index(name) + 1 :]
+    monkeypatch.chdir(ROOT)
+    args = parse_prepare_args(argv) if script == "prepare" else parse_training_args(script, argv)
+    model = args.model_id if script == "prepare" else args.pretrained_model_name_or_path
+    files = [name, f"{model}/model_index.json", f"{args.data_root}/{args.video_column}"]
+    files += [f"{args.data_root}/{args.caption_column}"]
+    files += words[words.index("--config_file") + 1 :][:1] if "--config_file" in words else []
+    assert not [file for file in files if not Path(file).is_file()]
+    assert model.endswith("-i2v") == script.startswith("i2v")
+
+
+def test_help_shows_a_flag_that_names_no_value():
+    parser = make_training_parser("t2v_lora")
+    parser._action_groups[-1].add_argument("--new_flag", type=int, help="a number (default: 7 where it is warm)")
+    assert "  --new_flag NEW_FLAG       a number [7 where it is warm]\n" in parser.format_help()
 
 
 def test_import_needs_the_standard_library_only():
@@ -329,7 +437,7 @@ def test_import_needs_the_standard_library_only():
         "tops = {name.split('.')[0] for name in set(sys.modules) - before};"
         "print(*sorted(tops - sys.stdlib_module_names - {'args', 'errors'}))"
     )
-    training = Path(__file__).parent.parent / "training"
+    training = ROOT / "training"
     done = subprocess.run([sys.executable, "-c", code], cwd=training, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -36,6 +36,7 @@ from args import (
     parse_prepare_args,
     parse_training_args,
 )
+from dry_run import dry_run, printed_commands
 from test_shell import CONFIGS, ORIGINAL_SWEEP
 
 
@@ -174,11 +175,8 @@ def check_ffmpeg(argv):
 
 
 def check_wrapper(settings, words, monkeypatch):
-    """A dry run, whose every line is checked as a command."""
-    env = {"PATH": os.defpath, **settings, "DRY_RUN": "1"}
-    result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    printed = list(commands_of(result.stdout))
+    """A dry run, whose every command is checked."""
+    printed = printed_commands(dry_run(words, settings))
     assert printed
     for command in printed:
         check_command(*command, monkeypatch)

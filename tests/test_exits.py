@@ -75,7 +75,7 @@ def start(tmp_path):
     (tmp_path / "bin/accelerate").write_text(LAUNCHER)
     (tmp_path / "bin/accelerate").chmod(0o755)
     (tmp_path / "bin/accelerate.run").write_text(RUN)
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work/prepared/video_latents").mkdir(parents=True)
 
     def begin(**settings):
         env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path), **SWEEP, **settings}
@@ -195,6 +195,7 @@ def launch_ranks(tmp_path):
         (tmp_path / "bin" / name).write_text(RANKS_LAUNCHER)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "bin/python").symlink_to(sys.executable)
+    (tmp_path / "d").mkdir()
 
     def run(wrapper, *arguments, **settings):
         env = {"PATH": f"{tmp_path / 'bin'}:{os.defpath}", "HOME": str(tmp_path), "DATA_ROOT": "d", **settings}

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from dry_run import printed_commands
+
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARE = ROOT / "prepare_dataset.sh"
@@ -71,9 +73,13 @@ sys.exit(0 if status and status["exit_code"] == 0 else 1)
 """
 
 
+# The tests' DATA_ROOT, folders of prepared data in the working directory; one that a setting names is made too.
+DATA_ROOTS = ["d", "prepared", "birds/red kites", "birds/owls"]
+
+
 @pytest.fixture
 def run_wrapper(tmp_path):
-    """Run a wrapper in an empty folder; returns its result and the stubs' argvs, the program's name first."""
+    """Run a wrapper beside its data; returns its result and the stubs' argvs, the program's name first."""
     stubs = tmp_path / "bin"
     stubs.mkdir()
     for name in ("accelerate", "python", "torchrun"):
@@ -81,11 +87,14 @@ def run_wrapper(tmp_path):
         (stubs / name).chmod(0o755)
     log = tmp_path / "argv.jsonl"
     work_dir = tmp_path / "work"
-    work_dir.mkdir()
+    for name in DATA_ROOTS:
+        (work_dir / name / "video_latents").mkdir(parents=True)
 
     def run(wrapper, *arguments, **settings):
         env = {"PATH": f"{stubs}:{os.defpath}", "HOME": str(tmp_path), "STUB_LOG": str(log), "LC_ALL": "C", **settings}
         log.write_text("")
+        if not (work_dir / settings.get("DATA_ROOT", "d")).exists():
+            (work_dir / settings["DATA_ROOT"] / "video_latents").mkdir(parents=True)
         result = subprocess.run(
             [wrapper, *arguments], env=env, cwd=work_dir, capture_output=True, text=True, encoding="utf-8", timeout=60
         )
@@ -196,17 +205,77 @@ def test_hostile_settings_arrive_byte_for_byte(run_wrapper, tmp_path, wrapper):
 @by_wrapper
 def test_dry_run_prints_what_a_run_starts_and_starts_nothing(run_wrapper, tmp_path, wrapper):
     settings = {**SWEEP, "ID_TOKEN": HOSTILE}
+    before = sorted((tmp_path / "work").rglob("*"))
     dry, none = run_wrapper(wrapper, HOSTILE, DRY_RUN="1", **settings)
     assert (dry.returncode, none) == (0, []), dry.stderr
-    assert not list((tmp_path / "work").iterdir())
+    assert sorted((tmp_path / "work").rglob("*")) == before
     real, argvs = run_wrapper(wrapper, HOSTILE, **settings)
     assert real.returncode == 0, real.stderr
-    # What bash makes of the printed lines is what was started
+    # What bash makes of the output is what was started
     shown, replayed = run_wrapper("bash", "-c", dry.stdout)
     assert shown.returncode == 0, shown.stderr
     assert replayed == argvs
     assert len(argvs) == (1 if wrapper == PREPARE else 4)
-    assert len(dry.stdout.splitlines()) == len(argvs)
+
+
+@by_wrapper
+def test_dry_run_prints_one_flag_a_line(run_wrapper, wrapper):
+    settings = {**SWEEP, "DATA_ROOT": "birds/red kites", "ID_TOKEN": "it's BW"}
+    dry, _ = run_wrapper(wrapper, "--revision=main", "--cache_dir", "a & b", DRY_RUN="1", **settings)
+    lines = dry.stdout.splitlines()
+    assert max(line.count(" --") for line in lines if not line.startswith("#")) == 1
+    for flag in ("--data_root 'birds/red kites'", "--id_token it\\'s\\ BW", "--revision=main"):
+        assert f"    {flag} \\" in lines
+    _, argvs = run_wrapper(wrapper, "--revision=main", "--cache_dir", "a & b", **settings)
+    commands = printed_commands(dry.stdout)
+    assert [words for _, words in commands] == [[argv[0], *argv[2:]] for argv in argvs]
+    assert [env for env, _ in commands] == ([{"CUDA_VISIBLE_DEVICES": "0"}] if wrapper == PREPARE else [{}] * 4)
+
+
+ONE_RUN = {"LEARNING_RATES": "1e-4", "OPTIMIZERS": "adamw"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "comments"),
+    [
+        (ONE_RUN, ["# 1 run"]),
+        (
+            {**ONE_RUN, "OPTIMIZERS": "adam came"},
+            ["# run 1 of 2: --optimizer adam", "# run 2 of 2: --optimizer came", "# 2 runs, differing in optimizer"],
+        ),
+        (
+            {},
+            [
+                "# run 1 of 4: --learning_rate 1e-4 --optimizer adamw",
+                "# run 2 of 4: --learning_rate 1e-4 --optimizer adam",
+                "# run 3 of 4: --learning_rate 1e-3 --optimizer adamw",
+                "# run 4 of 4: --learning_rate 1e-3 --optimizer adam",
+                "# 4 runs, differing in learning_rate and optimizer",
+            ],
+        ),
+        (
+            {**ONE_RUN, "LR_SCHEDULES": "constant linear", "MAX_TRAIN_STEPS": "1 2", "LEARNING_RATES": "1 2"},
+            [..., "# 8 runs, differing in learning_rate, lr_scheduler and max_train_steps"],
+        ),
+    ],
+)
+@by_training
+def test_dry_run_says_what_sets_the_runs_apart(run_wrapper, training, settings, comments):
+    dry, _ = run_wrapper(training.wrapper, DRY_RUN="1", **(SWEEP | settings))
+    found = [line for line in dry.stdout.splitlines() if line.startswith("#")]
+    assert found[-1] == dry.stdout.splitlines()[-1] == comments[-1]
+    assert found == comments or (comments[0] is ... and len(found) == 9)
+
+
+@by_wrapper
+@pytest.mark.parametrize("dry_run", ["0", "1"])
+@pytest.mark.parametrize("data_root", ["nowhere", "d/a_file", "no\nwhere"])
+def test_data_that_is_not_there_is_refused(run_wrapper, tmp_path, wrapper, dry_run, data_root):
+    (tmp_path / "work/d/a_file").touch()
+    result, argvs = run_wrapper("env", f"DATA_ROOT={data_root}", wrapper, DRY_RUN=dry_run)
+    assert (result.returncode, argvs, result.stdout) == (2, [], "")
+    assert len(result.stderr.splitlines()) == 1
+    assert f"{wrapper.name}: DATA_ROOT: there is no folder {' '.join(data_root.split())};" in result.stderr
 
 
 # ---------------------------------------------------------------- settings, however they are written
@@ -252,17 +321,17 @@ LR_SCHEDULES=("constant" "polynomial")
 OPTIMIZERS=("adamw" "came")
 MAX_TRAIN_STEPS=("120" "480" "960")
 ACCELERATE_CONFIG_FILE="accelerate_configs/uncompiled_1.yaml"
-DATA_ROOT="/clips/red kites"
+DATA_ROOT="birds/red kites"
 CAPTION_COLUMN="prompt.txt"
 VIDEO_COLUMN="clips.txt"
 """
 PREPARE_BLOCK = """\
 MODEL_ID="some/model"
 NUM_GPUS=2
-DATA_ROOT="/clips/red kites"
+DATA_ROOT="birds/red kites"
 CAPTION_COLUMN="prompt.txt"
 VIDEO_COLUMN="clips.txt"
-OUTPUT_DIR="/clips/red kites, prepared"
+OUTPUT_DIR="birds/red kites, prepared"
 HEIGHT_BUCKETS="480 720"
 WIDTH_BUCKETS="720 960"
 FRAME_BUCKETS="33 49"
@@ -296,7 +365,7 @@ def test_the_originals_block_of_settings_starts_the_runs_that_it_starts_there(ru
     assert found == expected
     for argv in argvs:
         assert argv[5:8] == [str(result.args[0].parent / "accelerate_configs/uncompiled_1.yaml"), "--gpu_ids", "0"]
-        assert values_of(argv, "--data_root") == ["/clips/red kites"]
+        assert values_of(argv, "--data_root") == ["birds/red kites"]
         assert values_of(argv, "--caption_column") == ["prompt.txt"]
         assert values_of(argv, "--video_column") == ["clips.txt"]
         assert argv[-3:] == [*argument, "--use_8bit"]
@@ -308,8 +377,8 @@ def test_the_originals_block_of_settings_prepares_what_it_prepares_there(run_wra
     assert result.returncode == 0, result.stderr
     assert argv[:5] == ["torchrun", "0,1", "--standalone", "--nproc_per_node", "2"]
     expected = {
-        "--model_id": ["some/model"], "--data_root": ["/clips/red kites"], "--caption_column": ["prompt.txt"],
-        "--video_column": ["clips.txt"], "--output_dir": ["/clips/red kites, prepared"],
+        "--model_id": ["some/model"], "--data_root": ["birds/red kites"], "--caption_column": ["prompt.txt"],
+        "--video_column": ["clips.txt"], "--output_dir": ["birds/red kites, prepared"],
         "--height_buckets": ["480", "720"], "--width_buckets": ["720", "960"], "--frame_buckets": ["33", "49"],
         "--max_num_frames": ["49"], "--max_sequence_length": ["200"], "--target_fps": ["12"], "--batch_size": ["3"],
         "--dtype": ["fp32"], "--save_latents_and_embeddings": [], "--save_image_latents": [],
@@ -403,8 +472,8 @@ def test_a_setting_that_does_not_exist_is_refused(run_wrapper, edited, wrapper, 
 
 
 def test_an_own_name_that_a_setting_is_made_of_is_none_of_them(run_wrapper, edited):
-    result, [argv] = run_wrapper(edited(TRAIN, 'CLIPS=/clips\nDATA_ROOT="$CLIPS/cats"'))
-    assert values_of(argv, "--data_root") == ["/clips/cats"], result.stderr
+    result, [argv] = run_wrapper(edited(TRAIN, 'BIRDS=birds\nDATA_ROOT="$BIRDS/owls"'))
+    assert values_of(argv, "--data_root") == ["birds/owls"], result.stderr
 
 
 @by_wrapper

@@ -9,7 +9,10 @@ import difflib
 import json
 import math
 import os
+import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from errors import StorageError, print_to_pipe
@@ -32,6 +35,28 @@ DESCRIPTIONS = {
     "i2v_sft": "Train every weight of a CogVideoX image-to-video transformer.",
     "prepare": "Turn videos and captions into VAE moments and text embeddings, so that training needs neither model.",
 }
+# script -> the wrapper that calls it
+WRAPPERS = {script: name.replace("cogvideox", "train").replace(".py", ".sh") for script, name in SCRIPTS.items()}
+WRAPPERS["prepare"] = "prepare_dataset.sh"
+# The ten flags that most runs need: --help begins with them.
+FIRST_OF_TRAINING = (
+    "pretrained_model_name_or_path", "data_root", "load_tensors", "output_dir", "max_train_steps", "train_batch_size",
+    "learning_rate", "memory", "validation_prompt",
+)  # fmt: skip
+FIRST = {
+    "t2v_lora": (*FIRST_OF_TRAINING, "rank"),
+    "t2v_sft": (*FIRST_OF_TRAINING, "use_cpu_offload_optimizer"),
+    "i2v_lora": (*FIRST_OF_TRAINING, "rank"),
+    "i2v_sft": (*FIRST_OF_TRAINING, "use_cpu_offload_optimizer"),
+    "prepare": (
+        "model_id", "data_root", "caption_column", "video_column", "output_dir", "save_latents_and_embeddings",
+        "height_buckets", "width_buckets", "frame_buckets", "dtype",
+    ),
+}  # fmt: skip
+PAGES = (
+    "assets/flags.md says more of every flag; assets/training.md explains memory, precision and optimizers, "
+    "assets/running.md output and validation."
+)
 EPILOG = (
     "Exit codes: 0 done, 2 usage, 65 bad data, 70 bad numbers, full GPU memory or internal, 74 disk or upload, 75 "
     "interrupted, can be resumed."
@@ -179,15 +204,12 @@ PREPARE_RANGES = {
 class FlagParser(argparse.ArgumentParser):
     """A parser that ends every mistake with one line on stderr and exit code 2."""
 
-    def __init__(self, prog: str, usage: str, description: str):
+    def __init__(self, prog: str, script: str):
+        description = f"{DESCRIPTIONS[script]} {WRAPPERS[script]} calls it with settings for most runs."
         super().__init__(
-            prog=prog,
-            usage=f"{prog} {usage} [flags]",
-            description=description,
-            epilog=EPILOG,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
+            prog=prog, usage=f"{prog} [flags]", description=description, epilog=EPILOG, allow_abbrev=False
         )
+        self.script = script  # key of FIRST, and of SCRIPTS where it trains
         self.argv: list[str] = []
 
     def error(self, message: str):
@@ -200,6 +222,24 @@ class FlagParser(argparse.ArgumentParser):
             with contextlib.suppress(OSError, StorageError):  # the line above is what matters
                 note_refusal(Path(output_dir), message)
         self.exit(REFUSED)
+
+    def format_help(self) -> str:
+        """An example and the flags that most runs need, the others by group, and the names of those without a use."""
+        width = min(max(shutil.get_terminal_size().columns, 60), 100) - 2  # longer lines are hard to read
+        first, hidden = FIRST[self.script], NO_MEANING.get(self.script, {})
+        flags = {action.dest: action for action in self._actions}
+        parts = [f"usage: {self.usage}\n{textwrap.fill(self.description, width)}"]
+        parts.append(f"{EXAMPLE_HEAD}\n  {example_of(self.script)}")
+        parts.append(
+            help_of_group("most runs need (in brackets: the default)", [flags[dest] for dest in first], width)
+        )
+        for group in self._action_groups:
+            actions = [action for action in group._group_actions if action.dest not in ("help", *first, *hidden)]
+            parts += [help_of_group(group.title, actions, width)] if actions else []
+        names = " ".join(f"--{dest}" for dest in flags if dest in hidden)
+        last = [f"Without a use in this script, accepted at their defaults: {names}"] if names else []
+        parts.append("\n".join(textwrap.fill(text, width, break_on_hyphens=False) for text in (*last, PAGES, EPILOG)))
+        return "\n\n".join(parts) + "\n"
 
     def print_help(self, file=None):
         print_to_pipe(self.format_help().rstrip("\n"))
@@ -265,9 +305,57 @@ class FlagParser(argparse.ArgumentParser):
         return getattr(args, dest) != self.get_default(dest)
 
 
+# ---------------------------------------------------------------- help
+
+HELP_COLUMN = 28
+EXAMPLE_HEAD = "Example, on the small model and the clips in this repository (no GPU needed):"
+
+
+def help_of_group(title: str, actions: list[argparse.Action], width: int) -> str:
+    return "\n".join([f"{title}:", *(line for action in actions for line in help_of_flag(action, width))])
+
+
+def help_of_flag(action: argparse.Action, width: int) -> list[str]:
+    """The flag on the left; what it means beside it, or where both are too long for that, below."""
+    left = f"  {action.option_strings[0]} {values_of_flag(action)}".rstrip()
+    meaning, _, default = parts_of_help(action)
+    text = f"{meaning} [{default}]" if default else meaning
+    beside = f"{left.ljust(HELP_COLUMN - 2)}  {text}"
+    if len(beside) <= width:
+        return [beside]
+    right = textwrap.wrap(text, width - HELP_COLUMN, break_on_hyphens=False, break_long_words=False)
+    lines = [" " * HELP_COLUMN + line for line in right]
+    return [left, *lines] if len(left) > HELP_COLUMN - 2 else [left + lines[0][len(left) :], *lines[1:]]
+
+
+def values_of_flag(action: argparse.Action) -> str:
+    if action.nargs == 0:
+        return ""
+    value = action.metavar or (f"{{{','.join(action.choices)}}}" if action.choices else action.dest.upper())
+    return f"{value} ..." if action.nargs == "+" else value
+
+
+def parts_of_help(action: argparse.Action) -> tuple[str, str, str]:
+    """What a flag means, in short, the rest of it, and what holds where it is left out, "" for nothing."""
+    short, _, more = action.help.partition("\n")
+    stated = re.fullmatch(r"(.*) \(default: (.*)\)", short)
+    if stated:
+        return stated[1], more, stated[2]
+    is_unset = action.required or action.default is None or action.default is False or action.default == []
+    values = action.default if isinstance(action.default, list) else [action.default]
+    return short, more, "" if is_unset else " ".join(map(str, values))
+
+
+# ---------------------------------------------------------------- command line
+
+
 def named_value(argv: list[str], flag: str) -> str | None:
     """The value of one flag, whatever the others are; None also for a flag without a value, of which argparse speaks."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     parser.add_argument(flag, dest="value")
     try:
         return parser.parse_known_args(argv)[0].value
@@ -527,61 +615,66 @@ def check_max_num_frames(parser: FlagParser, args: argparse.Namespace):
 
 
 # ---------------------------------------------------------------- parsers
-# Help texts state the unit; argparse adds the default.
+# The first line of a help text is for --help: what and in which unit, about 48 characters where they are enough. It may
+# end by what holds where the flag is left out, "(default: ...)"; elsewhere that is the parsed default. A second line, of
+# whole sentences, is for assets/flags.md alone.
 
 
 def make_training_parser(script: str) -> FlagParser:
     """The parser of one training script; all four have the same flags."""
-    usage = "--pretrained_model_name_or_path MODEL --data_root FOLDER"
-    parser = FlagParser(SCRIPTS[script], usage, DESCRIPTIONS[script])
+    parser = FlagParser(SCRIPTS[script], script)
     add_model_flags(parser)
     add_lora_flags(parser)
     add_training_data_flags(parser)
     add_bucket_flags(parser)
     add_training_flags(parser)
-    add_conditioning_flags(parser)
     add_optimizer_flags(parser)
-    add_lr_flags(parser)
-    add_checkpoint_flags(parser)
+    add_output_flags(parser)
     add_validation_flags(parser)
-    add_sampling_flags(parser)
     add_memory_flags(parser)
-    add_speed_flags(parser)
     add_tracking_flags(parser)
-    add_other_training_flags(parser)
-    # --help says by itself what the table refuses.
-    for action in parser._actions:
-        if action.dest in NO_MEANING[script]:
-            action.help += " [no meaning in this script]"
     return parser
 
 
 def make_prepare_parser() -> FlagParser:
     """The parser of prepare_dataset.py."""
-    parser = FlagParser("prepare_dataset.py", "--data_root FOLDER --output_dir FOLDER", DESCRIPTIONS["prepare"])
+    parser = FlagParser("prepare_dataset.py", "prepare")
     add_prepare_model_flags(parser)
     add_prepare_data_flags(parser)
     add_prepare_bucket_flags(parser)
-    add_output_flags(parser)
+    add_prepare_output_flags(parser)
     add_prepare_memory_flags(parser)
-    add_prepare_other_flags(parser)
     return parser
+
+
+def example_of(script: str) -> str:
+    """A command that works where it is pasted into the repository's folder, on its small models and clips."""
+    model = "assets/tiny-cogvideox-i2v" if script.startswith("i2v") else "assets/tiny-cogvideox"
+    clips = ["--data_root assets/tests", "--video_column videos.txt --caption_column prompts.txt"]
+    sizes = ["--height_buckets 64 --width_buckets 64", "--frame_buckets 9 --max_num_frames 9"]
+    if script == "prepare":
+        lines = ["python training/prepare_dataset.py", f"--model_id {model} --max_sequence_length 32", *clips, *sizes]
+        lines += ["--save_latents_and_embeddings --output_dir outputs/example-prepared"]
+    else:
+        launch = "accelerate launch --config_file accelerate_configs/uncompiled_1.yaml"
+        lines = [launch, f"training/{SCRIPTS[script]}", f"--pretrained_model_name_or_path {model}", *clips, *sizes]
+        lines += [f"--max_train_steps 10 --output_dir outputs/example-{script}"]
+    return " \\\n    ".join(lines)
 
 
 # ---------------------------------------------------------------- flags of both
 
 
-MODEL_HELP = "a hub id, zai-org/... or THUDM/..., for example zai-org/CogVideoX-2b, or a local diffusers folder"
-
-
 def add_download_flags(group):
-    group.add_argument("--revision", help="branch, tag or commit of the model on the hub")
-    group.add_argument("--variant", help="variant of the weight files, for example fp16 for *.fp16.safetensors")
-    group.add_argument("--cache_dir", metavar="FOLDER", help="folder for downloads; unset: the hub's usual cache")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
+    group.add_argument(
+        "--variant", metavar="NAME", help="variant of the weight files, such as fp16\nfp16 is *.fp16.safetensors."
+    )
+    group.add_argument("--cache_dir", metavar="FOLDER", help="folder for downloads (default: the hub's cache)")
     group.add_argument(
         "--allow_cpu",
         action="store_true",
-        help="run a model of real size without a GPU, which is very slow, instead of refusing it",
+        help="run a model of real size on a CPU, very slowly\nWithout the flag it is refused.",
     )
 
 
@@ -589,26 +682,29 @@ def add_clip_list_flags(group, caption_column: str):
     group.add_argument(
         "--dataset_file",
         metavar="CSV",
-        help="CSV with a row per clip, in place of the two text files; its columns: --video_column, --caption_column",
+        help="CSV, a row per clip, in place of the text files\nIts columns are named by --video_column and "
+        "--caption_column.",
     )
     group.add_argument(
         "--video_column",
         metavar="NAME",
         default="video",
-        help="file in --data_root with one video path per line, or the CSV's column of video paths",
+        help="text file of paths, or the CSV's column\nThe file lies in --data_root and has one path per line.",
     )
     group.add_argument(
         "--caption_column",
         metavar="NAME",
         default=caption_column,
-        help="file in --data_root with one caption per line, or the CSV's column of captions",
+        help="text file of captions, or the CSV's column\nThe file lies in --data_root and has one caption per line.",
     )
     group.add_argument(
         "--allow_outside_root",
         action="store_true",
-        help="read videos and prepared files that lie outside of the data's folder too: by .., absolute paths or links",
+        help="read files outside of the data folder as well\nThey are named by .., absolute paths or links.",
     )
-    group.add_argument("--id_token", metavar="TOKEN", help="put in front of every caption, with a space between")
+    group.add_argument(
+        "--id_token", metavar="TOKEN", help="text put in front of every caption\nA space is put between."
+    )
 
 
 def add_reading_flags(group):
@@ -616,23 +712,22 @@ def add_reading_flags(group):
         "--random_flip",
         type=float,
         metavar="P",
-        help="probability, per clip, of mirroring all its frames left to right; captions stay as written; unset: 0",
+        help="probability that a clip is mirrored (default: 0)\nAll its frames are mirrored, left to right; "
+        "captions stay as written.",
     )
     group.add_argument(
         "--dataloader_num_workers",
         type=int,
         metavar="N",
         default=0,
-        help="processes that read data beside each training process; 0 reads in the process itself",
+        help="processes that read data, for each GPU\nWith 0 the main process reads.",
     )
-    group.add_argument(
-        "--pin_memory", action="store_true", help="page-locked host memory for batches: faster copies to the GPU"
-    )
+    group.add_argument("--pin_memory", action="store_true", help="pinned host memory: faster copies to the GPU")
     group.add_argument(
         "--video_backend",
         choices=["auto", "decord", "pyav"],
         default="auto",
-        help="video decoder; auto is pyav, which was faster on real clips and reports damaged frames",
+        help="video decoder; auto is pyav\npyav was faster on real clips and reports damaged frames.",
     )
 
 
@@ -643,8 +738,7 @@ def add_size_flags(group):
         nargs="+",
         metavar="PIXELS",
         default=list(SIZES),
-        help="heights, multiples of 16, that clips may be given; each clip takes the height and width nearest in "
-        "aspect, then in area",
+        help="heights, multiples of 16; a clip takes the size nearest in aspect, then in area",
     )
     group.add_argument(
         "--width_buckets",
@@ -652,7 +746,7 @@ def add_size_flags(group):
         nargs="+",
         metavar="PIXELS",
         default=list(SIZES),
-        help="widths, multiples of 16, that clips may be given",
+        help="widths, multiples of 16 (default: the same)",
     )
     group.add_argument(
         "--frame_buckets",
@@ -660,26 +754,26 @@ def add_size_flags(group):
         nargs="+",
         metavar="FRAMES",
         default=[49],
-        help="frame counts, 4k+1, that clips may be given; 4k is accepted with a warning",
+        help="frame counts, 4k+1\n4k is accepted with a warning.",
     )
     group.add_argument(
         "--max_num_frames",
         type=int,
         metavar="FRAMES",
         default=49,
-        help="most frames read of a clip: larger frame buckets stay empty",
+        help="most frames of a clip\nLarger frame buckets stay empty.",
     )
     group.add_argument(
         "--video_reshape_mode",
         metavar="MODE",
-        help="how a clip gets its bucket's size: center and random keep the aspect, cover the bucket and crop, at the "
-        "middle or at a place drawn per clip; none resizes nothing, clips must have a bucket's size; unset: center",
+        help="crop at the center or at random; with none, clips have their bucket's size already (default: "
+        "center)\nBoth crops scale a clip to cover its bucket and keep its aspect; random draws a place per "
+        "clip.",
     )
 
 
 FPS_HELP = (
-    "frames per second at which clips are sampled. Given: it holds. Not given: 8 for CogVideoX 1.0, 16 for 1.5, "
-    "whatever the default shown"
+    "sampled frames per second (default: 8; CogVideoX 1.5: 16)\nClips are sampled by time, whatever their own rate is."
 )
 
 
@@ -689,75 +783,78 @@ FPS_HELP = (
 def add_model_flags(parser: FlagParser):
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--config",
-        metavar="args.json",
-        help="the args.json of a run: its flags and seed are taken over, and those given here win",
-    )
-    # A suppressed default keeps "(default: None)" out of the help of a required flag.
-    group.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
         default=argparse.SUPPRESS,
         metavar="MODEL",
-        help=f"the model to train: {MODEL_HELP} (required)",
+        help="model to train, required: a hub id, zai-org/... or THUDM/..., or a local diffusers folder",
     )
     group.add_argument(
         "--init_transformer",
         metavar="FOLDER",
-        help="train on from the transformer of an earlier full fine-tuning: its output folder, a checkpoint of it, or the "
-        "transformer folder there; it must be of the same kind and size as MODEL, whose other parts are used",
+        help="an earlier full fine-tuning to start from\nGive its output folder, a checkpoint of it, or the "
+        "transformer folder there. It must be of the same kind and size as MODEL, whose other parts are used.",
+    )
+    group.add_argument(
+        "--config",
+        metavar="args.json",
+        help="flags and seed of a run; those given here win\nIt is named by its args.json.",
     )
     add_download_flags(group)
 
 
 def add_lora_flags(parser: FlagParser):
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, default=64, help="rank of the LoRA; its size grows with it")
+    group.add_argument("--rank", type=int, metavar="N", default=64, help="rank of the LoRA\nIts size grows with it.")
     group.add_argument(
         "--lora_alpha",
         type=int,
+        metavar="N",
         default=64,
-        help="the LoRA's output is multiplied by lora_alpha / rank; in its file the weights are multiplied already",
+        help="output is scaled by lora_alpha / rank\nIn the file the weights are scaled already.",
     )
     group.add_argument(
         "--lora_target_modules",
         nargs="+",
         metavar="NAME",
         default=["to_q", "to_k", "to_v", "to_out.0"],
-        help="linear layers that get a LoRA, by the end of their names; ff.net.0.proj and ff.net.2 are the feed-forward",
+        help="linear layers that get a LoRA, by the end of their names\nff.net.0.proj and ff.net.2 are the "
+        "feed-forward.",
     )
     group.add_argument(
         "--use_dora",
         action="store_true",
-        help="DoRA (arXiv 2402.09353): train the length of every weight row beside the LoRA; slower, more memory",
+        help="DoRA (arXiv 2402.09353): slower, more memory\nThe length of every weight row is trained beside the "
+        "LoRA.",
     )
     group.add_argument(
         "--use_rslora",
         action="store_true",
-        help="rank-stabilised scaling (arXiv 2312.03732): multiply by lora_alpha / sqrt(rank)",
+        help="scale by alpha / sqrt(rank) (arXiv 2312.03732)\nHigh ranks keep their strength.",
     )
     group.add_argument(
         "--lora_init",
         metavar="SCHEME",
         default="default",
-        help="how the LoRA starts, without an effect at first: default (Kaiming uniform), gaussian, or orthogonal, which "
-        "needs an even rank. Schemes of peft that change the base weights too (pissa, olora, ...) are refused: their "
-        "file fits no other base",
+        help="start: default, gaussian or orthogonal\nNone has an effect at first. default is Kaiming uniform, "
+        "orthogonal needs an even rank. Schemes of peft that change the base weights too (pissa, olora, ...) "
+        "are refused: their file fits no other base.",
     )
     group.add_argument(
         "--init_lora",
         metavar="FILE",
-        help="start a new run from this LoRA, a file or the folder of a run, also in the layout of peft, kohya or "
-        "ComfyUI; rank, alpha, layers and kind must be the same",
+        help="start from this LoRA of the same rank and layers\nGive a file or the folder of a run, also in the "
+        "layout of peft, kohya or ComfyUI. Rank, alpha, layers and kind must be the same.",
     )
     group.add_argument(
         "--export",
         nargs="+",
         choices=["comfyui", "kohya", "merged"],
         default=[],
-        help="write the LoRA in further forms: comfyui is pytorch_lora_weights_comfyui.safetensors, in the key layout "
-        "of ComfyUI's own CogVideoX; kohya is pytorch_lora_weights_kohya.safetensors, for VideoX-Fun; merged is "
-        "transformer/, the base model with the LoRA added to its weights",
+        help="also write it for ComfyUI, for readers of kohya's layout, or merged into the transformer\ncomfyui "
+        "is pytorch_lora_weights_comfyui.safetensors, in the key layout of ComfyUI's own CogVideoX; kohya is "
+        "pytorch_lora_weights_kohya.safetensors, for VideoX-Fun; merged is transformer/, the base model with "
+        "the LoRA added to its weights.",
     )
 
 
@@ -766,34 +863,28 @@ def add_training_data_flags(parser: FlagParser):
     group.add_argument(
         "--data_root",
         metavar="FOLDER",
-        help="folder of the captions and videos, or with --load_tensors the folder that prepare_dataset.py wrote",
+        help="folder of videos and captions, or with --load_tensors of prepared data\nprepare_dataset.py writes "
+        "the latter. Required, unless there is a --dataset_file.",
     )
     add_clip_list_flags(group, caption_column="text")
     group.add_argument(
         "--load_tensors",
         action="store_true",
-        help="train on moments and prompt embeddings made by prepare_dataset.py: neither T5 nor the VAE is loaded",
+        help="train on prepared data, without the VAE and T5\nThese are the moments and prompt embeddings that "
+        "prepare_dataset.py makes.",
     )
     add_reading_flags(group)
 
 
 def add_bucket_flags(parser: FlagParser):
-    group = parser.add_argument_group("buckets")
+    group = parser.add_argument_group("sizes of raw videos (prepared data keeps its own)")
     add_size_flags(group)
-    group.add_argument("--fps", type=int, default=8, help=FPS_HELP)
+    group.add_argument("--fps", type=int, metavar="N", default=8, help=FPS_HELP)
     group.add_argument(
-        "--skip_frames_start",
-        type=int,
-        metavar="FRAMES",
-        default=0,
-        help="frames of the file left out at the start of every clip",
+        "--skip_frames_start", type=int, metavar="N", default=0, help="frames left out at the start of a file"
     )
     group.add_argument(
-        "--skip_frames_end",
-        type=int,
-        metavar="FRAMES",
-        default=0,
-        help="frames of the file left out at the end of every clip",
+        "--skip_frames_end", type=int, metavar="N", default=0, help="frames left out at the end of a file"
     )
 
 
@@ -802,196 +893,212 @@ def add_training_flags(parser: FlagParser):
     group.add_argument(
         "--seed",
         type=int,
-        help="seed of every draw, 0 included; draws follow a sample's place in the run, so that the number of "
-        "workers and processes changes only rounding; unset: drawn, and kept in args.json",
+        metavar="N",
+        help="seed of every draw (default: drawn, kept in args.json)\nDraws follow a sample's place in the run, "
+        "so that the number of workers and processes changes only rounding.",
     )
     group.add_argument(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
-        help="precision of the frozen weights and of computing, trained weights are fp32: no is fp32; fp16 scales the "
-        "loss, needs a GPU and a checkpoint not stored in bf16; unset: the launcher's, else bf16 on a GPU, fp32 on a "
-        "CPU",
+        help="what the model computes in; no is fp32 (default: the launcher's, else bf16 on a GPU and no on a "
+        "CPU)\nFrozen weights have it too, trained ones are fp32. fp16 scales the loss, and needs a GPU and "
+        "a checkpoint not stored in bf16, such as CogVideoX-2b.",
     )
-    group.add_argument("--train_batch_size", type=int, metavar="CLIPS", default=4, help="clips a batch, per process")
+    group.add_argument("--train_batch_size", type=int, metavar="CLIPS", default=4, help="clips per batch, on each GPU")
     group.add_argument(
-        "--num_train_epochs",
+        "--gradient_accumulation_steps", type=int, metavar="N", default=1, help="batches per update, on each GPU"
+    )
+    group.add_argument(
+        "--num_train_epochs", type=int, metavar="N", default=1, help="passes over the data if no --max_train_steps"
+    )
+    group.add_argument(
+        "--max_train_steps", type=int, metavar="N", help="optimizer updates (default: by --num_train_epochs)"
+    )
+    group.add_argument(
+        "--nccl_timeout",
         type=int,
-        metavar="N",
-        default=1,
-        help="passes over the data; --max_train_steps, where given, rules",
+        metavar="SECONDS",
+        default=600,
+        help="how long processes wait for one another\nThen the run is given up.",
     )
-    group.add_argument(
-        "--max_train_steps", type=int, metavar="UPDATES", help="optimizer updates of the run; unset: by the epochs"
-    )
-    group.add_argument(
-        "--gradient_accumulation_steps",
-        type=int,
-        metavar="BATCHES",
-        default=1,
-        help="batches per optimizer update, per process",
-    )
+    add_conditioning_flags(group)
 
 
-def add_conditioning_flags(parser: FlagParser):
-    group = parser.add_argument_group("conditioning and noise")
-    group.add_argument(
-        "--noised_image_dropout",
-        type=float,
-        metavar="P",
-        default=0.05,
-        help="probability, per sample, of training image-to-video without the first frame",
-    )
+def add_conditioning_flags(group):
     group.add_argument(
         "--text_dropout",
         type=float,
         metavar="P",
         default=0.0,
-        help="probability, per sample, of training on the encoded empty prompt, for classifier-free guidance",
+        help="probability of an empty caption, per sample\nClassifier-free guidance relies on such samples.",
+    )
+    group.add_argument(
+        "--noised_image_dropout",
+        type=float,
+        metavar="P",
+        default=0.05,
+        help="probability of no first frame, per sample",
     )
     group.add_argument(
         "--stratified_timesteps",
         action="store_true",
-        help="spread the timesteps of every update over the noise levels: less noise in the loss, the same mean",
+        help="spread timesteps in each update: less noisy loss\nThey cover the noise levels evenly; the mean of "
+        "the loss stays.",
     )
     group.add_argument(
         "--image_latent_scale",
         choices=["pipeline", "raw"],
         default="pipeline",
-        help="scale of the first frame's latents in image-to-video: pipeline is what diffusers feeds the model; raw is "
-        "the VAE's own, for which inference must be changed (recorded in the result)",
+        help="of the first frame's latents; with raw, inference must be changed\npipeline is what diffusers feeds "
+        "the model, raw is the VAE's own; it is recorded in the result.",
     )
     group.add_argument(
         "--drop_learned_positions",
         action="store_true",
-        help="train CogVideoX-5b-I2V without its learned positions, so that sizes and frame counts other than "
-        "49 frames of 480x720 work; inference must drop them too (recorded in the result)",
+        help="train CogVideoX-5b-I2V at other sizes than 49 frames of 480x720; inference must drop them too\nIt "
+        "is recorded in the result.",
     )
 
 
 def add_optimizer_flags(parser: FlagParser):
-    group = parser.add_argument_group("optimizer")
+    group = parser.add_argument_group("optimizer and learning rate")
+    add_lr_flags(group)
     group.add_argument(
         "--optimizer",
         type=str.lower,
         choices=["adam", "adamw", "prodigy", "came"],
         default="adam",
-        help="prodigy (arXiv 2306.06101) estimates the step size, give it --learning_rate 1; came (arXiv 2307.02047) "
-        "keeps factored states",
+        help="prodigy needs --learning_rate 1\nprodigy (arXiv 2306.06101) estimates the step size; came (arXiv "
+        "2307.02047) keeps factored states.",
     )
-    group.add_argument("--beta1", type=float, default=0.9, help="decay of the mean of the gradient")
-    group.add_argument("--beta2", type=float, default=0.95, help="decay of the mean of its square")
+    group.add_argument("--beta1", type=float, metavar="DECAY", default=0.9, help="decay of the gradient's mean")
+    group.add_argument("--beta2", type=float, metavar="DECAY", default=0.95, help="decay of the mean of its square")
     group.add_argument(
         "--beta3",
         type=float,
-        help="third decay: of prodigy's step size estimate (unset: sqrt(beta2)), of came's confidence (unset: 0.9999)",
+        metavar="DECAY",
+        help="third decay (default: sqrt(beta2); came: 0.9999)\nIt is of prodigy's step size estimate, or of "
+        "came's confidence.",
     )
     group.add_argument(
         "--weight_decay",
         type=float,
+        metavar="X",
         default=1e-4,
-        help="pull to zero: adamw applies it to the weights themselves, adam adds it to the gradient",
+        help="weight decay (adamw), L2 term (adam)\nadamw applies it to the weights themselves, adam adds it to "
+        "the gradient.",
     )
-    group.add_argument("--epsilon", type=float, default=1e-8, help="added to the denominator of the step")
+    group.add_argument(
+        "--epsilon",
+        type=float,
+        metavar="X",
+        default=1e-8,
+        help="added to the denominator of the step\ncame has two of its own.",
+    )
     group.add_argument(
         "--max_grad_norm",
         type=float,
         metavar="NORM",
         default=1.0,
-        help="gradients of an update are scaled down to this L2 norm, taken over all trained weights and processes",
+        help="gradients are clipped to this L2 norm\nThe norm is over all trained weights and processes.",
     )
     group.add_argument(
         "--max_bad_steps",
         type=int,
-        metavar="UPDATES",
+        metavar="N",
         default=5,
-        help="updates in a row with a loss or gradient that is not finite (each is skipped) before the run ends with "
-        "exit code 70",
+        help="updates with NaN or infinity are skipped; so many in a row end the run\nThe exit code is 70. Loss "
+        "and gradient of every update are checked.",
     )
+    add_state_flags(group)
+
+
+def add_state_flags(group):
     group.add_argument(
         "--use_8bit",
         action="store_true",
-        help="states of adam and adamw in 8 bits, by bitsandbytes, with --use_torchao by torchao; tensors under 4,096 "
-        "elements stay in fp32",
+        help="adam, adamw: 8-bit states, by bitsandbytes\nTensors under 4,096 elements stay in fp32.",
     )
-    group.add_argument("--use_4bit", action="store_true", help="states of adam and adamw in 4 bits, by torchao")
-    group.add_argument(
-        "--use_fp8", action="store_true", help="states of adam and adamw in fp8, by torchao, on GPUs since Ada"
-    )
-    group.add_argument("--use_torchao", action="store_true", help="--use_8bit by torchao, not bitsandbytes")
+    group.add_argument("--use_4bit", action="store_true", help="adam, adamw: 4-bit states, by torchao")
+    group.add_argument("--use_fp8", action="store_true", help="adam, adamw: fp8 states, by torchao, since Ada")
+    group.add_argument("--use_torchao", action="store_true", help="--use_8bit by torchao")
     group.add_argument("--prodigy_decouple", action="store_true", help="weight decay of prodigy as in AdamW")
     group.add_argument("--prodigy_use_bias_correction", action="store_true", help="Adam's bias correction in prodigy")
     group.add_argument(
         "--prodigy_safeguard_warmup",
         action="store_true",
-        help="keep the learning rate of the warm-up out of prodigy's estimate of the step size",
+        help="prodigy's step size ignores the warm-up",
     )
 
 
-def add_lr_flags(parser: FlagParser):
-    group = parser.add_argument_group("learning rate")
+def add_lr_flags(group):
     group.add_argument("--learning_rate", type=float, metavar="LR", default=1e-4, help="peak learning rate")
     group.add_argument(
         "--scale_lr",
         action="store_true",
-        help="multiply it by clips per update: batch size x accumulation x processes",
+        help="multiply --learning_rate by the clips of an update\nThese are batch size x accumulation x processes.",
     )
-    group.add_argument("--lr_scheduler", metavar="NAME", default="constant", help=f"one of {', '.join(LR_SCHEDULERS)}")
+    group.add_argument("--lr_scheduler", metavar="NAME", default="constant", help=", ".join(LR_SCHEDULERS))
     group.add_argument(
         "--lr_warmup_steps",
         type=int,
-        metavar="UPDATES",
+        metavar="N",
         default=500,
-        help="optimizer updates of linear warm-up from 0; constant has no warm-up, constant_with_warmup has",
+        help="updates of warm-up, not with constant\nIt is linear from 0; constant_with_warmup has it.",
     )
-    group.add_argument(
-        "--lr_num_cycles", type=int, metavar="N", default=1, help="cosine cycles of cosine_with_restarts"
-    )
-    group.add_argument("--lr_power", type=float, metavar="POWER", default=1.0, help="exponent of polynomial")
+    group.add_argument("--lr_num_cycles", type=int, metavar="N", default=1, help="cycles of cosine_with_restarts")
+    group.add_argument("--lr_power", type=float, metavar="X", default=1.0, help="exponent of polynomial")
 
 
-def add_checkpoint_flags(parser: FlagParser):
-    group = parser.add_argument_group("checkpoints")
+def add_output_flags(parser: FlagParser):
+    group = parser.add_argument_group("output and checkpoints")
     group.add_argument(
         "--output_dir",
         metavar="FOLDER",
         default="cogvideox-sft",
-        help="folder of the result, checkpoints, args.json, metrics.jsonl and status.json; where it holds a run of "
-        "the same flags, that run is continued",
+        help="folder of the result; a run of the same flags there is continued\nIt holds checkpoints, args.json, "
+        "metrics.jsonl and status.json too.",
     )
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="move what lies in output_dir aside and start anew, instead of continuing or refusing",
+        help="move what is in --output_dir aside, start anew\nWithout the flag, the run is continued or refused.",
     )
     group.add_argument(
         "--save_dtype",
         choices=["fp32", "fp16", "bf16"],
-        help="dtype of the transformer that full fine-tuning writes; unset: the checkpoint's own",
+        help="dtype of the transformer written (default: as stored)",
     )
     group.add_argument(
         "--ema",
         action="store_true",
-        help="full fine-tuning: keep a moving average of the weights in fp32; it is what is validated and written",
+        help="validate and write an average of the weights\nIt moves with every update and is kept in fp32.",
     )
-    group.add_argument("--ema_decay", type=float, default=0.9999, help="weight of the old average in every update")
+    group.add_argument(
+        "--ema_decay",
+        type=float,
+        metavar="DECAY",
+        default=0.9999,
+        help="weight of the old average\nThe new weights have the rest, in every update.",
+    )
     group.add_argument(
         "--checkpointing_steps",
         type=int,
-        metavar="UPDATES",
+        metavar="N",
         default=500,
-        help="optimizer updates between checkpoints, each a folder checkpoint-<step> of output_dir",
+        help="updates between checkpoints\nEach is a folder checkpoint-<step> of --output_dir.",
     )
     group.add_argument(
         "--checkpoints_total_limit",
         type=int,
         metavar="N",
-        help="checkpoints kept: the oldest goes once a newer one is written; unset: all",
+        help="newest checkpoints kept (default: all)\nThe oldest goes once a newer one is written.",
     )
     group.add_argument(
         "--resume_from_checkpoint",
-        metavar="CHECKPOINT",
-        help="path of a checkpoint to continue from, or latest for the newest of output_dir (without any, a fresh "
-        "start)",
+        metavar="PATH",
+        help="a checkpoint to go on from, or latest\nlatest is the newest of --output_dir; without any, the run "
+        "starts afresh.",
     )
 
 
@@ -1000,190 +1107,159 @@ def add_validation_flags(parser: FlagParser):
     group.add_argument(
         "--validation_prompt",
         metavar="TEXT",
-        help="prompts to render before the first step, at every validation and after the last step, split at the "
-        "separator",
+        help="prompts to render before, during and after training, with ::: between them\nThey are rendered at "
+        "every validation as well as before the first step and after the last.",
     )
     group.add_argument(
         "--validation_images",
         metavar="PATHS",
-        help="first frames for them, paths or http(s) URLs, split at the separator",
+        help="first frames, files or URLs, with ::: between\nThere is one for each prompt.",
     )
     group.add_argument(
-        "--validation_prompt_separator", metavar="TEXT", default=":::", help="text between prompts and between images"
+        "--validation_prompt_separator", metavar="TEXT", default=":::", help="between prompts and images"
     )
     group.add_argument("--num_validation_videos", type=int, metavar="N", default=1, help="videos per prompt")
     group.add_argument("--validation_epochs", type=int, metavar="N", default=50, help="epochs between validations")
     group.add_argument(
-        "--validation_steps", type=int, metavar="UPDATES", help="updates between validations, in place of epochs"
+        "--validation_steps", type=int, metavar="N", help="updates between validations, in place of epochs"
     )
     group.add_argument(
         "--no_first_validation",
         action="store_true",
-        help="none before the first step: runs of one sweep would all render the same untrained model",
+        help="none before the first update\nRuns of one sweep would all render the same untrained model.",
     )
     group.add_argument(
         "--validation_data_root",
         metavar="FOLDER",
-        help="held-out clips in the form of --data_root (with --dataset_file, a CSV of that name in the folder): "
-        "their loss on fixed noise and timesteps is logged at every validation",
+        help="held-out clips, whose loss is logged\nThey have the form of --data_root (with --dataset_file, a CSV "
+        "of that name in the folder). Noise and timesteps are fixed.",
     )
     group.add_argument(
-        "--validation_num_clips", type=int, metavar="CLIPS", default=8, help="held-out clips used, the first ones"
+        "--validation_num_clips", type=int, metavar="N", default=8, help="held-out clips used, the first ones"
     )
+    add_sampling_flags(group)
 
 
-def add_sampling_flags(parser: FlagParser):
-    group = parser.add_argument_group("validation videos")
+OF_BUCKET = "(default: of the bucket with most clips)"
+
+
+def add_sampling_flags(group):
+    group.add_argument("--height", type=int, metavar="PIXELS", default=480, help=f"height of videos {OF_BUCKET}")
+    group.add_argument("--width", type=int, metavar="PIXELS", default=720, help=f"width of videos {OF_BUCKET}")
+    group.add_argument("--num_inference_steps", type=int, metavar="N", default=50, help="denoising steps")
     group.add_argument(
-        "--height",
-        type=int,
-        metavar="PIXELS",
-        default=480,
-        help="height of validation videos; not given: that of the bucket that most clips use, whatever the default shown",
+        "--guidance_scale", type=float, metavar="SCALE", default=6, help="classifier-free guidance; 1 is none"
     )
-    group.add_argument("--width", type=int, metavar="PIXELS", default=720, help="their width, likewise")
-    group.add_argument(
-        "--num_inference_steps", type=int, metavar="N", default=50, help="denoising steps of validation videos"
-    )
-    group.add_argument(
-        "--guidance_scale",
-        type=float,
-        metavar="SCALE",
-        default=6,
-        help="classifier-free guidance of validation videos; 1 is none",
-    )
-    group.add_argument(
-        "--use_dynamic_cfg",
-        action="store_true",
-        help="in validation, let the guidance rise from 1 in the course of sampling",
-    )
-    group.add_argument(
-        "--enable_model_cpu_offload",
-        action="store_true",
-        help="in validation, keep only the model at work on the GPU",
-    )
+    group.add_argument("--use_dynamic_cfg", action="store_true", help="guidance rises from 1 while denoising")
+    group.add_argument("--enable_model_cpu_offload", action="store_true", help="one model at a time on the GPU")
     group.add_argument(
         "--validation_attention",
         choices=["default", "sage"],
         default="default",
-        help="attention of validation videos: sage is SageAttention, where it is installed; it has no backward pass and "
-        "never trains",
+        help="sage: SageAttention\nIt must be installed; it has no backward pass and never trains.",
     )
 
 
-def add_speed_flags(parser: FlagParser):
-    group = parser.add_argument_group("speed")
+def add_memory_flags(parser: FlagParser):
+    group = parser.add_argument_group("memory and speed")
+    group.add_argument(
+        "--memory",
+        choices=MEMORY_LEVELS,
+        help="what is kept for the backward pass: auto is the fastest level that fits, plan prints what each "
+        "needs, see assets/training.md (default: by --gradient_checkpointing)\nspeed keeps all of it on the "
+        "GPU; balanced recomputes blocks but keeps the attention's output; offload is balanced with that in "
+        "host memory; stream has the frozen weights there too. offload and stream are for LoRA.",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute blocks: far less memory, slower\nActivations are not kept for the backward pass.",
+    )
+    group.add_argument(
+        "--enable_slicing",
+        action="store_true",
+        help="VAE: one video at a time, less memory\nThis is where raw videos are encoded and validation videos "
+        "decoded.",
+    )
+    group.add_argument(
+        "--enable_tiling",
+        action="store_true",
+        help="VAE: overlapping tiles, less memory\nResults differ slightly.",
+    )
+    group.add_argument(
+        "--use_cpu_offload_optimizer",
+        action="store_true",
+        help="fp32 weights and optimizer in host memory: far less GPU memory, slower steps\nThe optimizer steps "
+        "there.",
+    )
+    group.add_argument(
+        "--offload_gradients",
+        action="store_true",
+        help="gradients too, with --use_cpu_offload_optimizer\nEvery gradient moves to host memory as soon as it "
+        "is there.",
+    )
+    add_speed_flags(group)
+
+
+def add_speed_flags(group):
     group.add_argument(
         "--compile_blocks",
         action="store_true",
-        help="torch.compile every transformer block in place: faster steps after a first one that compiles; on with "
-        "accelerate_configs/compiled_1.yaml, and on a GPU with --memory",
+        help="torch.compile the blocks (default: on a GPU with --memory)\nEvery transformer block is compiled in "
+        "place: steps are faster after a first one that compiles. accelerate_configs/compiled_1.yaml does it "
+        "too.",
     )
-    group.add_argument(
-        "--no_compile_blocks",
-        action="store_true",
-        help="leave the blocks uncompiled where --memory would compile them",
-    )
+    group.add_argument("--no_compile_blocks", action="store_true", help="--memory without torch.compile")
     group.add_argument(
         "--attention",
         choices=["auto", "cudnn", "flash", "fa4", "math"],
         default="auto",
-        help="kernel of the transformer's attention: auto times those that are there on this run's shape, once for each "
-        "card and shape; fa4 is FlashAttention-4, a pre-release on PyPI (flash-attn-4); math is the exact, slow formula",
+        help="auto is the fastest there; fa4: FlashAttention-4; math: exact and slow\nauto times those that are "
+        "installed on this run's shape, once for each card and shape. fa4 is a pre-release on PyPI "
+        "(flash-attn-4).",
     )
     group.add_argument(
         "--base_precision",
         choices=BASE_PRECISIONS,
         default="bf16",
-        help="of the frozen weights of attention and feed-forward: bf16 leaves them as computed; fp8 computes faster on "
-        "Ada and newer; int8 and nf4 take less memory, at some speed. Each but bf16 changes the loss a little",
-    )
-
-
-def add_memory_flags(parser: FlagParser):
-    group = parser.add_argument_group("memory")
-    group.add_argument(
-        "--memory",
-        choices=MEMORY_LEVELS,
-        help="what is kept for the backward pass, and where: speed keeps all of it; balanced computes blocks again but "
-        "keeps the attention's output; offload is balanced with that in host memory; stream has the frozen weights there "
-        "too; auto takes the fastest that fits; plan prints what each level needs and ends. offload and stream are for "
-        "LoRA. Takes the place of --gradient_checkpointing",
-    )
-    group.add_argument(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="compute activations again in the backward pass instead of keeping them: far less memory, slower",
-    )
-    group.add_argument(
-        "--enable_slicing",
-        action="store_true",
-        help="encode raw videos and decode validation videos one at a time: less memory in the VAE",
-    )
-    group.add_argument(
-        "--enable_tiling",
-        action="store_true",
-        help="encode and decode in overlapping tiles: less memory in the VAE, results differ slightly",
+        help="frozen weights: fp8 is faster, int8 and nf4 are smaller; the loss changes a little\nThose of "
+        "attention and feed-forward. bf16 leaves them as computed; fp8 computes faster on Ada and newer; "
+        "int8 and nf4 take less memory, at some speed.",
     )
     group.add_argument(
         "--allow_tf32",
         action="store_true",
-        help="TF32 for fp32 matrix products, on GPUs since Ampere: faster, coarser",
-    )
-    group.add_argument(
-        "--use_cpu_offload_optimizer",
-        action="store_true",
-        help="fp32 weights and optimizer states in host memory, where the optimizer steps: most of full fine-tuning's "
-        "GPU memory is saved, and a step takes longer",
-    )
-    group.add_argument(
-        "--offload_gradients",
-        action="store_true",
-        help="with the flag above: every gradient moves to host memory as soon as it is there",
+        help="TF32 for fp32 matrix products: faster, coarser\nIt needs a GPU since Ampere.",
     )
 
 
 def add_tracking_flags(parser: FlagParser):
-    group = parser.add_argument_group("tracking and hub")
+    group = parser.add_argument_group("logging and upload")
     group.add_argument(
         "--report_to",
         metavar="TRACKER",
-        help="wandb, tensorboard or trackio, several with commas, all that are installed, or none; metrics.jsonl is "
-        "written in any case",
+        help="wandb, tensorboard, trackio, or all that are installed (default: metrics.jsonl alone)\nSeveral are "
+        "separated by commas. metrics.jsonl is written in any case.",
     )
     group.add_argument(
         "--log_every",
         type=int,
-        metavar="UPDATES",
+        metavar="N",
         default=10,
-        help="optimizer updates between transfers of loss and gradient norm from the GPU; each update still has its "
-        "own line in metrics.jsonl",
+        help="updates between reads of the loss\nThe gradient norm is read with it. Each update still has its own "
+        "line in metrics.jsonl.",
     )
-    group.add_argument(
-        "--tracker_name", metavar="NAME", help="project name at the tracker; unset: the name of the task"
-    )
-    group.add_argument("--logging_dir", metavar="FOLDER", default="logs", help="the trackers' folder in output_dir")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the result to the hub, private by default")
-    group.add_argument("--hub_public", action="store_true", help="make a new repository on the hub public")
+    group.add_argument("--tracker_name", metavar="NAME", help="project at the tracker (default: the task's name)")
+    group.add_argument("--logging_dir", metavar="FOLDER", default="logs", help="trackers' folder in --output_dir")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result, private by default")
+    group.add_argument("--hub_public", action="store_true", help="make a new repository public")
     group.add_argument(
         "--hub_token",
         metavar="TOKEN",
-        help="token for the hub, shown to all users of the machine: prefer HF_TOKEN or `hf auth login`; never written",
+        help="token for the hub; other users of the machine can read it, HF_TOKEN is safer\nSo is `hf auth "
+        "login`. The token is written nowhere.",
     )
-    group.add_argument(
-        "--hub_model_id", metavar="ID", help="repository to upload to; unset: yours, with the name of output_dir"
-    )
-
-
-def add_other_training_flags(parser: FlagParser):
-    group = parser.add_argument_group("other")
-    group.add_argument(
-        "--nccl_timeout",
-        type=int,
-        metavar="SECONDS",
-        default=600,
-        help="how long processes wait for one another before the run is given up",
-    )
+    group.add_argument("--hub_model_id", metavar="ID", help="repository (default: yours, named as --output_dir)")
 
 
 # ---------------------------------------------------------------- flags of prepare_dataset.py
@@ -1195,21 +1271,22 @@ def add_prepare_model_flags(parser: FlagParser):
         "--model_id",
         metavar="MODEL",
         default="THUDM/CogVideoX-2b",
-        help=f"the model whose VAE and T5 encode, the one to be trained: {MODEL_HELP}",
+        help="model that will be trained: a hub id, zai-org/... or THUDM/..., or a local diffusers folder\nIts "
+        "VAE and T5 encode.",
     )
     add_download_flags(group)
     group.add_argument(
         "--dtype",
         choices=["fp32", "fp16", "bf16"],
         default="fp32",
-        help="precision in which the VAE and T5 are loaded and compute",
+        help="precision of the VAE and T5\nThey are loaded and compute in it.",
     )
     group.add_argument(
         "--max_sequence_length",
         type=int,
         metavar="TOKENS",
         default=226,
-        help="text tokens per prompt: longer ones are cut, shorter ones padded; CogVideoX is trained with 226",
+        help="tokens that captions are cut or padded to\nCogVideoX is trained with 226.",
     )
 
 
@@ -1220,7 +1297,7 @@ def add_prepare_data_flags(parser: FlagParser):
         required=True,
         default=argparse.SUPPRESS,
         metavar="FOLDER",
-        help="folder of the captions and videos; video paths are relative to it (required)",
+        help="folder of videos and captions, required\nVideo paths are relative to it.",
     )
     add_clip_list_flags(group, caption_column="caption")
     add_reading_flags(group)
@@ -1229,79 +1306,79 @@ def add_prepare_data_flags(parser: FlagParser):
         type=int,
         metavar="N",
         default=0,
-        help="threads that decode one video; 0 leaves it to the decoder",
+        help="threads that decode one video\n0 leaves it to the decoder.",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=42,
+        help="seed of every draw\nThey are made per clip: flip, crop, start, noise on first frames.",
     )
 
 
 def add_prepare_bucket_flags(parser: FlagParser):
-    group = parser.add_argument_group("buckets")
+    group = parser.add_argument_group("sizes")
     add_size_flags(group)
-    group.add_argument("--target_fps", type=int, metavar="FPS", default=8, help=FPS_HELP)
+    group.add_argument("--target_fps", type=int, metavar="N", default=8, help=FPS_HELP)
 
 
-def add_output_flags(parser: FlagParser):
+def add_prepare_output_flags(parser: FlagParser):
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output_dir",
         required=True,
         default=argparse.SUPPRESS,
         metavar="FOLDER",
-        help="folder to write; in one that holds part of the work, only what is missing is done (required)",
+        help="folder to write, required\nIn one that holds part of the work, only what is missing is done.",
     )
     group.add_argument(
         "--save_latents_and_embeddings",
         action="store_true",
-        help="write VAE moments and prompt embeddings, for --load_tensors; without it, resized mp4s and first frames",
+        help="write what --load_tensors trains on, not resized videos and first frames\nThese are VAE moments and "
+        "prompt embeddings.",
     )
     group.add_argument(
         "--save_image_latents",
         action="store_true",
-        help="write moments of the noised first frame too, for image-to-video",
+        help="first frames too, noised, for image-to-video\nTheir moments are written; "
+        "--save_latents_and_embeddings is needed.",
     )
     group.add_argument(
         "--num_image_variants",
         type=int,
         metavar="N",
         default=8,
-        help="noised first frames kept per clip with --save_image_latents; training draws one each time",
+        help="noised first frames per clip\nThey need --save_image_latents; training draws one each time.",
     )
     group.add_argument(
         "--save_previews",
         action="store_true",
-        help="with --save_latents_and_embeddings, write the resized mp4s and first frames too; without it they are "
-        "always written",
+        help="write resized videos and first frames too\nWithout --save_latents_and_embeddings they are always "
+        "written.",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="hash everything again, make again what is old\nNothing remembered is believed: every video and "
+        "weight file is hashed anew, and what an earlier version prepared is made again, compared and "
+        "replaced.",
+    )
+    group.add_argument(
+        "--prune",
+        action="store_true",
+        help="remove its files of clips no longer listed\nThose in the output folder's own subfolders that "
+        "prepare_dataset.py wrote and no row names any more.",
     )
 
 
 def add_prepare_memory_flags(parser: FlagParser):
     group = parser.add_argument_group("memory and speed")
-    group.add_argument("--batch_size", type=int, metavar="CLIPS", default=1, help="clips encoded at once, per process")
+    group.add_argument("--batch_size", type=int, metavar="CLIPS", default=1, help="clips encoded at once, on each GPU")
+    group.add_argument("--use_slicing", action="store_true", help="VAE: one clip at a time, less memory")
     group.add_argument(
-        "--use_slicing", action="store_true", help="encode a batch one clip at a time: less memory in the VAE"
+        "--use_tiling", action="store_true", help="VAE: overlapping tiles, less memory\nResults differ slightly."
     )
     group.add_argument(
-        "--use_tiling",
-        action="store_true",
-        help="encode in overlapping tiles: less memory in the VAE, results differ slightly",
-    )
-    group.add_argument(
-        "--num_artifact_workers", type=int, metavar="N", default=4, help="threads that write files, per process"
-    )
-
-
-def add_prepare_other_flags(parser: FlagParser):
-    group = parser.add_argument_group("other")
-    group.add_argument(
-        "--seed", type=int, default=42, help="seed of the draws per clip: flip, crop, start, noise on first frames"
-    )
-    group.add_argument(
-        "--verify",
-        action="store_true",
-        help="believe nothing remembered: hash every video and weight file anew, and make again, compare and replace what "
-        "an earlier version prepared",
-    )
-    group.add_argument(
-        "--prune",
-        action="store_true",
-        help="remove files in the output folder's own subfolders that prepare_dataset.py wrote and no row names any more",
+        "--num_artifact_workers", type=int, metavar="N", default=4, help="threads that write files, for each GPU"
     )

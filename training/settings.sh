@@ -4,7 +4,7 @@
 # shellcheck disable=SC2034,SC2154
 
 refuse() {
-    echo "$(basename "$0"): $*" >&2
+    echo "$(basename "$0"): ${*//$'\n'/ }" >&2
     exit 2
 }
 
@@ -106,6 +106,14 @@ refuse_unread() {
     done
 }
 
+# ---------------------------------------------------------------- checks
+
+# check_data_root WHAT: DATA_ROOT is filled in, and a folder; WHAT says of what.
+check_data_root() {
+    [[ -n $DATA_ROOT ]] || refuse "fill in DATA_ROOT: the folder $1"
+    [[ -d $DATA_ROOT ]] || refuse "DATA_ROOT: there is no folder $DATA_ROOT; give the folder $1"
+}
+
 # ---------------------------------------------------------------- command
 
 # `make install` puts everything into .venv; an active environment goes first.
@@ -113,15 +121,39 @@ if ! command -v accelerate > /dev/null && [[ -x $here/.venv/bin/accelerate ]]; t
     PATH="$here/.venv/bin:$PATH"
 fi
 
-# The folder that the array `command` names, in $output_dir: an argument of the wrapper comes last and wins.
-find_output_dir() {
+# find_value NAME: what the array `command` gives --NAME, in $value: an argument of the wrapper comes last and wins.
+find_value() {
     local index
+    value=
     for ((index = 0; index < ${#command[@]}; index++)); do
         case "${command[index]}" in
-            --output_dir) output_dir="${command[index + 1]-}" ;;
-            --output_dir=*) output_dir="${command[index]#*=}" ;;
+            "--$1") value="${command[index + 1]-}" ;;
+            "--$1="*) value="${command[index]#*=}" ;;
         esac
     done
+}
+
+# The folder that `command` names, in $output_dir.
+find_output_dir() {
+    find_value output_dir
+    output_dir="$value"
+}
+
+# print_command WORD...: the command as it can be pasted into a shell, the script and each flag on a line of its own.
+print_command() {
+    local word text=
+    for word; do
+        case "$word" in
+            --* | "$here"/training/*.py) text+=$' \\\n    ' ;;
+            *) text+=" " ;;
+        esac
+        case "$word" in
+            *[[:cntrl:]]* | *\'*) printf -v word '%q' "$word" ;;
+            "" | *[!A-Za-z0-9_./:,=@%+-]*) word="'$word'" ;;
+        esac
+        text+="$word"
+    done
+    printf '%s\n' "${text# }"
 }
 
 # A new id for the run that is started next; its processes write it into status.json.

@@ -22,10 +22,10 @@ refuse_unread
 
 # ---------------------------------------------------------------- checks
 
-[[ -n $DATA_ROOT ]] || refuse "fill in DATA_ROOT: the folder that prepare_dataset.sh wrote"
+check_data_root "that prepare_dataset.sh wrote"
 if [[ $LOAD_TENSORS == auto ]]; then
     LOAD_TENSORS=true
-    if [[ -d $DATA_ROOT && ! -d $DATA_ROOT/video_latents ]]; then
+    if [[ ! -d $DATA_ROOT/video_latents ]]; then
         LOAD_TENSORS=false
         echo "$(basename "$0"): $DATA_ROOT holds no video_latents: its videos are encoded in every step" >&2
     fi
@@ -47,9 +47,12 @@ if [[ $GPU_IDS != all && ${processes:-${#gpus[@]}} != "${#gpus[@]}" ]] &&
 fi
 
 runs=1
-for list in "$LEARNING_RATES" "$LR_SCHEDULES" "$OPTIMIZERS" "$MAX_TRAIN_STEPS"; do
-    read -r -a values <<< "$list"
+differing=()  # flags of which the runs have different values
+for name in learning_rate:LEARNING_RATES lr_scheduler:LR_SCHEDULES optimizer:OPTIMIZERS max_train_steps:MAX_TRAIN_STEPS; do
+    list="${name#*:}"
+    read -r -a values <<< "${!list}"
     runs=$((runs * ${#values[@]}))
+    ((${#values[@]} < 2)) || differing+=("${name%:*}")
 done
 ((runs > 0)) || refuse "LEARNING_RATES, LR_SCHEDULES, OPTIMIZERS and MAX_TRAIN_STEPS each need a value"
 for argument; do
@@ -61,6 +64,35 @@ for argument; do
 done
 
 [[ $DRY_RUN != 0 ]] || command -v accelerate > /dev/null || refuse "accelerate is not installed: run make install"
+
+# ---------------------------------------------------------------- dry run
+
+# What is printed is a shell script: it can be pasted whole or in part, or kept in a file.
+number=0
+show_run() {
+    local name
+    if ((runs > 1)); then
+        number=$((number + 1))
+        printf '# run %s of %s:' "$number" "$runs"
+        for name in "${differing[@]}"; do
+            find_value "$name"
+            printf ' --%s %s' "$name" "$value"
+        done
+        echo
+    fi
+    print_command "${command[@]}"
+    echo
+}
+
+show_sum() {
+    local text="1 run" last=$((${#differing[@]} - 1))
+    if ((runs > 1)); then
+        printf -v text '%s, ' "${differing[@]}"
+        text="$runs runs, differing in ${text%, }"
+        ((last < 1)) || text="${text%", ${differing[last]}"} and ${differing[last]}"
+    fi
+    echo "# $text"
+}
 
 # ---------------------------------------------------------------- one run
 
@@ -103,8 +135,7 @@ for learning_rate in $LEARNING_RATES; do
                 command+=("$@")
                 find_output_dir
                 if [[ $DRY_RUN != 0 ]]; then
-                    printf -v line '%q ' "${command[@]}"
-                    printf '%s\n' "${line% }"
+                    show_run
                 elif [[ -n $interrupted ]]; then
                     table+=("$(printf '%-12s %4s %6s  %s' 'not started' - - "$output_dir")")
                 else
@@ -115,7 +146,10 @@ for learning_rate in $LEARNING_RATES; do
     done
 done
 
-[[ $DRY_RUN == 0 ]] || exit 0
+if [[ $DRY_RUN != 0 ]]; then
+    show_sum
+    exit 0
+fi
 [[ -z $interrupted ]] || exit_code=75
 printf '\n%-12s %4s %6s  %s\n' state exit step output_dir
 printf '%s\n' "${table[@]}"
