@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write assets/flags.md: every flag of the scripts with its default and meaning, from training/args.py.
+"""Write assets/flags.md and flags_zh.md: every flag of the scripts with its default and meaning, from training/args.py.
 
 python assets/make_flags.py
 """
@@ -11,6 +11,9 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from translate_flags import in_chinese
 
 from args import NO_MEANING, SCRIPTS, make_prepare_parser, make_training_parser, parts_of_help
 
@@ -18,9 +21,11 @@ from args import NO_MEANING, SCRIPTS, make_prepare_parser, make_training_parser,
 PAGE = Path(__file__).resolve().with_name("flags.md")
 HEAD = """# Flags
 
+English | [中文](flags_zh.md)
+
 Made from `training/args.py` by `python assets/make_flags.py`. `--help` of each script is shorter: it leaves out what has
 no use there. The default is what holds where a flag is left out; *unset* is no value, *off* belongs to a flag that takes
-none.
+none. [Back to the README](../README.md).
 """
 TRAINING = """
 ## Training scripts
@@ -97,8 +102,10 @@ def taken_by(dest: str) -> str:
 
 
 def main():
-    PAGE.write_text(flags_page(), encoding="utf-8")
-    print(PAGE)
+    twin = PAGE.with_name("flags_zh.md")
+    for page, text in {PAGE: flags_page(), twin: in_chinese(flags_page())}.items():
+        page.write_text(text, encoding="utf-8")
+        print(page)
 
 
 if __name__ == "__main__":

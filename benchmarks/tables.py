@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Write the tables of what bench.py measured into README.md and README_zh.md, between their markers.
+"""Write the tables of what was measured into assets/measurements.md and its Chinese twin, between their markers.
 
     python benchmarks/tables.py
 
 Rows are those of benchmarks/speed.csv, of a row measured twice on one card the later. The original's figures beside them
-are those of benchmarks/original_speed.csv. A cap does not change the time of a step, and rows under a cap may share the
+are those of benchmarks/original_speed.csv; the rows of its own memory tables are those of benchmarks/original_memory.csv,
+with ours of lora_memory.csv and optimizers.csv. A cap does not change the time of a step, and rows under a cap may share the
 GPU, which leaves them without a time in the file: theirs is that of the same model and level without a cap on the same
 card, else their own. Where a table would have no row, nothing stands between its markers.
 """
@@ -15,24 +16,32 @@ import re
 from pathlib import Path
 
 from bench import LEVELS, MODELS, parse_row, rows_in
+from memory_rows import MOMENTS, ORIGINAL_OPTIMIZERS, ORIGINAL_ROWS, side_by_side
 from step_time import ROOT
 
 
 NAMES = {"2b": "2b", "5b": "5b", "5b-i2v": "5b-I2V", "1.5-5b": "1.5-5B", "1.5-5b-i2v": "1.5-5B-I2V"}  # CogVideoX-...
 HEADINGS = {
     "speed": {
-        "README.md": "model | size | level | attention | s/step | allocated | reserved | host | MFU | the original | card",
-        "README_zh.md": "模型 | 尺寸 | 级别 | 注意力 | 秒/步 | 已分配 | 预留 | 内存 | MFU | 原版 | GPU",
+        "measurements.md": "model | size | level | attention | s/step | allocated | reserved | host | MFU | the original | card",
+        "measurements_zh.md": "模型 | 尺寸 | 级别 | 注意力 | 秒/步 | 已分配 | 预留 | 内存 | MFU | 原版 | GPU",
     },
     "fits": {
-        "README.md": "GPU memory allowed | model | size | level | T5 | reserved | host | 1,000 steps | "
+        "measurements.md": "GPU memory allowed | model | size | level | T5 | reserved | host | 1,000 steps | "
         "validates and tests | card",
-        "README_zh.md": "允许的显存 | 模型 | 尺寸 | 级别 | T5 | 预留 | 内存 | 1,000 步 | 验证和测试 | GPU",
+        "measurements_zh.md": "允许的显存 | 模型 | 尺寸 | 级别 | T5 | 预留 | 内存 | 1,000 步 | 验证和测试 | GPU",
     },
 }
-VERSIONS = {"README.md": "Versions: {}.", "README_zh.md": "版本：{}。"}
-WORDS = {"README.md": {"yes": "yes", "no": "no", "minutes": "min", "tiny": "tiny"}}
-WORDS["README_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟", "tiny": "微型"}
+ORIGINAL_HEADINGS = {
+    "measurements.md": "model | trained | optimizer | batch | rank | checkpointing | before training | training | "
+    "with validation | last test | level here",
+    "measurements_zh.md": "模型 | 训练 | 优化器 | 批大小 | 秩 | 检查点 | 训练之前 | 训练 | 含验证 | 最后测试 | 这里的级别",
+}
+# Of the original's rows; its CPUOffloadOptimizer moves gradients too
+OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradients": "AdamW on the CPU"}
+VERSIONS = {"measurements.md": "Versions: {}.", "measurements_zh.md": "版本：{}。"}
+WORDS = {"measurements.md": {"yes": "yes", "no": "no", "minutes": "min", "tiny": "tiny"}}
+WORDS["measurements_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟", "tiny": "微型"}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-attn-4")
 
 
@@ -152,14 +161,19 @@ def table(kind, page_name, rows, originals):
     return "\n".join(["", *lines, "", versions, "", ""])
 
 
+def between_markers(text, page_name, kind, content):
+    """The page's text with `content` as its table of this kind. ValueError for a page without the markers."""
+    start, end = f"<!-- {kind} table: python benchmarks/tables.py -->\n", f"<!-- end of the {kind} table -->\n"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"{page_name}: needs one {start.strip()} and one {end.strip()}")
+    before, rest = text.split(start)
+    return before + start + content + end + rest.split(end)[1]
+
+
 def filled(text, page_name, rows, originals):
-    """The page's text with its tables of `rows`. ValueError for a page without the markers."""
+    """The page's text with its tables of `rows`, which bench.py measured."""
     for kind in HEADINGS:
-        start, end = f"<!-- {kind} table: python benchmarks/tables.py -->\n", f"<!-- end of the {kind} table -->\n"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"{page_name}: needs one {start.strip()} and one {end.strip()}")
-        before, rest = text.split(start)
-        text = before + start + table(kind, page_name, rows, originals) + end + rest.split(end)[1]
+        text = between_markers(text, page_name, kind, table(kind, page_name, rows, originals))
     return text
 
 
@@ -168,14 +182,67 @@ def read_originals():
         return {(row["model"], row["task"], row["checkpointing"]): row for row in csv.DictReader(file)}
 
 
+# ---------------------------------------------------------------- the original's own tables
+
+
+def ours_beside(original, loras, optimizers):
+    """Our row beside one of the original's, or None: a LoRA of lora_memory.csv, else a row of optimizers.csv."""
+    found = [ours for theirs, ours in loras if theirs == original]
+    name = ORIGINAL_OPTIMIZERS.get(original["optimizer"], "deepspeed")
+    label = f"{original['model'].removeprefix('CogVideoX-')} {original['method']} {name}"
+    if not found and original["batch"] == "1":
+        found = [row for row in optimizers if row["label"] == label]
+    return found[-1] if found else None
+
+
+def memory_cell(original, ours, moment):
+    """Theirs / ours, in GiB reserved; nothing after the slash where we have none."""
+    theirs = original[f"memory_{moment}"]
+    theirs = theirs if theirs == "OOM" else f"{float(theirs):.1f}"
+    return f"{theirs} / {float(ours[f'{moment}_peak_reserved_gib']):.1f}" if ours else f"{theirs} /"
+
+
+def original_cells(original, ours, words):
+    level = re.search(r" (speed|balanced|offload|stream)$", ours["label"]) if ours else None
+    optimizer = OPTIMIZER_NAMES.get(ORIGINAL_OPTIMIZERS.get(original["optimizer"]), "DeepSpeed")
+    return [
+        original["model"].removeprefix("CogVideoX-"), {"lora": "LoRA", "sft": "SFT"}[original["method"]],
+        optimizer, original["batch"], original["lora_rank"],
+        words["yes" if original["gradient_checkpointing"] == "True" else "no"],
+        *(memory_cell(original, ours, moment) for moment in MOMENTS),
+        level[1] if level else ("checkpoints" if ours else ""),
+    ]  # fmt: skip
+
+
+def original_table(page_name, originals, loras, optimizers):
+    """All rows that the original published, by task and model, ours beside them."""
+    rows = sorted(originals, key=lambda row: (row["method"], row["model"]))
+    heading = ORIGINAL_HEADINGS[page_name]
+    lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
+    for row in rows:
+        cells = original_cells(row, ours_beside(row, loras, optimizers), WORDS[page_name])
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(["", *lines, "", ""])
+
+
+def original_table_of_files(page_name):
+    """The table from the files in benchmarks/."""
+    with open(ORIGINAL_ROWS, newline="") as file:
+        originals = list(csv.DictReader(file))
+    measured = rows_in(ROOT / "benchmarks/lora_memory.csv")
+    loras = [pair for model in ("2b", "5b") for pair in side_by_side(model, measured)]
+    return original_table(page_name, originals, loras, rows_in(ROOT / "benchmarks/optimizers.csv"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/speed.csv", help="rows of bench.py")
     args = parser.parse_args()
     for page_name in VERSIONS:
-        page = ROOT / page_name
-        text = page.read_text(encoding="utf-8")
-        page.write_text(filled(text, page_name, rows_in(args.csv), read_originals()), encoding="utf-8")
+        page = ROOT / "assets" / page_name
+        text = filled(page.read_text(encoding="utf-8"), page_name, rows_in(args.csv), read_originals())
+        text = between_markers(text, page_name, "original", original_table_of_files(page_name))
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

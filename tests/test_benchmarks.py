@@ -333,7 +333,7 @@ def test_capped_memory_is_refused_beyond_the_cap(tmp_path):
     assert 1 <= json.loads(result.stdout.splitlines()[-1])["reserved_gib"] <= 2
 
 
-# ---------------------------------------------------------------- tables of the READMEs
+# ---------------------------------------------------------------- tables of the pages
 
 
 def page(*contents):
@@ -345,7 +345,7 @@ def page(*contents):
     return "Before\n" + "Between\n".join(parts) + "After\n"
 
 
-def filled(rows, page_name="README.md", text=None):
+def filled(rows, page_name="measurements.md", text=None):
     rows = [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
     rows = [dict.fromkeys(step_time.FIELDS, "") | row for row in rows]
     return tables.filled(text or page(), page_name, rows, tables.read_originals())
@@ -392,15 +392,33 @@ def test_what_fits_under_a_cap_says_which_t5_and_card_and_its_own_time_where_it_
 
 def test_tables_have_the_same_figures_in_both_languages():
     rows = [speed_row("5b-stream+cap5.5"), speed_row("2b-speed")]
-    english, chinese = (filled(rows, name).split("---|\n") for name in ("README.md", "README_zh.md"))
+    english, chinese = (filled(rows, name).split("---|\n") for name in ("measurements.md", "measurements_zh.md"))
     assert len(english) == len(chinese) == 3
     for one, other in zip(english[1:], chinese[1:], strict=True):
         assert re.findall(r"[\d.]+", one.split("\n")[0]) == re.findall(r"[\d.]+", other.split("\n")[0])
 
 
 def test_a_page_without_markers_is_an_error():
-    with pytest.raises(ValueError, match="README.md: needs one <!-- speed table"):
+    with pytest.raises(ValueError, match="measurements.md: needs one <!-- speed table"):
         filled([], text="nothing\n")
+
+
+def test_rows_of_the_original_have_ours_beside_them_where_we_have_one():
+    adamw = {"method": "lora", "optimizer": "AdamW", "batch": "4", "model": "CogVideoX-5b", "lora_rank": "16"}
+    adamw |= {"gradient_checkpointing": "True"} | {f"memory_{moment}": "46.26" for moment in memory_rows.MOMENTS}
+    sft = adamw | {"method": "sft", "batch": "1", "lora_rank": "", "memory_before_validation": "OOM"}
+    zero = sft | {"optimizer": "DeepSpeed (AdamW + CPU/Parameter offloading)", "gradient_checkpointing": "False"}
+    figures = {f"{moment}_peak_reserved_gib": "13.04" for moment in memory_rows.MOMENTS}
+    loras = [(adamw, {"label": "5b lora adamw batch 4 rank 16 stream"} | figures)]
+    rows = [sft, zero, sft | {"batch": "4"}, adamw]
+    text = tables.original_table("measurements.md", rows, loras, [{"label": "5b sft deepspeed"} | figures])
+    lines = ["|".join(cell.strip() for cell in line.split("|")) for line in text.splitlines() if "| 5b" in line]
+    assert lines == [
+        "|5b|LoRA|AdamW|4|16|yes|" + "46.3 / 13.0|" * 4 + "stream|",
+        "|5b|SFT|AdamW|1||yes|46.3 /|OOM /|46.3 /|46.3 /||",
+        "|5b|SFT|DeepSpeed|1||no|46.3 / 13.0|OOM / 13.0|46.3 / 13.0|46.3 / 13.0|checkpoints|",
+        "|5b|SFT|AdamW|4||yes|46.3 /|OOM /|46.3 /|46.3 /||",
+    ]
 
 
 # ---------------------------------------------------------------- the original's memory

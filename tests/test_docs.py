@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import av
+import imageio_ffmpeg
 import pytest
 import torch
 
@@ -42,11 +43,19 @@ from test_shell import CONFIGS, ORIGINAL_SWEEP
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FLAGS_PAGE = ROOT / "assets/flags.md"
-ASSETS = [ROOT / f"assets/{name}.md" for name in ("dataset", "readers", "contribute")]
-TRANSLATED = [README, *ASSETS, ROOT / "tiny_model/README.md"]
-PAGES = [*TRANSLATED, FLAGS_PAGE]
+MOST_BYTES_OF_README = 14_000
+FIRST_SCREEN = 50  # lines of text, the commands among them
+
+
+def twin(page):
+    """The same page in Chinese."""
+    return page.with_name(f"{page.stem}_zh.md")
+
+
+ASSETS = sorted(page for page in (ROOT / "assets").glob("*.md") if not page.stem.endswith("_zh"))
+PAGES = [README, *ASSETS, ROOT / "tiny_model/README.md"]
 name_of = lambda page: "-".join(page.relative_to(ROOT).with_suffix("").parts)  # noqa: E731
-by_page = pytest.mark.parametrize("page", TRANSLATED, ids=name_of)
+by_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SCRIPT_KEYS = {name: key for key, name in SCRIPTS.items()}
 KIND_OF_MODEL = {
@@ -56,11 +65,6 @@ KIND_OF_MODEL = {
     "zai-org/CogVideoX1.5-5B": "1.5-5b",
     "zai-org/CogVideoX1.5-5B-I2V": "1.5-5b-i2v",
 }
-
-
-def twin(page):
-    """The same page in Chinese."""
-    return page.with_name(f"{page.stem}_zh.md")
 
 
 def read(page):
@@ -76,15 +80,22 @@ def code_blocks(language):
     """pytest parameters, one a block of the English pages, named after its first line."""
     return [
         pytest.param(match[2], id=f"{name_of(page)}-line{read(page).count(chr(10), 0, match.start()) + 2}")
-        for page in TRANSLATED
+        for page in PAGES
         for match in FENCE.finditer(read(page))
         if match[1] == language
     ]
 
 
-def section(heading):
-    """The text below `## heading`, up to the next one."""
-    return read(README).split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def page_named(name):
+    """README.md, or a page of assets/ by its name."""
+    return README if name == "README" else ROOT / f"assets/{name}.md"
+
+
+def table(page_name, *heading):
+    """The rows, heading first, of the one table of a page whose heading begins with these cells: no section is asked for."""
+    found = map(table_rows, re.findall(r"(?:^\|.*\n)+", prose(page_named(page_name)), re.M))
+    [rows] = [rows for rows in found if rows[0][: len(heading)] == list(heading)]
+    return rows
 
 
 def table_rows(text):
@@ -147,8 +158,20 @@ def check_command(settings, words, monkeypatch):
         if rest[0] == "bench":
             [rows] = [word.removeprefix("ROWS=") for word in rest if word.startswith("ROWS=")]
             bench.parse_args(rows.split())
+    elif program == "ffmpeg":
+        check_ffmpeg(rest)
     else:
         assert program in ("hf", "source")
+
+
+def check_ffmpeg(argv):
+    """Run it on a clip of 20 seconds: what it writes has frames."""
+    quiet = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    clip = argv[argv.index("-i") + 1]
+    subprocess.run([*quiet, "-f", "lavfi", "-i", "testsrc=duration=20:rate=8:size=64x64", clip], check=True)
+    subprocess.run([*quiet, *argv], check=True)
+    with av.open(argv[-1]) as written:
+        assert next(written.decode(video=0)).width == 64
 
 
 def check_wrapper(settings, words, monkeypatch):
@@ -337,7 +360,9 @@ def flags_of_other_scripts():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_named_in_the_text_exist(page):
-    parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
+    from accelerate.commands.launch import launch_command_parser
+
+    parsers = [launch_command_parser(), make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
     known = {flag for parser in parsers for flag in parser._option_string_actions} | flags_of_other_scripts()
     named = {flag for code in re.findall(r"`([^`]+)`", prose(page)) for flag in flags_in(code)}
     assert named
@@ -347,6 +372,7 @@ def test_flags_named_in_the_text_exist(page):
 def test_the_page_of_flags_is_in_step():
     make_flags = runpy.run_path(ROOT / "assets/make_flags.py")
     assert read(FLAGS_PAGE) == make_flags["flags_page"](), "run python assets/make_flags.py"
+    assert read(twin(FLAGS_PAGE)) == make_flags["in_chinese"](read(FLAGS_PAGE)), "run python assets/make_flags.py"
     listed = set(re.findall(r"^\| `(--\w+)`", read(FLAGS_PAGE), re.M))
     parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
     assert listed == {flag for parser in parsers for flag in parser._option_string_actions} - {"--help", "-h"}
@@ -364,18 +390,42 @@ def test_the_sweep_is_the_originals_flag_for_flag():
 
 
 def test_exit_codes_are_those_of_the_scripts():
-    shown = [cells[0] for cells in table_rows(section("Output, resume, exit codes")) if cells[0].isdigit()]
+    shown = [cells[0] for cells in table("running", "Exit code")[1:]]
     assert shown == re.findall(r"\d+", EPILOG)
+
+
+def values_of(words):
+    """{flag: its value, None without one} of a command."""
+    following = dict(zip(words, [*words[1:], "--"], strict=True))
+    return {word: None if next_.startswith("--") else next_ for word, next_ in following.items() if word[:2] == "--"}
+
+
+def test_every_flag_that_the_wrapper_gives_otherwise_than_the_original_is_listed(tmp_path):
+    settings = {"DATA_ROOT": str(tmp_path), "VALIDATION_PROMPT": "p", "LOAD_TENSORS": "false", "DRY_RUN": "1"}
+    env = {"PATH": os.defpath, **settings}
+    dry = subprocess.run([ROOT / LORA], env=env, capture_output=True, text=True, check=True)
+    [(_, words)] = commands_of(dry.stdout)
+    ours = values_of(words[words.index(str(ROOT / "training/cogvideox_text_to_video_lora.py")) :])
+    listed = {flag: cells for cells in table("from_the_original", "Setting")[1:] for flag in flags_in(cells[0])}
+    swept = {"--learning_rate", "--optimizer"}  # several values there
+    for flag in sorted(ours.keys() | ORIGINAL_SWEEP.keys()):
+        theirs = ORIGINAL_SWEEP.get(flag, "none")
+        if flag in swept or theirs not in (ours.get(flag, "empty"), ""):
+            _, original, here = listed[flag]
+            assert theirs is None or theirs in original
+            assert (ours.get(flag) or "") in here
+
+
+def files_in(text):
+    folders = "accelerate_configs|assets|benchmarks|tests|tiny_model|training"
+    return set(re.findall(rf"(?<![\w/.-])(?:(?:{folders})/[\w./-]*\w|\w+\.sh)", text))
 
 
 @by_page
 def test_files_named_in_the_text_exist(page):
-    folders = "accelerate_configs|assets|benchmarks|tests|tiny_model|training"
-    pattern = rf"(?<![\w/.-])(?:(?:{folders})/[\w./-]*\w|\w+\.sh)"
-    named = set(re.findall(pattern, read(page)))
-    assert named
     folders = [ROOT, ROOT / "training", ROOT / "tiny_model"]
-    assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
+    assert not [name for name in files_in(read(page)) if not any((folder / name).exists() for folder in folders)]
+    assert files_in("`benchmarks/no.csv` and no_such.sh") == {"benchmarks/no.csv", "no_such.sh"}
 
 
 def test_the_layout_names_every_module():
@@ -388,7 +438,7 @@ def test_the_layout_names_every_module():
 
 
 def test_the_wrapper_table_matches_the_wrappers():
-    rows = [cells for cells in table_rows(section("Train")) if cells[0].startswith("`train_")]
+    rows = table("training", "Wrapper")[1:]
     assert len(rows) == len(SCRIPTS)
     for wrapper, script, model in rows:
         text = read(ROOT / wrapper.strip("`"))
@@ -397,12 +447,12 @@ def test_the_wrapper_table_matches_the_wrappers():
 
 
 def test_the_table_of_configs_names_each():
-    rows = [cells[0].strip("`") for cells in table_rows(section("Train")) if cells[0].endswith(".yaml`")]
+    rows = [cells[0].strip("`") for cells in table("training", "`accelerate_configs/`")[1:]]
     assert sorted(rows) == [config.name for config in CONFIGS]
 
 
 def optimizer_rows():
-    header, *rows = table_rows(section("Optimizers"))
+    header, *rows = table("training", "Optimizer")
     return [dict(zip(header, cells, strict=True)) for cells in rows]
 
 
@@ -430,7 +480,7 @@ def test_the_measured_optimizers_are_those_of_the_csv():
         "`--use_cpu_offload_optimizer --offload_gradients`": "offload-gradients",
     }
     shown = {}
-    for task, optimizer, *figures in table_rows(section("Optimizers: memory and time"))[1:]:
+    for task, optimizer, *figures in table("measurements", "Task", "Optimizer")[1:]:
         shown[f"2b {task.lower()} {names[optimizer]}"] = re.findall(r"[\d.]+", " ".join(figures))
     assert shown == {label: figures_of(row) for label, row in measured.items() if label.startswith("2b ")}
 
@@ -443,11 +493,13 @@ def figures_of(row):
     return [f"{float(row['median_s']):.2f}", *(f"{gib:.1f}" for gib in memory), *(f"{loss:.4f}" for loss in losses)]
 
 
-@pytest.mark.parametrize("page", [README, twin(README)], ids=lambda page: page.stem)
-def test_the_tables_of_speed_are_those_of_the_csv(page):
+@pytest.mark.parametrize("name", tables.VERSIONS)
+def test_the_tables_of_measurements_are_those_of_the_csv_files(name):
+    text = read(ROOT / "assets" / name)
     rows = bench.rows_in(ROOT / "benchmarks/speed.csv")
-    written = tables.filled(read(page), page.name, rows, tables.read_originals())
-    assert read(page) == written, "run python benchmarks/tables.py"
+    written = tables.filled(text, name, rows, tables.read_originals())
+    written = tables.between_markers(written, name, "original", tables.original_table_of_files(name))
+    assert text == written, "run python benchmarks/tables.py"
 
 
 def last_rows(name):
@@ -455,10 +507,55 @@ def last_rows(name):
     return {row["label"]: row for row in bench.rows_in(ROOT / f"benchmarks/{name}.csv")}
 
 
+@pytest.mark.parametrize("page", [README, twin(README)], ids=lambda page: page.stem)
+def test_the_readme_is_short_and_begins_with_a_run_on_own_clips(page):
+    assert len(page.read_bytes()) <= MOST_BYTES_OF_README
+    [_, commands, *_] = FENCE.finditer(read(page))
+    assert read(page).count("\n", 0, commands.end()) < FIRST_SCREEN
+    run = ["make install", "prepare_dataset.sh", "train_text_to_video_lora.sh", "tests/test_lora_inference.py"]
+    assert [step for line in commands[2].splitlines() for step in run if step in line] == run
+
+
+def test_every_page_is_reached_from_the_readme():
+    for readme, pages in ((README, ASSETS), (twin(README), map(twin, ASSETS))):
+        links = set(re.findall(r"\]\((assets/[\w.]+)", read(readme)))
+        assert {page.relative_to(ROOT).as_posix() for page in pages} <= links
+
+
+def figures_in(text):
+    """(GiB of the GPU, GiB of host memory or None, seconds per step or None) of a cell of the README's table."""
+    gpu, host, seconds = (
+        re.search(pattern, text) for pattern in (r"^([\d.]+) GiB", r"(\d+) GiB of", r"([\d.]+) s/step")
+    )
+    return gpu[1], host and host[1], seconds and seconds[1]
+
+
+def test_the_memory_in_the_readme_is_that_of_the_csv_files():
+    speed, results, optimizers = last_rows("speed"), last_rows("results"), last_rows("optimizers")
+    rows = [
+        (speed["2b-balanced@fa4"], speed["5b-balanced@fa4"]),
+        (speed["2b-stream@fa4"], speed["5b-stream@fa4"]),
+        (speed["2b-stream+cap4+validated+xxl@cudnn"], speed["5b-stream+cap5.5+validated+xxl@cudnn"]),
+        (results["t2v-sft-2b"], results["i2v-sft-5b"]),
+        (optimizers["2b sft offload-gradients"], results["t2v-sft-5b-offload"]),
+    ]
+    shown = table("README", "49 frames of 480x720, batch 1")[1:]
+    for measured, cells in zip(rows, shown, strict=True):
+        for row, cell in zip(measured, cells[1:], strict=True):
+            gpu, host, seconds = figures_in(cell)
+            peak = row.get("memory_cap_gib") or row.get("reserved_gib") or row["before_validation_peak_reserved_gib"]
+            assert abs(float(gpu) - float(peak)) < 0.051
+            assert not host or abs(float(host) - float(row.get("host_gib") or row["host_peak_gib"])) < 0.51
+            assert not seconds or abs(float(seconds) - float(row["median_s"])) < 0.051
+
+
+GLANCE = "49 frames of 480x720, batch 1, bf16"
+
+
 def test_what_is_enough_says_which_t5_it_was_measured_with():
     """T5-XXL wherever a row has it; the host's memory is that row's."""
     rows = {label.partition("@")[0]: row for label, row in last_rows("speed").items()}
-    said = [" ".join(cells) for cells in table_rows(section("Requirements")) if "are enough" in cells[1]]
+    said = [" ".join(cells) for cells in table("measurements", GLANCE) if "are enough" in cells[1]]
     assert len(said) == 3
     for text in said:
         model, cap, host = re.search(r"CogVideoX-?(\S+?),? .*?([\d.]+) GiB are enough, (\d+) GiB", text).groups()
@@ -501,8 +598,7 @@ def test_the_wrappers_headers_show_what_was_measured_and_at_what(wrapper, file, 
 def test_the_changes_of_losses_and_gradients_are_those_of_the_csv():
     with open(ROOT / "benchmarks/exactness.csv", newline="") as file:
         measured = {row["row"]: row for row in csv.DictReader(file) if row["row"] != "reference"}
-    text = section("What was measured").split("\n### What it changes\n")[1].split("\n### ")[0]
-    shown = {cells[0].strip("`"): cells[1:] for cells in table_rows(text)[1:]}
+    shown = {cells[0].strip("`"): cells[1:] for cells in table("measurements", "row")[1:]}
     assert shown == {
         label: [f"{100 * float(row['largest_step_change']):.4f} %", f"{float(row['cosine_min']):.5f}"]
         for label, row in measured.items()
@@ -517,16 +613,16 @@ def test_every_lora_needs_less_memory_than_the_originals(row):
 
 
 def test_every_recipe_has_its_source():
-    header, *rows = table_rows(section("Recipes"))
+    header, *rows = table("recipes", "Goal")
     assert header[-1] == "Source"
     assert len(rows) > 5
     assert all("](https://" in cells[-1] for cells in rows)
 
 
 def test_every_checkpoint_has_its_licence_and_its_tests():
-    licensed = [cells[0] for cells in table_rows(section("Licences"))]
+    licensed = [cells[0] for cells in table("inference", "Checkpoint")]
     assert licensed == ["Checkpoint", *KIND_OF_MODEL]
-    compared = [cells[0] for cells in table_rows(section("What trains is what diffusers infers"))]
+    compared = [cells[0] for cells in table("measurements", "Checkpoint")]
     assert compared == ["Checkpoint", *(model.removeprefix("zai-org/") for model in KIND_OF_MODEL)]
 
 
@@ -538,7 +634,7 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *map(twin, TRANSLATED)], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *map(twin, PAGES)], ids=name_of)
 def test_links_within_the_repository_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https://)([^)]+)\)", prose(page)):
         name, _, anchor = target.partition("#")

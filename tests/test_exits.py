@@ -295,10 +295,10 @@ def test_a_preparation_of_two_ranks_that_is_refused_leaves_the_folder_alone(tiny
 
 def test_every_exit_code_is_documented():
     codes = {0, *(error.exit_code for error in [UserError, *UserError.__subclasses__()])}
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "assets/running.md").read_text()
     assert codes == {0, 2, 65, 70, 74, 75}
     for code in codes:
-        assert f" {code} " in EPILOG.replace(":", " ") and f"| {code} |" in readme
+        assert f" {code} " in EPILOG.replace(":", " ") and f"| {code} |" in page
 
 
 @pytest.mark.slow
