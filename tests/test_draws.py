@@ -5,10 +5,9 @@ from collections import Counter
 
 import pytest
 
-from test_structure import MODULES, calls, dotted, parse
+from test_structure import MODULES, TRAINING_SCRIPTS, calls, dotted, parse
 
 
-TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]
 # draw_seed and all that passes a name on to it; the dataset's own is a method
 DRAWS = {"draw_seed", "draw_generator", "draw_normal", "draw_uniform", "self.draw"}
 
