@@ -10,6 +10,7 @@ import engine
 from args import parse_training_args
 from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from test_scripts import run_ranks
+from update import TrainingState, update
 
 
 NUM_RANKS = 2
@@ -60,3 +61,17 @@ def test_warm_up_counts_updates_whatever_the_number_of_ranks(on_two_ranks):
         return seen
 
     assert on_two_ranks(rates) == [[0, 0.25, 0.5, 0.75, 1, 1]] * NUM_RANKS
+
+
+def test_an_update_is_the_clipped_mean_of_all_gradients(on_two_ranks):
+    """Clipped before, each rank's would count the same, however long; and a sum would be twice the mean."""
+
+    def step(rank):
+        weight = torch.nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        gradient = torch.tensor([[6.0, 0.0], [0.0, 8.0]][rank])
+        result = update((weight * gradient).sum(), TrainingState([weight], optimizer, schedule), True, 2.5)
+        return [float(result.grad_norm), *weight.tolist()]
+
+    assert on_two_ranks(step) == [pytest.approx([5.0, -1.5, -2.0])] * NUM_RANKS
