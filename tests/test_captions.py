@@ -99,6 +99,38 @@ def test_an_interrupted_runs_file_is_used_where_it_fits(tiny, tmp_path):
     assert ask(model_dir=tiny("2b"), dtype=torch.bfloat16) == 3
 
 
+@pytest.fixture
+def text_model(tmp_path):
+    """A folder with what the key looks at."""
+    for part in ("text_encoder", "tokenizer"):
+        (tmp_path / f"model/{part}").mkdir(parents=True)
+        (tmp_path / f"model/{part}/content").write_text("content")
+    return tmp_path / "model"
+
+
+def test_whatever_decides_the_embeddings_is_in_their_key(text_model, tmp_path):
+    prompts = ["a dog", "a cat"]
+
+    def key(*more, prompts=prompts, dtype=torch.float32, length=226):
+        return captions.key_from_args(flags(tmp_path, *more), text_model, prompts, dtype, length)
+
+    keys = {
+        "as it was": key(),
+        "the weights' variant": key("--variant", "fp16"),
+        "other texts": key(prompts=["a dog", "a bird"]),
+        "rows in another order": key(prompts=prompts[::-1]),
+        "dtype": key(dtype=torch.bfloat16),
+        "tokens": key(length=64),
+    }
+    for part in ("text_encoder", "tokenizer"):
+        (text_model / part / "content").write_text("other content")
+        keys[part] = key()
+    (text_model / "text_encoder/more").write_text("")
+    keys["another file"] = key()
+    assert len(set(keys.values())) == len(keys), keys
+    assert key("--rank", "8", "--seed", "3") == key()
+
+
 def encode_on_a_rank(rank, port, model_dir, out, results):
     os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

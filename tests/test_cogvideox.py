@@ -101,10 +101,10 @@ def test_image_noise_comes_before_the_vae(tiny):
 
 @pytest.mark.parametrize(("frames", "patch_size_t", "padded"), [(13, None, 13), (13, 2, 14), (14, 2, 14), (1, 2, 2)])
 def test_frames_are_padded_in_front(frames, patch_size_t, padded):
-    latents = torch.arange(frames, dtype=torch.float32).view(1, frames, 1, 1, 1)
+    latents = torch.arange(1.0, frames + 1).view(1, frames, 1, 1, 1)
     result = pad_frames(latents, patch_size_t).flatten().tolist()
     assert len(result) == padded
-    assert result == [0.0] * (padded - frames) + list(range(frames))
+    assert result == [1.0] * (padded - frames) + list(range(1, frames + 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """What image-to-video training does with the first frame, and what it leaves for inference to know."""
 
+import importlib
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import safe_open
 
-from cogvideox import check_buckets, encode_videos, load_vae, pixels_to_unit, read_config
+from cogvideox import check_buckets, encode_captions, encode_videos, load_vae, pixels_to_unit, read_config
 from decode import read_frames
 from errors import UsageError
 from test_parity import SIZES, clips, record_training  # noqa: F401
@@ -37,21 +38,20 @@ def test_the_image_sits_in_the_first_frame_alone(record):
     assert channels[:, 1:].abs().max() == 0
 
 
-def test_image_dropout_is_per_sample(record, monkeypatch):
-    import cogvideox_image_to_video_lora as module
+@pytest.mark.parametrize("script", ["image_to_video_lora", "image_to_video_sft"])
+def test_each_sample_draws_its_own_dropouts(script, record, tiny, monkeypatch):
+    """The image of the sample at position 0 is dropped, and the text of the one at position 1."""
+    dropped = {"image_dropout": 0, "text_dropout": 1}
 
-    asked = []
+    def one_of_two(seed, name, positions):
+        return torch.tensor([0.1 if position == dropped[name] else 0.9 for position in positions])
 
-    def first_of_two(seed, name, positions):
-        asked.append(name)
-        return torch.tensor([0.1, 0.9])
-
-    monkeypatch.setattr(module, "draw_uniform", first_of_two)
-    inputs, _ = record("5b-i2v", "--noised_image_dropout", "0.5", "--text_dropout", "0.05")
-    channels = first_frame_channels(inputs)
-    assert channels[0].abs().max() == 0
-    assert channels[1, 0].abs().max() > 0.1
-    assert sorted(asked) == ["image_dropout", "text_dropout"]  # two draws: independent of one another
+    monkeypatch.setattr(importlib.import_module(f"cogvideox_{script}"), "draw_uniform", one_of_two)
+    inputs, _ = record("5b-i2v", "--noised_image_dropout", "0.5", "--text_dropout", "0.5", script=script)
+    channels, texts = first_frame_channels(inputs), inputs["encoder_hidden_states"]
+    assert channels[0].abs().max() == 0 and channels[1, 0].abs().max() > 0.1
+    (empty,) = encode_captions(tiny("5b-i2v"), [""], torch.float32, torch.device("cpu"), texts.shape[1])
+    assert torch.equal(texts[1], empty) and not torch.equal(texts[0], empty)
 
 
 def test_raw_image_latents_are_the_vaes_own(record, tiny, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cogvideox import TEXT_TO_VIDEO_PIPELINE, load_transformer
 from errors import UsageError
-from lora import ADAPTER, add_lora, check_saved_lora, load_lora, save_lora
+from lora import ADAPTER, add_lora, check_saved_lora, load_lora, lora_layers, save_lora
 from lora_file import WEIGHTS_NAME, write_tensors
 
 
@@ -87,6 +87,13 @@ def test_the_adapter_leaves_a_fresh_model_unchanged(tiny):
     params = add_lora(transformer, 4, 4, seed=0)
     assert torch.equal(transformer(**inputs)[0], before)
     assert len(params) == 2 * 4 * 2  # blocks x (q, k, v, out) x (A, B)
+
+
+@pytest.mark.parametrize(("use_rslora", "strength"), [(False, 8 / 16), (True, 8 / 4)])
+def test_the_strength_is_alpha_over_rank_or_its_root(use_rslora, strength, tiny):
+    transformer = load_transformer(tiny("5b"), torch.float32)
+    add_lora(transformer, 16, 8, seed=0, use_rslora=use_rslora)
+    assert {layer.scaling[ADAPTER] for layer in lora_layers(transformer).values()} == {strength}
 
 
 def test_adapters_are_fp32_and_compute_in_the_models_dtype(tiny):

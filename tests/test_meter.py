@@ -159,6 +159,20 @@ def test_a_resumed_run_cuts_what_it_makes_again(tmp_path):
         assert path.read_text() == ""
 
 
+def test_events_of_cut_updates_are_cut_with_them(tmp_path):
+    """A resumed run validates and starts again; what came before its checkpoint stays."""
+    path = tmp_path / "metrics.jsonl"
+    with make_meter(path) as meter:
+        meter.write_event(0, "validation")
+        for step in (1, 2, 3):
+            log_steps(meter, step, step)
+            meter.write_event(step, "validation")
+    with make_meter(path, first_step=2):
+        assert [(row["step"], row.get("event")) for row in rows_of(path)] == [
+            (0, "validation"), (1, None), (1, "validation"), (2, None), (2, "validation"),
+        ]  # fmt: skip
+
+
 def test_the_start_is_told_by_part_after_the_first_update(tmp_path, caplog):
     path, start = tmp_path / "metrics.jsonl", Start()
     assert 0 < time.time() - start.since < 24 * 3600  # from when the process, or its launcher, was started

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import sys
 from typing import NamedTuple
 
@@ -250,6 +251,41 @@ def test_a_warm_up_as_long_as_the_run_is_no_error(scheduler, warmup):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([1e-3 * step / warmup for step in range(4)])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "share"),
+    [
+        ("cosine_with_restarts", lambda done: (1 + math.cos(math.pi * (3 * done % 1))) / 2),
+        ("polynomial", lambda done: (1 - done) ** 2),
+    ],
+)
+def test_cycles_and_power_are_the_flags(scheduler, share):
+    args = parse("adamw")
+    args = type(args)(**vars(args) | {"lr_scheduler": scheduler, "lr_num_cycles": 3, "lr_power": 2.0})
+    optimizer = make_optimizer_from_args(args, [torch.nn.Parameter(torch.zeros(2))], 1.0)
+    schedule = make_lr_scheduler_from_args(args, optimizer, 8)
+    for step in range(8):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(share(step / 8), abs=1e-6)
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_numbers_of_the_flags_reach_every_optimizer():
+    given = {"beta1": 0.8, "beta2": 0.93, "epsilon": 1e-5, "weight_decay": 0.07}
+    wrong = []
+    for row in ROWS:
+        args = parse(row)
+        args = type(args)(**vars(args) | given)
+        optimizer = make_optimizer_from_args(args, [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(2)], 0.5)
+        (group,) = optimizer.param_groups
+        found = {"lr": float(group["lr"]), "betas": tuple(group["betas"])[:2], "decay": float(group["weight_decay"])}
+        # bitsandbytes' Adam is given none: a hook adds it to the gradient
+        expected = {"lr": 0.5, "betas": (0.8, 0.93), "decay": 0.0 if row == "bnb_adam8" else 0.07}
+        if row != "came":  # whose two are the paper's
+            found, expected = found | {"eps": group["eps"]}, expected | {"eps": 1e-5}
+        wrong += [(row, found)] if found != expected else []
+    assert not wrong
 
 
 def test_adam_adds_its_decay_to_the_gradient_also_in_8_bits():

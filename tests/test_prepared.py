@@ -16,7 +16,7 @@ from cache import recorded_key
 from dataset import VideoDataset
 from formats import draw_places
 from make_fixtures import PREPARED, prepare_argv
-from prepared import SUFFIXES, Key
+from prepared import SUFFIXES, Key, pixels_key
 from test_fixtures import old  # noqa: F401
 from test_prepare import (  # noqa: F401
     CAPTIONS,
@@ -106,6 +106,17 @@ def test_of_variants_only_the_one_that_loads_counts(prepare, own_model, name, fo
     assert rewritten(out, before) == set()
     prepare(*LATENTS, "--variant", "fp16", model=own_model)
     assert folder in folders(rewritten(out, before)) and (own_model / f"{name}.safetensors").read_bytes() == whole
+
+
+def test_keys_of_pixels_tell_every_value_apart():
+    """Also those that follow from a file's name today."""
+    earlier = {"source": "1", "bucket": [5, 32, 48], "fps": 8, "reshape": None, "flip": None, "seed": 42}
+    changes = {"source": "2", "bucket": [9, 32, 48], "fps": 16, "reshape": "random", "flip": 0.5, "seed": 1}
+    keys = [pixels_key(earlier | {name: value}, "a.mp4/0/0", "pyav") for name, value in changes.items()]
+    keys += [
+        pixels_key(earlier, *rest) for rest in (("a.mp4/0/0", "pyav"), ("a.mp4/0/1", "pyav"), ("a.mp4/0/0", "decord"))
+    ]
+    assert all(key not in keys[:index] for index, key in enumerate(keys))
 
 
 def test_the_decoder_counts(prepare, data, write_clip):

@@ -1,9 +1,9 @@
 """What a data or checkpoint folder of a stranger can do here: nothing. No code of it runs, nothing outside of it is read."""
 
 import argparse
-import ast
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -21,28 +21,6 @@ from formats import read_clips
 from headers import probe
 from test_atomic_save import FolderEngine, flags
 from test_checkpointing import FACTS, MAIN, make_run
-from test_structure import MODULES, calls, code_from_text, dotted, is_true, keyword, parse, unsafe_loads
-
-
-# ---------------------------------------------------------------- the source
-
-
-def other_ways_to_run_data(tree: ast.Module) -> list[int]:
-    """Loaders of other libraries that build objects, and model code taken from the hub."""
-    forbidden = {"yaml.load", "yaml.unsafe_load", "joblib.load", "pandas.read_pickle", "torch.hub.load", "os.execv"}
-    lines = [call.lineno for call in calls(tree) if dotted(call.func) in forbidden]
-    return lines + [call.lineno for call in calls(tree) if is_true(keyword(call, "trust_remote_code"))]
-
-
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("rule", [unsafe_loads, code_from_text, other_ways_to_run_data])
-def test_no_text_or_file_becomes_code(rule, module):
-    assert rule(parse(module)) == [], rule.__doc__
-
-
-@pytest.mark.parametrize("source", ["yaml.load(text)", "f(trust_remote_code=True)", "torch.hub.load(name)"])
-def test_the_rule_finds_what_it_forbids(source):
-    assert other_ways_to_run_data(ast.parse(source))
 
 
 # ---------------------------------------------------------------- booby traps
@@ -174,15 +152,27 @@ def test_links_within_the_folder_and_to_the_folder_are_fine(outside, tmp_path):
             assert read_clips(*listed(start, source))[0].video.samefile(root / "videos/inside.mp4")
 
 
-@pytest.mark.parametrize("allow", [False, True])
-@pytest.mark.parametrize(
-    "source",
-    ["http://host/a.mp4", "https://host/a.mp4", "file:///etc/passwd", "file:a.mp4", "concat:a.mp4|b.mp4", "pipe:0",
-     "rtsp://host/a", "data:video/mp4;base64,AA", "subfile,,start,0,end,9,,:a.mp4", "cache:a.mp4", "fd:0"],
-)  # fmt: skip
-def test_addresses_and_protocols_are_never_read(source, allow, outside, tmp_path):
-    with pytest.raises(DataError):
-        read_clips(*listed(tmp_path / "root", source), allow_outside=allow)
+def is_refused(read, *given, match="", **options) -> bool:
+    """True if `read` calls it bad data, in words that `match`."""
+    try:
+        read(*given, **options)
+    except DataError as error:
+        return re.search(match, str(error)) is not None
+    return False
+
+
+ADDRESSES = [
+    "http://host/a.mp4", "https://host/a.mp4", "file:///etc/passwd", "file:a.mp4", "concat:a.mp4|b.mp4", "pipe:0",
+    "rtsp://host/a", "data:video/mp4;base64,AA", "subfile,,start,0,end,9,,:a.mp4", "cache:a.mp4", "fd:0",
+]  # fmt: skip
+
+
+def test_addresses_and_protocols_are_never_read(outside, tmp_path):
+    root = tmp_path / "root"
+    for allow in (False, True):
+        assert [
+            source for source in ADDRESSES if not is_refused(read_clips, *listed(root, source), allow_outside=allow)
+        ] == []
 
 
 PLAYLISTS = {
@@ -195,14 +185,15 @@ PLAYLISTS = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "m3u8", "txt", "sdp", "mpd", "mkv"])
-@pytest.mark.parametrize("kind", PLAYLISTS)
-def test_a_list_of_other_files_is_no_video_whatever_it_calls_itself(kind, suffix, outside, tmp_path):
-    path = tmp_path / f"root/list.{suffix}"
-    path.write_text(PLAYLISTS[kind].format(name=outside))
-    for read in (probe, lambda path: read_frames(path, [0.0])):
-        with pytest.raises(DataError, match=f"list.{suffix}"):
-            read(path)
+def test_a_list_of_other_files_is_no_video_whatever_it_calls_itself(outside, tmp_path):
+    readers = (probe, lambda path: read_frames(path, [0.0]))
+    accepted = []
+    for suffix in ("mp4", "m3u8", "txt", "sdp", "mpd", "mkv"):
+        path = tmp_path / f"root/list.{suffix}"
+        for kind, text in PLAYLISTS.items():
+            path.write_text(text.format(name=outside))
+            accepted += [(kind, suffix) for read in readers if not is_refused(read, path, match=f"list.{suffix}")]
+    assert accepted == []
 
 
 def test_a_name_that_is_a_pattern_opens_no_other_file(tmp_path):

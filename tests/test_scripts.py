@@ -307,7 +307,7 @@ def test_accumulation_equals_a_larger_batch(train):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(script, module, command, train, tmp_path):
-    flags = [*COARSE_ADAM, "--text_dropout", "0.5"]
+    flags = [*COARSE_ADAM, "--text_dropout", "0.5", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "2"]
     argv = command("two", *flags, "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
     assert run_ranks(lambda: module.main(parse_training_args(script.key, argv)), 2) == [0, 0]
     one = train("one", *flags, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")

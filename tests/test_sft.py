@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from args import parse_training_args
 from cogvideox import load_transformer
-from engine import check_sft_fits_from_args
+from engine import build_sft_engine_from_args, check_sft_fits_from_args
 from errors import UsageError
 from masters import HostMasters, Masters
 from sft import check_saved_transformer, load_weights, save_transformer, save_weights
@@ -103,12 +103,23 @@ def test_copies_are_the_rounded_masters(add_masters):
     assert all(torch.equal(a, b.float()) for a, b in zip(masters.params, model.parameters(), strict=True))
 
 
-def test_masters_on_the_host_start_from_fp32_and_the_model_moves_on():
+def test_masters_on_the_host_leave_a_model_in_the_compute_dtype():
     model = small_model(torch.float32)
-    stored = [param.detach().clone() for param in model.parameters()]
-    masters = host_masters(model)
-    assert all(torch.equal(a, b) for a, b in zip(masters.params, stored, strict=True))
+    host_masters(model)
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("more", [[], ["--use_cpu_offload_optimizer"]], ids=["device", "host"])
+def test_the_stored_weights_are_trained_not_their_rounding(more, tiny):
+    argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o", *more]
+    args, transformer = parse_training_args("t2v_sft", argv), load_transformer(tiny("5b"), torch.float32)
+    with torch.no_grad():
+        for param in transformer.parameters():
+            param *= 1.001  # no bf16 numbers any more
+    stored = [param.detach().clone() for param in transformer.parameters()]
+    engine = build_sft_engine_from_args(args, None, transformer, (1, 8, 2, 32), torch.bfloat16, torch.float32, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(engine.params, stored, strict=True))
+    assert {param.dtype for param in transformer.parameters()} == {torch.bfloat16}
 
 
 @pytest.fixture(params=["device", "host"])

@@ -90,10 +90,12 @@ def five_updates(optimizer_class, bad, device, on_device, monkeypatch):
             results.append(update(loss * (math.nan if step in bad else 1), state, True, 2.0))
     assert [bool(result.skipped) for result in results] == [step in bad for step in range(1, 6)]
     assert all(torch.is_tensor(value) is on_device for made in results for value in (made.skipped, made.grad_norm))
+    rates = [result.lr for result in results]
+    assert rates == pytest.approx([0.1 / step for step in range(1, 6)])  # a skipped update has had its rate
     norms = [float(result.grad_norm) for result in results if not result.skipped]
     states = {name: value.tolist() for name, value in optimizer.state[weight].items()}
     assert states["step"] == 5 - len(bad)
-    return [result.lr for result in results], norms, weight.tolist(), states
+    return rates, norms, weight.tolist(), states
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.AdamW])

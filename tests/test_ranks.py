@@ -1,0 +1,77 @@
+"""What several ranks must agree on, in two processes on the CPU."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed
+
+import engine
+from args import parse_training_args
+from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
+from test_scripts import run_ranks
+from update import TrainingState, update
+
+
+NUM_RANKS = 2
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path):
+    """`function(rank)` on each of two ranks that have met; what each returned, through JSON."""
+
+    def run(function):
+        def main():
+            torch.distributed.init_process_group("gloo")
+            rank = torch.distributed.get_rank()
+            (tmp_path / str(rank)).write_text(json.dumps(function(rank)))
+            torch.distributed.destroy_process_group()
+
+        assert run_ranks(main, NUM_RANKS) == [0] * NUM_RANKS
+        return [json.loads((tmp_path / str(rank)).read_text()) for rank in range(NUM_RANKS)]
+
+    return run
+
+
+def flags(*more):
+    return parse_training_args(
+        "t2v_lora", ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o", *more]
+    )
+
+
+def test_all_ranks_compute_attention_by_the_kernel_of_the_first(on_two_ranks, monkeypatch):
+    """Each would else take the one that was faster in its own trial, and results would depend on that."""
+
+    def pick(rank):
+        monkeypatch.setattr(engine, "pick_attention", lambda *given: f"the choice of rank {rank}")
+        return engine.pick_attention_from_args(flags(), (1, 8, 2, 32), torch.float32, torch.device("cpu"))
+
+    assert on_two_ranks(pick) == ["the choice of rank 0"] * NUM_RANKS
+
+
+def test_warm_up_counts_updates_whatever_the_number_of_ranks(on_two_ranks):
+    def rates(rank):
+        args = flags("--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "4", "--max_train_steps", "6")
+        optimizer = make_optimizer_from_args(args, [torch.nn.Parameter(torch.zeros(2))], 1.0)
+        schedule, seen = make_lr_scheduler_from_args(args, optimizer, 6), []
+        for _ in range(6):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return seen
+
+    assert on_two_ranks(rates) == [[0, 0.25, 0.5, 0.75, 1, 1]] * NUM_RANKS
+
+
+def test_an_update_is_the_clipped_mean_of_all_gradients(on_two_ranks):
+    """Clipped before, each rank's would count the same, however long; and a sum would be twice the mean."""
+
+    def step(rank):
+        weight = torch.nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        gradient = torch.tensor([[6.0, 0.0], [0.0, 8.0]][rank])
+        result = update((weight * gradient).sum(), TrainingState([weight], optimizer, schedule), True, 2.5)
+        return [float(result.grad_norm), *weight.tolist()]
+
+    assert on_two_ranks(step) == [pytest.approx([5.0, -1.5, -2.0])] * NUM_RANKS
