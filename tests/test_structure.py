@@ -18,6 +18,7 @@ MODULES = sorted(path.stem for path in (ROOT / "training").glob("*.py"))
 PURE = {
     "args",
     "buckets",
+    "console",
     "draws",
     "durable",
     "errors",
@@ -30,11 +31,11 @@ PURE = {
 }
 DATA_ROOMS = {"formats", "containers", "picture", "headers", "decode", "cache", "prepared", "report"}
 ROOMS = {
-    "dataset": DATA_ROOMS, "decode": {"picture", "headers"}, "headers": {"picture", "containers"}, "picture": {"containers"}, "attention_trial": {"attention"}, "cogvideox": {"streaming"},
+    "dataset": DATA_ROOMS, "decode": {"picture", "headers"}, "headers": {"picture", "containers"}, "picture": {"containers"}, "attention_trial": {"attention"}, "cogvideox": {"bars", "streaming"},
     "lora": {"lora_file"}, "prepared": {"cache"},
 }  # fmt: skip
 PARTS = DATA_ROOMS | {
-    "dataset", "cogvideox", "objective", "lora", "lora_file", "sft", "optimizers", "curves",
+    "bars", "dataset", "cogvideox", "objective", "lora", "lora_file", "sft", "optimizers", "curves",
     "memory", "attention", "attention_trial", "streaming", "quantization", "norm_rope", "masters", "zero", "allocator",
 }  # fmt: skip
 SERVICES = {

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+import console
 from errors import StorageError, print_to_pipe
 
 
@@ -275,8 +276,8 @@ def named_value(argv: list[str], flag: str) -> str | None:
         return None
 
 
-# A token is written nowhere, and --config only stands for the flags of another run
-NOT_RECORDED = ("hub_token", "config", "given")
+# A token is written nowhere, --config only stands for the flags of another run, --verbose changes nothing in one
+NOT_RECORDED = ("hub_token", "config", "given", "verbose")
 
 
 def recorded_flags(args: argparse.Namespace) -> dict:
@@ -305,6 +306,7 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     if argv is None:
         hide_token(sys.argv)
         hide_token(sys.orig_argv)
+        console.set_up(args.verbose)
     refuse_meaningless(parser, args, script)
     check_ranges(parser, args, TRAINING_RANGES)
     if args.lr_scheduler not in LR_SCHEDULERS:
@@ -344,6 +346,8 @@ def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of prepare_dataset.py, checked; a mistake exits with code 2."""
     parser = make_prepare_parser()
     args = parser.parse_flags(argv)
+    if argv is None:
+        console.set_up(args.verbose)
     check_ranges(parser, args, PREPARE_RANGES)
     check_reshape_mode(parser, args)
     check_buckets(parser, args)
@@ -1184,6 +1188,13 @@ def add_other_training_flags(parser: FlagParser):
         default=600,
         help="how long processes wait for one another before the run is given up",
     )
+    add_verbose_flag(group)
+
+
+def add_verbose_flag(group):
+    group.add_argument(
+        "--verbose", action="store_true", help="show what the libraries say too: their logs, warnings and bars"
+    )
 
 
 # ---------------------------------------------------------------- flags of prepare_dataset.py
@@ -1305,3 +1316,4 @@ def add_prepare_other_flags(parser: FlagParser):
         action="store_true",
         help="remove files in the output folder's own subfolders that prepare_dataset.py wrote and no row names any more",
     )
+    add_verbose_flag(group)
