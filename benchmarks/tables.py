@@ -9,11 +9,15 @@ GPU, which leaves them without a time in the file: theirs is that of the same mo
 card, else their own. Where a table would have no row, nothing stands between its markers.
 """
 
-import argparse
 import csv
 import re
+import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
 from bench import LEVELS, MODELS, parse_row, rows_in
 from step_time import ROOT
 
@@ -169,7 +173,7 @@ def read_originals():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/speed.csv", help="rows of bench.py")
     args = parser.parse_args()
     for page_name in VERSIONS:

@@ -311,8 +311,8 @@ def flags_read(tree: ast.Module) -> set[str]:
     return {node.attr for node in attributes if ast.unparse(node.value) == "args"}
 
 
-# By args.py itself, which takes over another run's flags; by getattr, in validation.sample_size_from_args
-READ_OTHERWISE = {"config", "height", "width"}
+# By args.py itself, which takes over another run's flags and sets up the console; by getattr, in validation.sample_size_from_args
+READ_OTHERWISE = {"config", "height", "verbose", "width"}
 
 
 @pytest.mark.parametrize("make_parser", ["make_training_parser", "make_prepare_parser"])

@@ -157,7 +157,10 @@ def beside_bars() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, for small tools: a mistake is one line, not a block of usage before it."""
+    """Of a small tool, whose docstring is its description: a mistake is one line, with no block of usage before it."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n")
