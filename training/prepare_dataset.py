@@ -99,10 +99,11 @@ def main(args) -> None:
     config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
         check_device_from_args(args, num_parameters(config), device)
-    fps = target_fps_from_args(args, default_fps(config))
+    fps = args.target_fps if "target_fps" in args.given else default_fps(config)
 
     # ---------------------------------------------------------------- clips, read and hashed by one for all
     videos = on_main_process(ranks, lambda: build_videos_from_args(args, fps))
+    tell_fps_from_args(args, default_fps(config))
     # Gigabytes, for data that is there
     model_dir = resolve_model_dir(args.model_id, components_from_args(args), *source)
     plan, empty, kept, problems = on_main_process(ranks, lambda: plan_from_args(args, output_dir, model_dir, videos))
@@ -176,17 +177,15 @@ def remove_unfinished(output_dir: Path) -> None:
         left.unlink()
 
 
-def target_fps_from_args(args, checkpoint_fps: int) -> int:
-    """--target_fps where given, else the rate that the checkpoint was made for."""
+def tell_fps_from_args(args, checkpoint_fps: int) -> None:
+    """At which rate clips are sampled: that of --target_fps, else the one that the checkpoint was made for."""
     if "target_fps" not in args.given:
         logger.info(
             "clips are sampled at %d frames per second (this checkpoint's rate; --target_fps changes it)",
             checkpoint_fps,
         )
-        return checkpoint_fps
-    if args.target_fps != checkpoint_fps:
+    elif args.target_fps != checkpoint_fps:
         logger.warning("--target_fps %d: this checkpoint was made for %d", args.target_fps, checkpoint_fps)
-    return args.target_fps
 
 
 def components_from_args(args) -> list[str]:
