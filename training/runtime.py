@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
-from console import beside_bars, log_to_stderr, tell_kept
+from console import beside_bars, log_to_stderr, prints_kept, tell_kept
 from dataset import BucketSampler, make_loader
 from durable import free_bytes, keep, take_back
 from errors import ERROR_LOG, MemoryFullError, StorageError, UsageError, UserError, first_line
@@ -115,7 +115,8 @@ def init_accelerator_from_args(args) -> Accelerator:
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     cpu = not torch.cuda.is_available() and not uses_deepspeed()  # accelerate would leave DeepSpeed out
     options = tracking_options_from_args(args)
-    accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
+    with prints_kept():  # DeepSpeed's, which builds an operator here
+        accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
     agree_on_run()
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.ERROR)
