@@ -85,7 +85,7 @@ def test_pythons_warnings_are_kept_back(quiet, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         logging.captureWarnings(False)
-        logging.captureWarnings(True)  # pytest has its own recorder in place
+        console.set_up()  # again: pytest has a recorder of its own in place
         warnings.warn("context_fn is passed", FutureWarning, stacklevel=1)
     assert capsys.readouterr().err == "" and "context_fn is passed" in "\n".join(console.KEPT.lines)
 
@@ -95,7 +95,7 @@ def test_a_driver_that_cannot_be_used_is_told(quiet, caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         logging.captureWarnings(False)
-        logging.captureWarnings(True)
+        console.set_up()
         warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", UserWarning, stacklevel=1)
     assert "driver on your system is too old" in caplog.text and not console.KEPT.lines
 
