@@ -4,18 +4,18 @@
 python assets/plot_loss.py outputs/RUN/metrics.jsonl [outputs/OTHER/metrics.jsonl ...] loss.png
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
+import console
 from curves import WINDOW, draw_losses
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the loss of one or several runs.")
+    parser = console.Parser(description=__doc__)
     parser.add_argument("metrics", nargs="+", type=Path, metavar="metrics.jsonl", help="one line per update")
     parser.add_argument("figure", type=Path, metavar="loss.png", help="file to write; its suffix says the format")
     parser.add_argument("--window", type=int, default=WINDOW, metavar="UPDATES", help="length of the running mean")

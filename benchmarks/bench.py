@@ -10,7 +10,6 @@ Rows that the CSV has for this card are left out. A row that fails is named, wit
 in the CSV; the others go on, and the exit code is 1.
 """
 
-import argparse
 import csv
 import json
 import re
@@ -20,6 +19,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
 from flops import step_flops
 from step_time import ROOT, append_row, check_csv
 
@@ -238,7 +241,7 @@ def said(measured):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("rows", nargs="+", metavar="ROW", help="such as 5b-balanced+fp8")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/speed.csv", help="file to go on with")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/bench", help="folder of models, data and logs")

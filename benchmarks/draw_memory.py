@@ -7,9 +7,13 @@ Bars are GiB reserved of benchmarks/original_memory.csv and of benchmarks/lora_m
 fills; a row that the second file has not yet is left out, a model without any has no figure.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
 from bench import rows_in
 from memory_rows import MOMENTS, ORIGINAL_OPTIMIZERS, side_by_side
 from step_time import ROOT
@@ -101,7 +105,7 @@ def draw(model, pairs, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/lora_memory.csv", help="rows of memory_rows.py")
     parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the figures")
     args = parser.parse_args()

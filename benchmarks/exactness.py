@@ -21,10 +21,16 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
+
+
+if __name__ == "__main__":
+    console.set_up()  # before the libraries are imported
+
+import torch
 
 import cogvideox_image_to_video_lora
 import cogvideox_text_to_video_lora
@@ -184,7 +190,7 @@ def rows_of(args):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("model", help="folder of a pipeline, released or random")
     parser.add_argument("--data", required=True, help="prepared folder; its clips are taken in turn")
     parser.add_argument("--num_samples", type=int, default=8, help="(default: %(default)s)")

@@ -16,7 +16,6 @@ tiny, since prompts are encoded before the transformer is loaded. Rows that the 
 several calls may fill it. A row that fails is named and not in the file; the others go on, and the exit code is 1.
 """
 
-import argparse
 import csv
 import json
 import shutil
@@ -28,6 +27,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
 from bench import RowError, card_name, rows_in, run_logged
 from step_time import ROOT, append_row, check_csv, package_versions, shown
 
@@ -212,7 +215,7 @@ def measure(args, row, card):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("csv", type=Path, help="file to write or to go on with")
     parser.add_argument("--model", required=True, help="pipeline folder")
     parser.add_argument("--data", required=True, help="prepared data")

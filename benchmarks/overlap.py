@@ -9,11 +9,14 @@ done by then. The share is that of an update, from one optimizer step to the nex
 update.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
 from step_time import GIB, ROOT, append_row, check_csv, package_versions, parse_before_script, run_script, shown
 
 
@@ -92,10 +95,7 @@ def said(row):
 
 
 def parse_args(argv):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [--warmup N] [--csv FILE] -- script.py ...", formatter_class=formatter
-    )
+    parser = console.Parser(description=__doc__, usage="%(prog)s [--warmup N] [--csv FILE] -- script.py ...")
     parser.add_argument("--warmup", type=int, default=5, help="first updates left out (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="file to append a row to")
     args = parse_before_script(parser, argv)

@@ -6,13 +6,17 @@
 The layout is what prepare_dataset.py --save_latents_and_embeddings writes; train on it with --load_tensors.
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import torch
 from safetensors.torch import save_file
 
+import console
 from flops import latent_size
 
 
@@ -60,7 +64,7 @@ def write_dataset(out, num_clips, frames, height, width, text_shape=(226, 4096),
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--num_clips", type=int, default=8, help="clips (default: %(default)s)")
     parser.add_argument(

@@ -6,9 +6,17 @@
 Both depend on shapes and dtypes alone. With --load_tensors neither text encoder nor VAE is used: make those tiny.
 """
 
-import argparse
 import sys
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
+
+
+if __name__ == "__main__":
+    console.set_up()  # before the libraries are imported
 
 import torch
 import transformers
@@ -45,7 +53,7 @@ def real_sizes(kind, text_encoder="xxl", vae="full"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--kind", choices=KINDS, required=True, help="checkpoint to imitate")
     parser.add_argument("--text_encoder", choices=("tiny", "xxl"), default="xxl", help="xxl: 9 GiB on disk")

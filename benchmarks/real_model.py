@@ -22,11 +22,19 @@ import sys
 import time
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
+
+
+if __name__ == "__main__":
+    console.set_up()  # before the libraries are imported
+
 import numpy as np
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets" / "tests"))
 
@@ -215,7 +223,7 @@ def report(args, size, dtype: str, inputs: dict[str, float], numbers: dict[str, 
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="hub id or folder")
     parser.add_argument("--out", type=Path, default=Path("outputs/real"), help="folder to write, which must not exist")
     parser.add_argument("--steps", type=int, default=200)

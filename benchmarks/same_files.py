@@ -8,7 +8,6 @@ weights; clips of two lengths take turns, two to an update, with torch's determi
 has is not made again, so that several calls may fill it. The exit code is 1 unless every model has one hash.
 """
 
-import argparse
 import csv
 import hashlib
 import itertools
@@ -17,6 +16,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
 from bench import MODELS, RowError, card_name, make_once, parse_row, run_logged, script_of
 from step_time import ROOT, append_row, check_csv, package_versions, shown
 
@@ -97,7 +100,7 @@ def report(rows, wanted):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("models", nargs="+", choices=MODELS, metavar="MODEL", help="such as 5b")
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="of --memory")
     parser.add_argument("--times", type=int, default=3, help="runs at each level (default: %(default)s)")

@@ -9,7 +9,6 @@ those of the whole process, loading included; without a GPU they are 0. Host mem
 included. The exit code is the script's own. benchmarks/bench.py measures many rows by it.
 """
 
-import argparse
 import csv
 import importlib.metadata
 import json
@@ -24,6 +23,10 @@ import traceback
 import weakref
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
 from flops import peak_tflops
 
 
@@ -210,10 +213,7 @@ def parse_before_script(parser, argv):
 
 
 def parse_args(argv):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage="%(prog)s [flags] -- script.py ...", formatter_class=formatter
-    )
+    parser = console.Parser(description=__doc__, usage="%(prog)s [flags] -- script.py ...")
     parser.add_argument("--warmup", type=int, default=3, help="first steps left out (default: %(default)s)")
     parser.add_argument("--csv", type=Path, help="append a row to this file")
     parser.add_argument("--label", default="", help="name of the row")

@@ -10,11 +10,15 @@ GPU, which leaves them without a time in the file: theirs is that of the same mo
 card, else their own. Where a table would have no row, nothing stands between its markers.
 """
 
-import argparse
 import csv
 import re
+import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
 from bench import LEVELS, MODELS, parse_row, rows_in
 from memory_rows import MOMENTS, ORIGINAL_OPTIMIZERS, ORIGINAL_ROWS, side_by_side
 from step_time import ROOT
@@ -235,7 +239,7 @@ def original_table_of_files(page_name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/speed.csv", help="rows of bench.py")
     args = parser.parse_args()
     for page_name in VERSIONS:

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import bars
 import cache
 import decode
 import prepare_dataset
@@ -848,18 +849,18 @@ def test_the_text_encoder_is_gone_before_the_vae_comes(prepare, monkeypatch):
 
 
 def test_progress_counts_clips_and_captions(five_clips, tiny, tmp_path, monkeypatch):
-    bars = {}
+    counts = {}
 
-    class Recorded(prepare_dataset.tqdm):
+    class Recorded(bars.LogLines):
         def close(self):
-            bars[self.desc] = (self.n, self.total)
+            counts[self.desc] = (self.n, self.total)
             super().close()
 
-    monkeypatch.setattr(prepare_dataset, "tqdm", Recorded)
+    monkeypatch.setattr(bars, "LogLines", Recorded)
     with pytest.raises(DataError):
         prepare_dataset.main(parse_prepare_args(arguments(tiny("5b"), five_clips, tmp_path / "out", *LATENTS)))
     # Two of five clips are out by their headers; one of three cannot be decoded. A caption and the empty prompt each.
-    assert bars["clips"] == (3, 3) and bars["captions"] == (4, 4)
+    assert counts["clips"] == (3, 3) and counts["captions"] == (4, 4)
 
 
 # ---------------------------------------------------------------- processes

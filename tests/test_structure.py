@@ -20,6 +20,7 @@ MODULES = sorted(path.stem for path in (ROOT / "training").glob("*.py"))
 PURE = {
     "args",
     "buckets",
+    "console",
     "draws",
     "durable",
     "errors",
@@ -32,11 +33,11 @@ PURE = {
 }
 DATA_ROOMS = {"formats", "containers", "picture", "headers", "decode", "cache", "prepared", "report"}
 ROOMS = {
-    "dataset": DATA_ROOMS, "decode": {"picture", "headers"}, "headers": {"picture", "containers"}, "picture": {"containers"}, "attention_trial": {"attention"}, "cogvideox": {"streaming"},
+    "dataset": DATA_ROOMS, "decode": {"picture", "headers"}, "headers": {"picture", "containers"}, "picture": {"containers"}, "attention_trial": {"attention"}, "cogvideox": {"bars", "streaming"},
     "lora": {"lora_file"}, "prepared": {"cache"},
 }  # fmt: skip
 PARTS = DATA_ROOMS | {
-    "dataset", "cogvideox", "objective", "lora", "lora_file", "sft", "optimizers", "curves",
+    "bars", "dataset", "cogvideox", "objective", "lora", "lora_file", "sft", "optimizers", "curves",
     "memory", "attention", "attention_trial", "streaming", "quantization", "norm_rope", "masters", "zero", "allocator",
 }  # fmt: skip
 SERVICES = {
@@ -319,8 +320,8 @@ def flags_read(tree: ast.Module) -> set[str]:
     return {node.attr for node in attributes if ast.unparse(node.value) == "args"}
 
 
-# By args.py itself, which takes over another run's flags; by getattr, in validation.sample_size_from_args
-READ_OTHERWISE = {"config", "height", "width"}
+# By args.py itself, which takes over another run's flags and sets up the console; by getattr, in validation.sample_size_from_args
+READ_OTHERWISE = {"config", "height", "verbose", "width"}
 
 
 @pytest.mark.parametrize("make_parser", ["make_training_parser", "make_prepare_parser"])

@@ -13,6 +13,15 @@ import json
 import sys
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
+
+
+if __name__ == "__main__":
+    console.set_up()  # before the libraries are imported
+
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
@@ -70,7 +79,7 @@ def title_of(concept: str, rows: list[Row]) -> str:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
     parser.add_argument("--lora", type=Path, help="folder of the LoRA")
     parser.add_argument("--transformer", type=Path, help="output folder of full fine-tuning")

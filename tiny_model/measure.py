@@ -9,8 +9,18 @@ image-to-video how well it keeps its first frame and obeys the direction. --json
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
+
+
+if __name__ == "__main__":
+    console.set_up()  # before the libraries are imported
 
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
@@ -114,7 +124,7 @@ def score_line(scores: dict[str, float]) -> str:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
     parser.add_argument("--image_model", type=Path, help="the image-to-video folder; none: not measured")
     parser.add_argument("--lora", type=Path, help="folder of a LoRA to load into --model")

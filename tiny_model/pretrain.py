@@ -21,6 +21,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
+
+
+if __name__ == "__main__":
+    console.set_up()  # before the libraries are imported
+
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -33,9 +42,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, T5EncoderModel
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from cogvideox import (
     IMAGE_NOISE_MEAN,
@@ -387,7 +393,7 @@ PHASES = {"vae": pretrain_vae, "t2v": pretrain_text_to_video, "i2v": pretrain_im
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--out", type=Path, default=Path("outputs/tiny-model"))
     parser.add_argument("--minutes", type=float, help="what the phase may take, over all calls")

@@ -20,6 +20,15 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import console
+
+
+if __name__ == "__main__":
+    console.set_up()  # before the libraries are imported
+
 import torch
 from diffusers import CogVideoXPipeline
 
@@ -143,7 +152,7 @@ def grid() -> list[dict[str, str]]:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("assets/tiny-cogvideox"))
     parser.add_argument("--concept", choices=CONCEPTS, default="pink")
     parser.add_argument("--out", type=Path, default=Path("outputs/recipes"), help="folder for data and runs")

@@ -9,7 +9,6 @@ are of what the model knows. Three concepts are kept from its pretraining, to be
 Axes: B batch, F' frames, h/w pixels. A content is a row of ATTRIBUTES, each an index into its words.
 """
 
-import argparse
 import math
 import random
 import sys
@@ -23,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets" / "tests"))
 
+import console
 from draws import draw_seed
 
 
@@ -298,7 +298,7 @@ def write_dataset(out: Path, contents: list[tuple[int, ...]], seed: int = 0, num
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--concept", choices=CONCEPTS, help="what every clip shows; default: what the model knows")
     parser.add_argument("--num_clips", type=int, default=12)

@@ -15,6 +15,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import console
 from errors import StorageError, print_to_pipe
 
 
@@ -363,8 +364,8 @@ def named_value(argv: list[str], flag: str) -> str | None:
         return None
 
 
-# A token is written nowhere, and --config only stands for the flags of another run
-NOT_RECORDED = ("hub_token", "config", "given")
+# A token is written nowhere, --config only stands for the flags of another run, --verbose changes nothing in one
+NOT_RECORDED = ("hub_token", "config", "given", "verbose")
 
 
 def recorded_flags(args: argparse.Namespace) -> dict:
@@ -393,6 +394,7 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     if argv is None:
         hide_token(sys.argv)
         hide_token(sys.orig_argv)
+        console.set_up(args.verbose)
     refuse_meaningless(parser, args, script)
     check_ranges(parser, args, TRAINING_RANGES)
     if args.lr_scheduler not in LR_SCHEDULERS:
@@ -432,6 +434,8 @@ def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of prepare_dataset.py, checked; a mistake exits with code 2."""
     parser = make_prepare_parser()
     args = parser.parse_flags(argv)
+    if argv is None:
+        console.set_up(args.verbose)
     check_ranges(parser, args, PREPARE_RANGES)
     check_reshape_mode(parser, args)
     check_buckets(parser, args)
@@ -1260,6 +1264,13 @@ def add_tracking_flags(parser: FlagParser):
         "login`. The token is written nowhere.",
     )
     group.add_argument("--hub_model_id", metavar="ID", help="repository (default: yours, named as --output_dir)")
+    add_verbose_flag(group)
+
+
+def add_verbose_flag(group):
+    group.add_argument(
+        "--verbose", action="store_true", help="show what the libraries say too: their logs, warnings and bars"
+    )
 
 
 # ---------------------------------------------------------------- flags of prepare_dataset.py
@@ -1382,3 +1393,4 @@ def add_prepare_memory_flags(parser: FlagParser):
     group.add_argument(
         "--num_artifact_workers", type=int, metavar="N", default=4, help="threads that write files, for each GPU"
     )
+    add_verbose_flag(group)

@@ -31,9 +31,9 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
+from bars import download_bar, tracked
 from errors import UsageError, first_line
 from file_kinds import stand_in
 from hashes import Hashes
@@ -122,7 +122,8 @@ def download_model(model: str, components: list[str], revision: str | None, cach
 
     patterns = ["model_index.json", *(name if name.endswith(".json") else f"{name}/*" for name in components)]
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+        options = {"revision": revision, "cache_dir": cache_dir, "tqdm_class": download_bar(model)}
+        return Path(snapshot_download(model, allow_patterns=patterns, **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
             f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
@@ -596,7 +597,7 @@ def encode_captions(
     tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
     place_text_encoder(text_encoder, device, streamed=level in ("offload", "stream"))
     # One by one: a caption's neighbours would change the last bits of its embedding
-    for prompt in tqdm(prompts, desc="captions", delay=1):
+    for prompt in tracked(prompts, "captions", delay=1):
         yield encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
     del text_encoder
     free_memory(device)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from console import is_quiet
 from errors import DataError, UsageError, first_line
 from headers import decoded, formats_of, header_rate, in_one_order, one_clip, opened, read_header
 from picture import SD_LINES, UNSPECIFIED, Caution, Picture, describe, frame_cautions, show
@@ -189,6 +190,8 @@ def import_decord():
         raise UsageError(
             "--video_backend decord: decord is not installed: pip install decord (x86-64 only), or use pyav"
         ) from error
+    if is_quiet():
+        decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is in the error that it raises
     return decord
 
 

@@ -6,7 +6,6 @@ Everything stays on the device until `flush`, every --log_every updates: nothing
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
+from bars import progress
 from durable import write_text
 from errors import NumbersError
 from formats import first_few
@@ -118,9 +117,8 @@ class StepMeter:
         self.unwritten: list[Unwritten] = []
         self.began: Moment | None = None  # the update being made; None while something else is done
         self.begin_update()
-        self.bar = tqdm(
-            total=num_steps, initial=first_step, desc="steps", disable=not accelerator.is_main_process, file=sys.stderr
-        )
+        self.bar = progress(num_steps, "steps", disable=True)  # until the loop begins: validation comes before it
+        self.first_step, self.num_steps = first_step, num_steps
         if accelerator.is_main_process:
             keep_lines_before(path, first_step)
 
@@ -217,6 +215,7 @@ class StepMeter:
         logger.info("first update %.1f s after the launch: %s", seconds, ", ".join(texts))
 
     def __enter__(self) -> "StepMeter":
+        self.bar = progress(self.num_steps, "steps", self.first_step, disable=not self.accelerator.is_main_process)
         return self
 
     def __exit__(self, error_type, error, trace) -> None:

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import sys
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +25,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed
-from tqdm import tqdm
 
 from allocator import expand_segments
+from bars import progress, tracked
 from cache import (
     Writer,
     write_image,
@@ -56,6 +55,7 @@ from cogvideox import (
     resolve_model_dir,
     text_length,
 )
+from console import log_to_stderr
 from dataset import build_videos_from_args, tolerant_loader
 from durable import TEMPORARY, keep, lock_folder, make_folder, written_beside
 from errors import DataError, Interrupted, UsageError
@@ -99,10 +99,11 @@ def main(args) -> None:
     config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
         check_device_from_args(args, num_parameters(config), device)
-    fps = target_fps_from_args(args, default_fps(config))
+    fps = args.target_fps if "target_fps" in args.given else default_fps(config)
 
     # ---------------------------------------------------------------- clips, read and hashed by one for all
     videos = on_main_process(ranks, lambda: build_videos_from_args(args, fps))
+    tell_fps_from_args(args, default_fps(config))
     # Gigabytes, for data that is there
     model_dir = resolve_model_dir(args.model_id, components_from_args(args), *source)
     plan, empty, kept, problems = on_main_process(ranks, lambda: plan_from_args(args, output_dir, model_dir, videos))
@@ -147,7 +148,7 @@ def main(args) -> None:
 
 def init_processes() -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device); ranks exchange a few lines of text, so gloo serves."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    log_to_stderr()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
@@ -176,17 +177,15 @@ def remove_unfinished(output_dir: Path) -> None:
         left.unlink()
 
 
-def target_fps_from_args(args, checkpoint_fps: int) -> int:
-    """--target_fps where given, else the rate that the checkpoint was made for."""
+def tell_fps_from_args(args, checkpoint_fps: int) -> None:
+    """At which rate clips are sampled: that of --target_fps, else the one that the checkpoint was made for."""
     if "target_fps" not in args.given:
         logger.info(
             "clips are sampled at %d frames per second (this checkpoint's rate; --target_fps changes it)",
             checkpoint_fps,
         )
-        return checkpoint_fps
-    if args.target_fps != checkpoint_fps:
+    elif args.target_fps != checkpoint_fps:
         logger.warning("--target_fps %d: this checkpoint was made for %d", args.target_fps, checkpoint_fps)
-    return args.target_fps
 
 
 def components_from_args(args) -> list[str]:
@@ -232,7 +231,7 @@ def plan_from_args(args, output_dir: Path, model_dir: Path, videos) -> tuple[lis
     stems, plan, problems = unique_stems([clip.source for clip in videos.clips]), [], list(videos.problems)
     with Hashes(believe=not args.verify) as hashes:
         model = hash_model_from_args(args, model_dir, hashes)
-        for index, stem in tqdm(enumerate(stems), desc="comparing", total=len(stems), delay=5):
+        for index, stem in enumerate(tracked(stems, "comparing", delay=5)):
             try:
                 plan.append(plan_clip_from_args(args, model, videos, index, stem, hashes))
             except OSError as error:  # a bad sector, or a clip that has gone since
@@ -390,7 +389,7 @@ def write_embeddings_from_args(
     expand_segments(device)
     place_text_encoder(text_encoder, device)
     # One at a time: 226 tokens fill a GPU, and what a caption's neighbours are must not change its bits
-    for prompt, files in tqdm(wanted.items(), desc="captions", disable=rank > 0):
+    for prompt, files in tracked(wanted.items(), "captions", disable=rank > 0):
         prompt_embeds = encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
         for path, key in files:
             write_tensors(output_dir / path, {"prompt_embeds": prompt_embeds}, key)
@@ -415,7 +414,7 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
         videos, list(pending), args.batch_size, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
     )
     problems = []
-    bar = tqdm(total=len(pending), desc="clips", disable=rank > 0)
+    bar = progress(len(pending), "clips", disable=rank > 0)
     with bar, Writer(args.num_artifact_workers) as writer:
         for batch in INTERRUPTION.until_asked(loader):
             problems += batch["problems"]

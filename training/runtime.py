@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
+from console import beside_bars, log_to_stderr, prints_kept, tell_kept
 from dataset import BucketSampler, make_loader
 from durable import free_bytes, keep, take_back
 from errors import ERROR_LOG, MemoryFullError, StorageError, UsageError, UserError, first_line
@@ -107,14 +108,15 @@ def init_accelerator_from_args(args) -> Accelerator:
     """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
     START.parts.clear()
     START.mark("imports")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    log_to_stderr()
     check_launcher_from_args(args)
     check_deepspeed_from_args(args)
     # No backend named: accelerate takes nccl on GPUs and gloo on CPUs, and fails on one process with one named
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     cpu = not torch.cuda.is_available() and not uses_deepspeed()  # accelerate would leave DeepSpeed out
     options = tracking_options_from_args(args)
-    accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
+    with prints_kept():  # DeepSpeed's, which builds an operator here
+        accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
     agree_on_run()
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.ERROR)
@@ -419,6 +421,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path, go_on: str = GO
         except Exception as error:  # the outermost place: with its traceback, unless a user can mend it
             code, line = explain(error, output_dir, go_on)
             if code == INTERNAL:
+                tell_kept()
                 traceback.print_exc()
             note_failure(output_dir, code, line)
             raise SystemExit(code) from error
@@ -461,7 +464,8 @@ def note_failure(output_dir: Path, code: int, line: str) -> None:
 
     Any rank may be the one that fails; what the others say after that is only that it is gone.
     """
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    with beside_bars():
+        print(f"error: {line}", file=sys.stderr, flush=True)
     # Before the run has begun a rank may be asked to stop because another was refused, which leaves no trace by hand
     may_be_refused = code == INTERRUPTED and not RUN.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from accelerate.utils import ProjectConfiguration
 
 from args import recorded_flags
 from cache import written_beside
+from console import prints_kept
 from errors import UsageError, first_line
 
 
@@ -69,7 +71,9 @@ def start_trackers_from_args(args, accelerator: Accelerator, project: str, first
             tracker = make_tracker(name, run, output_dir, logging_dir, first_step)
             # Of tensorboard the repeated steps are purged; the others would show them twice
             tracker.known_step = last_update(output_dir) if continues and name != "tensorboard" else -1
-            tracker.start()
+            with prints_kept():
+                tracker.start()
+            logger.info("%s: %s", name, place_of(tracker, project))
             accelerator.trackers.append(tracker)
             if not (continues and name == "tensorboard"):  # where it would look like one more run
                 tracker.store_init_configuration(config)
@@ -90,6 +94,15 @@ def make_tracker(name: str, run: dict, output_dir: Path, logging_dir: Path, firs
     is_used = any((logging_dir / folder).glob("events.out.tfevents.*"))
     purge = {"purge_step": first_step + 1 if first_step else 0} if is_used else {}
     return TensorBoardTracker(folder, str(logging_dir), **purge)
+
+
+def place_of(tracker: GeneralTracker, project: str) -> str:
+    """Where its user finds the run: an address, else the command or folder that leads to it."""
+    if tracker.name == "wandb":
+        return tracker.run.url or f"offline; wandb sync {Path(tracker.run.dir).parent}"
+    if tracker.name == "trackio":
+        return f"trackio show --project {shlex.quote(project)}"
+    return f"tensorboard --logdir {shlex.quote(tracker.logging_dir)}"
 
 
 def new_id() -> str:
@@ -145,7 +158,8 @@ def finish_trackers(accelerator: Accelerator) -> None:
     """Close the run at every tracker, whatever becomes of it at another."""
     for tracker in accelerator.trackers:
         try:
-            tracker.finish()
+            with prints_kept():
+                tracker.finish()
         except Exception as error:  # a tracker's own, of any kind
             logger.warning("%s was not closed, metrics.jsonl is complete: %s", tracker.name, first_line(error))
     accelerator.trackers = []

@@ -10,6 +10,7 @@ import io
 import logging
 import random
 import re
+import sys
 import time
 import traceback
 import urllib.request
@@ -231,7 +232,8 @@ def render_from_args(args, accelerator, engine, samples: Samples, directory: Pat
     if not own_jobs:
         return
     pipe = samples.make_pipeline(transformer)
-    pipe.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False, desc="validation")
+    shows_bar = accelerator.is_main_process and sys.stderr.isatty()
+    pipe.set_progress_bar_config(disable=not shows_bar, leave=False, desc="validation")
     sage = args.validation_attention == "sage"
     offload, device = args.enable_model_cpu_offload, accelerator.device
     if is_thrifty:
