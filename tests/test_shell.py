@@ -705,6 +705,14 @@ def test_the_environment_of_make_install_is_found(run_wrapper, tmp_path):
     assert argv[0] == "accelerate"
 
 
+def test_the_launchers_own_program_is_started_where_it_is(run_wrapper, tmp_path):
+    shutil.copy(tmp_path / "bin/accelerate", tmp_path / "bin/accelerate-launch")
+    result, [argv] = run_wrapper(TRAIN, DATA_ROOT="d")
+    assert argv[0] == "accelerate-launch" and argv[2] == "--quiet", result.stderr
+    shown, _ = run_wrapper(TRAIN, DATA_ROOT="d", DRY_RUN="1")
+    assert shown.stdout.startswith("accelerate launch ")
+
+
 # ---------------------------------------------------------------- preparation
 
 
