@@ -22,7 +22,7 @@ from captions import CaptionEmbeds, encode_captions_from_args
 from cogvideox import encode_captions
 from errors import StorageError, UsageError
 from runtime import run_script
-from test_scripts import DEFAULTS, SCRIPTS, TEXT_FILES
+from script_runs import DEFAULTS, SCRIPTS, TEXT_FILES
 
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import cogvideox
 from args import parse_prepare_args, parse_training_args
-from conftest import write_clip
 from durable import describe
 from errors import UsageError
+from synthetic_clips import write_clip
 from tiny_pipeline import make_tiny_pipeline
 
 

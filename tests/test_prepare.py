@@ -34,7 +34,7 @@ from formats import read_clips, read_text_rows
 from hashes import Hashes
 from headers import probe
 from objective import draw_generator
-from synthetic_clips import draw_case, write_case
+from synthetic_clips import draw_case, write_case, write_clip
 from tiny_pipeline import make_tiny_pipeline
 
 
@@ -127,14 +127,16 @@ def wait_for(child):
 
 
 @pytest.fixture(scope="session")
-def three_clips(tmp_path_factory, write_clip):
+def three_clips(once):
     """Three clips of 32x48 with captions: 5 frames, 5 frames, and 12, of which a drawn part is used."""
-    data = tmp_path_factory.mktemp("three-clips")
-    names = ["a.mp4", "b.mp4", "c.mp4"]
-    for seed, (name, num_frames) in enumerate(zip(names, (5, 5, 12), strict=True)):
-        write_clip(data / name, num_frames, 32, 48, seed=seed)
-    write_lists(data, CAPTIONS, names)
-    return data
+
+    def build(data):
+        names = ["a.mp4", "b.mp4", "c.mp4"]
+        for seed, (name, num_frames) in enumerate(zip(names, (5, 5, 12), strict=True)):
+            write_clip(data / name, num_frames, 32, 48, seed=seed)
+        write_lists(data, CAPTIONS, names)
+
+    return once("three-clips", build)
 
 
 @pytest.fixture
@@ -155,10 +157,9 @@ def prepare(tiny, data, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def prepared_once(tiny, three_clips, tmp_path_factory):
-    out = tmp_path_factory.mktemp("prepared-once")
-    prepare_dataset.main(parse_prepare_args(arguments(tiny("5b"), three_clips, out, *EVERYTHING)))
-    return out
+def prepared_once(once, tiny, three_clips):
+    build = lambda out: prepare_dataset.main(parse_prepare_args(arguments(tiny("5b"), three_clips, out, *EVERYTHING)))  # noqa: E731
+    return once("three-clips-prepared", build)
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of test_scripts are arguments here
 """The same command writes the same bytes, whatever the process's hash seed, time, folder or environment."""
 
 import os
@@ -7,7 +6,7 @@ import sys
 
 import pytest
 
-from test_scripts import ROOT, SCRIPTS, clips, command, own_copy, prepared, result_hash  # noqa: F401
+from script_runs import ROOT, SCRIPTS, result_hash
 
 
 @pytest.fixture(params=["t2v_lora"])

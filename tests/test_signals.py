@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of test_scripts are arguments here
 """Asked to stop: the step is finished, a checkpoint written, exit code 75, and the same command ends with the same bytes."""
 
 import json
@@ -16,25 +15,8 @@ import pytest
 import dataset
 from args import parse_training_args
 from runtime import run_script
+from script_runs import ROOT, SCRIPTS, checkpoints, metrics, prepare, result_hash, run_ranks, same_run, status
 from signals import INTERRUPTION, SIGNALS, caught_signals, shield_worker
-from test_scripts import (  # noqa: F401
-    ROOT,
-    SCRIPTS,
-    checkpoints,
-    clips,
-    command,
-    metrics,
-    module,
-    own_copy,
-    prepare,
-    prepared,
-    result_hash,
-    run_ranks,
-    same_run,
-    status,
-    stops,
-    train,
-)
 
 
 STEPS = ["--max_train_steps", "4", "--checkpointing_steps", "100"]

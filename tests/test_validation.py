@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures)
 """Validation renders the trained weights as the stock pipelines do, and training does not notice."""
 
 import contextlib
@@ -34,21 +33,8 @@ from cogvideox import check_sample_size, fits, read_config
 from draws import draw_seed
 from errors import UsageError
 from runtime import StepPlan
+from script_runs import ROOT, losses, result_hash, run_ranks
 from test_lora_inference import parse_args, render
-from test_scripts import (  # noqa: F401
-    ROOT,
-    clips,
-    command,
-    losses,
-    module,
-    own_copy,
-    prepared,
-    result_hash,
-    run_ranks,
-    script,
-    stops,
-    train,
-)
 from tiny_pipeline import KINDS
 from world import draw_clips
 from world import test_contents as contents_to_test
