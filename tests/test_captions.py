@@ -4,7 +4,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from types import SimpleNamespace
 
@@ -22,7 +21,7 @@ from captions import CaptionEmbeds, encode_captions_from_args
 from cogvideox import encode_captions
 from errors import StorageError, UsageError
 from runtime import run_script
-from script_runs import DEFAULTS, SCRIPTS, TEXT_FILES
+from script_runs import DEFAULTS, SCRIPTS, TEXT_FILES, run_ranks
 
 
 CPU = torch.device("cpu")
@@ -99,10 +98,10 @@ def test_an_interrupted_runs_file_is_used_where_it_fits(tiny, tmp_path):
     assert ask(model_dir=tiny("2b"), dtype=torch.bfloat16) == 3
 
 
-def encode_on_a_rank(rank, port, model_dir, out, results):
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    made = []
+def encode_on_a_rank(model_dir, out, results):
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    torch.distributed.init_process_group("gloo")
+    rank, made = torch.distributed.get_rank(), []
 
     def noting(model_dir, prompts, *given):
         made.extend(prompts)
@@ -114,18 +113,9 @@ def encode_on_a_rank(rank, port, model_dir, out, results):
 
 
 def test_two_processes_share_the_work_and_the_file(tiny, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    given = (port, tiny("5b"), tmp_path / "out", results)
-    ranks = [context.Process(target=encode_on_a_rank, args=(rank, *given)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    (made, fits), (others, others_fit) = results.get(timeout=120), results.get(timeout=120)
-    for rank in ranks:
-        rank.join()
+    results = multiprocessing.get_context("fork").Queue()
+    assert run_ranks(lambda: encode_on_a_rank(tiny("5b"), tmp_path / "out", results), 2) == [0, 0]
+    (made, fits), (others, others_fit) = results.get(timeout=10), results.get(timeout=10)
     assert fits and others_fit and sorted(made + others) == sorted(TEXTS) and made and others
     assert len(list((tmp_path / "out").iterdir())) == 1
 
