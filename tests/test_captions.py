@@ -21,7 +21,7 @@ from captions import CaptionEmbeds, encode_captions_from_args
 from cogvideox import encode_captions
 from errors import StorageError, UsageError
 from runtime import run_script
-from script_runs import DEFAULTS, SCRIPTS, TEXT_FILES, run_ranks
+from script_runs import DEFAULTS, EVERY_SCRIPT, SCRIPTS, TEXT_FILES, run_ranks
 
 
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def train(tiny, sample_data, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", EVERY_SCRIPT)
 def test_a_run_on_videos_trains_what_embeddings_in_memory_train(name, train, sample_data, monkeypatch):
     more = ["--validation_data_root", str(sample_data), "--text_dropout", "0.5"]
     mapped = train(name, "mapped", *more)

@@ -604,6 +604,7 @@ def test_the_token_leaves_the_command_line(monkeypatch):
         assert sys.argv[:5] == ["script.py", *flags] and sys.argv[-1] == "--push_to_hub"
 
 
+@pytest.mark.slow  # a real process: trackers write at its start and at its exit
 def test_no_file_of_a_run_holds_a_secret(command, tmp_path):
     """A real process, launched, with two trackers; every file that it leaves anywhere is read."""
     pytest.importorskip("tensorboard"), pytest.importorskip("wandb")

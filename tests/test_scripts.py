@@ -23,6 +23,7 @@ from script_runs import (
     SIZES,
     checkpoints,
     distance,
+    four_scripts,
     image_flags,
     interrupt,
     losses,
@@ -44,6 +45,7 @@ ATEN = torch.ops.aten
 # ---------------------------------------------------------------- same data, same weights
 
 
+@four_scripts
 def test_raw_videos_equal_prepared_latents(script, train):
     # The noise on a first frame is drawn per clip in one, per position in the other: only without the image are they equal
     flags = ["--max_train_steps", "3", *(["--noised_image_dropout", "1"] if script.kind.endswith("i2v") else [])]
@@ -70,6 +72,7 @@ def test_data_workers_change_nothing(train):
     assert same_run(*runs, step=4)
 
 
+@four_scripts
 def test_the_originals_folder_trains_alike(script, train, prepared, tmp_path):
     folder = write_original_folder(prepared(script.kind, "two"), tmp_path / "original")
     ours = train("ours", "--max_train_steps", "6", data="two")
@@ -97,6 +100,7 @@ ROUNDING = 2e-5
 COARSE_ADAM = ["--epsilon", "1e-3", "--max_train_steps", "3"]
 
 
+@four_scripts
 def test_accumulation_equals_a_larger_batch(train):
     accumulated = train("accumulated", *COARSE_ADAM, "--gradient_accumulation_steps", "4")
     batched = train("batched", *COARSE_ADAM, "--train_batch_size", "4")
@@ -105,6 +109,7 @@ def test_accumulation_equals_a_larger_batch(train):
     assert distance(accumulated, train("fewer", *COARSE_ADAM, "--gradient_accumulation_steps", "2")) > 10 * ROUNDING
 
 
+@four_scripts
 def test_two_processes_equal_one_with_twice_the_batch(script, module, command, train, tmp_path):
     flags = [*COARSE_ADAM, "--text_dropout", "0.5"]
     argv = command("two", *flags, "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
@@ -193,6 +198,7 @@ RESUMED = {
 }
 
 
+@four_scripts
 @pytest.mark.parametrize("case", RESUMED)
 def test_an_interrupted_run_continues_bit_for_bit(case, train, stops, module, monkeypatch):
     """At the 4th update, when the 3rd is in metrics.jsonl already and the newest checkpoint is the 2nd."""
@@ -416,6 +422,7 @@ def test_training_lowers_the_loss(train, module, monkeypatch):
     assert last < 0.6 * first
 
 
+@four_scripts
 def test_every_kind_of_checkpoint_trains(script, train, tiny, prepared):
     for kind in script.other_kinds:
         out = train(kind, "--max_train_steps", "1", model=tiny(kind), data=prepared(kind))
@@ -552,6 +559,7 @@ def test_the_rank_that_meets_a_bad_file_is_heard(script, module, command, prepar
 # ---------------------------------------------------------------- real processes
 
 
+@four_scripts
 def test_a_usage_error_answers_at_once(script, command):
     path = ROOT / "training" / f"{script.module}.py"
     result = subprocess.run([sys.executable, path, *command("out", "--ranc", "4")], capture_output=True, text=True)

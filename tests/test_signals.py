@@ -283,6 +283,7 @@ def test_prepare_finishes_the_clip_in_hand_and_a_rerun_does_the_rest(script, tin
 # ---------------------------------------------------------------- through the launcher
 
 
+@pytest.mark.slow  # a real launcher, which imports torch as its script does
 @one_script
 def test_the_launchers_death_is_a_signal_too(script, command, tmp_path):
     """accelerate launch ends at SIGTERM and leaves its process behind, which saves and says so in status.json."""

@@ -208,6 +208,7 @@ def run_phase(out, phase, *flags):
         pretrain.main(pretrain.parse_args([phase, "--out", str(out), *small, *flags]))
 
 
+@pytest.mark.slow
 def test_sizes(untrained):
     vae, transformer, text_encoder = networks.new_vae(), networks.new_transformer(), networks.new_text_encoder(512)
     assert networks.num_parameters(vae) < 1.1e6
@@ -218,6 +219,7 @@ def test_sizes(untrained):
     assert sum(path.stat().st_size for path in own) < 12 * 2**20
 
 
+@pytest.mark.slow
 def test_plain_diffusers_loads_and_calls_it(untrained):
     """Without a dtype, with the pipelines' own text length, size and number of frames."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
@@ -233,6 +235,7 @@ def test_plain_diffusers_loads_and_calls_it(untrained):
     assert frames.shape == (1, 9, 3, 64, 64)
 
 
+@pytest.mark.slow
 def test_the_scripts_take_it(untrained):
     """Both folders are whole for the training scripts, links followed, and the clips' size is one that they render."""
     from cogvideox import check_sample_size, check_task, read_config, resolve_model_dir, text_length
@@ -245,6 +248,7 @@ def test_the_scripts_take_it(untrained):
         assert text_length(config) == networks.TEXT_LENGTH
 
 
+@pytest.mark.slow
 def test_captions_fit_the_text_length(untrained):
     from transformers import AutoTokenizer
 
@@ -278,6 +282,7 @@ def weights(out, phase):
     return load_file(out / f"state_{phase}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["vae", "t2v", "i2v"])
 def test_a_stopped_phase_goes_on_as_if_it_had_not(untrained, tmp_path, monkeypatch, phase):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -298,6 +303,7 @@ def test_a_stopped_phase_goes_on_as_if_it_had_not(untrained, tmp_path, monkeypat
     assert [line["from_step"] for line in lines if "from_step" in line] == [0, 1]
 
 
+@pytest.mark.slow
 def test_reconstruction_is_learned():
     """Of one clip: its loss falls by a quarter in ten steps."""
     torch.manual_seed(0)
@@ -321,6 +327,7 @@ def test_the_learning_rate_rises_and_falls():
 # ---------------------------------------------------------------- fine-tuning
 
 
+@pytest.mark.slow
 def test_before_and_after_are_shown_and_measured(untrained, tmp_path, capsys):
     """An adapter with weights of its own on the text-to-video model: measured twice, drawn, and refused if it learned less."""
     from PIL import Image
@@ -430,6 +437,7 @@ def test_what_is_shipped_is_small_and_fp16():
         assert dtypes == {"F32" if path.parent.name == "text_encoder" else "F16"}, path
 
 
+@pytest.mark.slow
 def test_the_shipped_model_draws_what_captions_say():
     """A handful of the captions that the slow test has a hundred of; loaded and called as the README does."""
     from diffusers import CogVideoXPipeline
@@ -441,6 +449,7 @@ def test_the_shipped_model_draws_what_captions_say():
     assert judging.accuracy(verdicts, contents)["caption"] >= 6 / 8
 
 
+@pytest.mark.slow
 def test_the_shipped_image_to_video_model_goes_on_from_a_frame():
     from diffusers import CogVideoXImageToVideoPipeline
 
@@ -474,6 +483,7 @@ def test_image_to_video_of_the_shipped_model():
     assert scores["psnr_of_first_frame"] >= 20 and scores["direction"] >= 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["measure.py", "compare.py"])
 def test_a_folder_without_a_model_is_one_line(script, tmp_path):
     more = ["--concept", "star", "--lora", "l", "--out", str(tmp_path)] if script == "compare.py" else []
