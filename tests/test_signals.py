@@ -15,7 +15,18 @@ import pytest
 import dataset
 from args import parse_training_args
 from runtime import run_script
-from script_runs import ROOT, SCRIPTS, checkpoints, metrics, prepare, result_hash, run_ranks, same_run, status
+from script_runs import (
+    EVERY_SCRIPT,
+    ROOT,
+    SCRIPTS,
+    checkpoints,
+    metrics,
+    prepare,
+    result_hash,
+    run_ranks,
+    same_run,
+    status,
+)
 from signals import INTERRUPTION, SIGNALS, caught_signals, shield_worker
 
 
@@ -27,7 +38,7 @@ def script(request):
     return SCRIPTS[request.param]
 
 
-by_script = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+by_script = pytest.mark.parametrize("script", EVERY_SCRIPT, indirect=True)
 one_script = pytest.mark.parametrize("script", ["t2v_lora"], indirect=True)
 
 
