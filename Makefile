@@ -39,10 +39,10 @@ quickstart: install  ## Teach a small model a colour that it has never seen, on 
 	./quickstart.sh
 
 test: install  ## Run the tests that guard every change: 5 minutes on two free cores
-	OMP_NUM_THREADS=1 pytest -n 2 -m "not (slow or faults or gpu or multi_gpu)"
+	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "not (slow or faults or gpu or multi_gpu)"
 
 test-all: install  ## Run the rest that needs no GPU: 20 minutes on two free cores
-	OMP_NUM_THREADS=1 pytest -n 2 -m "slow and not (faults or gpu or multi_gpu)"
+	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "slow and not (faults or gpu or multi_gpu)"
 
 test-faults: install  ## Kill, corrupt and starve real runs at random moments: 20 minutes
 	OMP_NUM_THREADS=1 pytest -s -m "faults and not (gpu or multi_gpu)"
