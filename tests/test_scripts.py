@@ -18,8 +18,10 @@ from buckets import pack_batches
 from errors import DataError
 from runtime import run_script
 from script_runs import (
+    EVERY_SCRIPT,
     LORA_SCRIPTS,
     ROOT,
+    SCRIPTS,
     SIZES,
     checkpoints,
     distance,
@@ -198,8 +200,15 @@ RESUMED = {
 }
 
 
-@four_scripts
-@pytest.mark.parametrize("case", RESUMED)
+FULLEST = [
+    ("accumulation_over_buckets", name) for name in SCRIPTS
+]  # of every script, the others of two in `make test`
+OTHERS = [
+    pytest.param(case, *name.values, marks=name.marks) for case in ("plain", "raw_with_flips") for name in EVERY_SCRIPT
+]
+
+
+@pytest.mark.parametrize(("case", "script"), [*FULLEST, *OTHERS], indirect=["script"])
 def test_an_interrupted_run_continues_bit_for_bit(case, train, stops, module, monkeypatch):
     """At the 4th update, when the 3rd is in metrics.jsonl already and the newest checkpoint is the 2nd."""
     flags, where = RESUMED[case]
