@@ -61,7 +61,7 @@ def run_step_time(*args):
     return subprocess.run([sys.executable, STEP_TIME, *map(str, args)], capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a script that knows nothing of being measured: a process
 def test_step_time_measures_an_unchanged_script(toy, tmp_path):
     rows_path = tmp_path / "rows.csv"
     result = run_step_time("--warmup", 2, "--label", "toy", "--csv", rows_path, "--", toy, 6, "--rank", 4)
@@ -209,7 +209,7 @@ def run_bench(monkeypatch, work, *rows):
     return exit_code, bench.rows_in(path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # each row is a process of its own, as it is measured
 def test_rows_of_each_kind_run_and_one_that_fails_leaves_the_others(work, monkeypatch, capsys):
     monkeypatch.setattr(bench, "card_name", lambda: "cpu")
     labels = ["tiny-reference", "tiny-speed+compiled+eager", "tiny-checkpointing+rank4+validated", "2b-speed"]
@@ -284,7 +284,7 @@ def test_a_killed_process_is_said(tmp_path):
         bench.run_logged(killed, tmp_path / "logs/row.log")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # scripts write the inputs
 def test_inputs_are_made_whole_or_not_at_all_and_once(tmp_path):
     folder, log_path = tmp_path / "data/9x64x96", tmp_path / "log"
     size = ["--frames", "9", "--height", "64", "--width", "90"]
@@ -457,7 +457,7 @@ def test_memory_rows_of_no_model_are_refused_once(tmp_path, monkeypatch):
         memory_rows.main()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # each row is a process of its own, as it is measured
 def test_memory_rows_run_and_are_not_run_twice(tiny, prepared_data, tmp_path, monkeypatch, capsys):
     [original] = [row for row in memory_rows.read_originals("2b") if row["optimizer"] == "AdamW"][5:6]
     originals = [original | {"lora_rank": "4"}, original | {"batch": "0"}]
@@ -503,7 +503,7 @@ def test_figures_of_memory_are_drawn_of_the_rows_that_both_have(tmp_path, monkey
 # ---------------------------------------------------------------- exactness and overlap of the levels
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # each run is a process of its own, as it is proven
 def test_levels_are_proven_by_their_hashes(work, monkeypatch, capsys):
     monkeypatch.setattr(same_files, "card_name", lambda: "cpu")
     width = json.loads((work / "models/tiny/transformer/config.json").read_text())["text_embed_dim"]

@@ -79,7 +79,7 @@ def test_the_quick_start_trains_on_videos(quick_start):
     check_result(quick_start("text_to_video_lora", "videos"), "text_to_video_lora")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # as above
 @pytest.mark.parametrize("kind", ["videos", "prepared"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_every_quick_start_trains_on_both_kinds_of_data(quick_start, name, kind):

@@ -370,7 +370,7 @@ def test_sheet_and_video_put_clips_where_they_belong(tmp_path):
     assert measure.psnr(video[None, :, :, 64:, :64], after[None, 0]) > 25
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # teach.sh starts five programs
 @pytest.mark.parametrize("method", ["lora", "sft"])
 def test_teaching_goes_through_the_wrappers(untrained, tmp_path, method):
     settings = {
@@ -385,7 +385,7 @@ def test_teaching_goes_through_the_wrappers(untrained, tmp_path, method):
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the wrapper, as a row is measured
 def test_a_row_of_recipes_is_trained_by_the_wrapper_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "MEASURED_AT", (2, 4))
     monkeypatch.setattr(recipes, "SAMPLING_STEPS", 4)
@@ -483,7 +483,7 @@ def test_image_to_video_of_the_shipped_model():
     assert scores["psnr_of_first_frame"] >= 20 and scores["direction"] >= 0.8
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # scripts of their own, which import torch before they read
 @pytest.mark.parametrize("script", ["measure.py", "compare.py"])
 def test_a_folder_without_a_model_is_one_line(script, tmp_path):
     more = ["--concept", "star", "--lora", "l", "--out", str(tmp_path)] if script == "compare.py" else []
