@@ -98,10 +98,10 @@ def test_an_interrupted_runs_file_is_used_where_it_fits(tiny, tmp_path):
     assert ask(model_dir=tiny("2b"), dtype=torch.bfloat16) == 3
 
 
-def encode_on_a_rank(model_dir, out, results):
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    torch.distributed.init_process_group("gloo")
-    rank, made = torch.distributed.get_rank(), []
+def encode_on_a_rank(rank, port, model_dir, out, results):
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    made = []
 
     def noting(model_dir, prompts, *given):
         made.extend(prompts)
@@ -114,7 +114,9 @@ def encode_on_a_rank(model_dir, out, results):
 
 def test_two_processes_share_the_work_and_the_file(tiny, tmp_path):
     results = multiprocessing.get_context("fork").Queue()
-    assert run_ranks(lambda: encode_on_a_rank(tiny("5b"), tmp_path / "out", results), 2) == [0, 0]
+    given = (tiny("5b"), tmp_path / "out", results)
+    rank_main = lambda: encode_on_a_rank(int(os.environ["RANK"]), os.environ["MASTER_PORT"], *given)  # noqa: E731
+    assert run_ranks(rank_main, 2) == [0, 0]
     (made, fits), (others, others_fit) = results.get(timeout=10), results.get(timeout=10)
     assert fits and others_fit and sorted(made + others) == sorted(TEXTS) and made and others
     assert len(list((tmp_path / "out").iterdir())) == 1
