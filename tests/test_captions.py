@@ -148,7 +148,7 @@ def train(tiny, sample_data, tmp_path):
 
 @pytest.mark.parametrize("name", EVERY_SCRIPT)
 def test_a_run_on_videos_trains_what_embeddings_in_memory_train(name, train, sample_data, monkeypatch):
-    more = ["--validation_data_root", str(sample_data), "--text_dropout", "0.5"]
+    more = ["--validation_data_root", str(sample_data), "--validation_num_clips", "2", "--text_dropout", "0.5"]
     mapped = train(name, "mapped", *more)
     assert not list(mapped.glob("caption_embeds*"))
 
