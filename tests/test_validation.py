@@ -66,6 +66,12 @@ def sampling(script, image):
     return flags
 
 
+@pytest.fixture
+def black(monkeypatch):
+    """Nothing is computed where only the moment of a validation matters: its videos are black."""
+    monkeypatch.setattr(validation, "render_one_from_args", lambda *given: np.zeros((*SIZE, 3), np.uint8))
+
+
 def events(folder, name):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row.get("event") == name]
@@ -137,7 +143,7 @@ def test_epochs_are_over_at_the_first_update_at_or_after_their_last_batch():
 
 
 @only_t2v_lora
-def test_a_resumed_run_renders_no_untrained_sample(train, sampling):
+def test_a_resumed_run_renders_no_untrained_sample(train, sampling, black):
     out = train("out", "--max_train_steps", "1")
     assert not (out / "samples").exists()
     train("out", "--max_train_steps", "2", *sampling())  # validation may be added to a run
@@ -753,7 +759,7 @@ def test_a_failing_held_out_loss_is_a_warning(train, prepared, monkeypatch, capl
 
 
 @only_t2v_lora
-def test_memory_is_reported_at_four_points(train, sampling, caplog):
+def test_memory_is_reported_at_four_points(train, sampling, black, caplog):
     with caplog.at_level(logging.INFO):
         out = train("out", *sampling(), "--max_train_steps", "2", "--validation_steps", "1")
     rows = events(out, "memory")
