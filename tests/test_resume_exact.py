@@ -63,7 +63,8 @@ SETTINGS = [
     Setting("i2v_sft", 2, 1, "two", "raw", 1, ("--mixed_precision", "bf16")),
     Setting("i2v_sft", 0, 3, "two", "prepared", 1, ("--lr_scheduler", "linear", "--optimizer", "came")),
 ]
-QUICK = [SETTINGS[n] for n in (0, 5, 8, 11)]  # each script, workers, accumulation, both forms, two processes
+# One rank on videos and two on latents with workers in `make test`; with the others each script, and accumulation
+QUICK = [SETTINGS[n] for n in (0, 8)] + [pytest.param(SETTINGS[n], marks=pytest.mark.slow) for n in (5, 11)]
 
 
 @pytest.fixture

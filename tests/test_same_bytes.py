@@ -28,6 +28,7 @@ def hashes(script, command, tmp_path, seeds):
     return [result_hash(tmp_path / f"out-{seed}") for seed in seeds]
 
 
+@pytest.mark.slow  # a hash seed is set before Python starts: whole scripts
 def test_a_lora_file_has_the_same_hash_whatever_the_hash_seed(script, command, tmp_path):
     first, *others = hashes(script, command, tmp_path, (1, 2))
     assert first and all(other == first for other in others)
