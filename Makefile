@@ -18,7 +18,7 @@ checksum = $(shell (cat $(REQUIREMENTS); echo '$(1)') | cksum | cut -d ' ' -f 1)
 STAMP := $(VENV)/.installed-$(call checksum,)
 TORCH_STAMP := $(if $(filter file,$(origin TORCH)),$(STAMP),$(VENV)/.installed-$(call checksum,$(TORCH)))
 
-.PHONY: help install quickstart test test-faults test-gpu real quality style bench doctor clean
+.PHONY: help install quickstart test test-all test-faults test-gpu real quality style bench doctor clean
 .NOTPARALLEL:
 
 help:  ## Show this list
@@ -38,8 +38,11 @@ $(TORCH_STAMP):
 quickstart: install  ## Teach a small model a colour that it has never seen, on the CPU: two minutes
 	./quickstart.sh
 
-test: install  ## Run the tests that need neither a GPU nor minutes
-	OMP_NUM_THREADS=1 pytest -n 2 -m "not (slow or gpu or multi_gpu)"
+test: install  ## Run the tests that guard every change: 5 minutes on two free cores
+	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "not (slow or faults or gpu or multi_gpu)"
+
+test-all: install  ## Run the rest that needs no GPU: 20 minutes on two free cores
+	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "slow and not (faults or gpu or multi_gpu)"
 
 test-faults: install  ## Kill, corrupt and starve real runs at random moments: 20 minutes
 	OMP_NUM_THREADS=1 pytest -s -m "faults and not (gpu or multi_gpu)"

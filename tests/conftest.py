@@ -1,6 +1,10 @@
 """Fixtures that every test may use: tiny pipelines, sample clips, and a process left as it was found."""
 
+import fcntl
+import functools
+import importlib.metadata
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,14 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np
 import pytest
 import torch
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets" / "tests"))
 
-from make_clips import encode_video
+from script_runs import clips, command, module, own_copy, prepared, script, stops, train  # noqa: F401 - fixtures
+from synthetic_clips import write_clip
 
 
 SAMPLE_DATA = Path(__file__).resolve().parents[1] / "assets" / "tests"
@@ -51,6 +55,24 @@ def release_locks():
         sys.modules["durable"].release_locks()
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """loss.png is an empty file but in tests marked `draws`: a run of a tiny model takes 0.33 s, of which drawing is 0.14."""
+
+    def leave_blank(runs, figure_path, *rest, **options):
+        Path(figure_path).touch()
+        return []
+
+    if "hub" in sys.modules and not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(sys.modules["hub"], "draw_losses", leave_blank)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def remembered_versions():
+    """Each of the dozen versions that a run asks for is a file to parse: a tenth of a tiny run."""
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """What is remembered between runs stays out of the user's folder. Set late: the hub's cache is found already."""
@@ -58,19 +80,33 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """kind -> folder of a tiny pipeline, made once per session; treat it as read-only."""
-    from tiny_pipeline import make_tiny_pipeline
+def once(tmp_path_factory):
+    """(name, build) -> a folder that `build(folder)` filled, whichever worker of pytest-xdist asked first; read-only."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    built = {}
 
-    folders = {}
-
-    def folder_of(kind):
-        if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp(f"tiny-{kind}")
-            make_tiny_pipeline(folders[kind], kind)
-        return folders[kind]
+    def folder_of(name, build):
+        if name not in built:
+            built[name] = base / name
+            with open(base / f".{name}.lock", "a+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+                if not os.fstat(lock.fileno()).st_size:
+                    shutil.rmtree(built[name], ignore_errors=True)  # of a build that failed
+                    built[name].mkdir()
+                    build(built[name])
+                    lock.write("built")
+        return built[name]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny(once):
+    """kind -> folder of a tiny pipeline; treat it as read-only."""
+    from tiny_pipeline import make_tiny_pipeline
+
+    return lambda kind: once(f"tiny-{kind}", lambda folder: make_tiny_pipeline(folder, kind))
 
 
 @pytest.fixture(scope="session")
@@ -80,18 +116,19 @@ def sample_data():
 
 
 @pytest.fixture(scope="session")
-def prepared_data(tiny, sample_data, tmp_path_factory):
+def prepared_data(once, tiny, sample_data):
     """The sample clips as prepare_dataset.py writes them for the tiny 5b pipeline, in two sizes; read-only."""
     import prepare_dataset
     from args import parse_prepare_args
 
-    out = tmp_path_factory.mktemp("prepared")
-    argv = ["--model_id", str(tiny("5b")), "--data_root", str(sample_data), "--output_dir", str(out)]
-    argv += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--save_latents_and_embeddings"]
-    buckets = ["--height_buckets", "64", "--width_buckets", "64", "96", "--frame_buckets", "9"]
-    prepare_dataset.main(parse_prepare_args([*argv, *buckets]))
-    sys.modules["durable"].release_locks()
-    return out
+    def build(out):
+        argv = ["--model_id", str(tiny("5b")), "--data_root", str(sample_data), "--output_dir", str(out)]
+        argv += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--save_latents_and_embeddings"]
+        buckets = ["--height_buckets", "64", "--width_buckets", "64", "96", "--frame_buckets", "9"]
+        prepare_dataset.main(parse_prepare_args([*argv, *buckets]))
+        sys.modules["durable"].release_locks()
+
+    return once("prepared-samples", build)
 
 
 @pytest.fixture(scope="session")
@@ -101,23 +138,6 @@ def real_clips():
     if not folder:
         pytest.skip("COGVIDEOX_TEST_CLIPS names no folder of real clips")
     return Path(folder)
-
-
-def write_clip(path, num_frames=9, height=64, width=96, fps=8, seed=0):
-    """Write a small mp4 whose every frame differs: a bright square crossing a colour gradient. Returns the path."""
-    rng = np.random.default_rng(seed)
-    corners = rng.integers(0, 160, size=(2, 3))
-    colour = rng.integers(180, 256, size=3)
-    ramp = np.linspace(0, 1, width)[None, :, None]
-    background = np.broadcast_to(corners[0] * (1 - ramp) + corners[1] * ramp, (height, width, 3))
-    frames = np.repeat(background[None], num_frames, axis=0)
-    side = max(2, height // 4)
-    top = rng.integers(0, height - side + 1)
-    for index, frame in enumerate(frames):
-        left = round(index * (width - side) / max(num_frames - 1, 1))
-        frame[top : top + side, left : left + side] = colour
-    encode_video(path, frames.astype(np.uint8), fps)
-    return Path(path)
 
 
 @pytest.fixture(name="write_clip", scope="session")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
+from make_clips import encode_video
 
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
@@ -115,3 +116,20 @@ def write_case(folder: Path, case: Case, rng: random.Random) -> Path:
         data = path.read_bytes()
         path.write_bytes(data[len(data) * rng.randint(1, 5) // 10 : len(data) * rng.randint(7, 10) // 10])
     return path
+
+
+def write_clip(path, num_frames=9, height=64, width=96, fps=8, seed=0):
+    """Write a small mp4 whose every frame differs: a bright square crossing a colour gradient. Returns the path."""
+    rng = np.random.default_rng(seed)
+    corners = rng.integers(0, 160, size=(2, 3))
+    colour = rng.integers(180, 256, size=3)
+    ramp = np.linspace(0, 1, width)[None, :, None]
+    background = np.broadcast_to(corners[0] * (1 - ramp) + corners[1] * ramp, (height, width, 3))
+    frames = np.repeat(background[None], num_frames, axis=0)
+    side = max(2, height // 4)
+    top = rng.integers(0, height - side + 1)
+    for index, frame in enumerate(frames):
+        left = round(index * (width - side) / max(num_frames - 1, 1))
+        frame[top : top + side, left : left + side] = colour
+    encode_video(path, frames.astype(np.uint8), fps)
+    return Path(path)

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of test_scripts are arguments here
 """Numbers that are not finite: the step is skipped on all ranks, the samples are named, and nothing of it is written."""
 
 import json
@@ -15,24 +14,16 @@ from buckets import pack_batches
 from errors import NumbersError
 from meter import BadSteps
 from runtime import run_script
-from test_scripts import (  # noqa: F401
+from script_runs import (
     SCRIPTS,
     checkpoints,
-    clips,
-    command,
     losses,
     make_loss_nan,
     metrics,
-    module,
-    own_copy,
-    prepared,
     result_hash,
     result_tensors,
     run_ranks,
-    same_run,
     status,
-    stops,
-    train,
 )
 from test_update import make_state
 from update import Update, update

@@ -62,6 +62,7 @@ def run_step_time(*args):
     return subprocess.run([sys.executable, STEP_TIME, *map(str, args)], capture_output=True, text=True)
 
 
+@pytest.mark.slow  # a script that knows nothing of being measured: a process
 def test_step_time_measures_an_unchanged_script(toy, tmp_path):
     rows_path = tmp_path / "rows.csv"
     result = run_step_time("--warmup", 2, "--label", "toy", "--csv", rows_path, "--", toy, 6, "--rank", 4)
@@ -132,6 +133,7 @@ def test_random_dataset_refuses_sizes_the_vae_does_not_take(tmp_path):
 # ---------------------------------------------------------------- model FLOPs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "is_lora"), [("2b", True), ("2b", False), ("1.5-5b", True)])
 def test_step_flops_are_those_that_torch_counts(kind, is_lora):
     """At the real size, on the meta device; attention as plain products, since a flash kernel recomputes one of them."""
@@ -208,6 +210,7 @@ def run_bench(monkeypatch, work, *rows):
     return exit_code, bench.rows_in(path)
 
 
+@pytest.mark.slow  # each row is a process of its own, as it is measured
 def test_rows_of_each_kind_run_and_one_that_fails_leaves_the_others(work, monkeypatch, capsys):
     monkeypatch.setattr(bench, "card_name", lambda: "cpu")
     labels = ["tiny-reference", "tiny-speed+compiled+eager", "tiny-checkpointing+rank4+validated", "2b-speed"]
@@ -282,6 +285,7 @@ def test_a_killed_process_is_said(tmp_path):
         bench.run_logged(killed, tmp_path / "logs/row.log")
 
 
+@pytest.mark.slow  # scripts write the inputs
 def test_inputs_are_made_whole_or_not_at_all_and_once(tmp_path):
     folder, log_path = tmp_path / "data/9x64x96", tmp_path / "log"
     size = ["--frames", "9", "--height", "64", "--width", "90"]
@@ -472,6 +476,7 @@ def test_memory_rows_of_no_model_are_refused_once(tmp_path, monkeypatch):
         memory_rows.main()
 
 
+@pytest.mark.slow  # each row is a process of its own, as it is measured
 def test_memory_rows_run_and_are_not_run_twice(tiny, prepared_data, tmp_path, monkeypatch, capsys):
     [original] = [row for row in memory_rows.read_originals("2b") if row["optimizer"] == "AdamW"][5:6]
     originals = [original | {"lora_rank": "4"}, original | {"batch": "0"}]
@@ -545,6 +550,7 @@ def test_figures_of_memory_tell_the_two_apart_without_colour():
 # ---------------------------------------------------------------- exactness and overlap of the levels
 
 
+@pytest.mark.slow  # each run is a process of its own, as it is proven
 def test_levels_are_proven_by_their_hashes(work, monkeypatch, capsys):
     monkeypatch.setattr(same_files, "card_name", lambda: "cpu")
     width = json.loads((work / "models/tiny/transformer/config.json").read_text())["text_embed_dim"]

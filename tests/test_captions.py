@@ -4,7 +4,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from types import SimpleNamespace
 
@@ -22,7 +21,7 @@ from captions import CaptionEmbeds, encode_captions_from_args
 from cogvideox import encode_captions
 from errors import StorageError, UsageError
 from runtime import run_script
-from test_scripts import DEFAULTS, SCRIPTS, TEXT_FILES
+from script_runs import DEFAULTS, EVERY_SCRIPT, SCRIPTS, TEXT_FILES, run_ranks
 
 
 CPU = torch.device("cpu")
@@ -146,18 +145,11 @@ def encode_on_a_rank(rank, port, model_dir, out, results):
 
 
 def test_two_processes_share_the_work_and_the_file(tiny, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    given = (port, tiny("5b"), tmp_path / "out", results)
-    ranks = [context.Process(target=encode_on_a_rank, args=(rank, *given)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    (made, fits), (others, others_fit) = results.get(timeout=120), results.get(timeout=120)
-    for rank in ranks:
-        rank.join()
+    results = multiprocessing.get_context("fork").Queue()
+    given = (tiny("5b"), tmp_path / "out", results)
+    rank_main = lambda: encode_on_a_rank(int(os.environ["RANK"]), os.environ["MASTER_PORT"], *given)  # noqa: E731
+    assert run_ranks(rank_main, 2) == [0, 0]
+    (made, fits), (others, others_fit) = results.get(timeout=10), results.get(timeout=10)
     assert fits and others_fit and sorted(made + others) == sorted(TEXTS) and made and others
     assert len(list((tmp_path / "out").iterdir())) == 1
 
@@ -186,9 +178,9 @@ def train(tiny, sample_data, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", EVERY_SCRIPT)
 def test_a_run_on_videos_trains_what_embeddings_in_memory_train(name, train, sample_data, monkeypatch):
-    more = ["--validation_data_root", str(sample_data), "--text_dropout", "0.5"]
+    more = ["--validation_data_root", str(sample_data), "--validation_num_clips", "2", "--text_dropout", "0.5"]
     mapped = train(name, "mapped", *more)
     assert not list(mapped.glob("caption_embeds*"))
 

@@ -52,7 +52,9 @@ def graphs(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], marks=pytest.mark.slow), ["--gradient_checkpointing"]], ids=["", "checkpointing"]
+)
 def test_the_launchers_backend_compiles_blocks_and_trains_the_same(more, train, graphs, monkeypatch):
     compiled = train("compiled", *more)
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of test_scripts are arguments here
 """Honest exits: a sweep says how every run ended, goes on, stops in good order, and on a rerun does what is left."""
 
 import json
@@ -16,18 +15,8 @@ from args import EPILOG, parse_training_args
 from durable import release_locks
 from errors import DataError, UserError
 from runtime import run_script
+from script_runs import ROOT, SCRIPTS, prepare, run_ranks, status
 from status import RUN_ID_VARIABLE, write_status
-from test_scripts import (  # noqa: F401
-    ROOT,
-    SCRIPTS,
-    clips,
-    command,
-    module,
-    prepare,
-    prepared,
-    run_ranks,
-    status,
-)
 from test_shell import PREPARE, SWEEP, TRAIN, by_training, output_dir_of
 from test_signals import send_at
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import cogvideox
 from args import parse_prepare_args, parse_training_args
-from conftest import write_clip
 from durable import describe
 from errors import UsageError
+from script_runs import EVERY_SCRIPT
+from synthetic_clips import write_clip
 from tiny_pipeline import make_tiny_pipeline
 
 
@@ -121,7 +122,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("form", ["prepared", "raw"])
+@pytest.mark.parametrize("form", ["prepared", pytest.param("raw", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("move", MOVES)
 def test_a_run_goes_on_after_its_data_moved(move, form, train, tiny, prepared, clips, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
@@ -434,7 +435,7 @@ def same_weights(first, second, name):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("script", MODULES)
+@pytest.mark.parametrize("script", EVERY_SCRIPT)
 def test_training_starts_from_that_transformer(script, train, tuned, tmp_path):
     model, data, sft = tuned(KIND[script[:3]])
     out = train(script, model, data, *PREPARED, "--init_transformer", sft, steps=2)

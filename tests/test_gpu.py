@@ -17,9 +17,10 @@ from lora_file import WEIGHTS_NAME
 from masters import HostMasters, Masters
 from random_dataset import write_dataset
 from runtime import to_device
+from script_runs import make_loss_nan
 from test_optimizers import COMBINATIONS, FACTS, PLAIN, ROWS, TinyEngine, grid_loss, make_run, states_of
 from test_optimizers import train as train_tiny
-from test_scripts import DROPOUTS, STEPS_THAT_COUNT, between_logs, make_loss_nan
+from test_scripts import DROPOUTS, STEPS_THAT_COUNT, between_logs
 from test_update import five_updates
 from update import average_gradients
 

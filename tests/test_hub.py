@@ -43,31 +43,20 @@ FLAGS += ["--max_train_steps", "2", "--checkpointing_steps", "9"]
 LORA_FLAGS = ["--rank", "4", "--lora_alpha", "2"]
 
 
-@pytest.fixture(scope="module")
-def prepared(tiny, sample_data, tmp_path_factory):
+@pytest.fixture(scope="session")
+def prepared(once, tiny, sample_data):
     """(kind, width) -> a prepared folder of the sample clips, 9 frames of height 64; read-only."""
     import prepare_dataset
 
-    folders = {}
+    def build(out, kind, width):
+        flags = ["--model_id", str(tiny(kind)), "--data_root", str(sample_data), "--output_dir", str(out)]
+        flags += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--save_latents_and_embeddings"]
+        flags += ["--height_buckets", "64", "--width_buckets", str(width), "--frame_buckets", "9"]
+        if kind.endswith("i2v"):
+            flags += ["--save_image_latents", "--num_image_variants", "1"]
+        prepare_dataset.main(parse_prepare_args(flags))
 
-    def folder_of(kind, width=96):
-        if (kind, width) not in folders:
-            folders[kind, width] = out = tmp_path_factory.mktemp(f"prepared-{kind}")
-            flags = ["--model_id", str(tiny(kind)), "--data_root", str(sample_data), "--output_dir", str(out)]
-            flags += [
-                "--caption_column",
-                "prompts.txt",
-                "--video_column",
-                "videos.txt",
-                "--save_latents_and_embeddings",
-            ]
-            flags += ["--height_buckets", "64", "--width_buckets", str(width), "--frame_buckets", "9"]
-            if kind.endswith("i2v"):
-                flags += ["--save_image_latents", "--num_image_variants", "1"]
-            prepare_dataset.main(parse_prepare_args(flags))
-        return folders[kind, width]
-
-    return folder_of
+    return lambda kind, width=96: once(f"hub-{kind}-{width}", lambda out: build(out, kind, width))
 
 
 @pytest.fixture
@@ -294,6 +283,7 @@ def test_only_2b_is_under_the_apache_licence(kind, tiny):
     assert model.fps == (16 if kind.startswith("1.5") else 8)
 
 
+@pytest.mark.draws
 def test_equal_runs_write_equal_cards(train, tmp_path):
     first = train("t2v_lora", name="one/run")
     second = train("t2v_lora", name="two/run")
@@ -440,6 +430,7 @@ def test_a_long_run_is_drawn_into_a_small_file(tmp_path):
         assert image.width == 960 and 450 < image.height < 600
 
 
+@pytest.mark.draws
 def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     write_metrics(tmp_path, [{"step": 1, "loss": None}])
@@ -694,6 +685,7 @@ def test_the_token_leaves_the_command_line(monkeypatch):
         assert sys.argv[:5] == ["script.py", *flags] and sys.argv[-1] == "--push_to_hub"
 
 
+@pytest.mark.slow  # a real process: trackers write at its start and at its exit
 def test_no_file_of_a_run_holds_a_secret(command, tmp_path):
     """A real process, launched, with two trackers; every file that it leaves anywhere is read."""
     pytest.importorskip("tensorboard"), pytest.importorskip("wandb")

@@ -18,21 +18,10 @@ import streaming
 import validation
 from args import parse_training_args
 from cogvideox import encode_captions, load_text_encoder, load_transformer, place_text_encoder
+from script_runs import result_hash
 from streaming import offload_activations, stream_weights, streamed_tensors
 from test_streaming import LateCopies
-from test_validation import (  # noqa: F401
-    clips,
-    command,
-    image,
-    module,
-    prepared,
-    result_hash,
-    sampled,
-    sampling,
-    script,
-    train,
-    video_bytes,
-)
+from test_validation import image, sampled, sampling, video_bytes  # noqa: F401 - two are fixtures
 
 
 CPU = torch.device("cpu")

@@ -523,7 +523,7 @@ def inputs_of(config):
     return inputs | ({"ofs": torch.tensor([2.0])} if config.ofs_embed_dim else {})
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # fourteen installations, each in a process of its own
 @pytest.mark.parametrize("packages", READERS.values(), ids=READERS)
 def test_readers_of_other_versions_render_what_was_trained(packages, cases, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site"]

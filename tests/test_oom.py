@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of test_scripts are arguments here
 """A full GPU: one line that says what was tried and what to do, the cheapest first; the last checkpoint stays."""
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 
 from args import parse_training_args
 from runtime import memory_savers_from_args
-from test_scripts import SCRIPTS, checkpoints, clips, command, module, own_copy, prepared, status, stops, train  # noqa: F401
+from script_runs import checkpoints, status
 
 
 ADVICE = "If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
@@ -15,11 +14,6 @@ MESSAGE = (
 )
 ARGV = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
 SMALLER = "smaller --frame_buckets, --height_buckets, --width_buckets"
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return SCRIPTS[request.param]
 
 
 def fill_memory(monkeypatch, module, call):

@@ -35,7 +35,9 @@ from formats import read_clips, read_text_rows
 from hashes import Hashes
 from headers import probe
 from objective import draw_generator
-from synthetic_clips import draw_case, write_case
+from runtime import run_script
+from script_runs import run_ranks
+from synthetic_clips import draw_case, write_case, write_clip
 from tiny_pipeline import make_tiny_pipeline
 
 
@@ -128,14 +130,16 @@ def wait_for(child):
 
 
 @pytest.fixture(scope="session")
-def three_clips(tmp_path_factory, write_clip):
+def three_clips(once):
     """Three clips of 32x48 with captions: 5 frames, 5 frames, and 12, of which a drawn part is used."""
-    data = tmp_path_factory.mktemp("three-clips")
-    names = ["a.mp4", "b.mp4", "c.mp4"]
-    for seed, (name, num_frames) in enumerate(zip(names, (5, 5, 12), strict=True)):
-        write_clip(data / name, num_frames, 32, 48, seed=seed)
-    write_lists(data, CAPTIONS, names)
-    return data
+
+    def build(data):
+        names = ["a.mp4", "b.mp4", "c.mp4"]
+        for seed, (name, num_frames) in enumerate(zip(names, (5, 5, 12), strict=True)):
+            write_clip(data / name, num_frames, 32, 48, seed=seed)
+        write_lists(data, CAPTIONS, names)
+
+    return once("three-clips", build)
 
 
 @pytest.fixture
@@ -156,10 +160,9 @@ def prepare(tiny, data, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def prepared_once(tiny, three_clips, tmp_path_factory):
-    out = tmp_path_factory.mktemp("prepared-once")
-    prepare_dataset.main(parse_prepare_args(arguments(tiny("5b"), three_clips, out, *EVERYTHING)))
-    return out
+def prepared_once(once, tiny, three_clips):
+    build = lambda out: prepare_dataset.main(parse_prepare_args(arguments(tiny("5b"), three_clips, out, *EVERYTHING)))  # noqa: E731
+    return once("three-clips-prepared", build)
 
 
 @pytest.fixture
@@ -888,6 +891,20 @@ def test_ctrl_c_says_what_the_same_command_does_then(data, tiny, tmp_path, monke
     assert line == "error: interrupted by SIGINT; the same command does what is missing"
 
 
+def test_two_ranks_equal_one(five_clips, tiny, tmp_path):
+    """Also where clips are left out: the other rank has time to finish."""
+
+    def main(out):
+        prepare_dataset.main(parse_prepare_args(arguments(tiny("5b"), five_clips, out, *EVERYTHING)))
+
+    assert run_ranks(lambda: run_script(lambda: main(tmp_path / "two"), tmp_path / "two"), 2) == [65, 0]
+    assert json.loads((tmp_path / "two/status.json").read_text())["exit_code"] == 65
+    with pytest.raises(DataError):
+        main(tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow  # torchrun and two scripts that import torch: one error is shown, whoever meets it
 def test_two_processes_equal_one(five_clips, tiny, tmp_path):
     """Also where clips are left out: the other process has time to finish, and one error is shown."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]

@@ -386,7 +386,9 @@ def train_as_balanced(transformer, backend):
         compile_blocks(blocks, backend)
 
 
-@everywhere
+@pytest.mark.parametrize(
+    "precision", ["int8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "nf4"))]
+)
 def test_blocks_compile_with_checkpointing_inside(precision, tiny):
     transformer, _ = quantized_transformer(tiny("5b"), precision, target_modules=["to_q", "to_v", "ff.net.2"])
     plain = loss_and_gradients(transformer)
@@ -432,10 +434,12 @@ def test_adapters_in_few_products_over_quantised_layers(precision, dtype, tiny):
 # ---------------------------------------------------------------- its price
 
 
-LARGER = pytest.param("1.5-5b-i2v", (17, 128, 128), marks=pytest.mark.slow)
+LARGER = [
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("2b", (9, 64, 96)), ("1.5-5b-i2v", (17, 128, 128)))
+]
 
 
-@pytest.mark.parametrize(("kind", "size"), [("2b", (9, 64, 96)), ("5b", (9, 64, 96)), LARGER])
+@pytest.mark.parametrize(("kind", "size"), [("5b", (9, 64, 96)), *LARGER])
 def test_the_price_of_each_precision(kind, size, tiny, tmp_path, capsys):
     write_dataset(tmp_path / "data", 3, *size, text_shape=(226, 32))
     command = [str(tiny(kind)), "--data", str(tmp_path / "data"), "--rank", "8", "--num_samples", "4", "--steps", "4"]

@@ -74,11 +74,12 @@ def check_result(output_dir, name):
         CogVideoXTransformer3DModel.from_pretrained(output_dir, subfolder="transformer")
 
 
+@pytest.mark.slow  # the wrapper, the launcher and the script, as users start them
 def test_the_quick_start_trains_on_videos(quick_start):
     check_result(quick_start("text_to_video_lora", "videos"), "text_to_video_lora")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # as above
 @pytest.mark.parametrize("kind", ["videos", "prepared"])
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_every_quick_start_trains_on_both_kinds_of_data(quick_start, name, kind):

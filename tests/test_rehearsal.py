@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of test_scripts are arguments here
 """What would end a run at its end ends it before its first step, and what ends a validation ends only that."""
 
 import logging
@@ -13,25 +12,7 @@ import checkpointing
 import validation
 from errors import StorageError
 from runtime import run_script
-from test_scripts import (  # noqa: F401
-    SCRIPTS,
-    checkpoints,
-    clips,
-    command,
-    metrics,
-    module,
-    own_copy,
-    prepared,
-    result_hash,
-    status,
-    stops,
-    train,
-)
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return SCRIPTS[request.param]
+from script_runs import checkpoints, metrics, result_hash, status
 
 
 one_script = pytest.mark.parametrize("script", ["t2v_lora"], indirect=True)

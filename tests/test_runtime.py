@@ -28,8 +28,8 @@ from runtime import (
     run_script,
     shared_seed_from_args,
 )
+from script_runs import run_ranks
 from status import RUN, RUN_ID_VARIABLE, begin_run
-from test_scripts import run_ranks
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of test_scripts are arguments here
 """The same command writes the same bytes, whatever the process's hash seed, time, folder or environment."""
 
 import os
@@ -7,7 +6,7 @@ import sys
 
 import pytest
 
-from test_scripts import ROOT, SCRIPTS, clips, command, own_copy, prepared, result_hash  # noqa: F401
+from script_runs import ROOT, SCRIPTS, result_hash
 
 
 @pytest.fixture(params=["t2v_lora"])
@@ -29,6 +28,7 @@ def hashes(script, command, tmp_path, seeds):
     return [result_hash(tmp_path / f"out-{seed}") for seed in seeds]
 
 
+@pytest.mark.slow  # a hash seed is set before Python starts: whole scripts
 def test_a_lora_file_has_the_same_hash_whatever_the_hash_seed(script, command, tmp_path):
     first, *others = hashes(script, command, tmp_path, (1, 2))
     assert first and all(other == first for other in others)

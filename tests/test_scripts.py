@@ -1,250 +1,53 @@
 """The training scripts from end to end on tiny models: same data, same weights, whatever way leads there."""
 
-import hashlib
-import importlib
 import json
 import logging
-import math
-import multiprocessing
-import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from args import parse_prepare_args, parse_training_args
+from args import parse_training_args
 from buckets import pack_batches
-from conftest import write_clip
 from errors import DataError
 from runtime import run_script
+from script_runs import (
+    EVERY_SCRIPT,
+    LORA_SCRIPTS,
+    ROOT,
+    SCRIPTS,
+    SIZES,
+    checkpoints,
+    distance,
+    four_scripts,
+    image_flags,
+    interrupt,
+    losses,
+    metrics,
+    prepare,
+    result_hash,
+    result_tensors,
+    run_ranks,
+    same_run,
+    status,
+    write_lists,
+)
+from synthetic_clips import write_clip
 
 
-ROOT = Path(__file__).resolve().parent.parent
 ATEN = torch.ops.aten
-
-
-class Script(NamedTuple):
-    """A training script and the tiny pipelines that it is tried on."""
-
-    module: str
-    key: str  # of args.SCRIPTS
-    kind: str
-    other_kinds: tuple[str, ...]
-    flags: tuple[str, ...] = ()
-
-
-LORA_FLAGS = ("--rank", "4", "--lora_alpha", "4")
-SFT_FLAGS = ("--save_dtype", "fp32")
-SCRIPTS = {
-    "t2v_lora": Script("cogvideox_text_to_video_lora", "t2v_lora", "5b", ("2b", "1.5-5b"), LORA_FLAGS),
-    "t2v_sft": Script("cogvideox_text_to_video_sft", "t2v_sft", "5b", ("2b", "1.5-5b"), SFT_FLAGS),
-    "i2v_lora": Script("cogvideox_image_to_video_lora", "i2v_lora", "1.5-5b-i2v", ("5b-i2v",), LORA_FLAGS),
-    "i2v_sft": Script("cogvideox_image_to_video_sft", "i2v_sft", "1.5-5b-i2v", ("5b-i2v",), SFT_FLAGS),
-}
-LORA_SCRIPTS = [name for name in SCRIPTS if name.endswith("lora")]
-
-BUCKET_FLAGS = ["--height_buckets", "64", "--width_buckets", "64", "96", "--frame_buckets", "9"]
-DEFAULTS = [
-    "--optimizer", "adamw", "--learning_rate", "1e-2", "--lr_warmup_steps", "0", "--train_batch_size", "1",
-    "--checkpointing_steps", "1",
-]  # fmt: skip
-TEXT_FILES = ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
-SIZES = {"one": [(9, 64, 96)] * 4, "two": [(9, 64, 96)] * 4 + [(9, 64, 64), (14, 64, 64)]}  # frames, height, width
-
-
-# ---------------------------------------------------------------- data
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """name of SIZES -> folder of raw clips; read-only."""
-    folders = {name: tmp_path_factory.mktemp(f"clips-{name}") for name in SIZES}
-    for name, folder in folders.items():
-        (folder / "videos").mkdir()
-        for i, (frames, height, width) in enumerate(SIZES[name]):
-            write_clip(folder / f"videos/{i}.mp4", frames, height, width, seed=i)
-        write_lists(folder, [f"clip {i} of a moving square" for i in range(len(SIZES[name]))])
-    return folders
-
-
-def write_lists(folder, prompts):
-    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
-    (folder / "videos.txt").write_text("".join(f"videos/{i}.mp4\n" for i in range(len(prompts))))
-
-
-@pytest.fixture(scope="session")
-def prepared(clips, tiny, tmp_path_factory):
-    """(kind, name of SIZES) -> folder of prepare_dataset.py; read-only."""
-    folders = {}
-
-    def folder_of(kind, name="one"):
-        if (kind, name) not in folders:
-            folders[kind, name] = out = tmp_path_factory.mktemp(f"prepared-{kind}-{name}")
-            prepare(tiny(kind), clips[name], out, *image_flags(kind))
-        return folders[kind, name]
-
-    return folder_of
-
-
-def image_flags(kind):
-    return ["--save_image_latents", "--num_image_variants", "1"] if kind.endswith("i2v") else []
-
-
-def prepare(model, data_root, out, *flags):
-    paths = ["--model_id", str(model), "--data_root", str(data_root), "--output_dir", str(out)]
-    fixed = [*paths, *TEXT_FILES, "--target_fps", "8", "--save_latents_and_embeddings", *BUCKET_FLAGS]
-    fixed += ["--seed", "1"]  # the runs' own: a longer clip starts at the same place, prepared or not
-    importlib.import_module("prepare_dataset").main(parse_prepare_args([*fixed, *flags]))
-
-
-@pytest.fixture
-def own_copy(tmp_path):
-    """A copy of a read-only folder that a test may spoil."""
-    return lambda folder, name: shutil.copytree(folder, tmp_path / name)
-
-
-# ---------------------------------------------------------------- runs
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return SCRIPTS[request.param]
-
-
-@pytest.fixture
-def module(script):
-    return importlib.import_module(script.module)
-
-
-@pytest.fixture
-def command(script, tiny, prepared, clips, tmp_path):
-    """(name of the output folder, flags) -> argv of the script, by default on prepared data of one bucket."""
-
-    def make(name, *flags, data="one", raw=False, model=None, seed=1):
-        argv = ["--pretrained_model_name_or_path", str(model or tiny(script.kind)), *DEFAULTS]
-        argv += ["--output_dir", str(tmp_path / name)]
-        argv += [*script.flags, *([] if seed is None else ["--seed", str(seed)])]
-        if raw:
-            folder = data if isinstance(data, Path) else clips[data]
-            return argv + ["--data_root", str(folder), *TEXT_FILES, "--fps", "8", *BUCKET_FLAGS, *flags]
-        folder = data if isinstance(data, Path) else prepared(script.kind, data)
-        return argv + ["--data_root", str(folder), "--load_tensors", *flags]
-
-    return make
-
-
-@pytest.fixture
-def train(script, module, command, tmp_path):
-    """Run the script in this process, as `command` says; returns the output folder."""
-
-    def run(name, *flags, **where):
-        module.main(parse_training_args(script.key, command(name, *flags, **where)))
-        return tmp_path / name
-
-    return run
-
-
-@pytest.fixture
-def stops(train, tmp_path, capsys):
-    """Run the script and expect it to leave with an exit code; returns its last line on stderr, the only error there."""
-
-    def run(code, name, *flags, **where):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            run_script(lambda: train(name, *flags, **where), tmp_path / name)
-        assert left.value.code == code
-        lines = capsys.readouterr().err.splitlines()
-        assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-        return lines[-1]
-
-    return run
-
-
-def result_tensors(folder):
-    """What was trained, from a LoRA file or a `transformer` folder."""
-    lora = folder / "pytorch_lora_weights.safetensors"
-    files = [lora] if lora.exists() else sorted((folder / "transformer").glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def result_hash(folder):
-    lora = folder / "pytorch_lora_weights.safetensors"
-    files = [lora] if lora.exists() else sorted((folder / "transformer").glob("*.safetensors"))
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-
-
-def metrics(folder):
-    """The lines of updates, without those of events."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "event" not in row]
-
-
-def losses(folder):
-    return [row["loss"] for row in metrics(folder)]
-
-
-def status(folder):
-    return json.loads((folder / "status.json").read_text())
-
-
-def checkpoints(folder):
-    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
-
-
-def same_run(ours, theirs, step):
-    """The same result file, the same losses and the same optimizer state, bit for bit."""
-    folders = [run / f"checkpoint-{step}" for run in (ours, theirs)]
-    states = [load_file(folder / "optimizer.safetensors") for folder in folders]
-    assert states[0] and states[0].keys() == states[1].keys()
-    equal = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    numbers = [[(row["step"], row["loss"], row["grad_norm"]) for row in metrics(run)] for run in (ours, theirs)]
-    texts = [(folder / "state.json").read_bytes() for folder in folders]
-    return result_hash(ours) == result_hash(theirs) and equal and numbers[0] == numbers[1] and texts[0] == texts[1]
-
-
-def distance(ours, theirs):
-    """Norm of the difference of two results, as a share of their norm."""
-    ours, theirs = result_tensors(ours), result_tensors(theirs)
-    assert ours.keys() == theirs.keys()
-    difference = sum((ours[name].double() - theirs[name].double()).square().sum() for name in ours)
-    return float(difference.sqrt() / sum(ours[name].double().square().sum() for name in ours).sqrt())
-
-
-def interrupt(monkeypatch, module, update_number):
-    """Ctrl-C in place of the update of this number."""
-    calls, update = [], module.update
-
-    def interrupted(*arguments):
-        calls.append(None)
-        if len(calls) == update_number:
-            raise KeyboardInterrupt
-        return update(*arguments)
-
-    monkeypatch.setattr(module, "update", interrupted)
-
-
-def make_loss_nan(monkeypatch, module, is_bad):
-    """The loss is NaN in the forward passes, counted from 1, that `is_bad` picks."""
-    calls, v_prediction_loss = [], module.v_prediction_loss
-
-    def spoiled(*arguments):
-        calls.append(None)
-        return v_prediction_loss(*arguments) * (math.nan if is_bad(len(calls)) else 1)
-
-    monkeypatch.setattr(module, "v_prediction_loss", spoiled)
 
 
 # ---------------------------------------------------------------- same data, same weights
 
 
+@four_scripts
 def test_raw_videos_equal_prepared_latents(script, train):
     # The noise on a first frame is drawn per clip in one, per position in the other: only without the image are they equal
     flags = ["--max_train_steps", "3", *(["--noised_image_dropout", "1"] if script.kind.endswith("i2v") else [])]
@@ -271,6 +74,7 @@ def test_data_workers_change_nothing(train):
     assert same_run(*runs, step=4)
 
 
+@four_scripts
 def test_the_originals_folder_trains_alike(script, train, prepared, tmp_path):
     folder = write_original_folder(prepared(script.kind, "two"), tmp_path / "original")
     ours = train("ours", "--max_train_steps", "6", data="two")
@@ -298,6 +102,7 @@ ROUNDING = 2e-5
 COARSE_ADAM = ["--epsilon", "1e-3", "--max_train_steps", "3"]
 
 
+@four_scripts
 def test_accumulation_equals_a_larger_batch(train):
     accumulated = train("accumulated", *COARSE_ADAM, "--gradient_accumulation_steps", "4")
     batched = train("batched", *COARSE_ADAM, "--train_batch_size", "4")
@@ -306,6 +111,7 @@ def test_accumulation_equals_a_larger_batch(train):
     assert distance(accumulated, train("fewer", *COARSE_ADAM, "--gradient_accumulation_steps", "2")) > 10 * ROUNDING
 
 
+@four_scripts
 def test_two_processes_equal_one_with_twice_the_batch(script, module, command, train, tmp_path):
     flags = [*COARSE_ADAM, "--text_dropout", "0.5", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "2"]
     argv = command("two", *flags, "--train_batch_size", "2", "--gradient_accumulation_steps", "2")
@@ -313,33 +119,6 @@ def test_two_processes_equal_one_with_twice_the_batch(script, module, command, t
     one = train("one", *flags, "--train_batch_size", "4", "--gradient_accumulation_steps", "2")
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
     assert distance(tmp_path / "two", one) < ROUNDING
-
-
-def run_ranks(main, num_ranks):
-    """Exit codes of `main` in forked processes that meet over gloo: importing everything anew would take 8 s each."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-
-    def work(rank):
-        from accelerate.state import AcceleratorState, GradientState
-
-        torch.set_num_threads(1)  # renews the thread pool, which several threads may not do at once after a fork
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        main()
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(num_ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-    return [process.exitcode for process in processes]
 
 
 def test_gradient_checkpointing_changes_nothing(train):
@@ -421,7 +200,15 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
+FULLEST = [
+    ("accumulation_over_buckets", name) for name in SCRIPTS
+]  # of every script, the others of two in `make test`
+OTHERS = [
+    pytest.param(case, *name.values, marks=name.marks) for case in ("plain", "raw_with_flips") for name in EVERY_SCRIPT
+]
+
+
+@pytest.mark.parametrize(("case", "script"), [*FULLEST, *OTHERS], indirect=["script"])
 def test_an_interrupted_run_continues_bit_for_bit(case, train, stops, module, monkeypatch):
     """At the 4th update, when the 3rd is in metrics.jsonl already and the newest checkpoint is the 2nd."""
     flags, where = RESUMED[case]
@@ -644,6 +431,7 @@ def test_training_lowers_the_loss(train, module, monkeypatch):
     assert last < 0.6 * first
 
 
+@four_scripts
 def test_every_kind_of_checkpoint_trains(script, train, tiny, prepared):
     for kind in script.other_kinds:
         out = train(kind, "--max_train_steps", "1", model=tiny(kind), data=prepared(kind))
@@ -780,6 +568,7 @@ def test_the_rank_that_meets_a_bad_file_is_heard(script, module, command, prepar
 # ---------------------------------------------------------------- real processes
 
 
+@four_scripts
 def test_a_usage_error_answers_at_once(script, command):
     path = ROOT / "training" / f"{script.module}.py"
     result = subprocess.run([sys.executable, path, *command("out", "--ranc", "4")], capture_output=True, text=True)

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures of test_scripts are arguments here
 """Asked to stop: the step is finished, a checkpoint written, exit code 75, and the same command ends with the same bytes."""
 
 import json
@@ -16,25 +15,19 @@ import pytest
 import dataset
 from args import parse_training_args
 from runtime import run_script
-from signals import INTERRUPTION, SIGNALS, caught_signals, shield_worker
-from test_scripts import (  # noqa: F401
+from script_runs import (
+    EVERY_SCRIPT,
     ROOT,
     SCRIPTS,
     checkpoints,
-    clips,
-    command,
     metrics,
-    module,
-    own_copy,
     prepare,
-    prepared,
     result_hash,
     run_ranks,
     same_run,
     status,
-    stops,
-    train,
 )
+from signals import INTERRUPTION, SIGNALS, caught_signals, shield_worker
 
 
 STEPS = ["--max_train_steps", "4", "--checkpointing_steps", "100"]
@@ -45,7 +38,7 @@ def script(request):
     return SCRIPTS[request.param]
 
 
-by_script = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+by_script = pytest.mark.parametrize("script", EVERY_SCRIPT, indirect=True)
 one_script = pytest.mark.parametrize("script", ["t2v_lora"], indirect=True)
 
 
@@ -301,6 +294,7 @@ def test_prepare_finishes_the_clip_in_hand_and_a_rerun_does_the_rest(script, tin
 # ---------------------------------------------------------------- through the launcher
 
 
+@pytest.mark.slow  # a real launcher, which imports torch as its script does
 @one_script
 def test_the_launchers_death_is_a_signal_too(script, command, tmp_path):
     """accelerate launch ends at SIGTERM and leaves its process behind, which saves and says so in status.json."""

@@ -173,6 +173,7 @@ def test_training_is_the_same_to_the_byte(level, checkpoints, copies, reference,
     assert saved_bytes(transformer, tmp_path / "lora") == reference[1]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_the_same_and_compile_no_oftener(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "Copies", LateCopies)
     results = {}

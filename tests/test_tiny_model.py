@@ -210,6 +210,7 @@ def run_phase(out, phase, *flags):
         pretrain.main(pretrain.parse_args([phase, "--out", str(out), *small, *flags]))
 
 
+@pytest.mark.slow
 def test_sizes(untrained):
     vae, transformer, text_encoder = networks.new_vae(), networks.new_transformer(), networks.new_text_encoder(512)
     assert networks.num_parameters(vae) < 1.1e6
@@ -220,6 +221,7 @@ def test_sizes(untrained):
     assert sum(path.stat().st_size for path in own) < 12 * 2**20
 
 
+@pytest.mark.slow
 def test_plain_diffusers_loads_and_calls_it(untrained):
     """Without a dtype, with the pipelines' own text length, size and number of frames."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
@@ -235,6 +237,7 @@ def test_plain_diffusers_loads_and_calls_it(untrained):
     assert frames.shape == (1, 9, 3, 64, 64)
 
 
+@pytest.mark.slow
 def test_the_scripts_take_it(untrained):
     """Both folders are whole for the training scripts, links followed, and the clips' size is one that they render."""
     from cogvideox import check_sample_size, check_task, read_config, resolve_model_dir, text_length
@@ -247,6 +250,7 @@ def test_the_scripts_take_it(untrained):
         assert text_length(config) == networks.TEXT_LENGTH
 
 
+@pytest.mark.slow
 def test_captions_fit_the_text_length(untrained):
     from transformers import AutoTokenizer
 
@@ -280,6 +284,7 @@ def weights(out, phase):
     return load_file(out / f"state_{phase}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["vae", "t2v", "i2v"])
 def test_a_stopped_phase_goes_on_as_if_it_had_not(untrained, tmp_path, monkeypatch, phase):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -300,6 +305,7 @@ def test_a_stopped_phase_goes_on_as_if_it_had_not(untrained, tmp_path, monkeypat
     assert [line["from_step"] for line in lines if "from_step" in line] == [0, 1]
 
 
+@pytest.mark.slow
 def test_reconstruction_is_learned():
     """Of one clip: its loss falls by a quarter in ten steps."""
     torch.manual_seed(0)
@@ -323,6 +329,7 @@ def test_the_learning_rate_rises_and_falls():
 # ---------------------------------------------------------------- fine-tuning
 
 
+@pytest.mark.slow
 def test_before_and_after_are_shown_and_measured(untrained, tmp_path, capsys):
     """An adapter with weights of its own on the text-to-video model: measured twice, drawn, and refused if it learned less."""
     from PIL import Image
@@ -433,7 +440,7 @@ def test_the_video_puts_clips_where_they_belong(tmp_path):
     assert measure.psnr(video[None, :, :, 64:, :64], after[None, 0]) > 25
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # teach.sh starts five programs
 @pytest.mark.parametrize("method", ["lora", "sft"])
 def test_teaching_goes_through_the_wrappers(untrained, tmp_path, method):
     settings = {
@@ -448,7 +455,7 @@ def test_teaching_goes_through_the_wrappers(untrained, tmp_path, method):
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the wrapper, as a row is measured
 def test_a_row_of_recipes_is_trained_by_the_wrapper_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "MEASURED_AT", (2, 4))
     monkeypatch.setattr(recipes, "SAMPLING_STEPS", 4)
@@ -500,6 +507,7 @@ def test_what_is_shipped_is_small_and_fp16():
         assert dtypes == {"F32" if path.parent.name == "text_encoder" else "F16"}, path
 
 
+@pytest.mark.slow
 def test_the_shipped_model_draws_what_captions_say():
     """A handful of the captions that the slow test has a hundred of; loaded and called as the README does."""
     from diffusers import CogVideoXPipeline
@@ -511,6 +519,7 @@ def test_the_shipped_model_draws_what_captions_say():
     assert judging.accuracy(verdicts, contents)["caption"] >= 6 / 8
 
 
+@pytest.mark.slow
 def test_the_shipped_image_to_video_model_goes_on_from_a_frame():
     from diffusers import CogVideoXImageToVideoPipeline
 
@@ -544,6 +553,7 @@ def test_image_to_video_of_the_shipped_model():
     assert scores["psnr_of_first_frame"] >= 20 and scores["direction"] >= 0.8
 
 
+@pytest.mark.slow  # scripts of their own, which import torch before they read
 @pytest.mark.parametrize("script", ["measure.py", "compare.py"])
 def test_a_folder_without_a_model_is_one_line(script, tmp_path):
     more = ["--concept", "star", "--lora", "l", "--out", str(tmp_path)] if script == "compare.py" else []

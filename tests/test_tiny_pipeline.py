@@ -1,7 +1,5 @@
 import csv
-import subprocess
 import sys
-from pathlib import Path
 
 import av
 import diffusers
@@ -13,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5EncoderModel
 
+import tiny_pipeline
 from tiny_pipeline import KINDS, make_tiny_pipeline
 
 
@@ -128,11 +127,11 @@ def folder_bytes(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def test_same_seed_same_bytes(tiny, tmp_path):
+def test_same_seed_same_bytes(tiny, tmp_path, monkeypatch):
     torch.manual_seed(123)  # neither read nor changed
     state = torch.get_rng_state()
-    script = Path(__file__).with_name("tiny_pipeline.py")
-    subprocess.run([sys.executable, script, tmp_path / "again", "--kind", "5b"], check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["tiny_pipeline.py", str(tmp_path / "again"), "--kind", "5b"])
+    tiny_pipeline.main()
     make_tiny_pipeline(tmp_path / "other", "5b", seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert folder_bytes(tmp_path / "again") == folder_bytes(tiny("5b"))

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 (fixtures)
 """Validation renders the trained weights as the stock pipelines do, and training does not notice."""
 
 import contextlib
@@ -34,21 +33,8 @@ from cogvideox import check_sample_size, fits, read_config
 from draws import draw_seed
 from errors import UsageError
 from runtime import StepPlan
+from script_runs import ROOT, losses, result_hash, run_ranks
 from test_lora_inference import parse_args, render
-from test_scripts import (  # noqa: F401
-    ROOT,
-    clips,
-    command,
-    losses,
-    module,
-    own_copy,
-    prepared,
-    result_hash,
-    run_ranks,
-    script,
-    stops,
-    train,
-)
 from tiny_pipeline import KINDS
 from world import draw_clips
 from world import test_contents as contents_to_test
@@ -78,6 +64,12 @@ def sampling(script, image):
         return ["--validation_prompt", ":::".join(prompts), *images, "--num_inference_steps", "2"]
 
     return flags
+
+
+@pytest.fixture
+def black(monkeypatch):
+    """Nothing is computed where only the moment of a validation matters: its videos are black."""
+    monkeypatch.setattr(validation, "render_one_from_args", lambda *given: np.zeros((*SIZE, 3), np.uint8))
 
 
 def events(folder, name):
@@ -151,7 +143,7 @@ def test_epochs_are_over_at_the_first_update_at_or_after_their_last_batch():
 
 
 @only_t2v_lora
-def test_a_resumed_run_renders_no_untrained_sample(train, sampling):
+def test_a_resumed_run_renders_no_untrained_sample(train, sampling, black):
     out = train("out", "--max_train_steps", "1")
     assert not (out / "samples").exists()
     train("out", "--max_train_steps", "2", *sampling())  # validation may be added to a run
@@ -767,7 +759,7 @@ def test_a_failing_held_out_loss_is_a_warning(train, prepared, monkeypatch, capl
 
 
 @only_t2v_lora
-def test_memory_is_reported_at_four_points(train, sampling, caplog):
+def test_memory_is_reported_at_four_points(train, sampling, black, caplog):
     with caplog.at_level(logging.INFO):
         out = train("out", *sampling(), "--max_train_steps", "2", "--validation_steps", "1")
     rows = events(out, "memory")

@@ -238,7 +238,7 @@ def launch(tiny, prepared_data, tmp_path):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # launched: DeepSpeed reads its settings from the launcher's environment
 @pytest.mark.parametrize("offload", ["cpu", "none"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_deepspeed_trains_what_is_trained_without(script, offload, launch):
@@ -247,7 +247,7 @@ def test_deepspeed_trains_what_is_trained_without(script, offload, launch):
     assert_same_training(under, plain)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # as above
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_interrupted_run_continues_bit_for_bit(script, launch, tmp_path):
     run = ["--mixed_precision", "bf16", "--max_train_steps", "4"]
@@ -262,7 +262,7 @@ def test_an_interrupted_run_continues_bit_for_bit(script, launch, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # as above
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_one_bad_clip_costs_its_update_alone(script, precision, launch, prepared_data, tmp_path):
@@ -279,7 +279,7 @@ def test_one_bad_clip_costs_its_update_alone(script, precision, launch, prepared
     assert all(torch.isfinite(tensor).all() for tensor in weights(out).values())
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # as above
 @pytest.mark.parametrize(
     ("device", "num_processes"),
     [
