@@ -29,6 +29,7 @@ SEEK_MARGIN = 1.0  # seconds; seeking goes by decode times, which run ahead of d
 LATE_STAMPS = {"avi", "asf"}  # formats that store when a frame is decoded, or when another is shown
 SEEKABLE = {"mp4", "matroska", "mpegts"}  # formats that store every frame's time, so that it is the same after a seek
 DECORD_FORMATS, DECORD_PIXELS = {"mp4", "matroska"}, {"yuv420p", "yuvj420p"}
+READ_WITH_PYAV = set()  # paths of which `say_pyav` has told
 
 
 def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads: int = 0) -> np.ndarray:
@@ -223,10 +224,11 @@ def read_with_decord(path, times: Sequence[float], num_threads: int) -> np.ndarr
         return say_pyav(path, f"decord cannot read it: {first_line(error)}")
 
 
-@functools.cache
 def say_pyav(path, reason: str) -> None:
-    """One line, once per clip and process."""
-    logger.info("%s: read with PyAV (%s)", path, reason)
+    """One line, once per clip and process: decord's reasons hold the time of day."""
+    if path not in READ_WITH_PYAV:
+        READ_WITH_PYAV.add(path)
+        logger.info("%s: read with PyAV (%s)", path, reason)
 
 
 @functools.lru_cache(maxsize=10_000)
