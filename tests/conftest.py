@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import importlib.metadata
+import logging
 import os
 import shutil
 import sys
@@ -45,6 +46,14 @@ def reset_accelerate():
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def console_as_found():
+    """What quiets the console does so for a process's whole life: a test that turns it on undoes it."""
+    before = logging.getLoggerClass()
+    yield
+    assert logging.getLoggerClass() is before, "console.set_up is still in force: replace it in this test"
 
 
 @pytest.fixture(autouse=True)

@@ -175,7 +175,7 @@ def error(latents, video):
 
 
 # The two that differ most stand for the five in `make test`; what each kind computes is in test_parity.py there
-QUICK = ("2b", "1.5-5b-i2v")
+QUICK = ("2b",)
 ALL_KINDS = [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in RECIPES]
 
 

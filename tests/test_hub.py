@@ -675,6 +675,7 @@ def test_no_two_runs_of_a_sweep_share_a_repository():
 
 
 def test_the_token_leaves_the_command_line(monkeypatch):
+    monkeypatch.setattr("console.set_up", lambda verbose: None)
     flags = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
     for given in (["--hub_token", "hf_canary"], ["--hub_token=hf_canary"]):
         monkeypatch.setattr(sys, "argv", ["script.py", *flags, *given, "--push_to_hub"])

@@ -576,6 +576,7 @@ def test_a_usage_error_answers_at_once(script, command):
     assert result.stderr.splitlines() == [f"{path.name}: error: unknown flag --ranc; did you mean --rank?"]
 
 
+@pytest.mark.slow  # the launcher itself; test_exits.py has one in its place
 @pytest.mark.parametrize("script", ["t2v_lora"], indirect=True)
 def test_the_launcher_hides_the_exit_code_and_the_status_keeps_it(script, command, prepared, own_copy, tmp_path):
     data = own_copy(prepared(script.kind), "data")

@@ -142,10 +142,14 @@ RAW = ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
 RAW += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9"]
 
 
-@pytest.fixture(scope="module")
-def quick(tiny, sample_data, prepared_data, tmp_path_factory):
-    """(folder of the runs, for each run whether DeepSpeed was loaded after it)."""
-    folder = tmp_path_factory.mktemp("quick")
+@pytest.fixture(scope="session")
+def quick(tiny, sample_data, prepared_data, once):
+    """(folder of the runs, for each run whether DeepSpeed was loaded after it); made once for all workers."""
+    folder = once("deepspeed", lambda folder: make_quick_runs(folder, tiny("5b"), sample_data, prepared_data))
+    return folder, json.loads((folder / "loaded.json").read_text())
+
+
+def make_quick_runs(folder, model, sample_data, prepared_data):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -161,13 +165,13 @@ def quick(tiny, sample_data, prepared_data, tmp_path_factory):
 
     def run(script, name, steps, *more, **environment):
         module, own = SCRIPTS[script]
-        flags = ["--pretrained_model_name_or_path", str(tiny("5b")), "--output_dir", str(folder / name), *FLAGS, *own]
+        flags = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(folder / name), *FLAGS, *own]
         flags += ["--data_root", str(prepared_data), "--load_tensors", "--mixed_precision", "no"]
         return module, script, [*flags, "--max_train_steps", str(steps), *more], environment
 
     prepare = [
         "--model_id",
-        str(tiny("5b")),
+        str(model),
         "--data_root",
         str(sample_data),
         "--output_dir",
@@ -188,7 +192,8 @@ def quick(tiny, sample_data, prepared_data, tmp_path_factory):
     command = [sys.executable, "-c", DRIVER, json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [line == "true" for line in done.stdout.splitlines() if line in ("true", "false")]
+    loaded = [line == "true" for line in done.stdout.splitlines() if line in ("true", "false")]
+    (folder / "loaded.json").write_text(json.dumps(loaded))
 
 
 def test_deepspeed_is_loaded_where_it_is_asked_for_alone(quick):
