@@ -30,6 +30,7 @@ import test_lora_inference
 import world
 from args import (
     EPILOG,
+    FIRST,
     SCRIPTS,
     make_prepare_parser,
     make_training_parser,
@@ -373,6 +374,9 @@ def test_the_page_of_flags_is_in_step():
     make_flags = runpy.run_path(ROOT / "assets/make_flags.py")
     assert read(FLAGS_PAGE) == make_flags["flags_page"](), "run python assets/make_flags.py"
     assert read(twin(FLAGS_PAGE)) == make_flags["in_chinese"](read(FLAGS_PAGE)), "run python assets/make_flags.py"
+    for flag in FIRST["t2v_lora"] + FIRST["t2v_sft"]:
+        row = next(line for line in read(twin(FLAGS_PAGE)).splitlines() if line.startswith(f"| `--{flag}`"))
+        assert re.search("[\u4e00-\u9fff]", row.split(" | ")[2]), f"assets/translate_flags.py has no --{flag} as worded now"
     listed = set(re.findall(r"^\| `(--\w+)`", read(FLAGS_PAGE), re.M))
     parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
     assert listed == {flag for parser in parsers for flag in parser._option_string_actions} - {"--help", "-h"}
