@@ -393,6 +393,38 @@ def test_the_sweep_is_the_originals_flag_for_flag():
         assert given == {flag: value or given[flag] for flag, value in ORIGINAL_SWEEP.items() if value is not None}
 
 
+def model_of(settings, words):
+    """The model of a command that prepares or trains: by its flag or setting, else the wrapper's own."""
+    for flag in ("--pretrained_model_name_or_path", "--model_id"):
+        if flag in words:
+            return words[words.index(flag) + 1]
+    return settings.get("MODEL") or re.search(r'MODEL="\$\{MODEL:-(.*)\}"', read(ROOT / words[0]))[1]
+
+
+def commands_on_data(text_of_commands):
+    """(does it prepare, prepared folder, model) of each command that prepares data or trains on it."""
+    for settings, words in text_of_commands:
+        values = {**settings, **{flag: value for flag, value in values_of(words).items() if value}}
+        source = values.get("DATA_ROOT") or values.get("--data_root")
+        if source and any("prepare_dataset" in word for word in words):
+            written = values.get("OUTPUT_ROOT") or values.get("--output_dir") or f"{source}-prepared"
+            yield True, written, model_of(settings, words)
+        elif source and ("--load_tensors" in words or words[0].startswith("./train_")):
+            yield False, source, model_of(settings, words)
+
+
+def test_examples_train_on_data_that_their_own_model_prepared():
+    """On the pages, and in each wrapper's header by itself."""
+    blocks = [param.values[0] for param in code_blocks("bash")]
+    headers = ["".join(re.findall(r"^#   (.*\n)", read(path), re.M)) for path in sorted(ROOT.glob("train_*.sh"))]
+    for text in ("".join(block for block in blocks if "for learning_rate" not in block), *headers):
+        uses = list(commands_on_data(commands_of(text)))
+        prepared = {(folder, model) for prepares, folder, model in uses if prepares}
+        trained = {(folder, model) for prepares, folder, model in uses if not prepares}
+        assert trained and prepared
+        assert trained - prepared <= {("data/random", "models/2b")}  # which benchmarks/random_dataset.py writes
+
+
 def test_exit_codes_are_those_of_the_scripts():
     shown = [cells[0] for cells in table("running", "Exit code")[1:]]
     assert shown == re.findall(r"\d+", EPILOG)
