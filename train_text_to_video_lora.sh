@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Train text-to-video LoRAs: one run for every combination of the swept settings.
 #
-#   DATA_ROOT=disney-prepared ./train_text_to_video_lora.sh
-#   DATA_ROOT=disney-prepared LEARNING_RATES="1e-4 1e-3" DRY_RUN=1 ./train_text_to_video_lora.sh
-#   DATA_ROOT=disney-prepared ./train_text_to_video_lora.sh --checkpoints_total_limit 2
+#   MODEL=zai-org/CogVideoX-5b DATA_ROOT=clips OUTPUT_ROOT=clips-prepared ./prepare_dataset.sh
+#   DATA_ROOT=clips-prepared ./train_text_to_video_lora.sh
+#   DATA_ROOT=clips-prepared LEARNING_RATES="1e-4 1e-3" DRY_RUN=1 ./train_text_to_video_lora.sh
+#   DATA_ROOT=clips-prepared ./train_text_to_video_lora.sh --checkpoints_total_limit 2
+#
+# Data belongs to the model that prepared it: another MODEL has another folder.
 #
 # Hardware, with prepared data of 49x480x720, rank 64 and batch 1: MEMORY=stream takes 4.4 GiB of GPU memory for
 # CogVideoX-5b and 2.8 GiB for CogVideoX-2b, balanced 22.1 and 9.0 GiB; with validation stream takes 4.9 and 4.1 GiB.

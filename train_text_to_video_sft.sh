@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Fine-tune every weight of a text-to-video model (SFT): one run for every combination of the swept settings.
 #
-#   DATA_ROOT=disney-prepared ./train_text_to_video_sft.sh
-#   DATA_ROOT=disney-prepared LEARNING_RATES="1e-5 5e-6" DRY_RUN=1 ./train_text_to_video_sft.sh
-#   DATA_ROOT=disney-prepared ./train_text_to_video_sft.sh --checkpoints_total_limit 1
+#   MODEL=zai-org/CogVideoX-2b DATA_ROOT=clips OUTPUT_ROOT=clips-prepared ./prepare_dataset.sh
+#   DATA_ROOT=clips-prepared ./train_text_to_video_sft.sh
+#   DATA_ROOT=clips-prepared LEARNING_RATES="1e-5 5e-6" DRY_RUN=1 ./train_text_to_video_sft.sh
+#   DATA_ROOT=clips-prepared ./train_text_to_video_sft.sh --checkpoints_total_limit 1
+#
+# Data belongs to the model that prepared it: another MODEL has another folder.
 #
 # Hardware: fp32 weights, gradients and Adam's states and the bf16 copy take 28 GiB of GPU memory for CogVideoX-2b,
 # activations come on top. For a 5b model they take 93 GiB: a GPU without that much free refuses it in one line.

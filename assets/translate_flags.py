@@ -7,7 +7,7 @@ import re
 HEADINGS = {
     "# Flags": ("# 参数", "[English](flags.md) | 中文\n\n由 `python assets/make_flags.py` 从 `training/args.py` 生成；"
                 "各脚本的 `--help` 较短，"
-                "省去在该脚本里没有用处的参数。含义是英文原文。默认值是不给出参数时的实际取值；*未设*表示没有值，*关*属于不带值的"
+                "省去在该脚本里没有用处的参数。多数训练所需的参数，含义已译成中文，其余是英文原文。默认值是不给出参数时的实际取值；*未设*表示没有值，*关*属于不带值的"
                 "参数。[返回 README](../README_zh.md)。"),
     "## Training scripts": ("## 训练脚本", "四个脚本的参数相同。只对其中几个脚本有意义的参数，末尾写明是哪些；"
                             "其他脚本会拒绝它。"),
@@ -36,6 +36,37 @@ WORDS = {
     "*Full fine-tuning only.*": "*仅全量微调。*",
     "*Image-to-video only.*": "*仅图生视频。*",
 }
+# Meanings of the flags that most runs need, as flags.md has them; one that was reworded there stays English
+MEANINGS = {
+    "Model to train, required: a hub id, zai-org/... or THUDM/..., or a local diffusers folder.":
+        "要训练的模型，必填：hub 上的名字（zai-org/... 或 THUDM/...），或本地的 diffusers 文件夹。",
+    "Folder of videos and captions, or with `--load_tensors` of prepared data. prepare_dataset.py writes the latter. "
+    "Required, unless there is a `--dataset_file`.":
+        "视频和描述所在的文件夹；有 `--load_tensors` 时，是 prepare_dataset.py 写出的预处理数据。"
+        "没有 `--dataset_file` 时必填。",
+    "Train on prepared data, without the VAE and T5. These are the moments and prompt embeddings that "
+    "prepare_dataset.py makes.":
+        "用预处理数据训练，不加载 VAE 和 T5。数据是 prepare_dataset.py 写出的潜变量分布和描述的嵌入。",
+    "Folder of the result; a run of the same flags there is continued. It holds checkpoints, args.json, metrics.jsonl "
+    "and status.json too.":
+        "结果所在的文件夹；里面有参数相同的训练时，会继续它。检查点、args.json、metrics.jsonl 和 status.json 也在其中。",
+    "Optimizer updates.": "优化器更新的次数，即训练步数。",
+    "Clips per batch, on each GPU.": "每张 GPU 上每个批次的片段数。",
+    "Peak learning rate.": "学习率的最大值。",
+    "What is kept for the backward pass: auto is the fastest level that fits, plan prints what each needs, see "
+    "assets/training.md. speed keeps all of it on the GPU; balanced recomputes blocks but keeps the attention's output; "
+    "offload is balanced with that in host memory; stream has the frozen weights there too. offload and stream are for "
+    "LoRA. One of":
+        "为反向传播保留什么：auto 选放得下的最快级别，plan 打印各级别的用量，见 assets/training_zh.md。speed 全部留在 GPU "
+        "上；balanced 重算各个块，但保留注意力的输出；offload 同 balanced，只是放在主机内存；stream 把冻结权重也放在那里。"
+        "offload 和 stream 用于 LoRA。可取",
+    "Prompts to render before, during and after training, with ::: between them. They are rendered at every validation "
+    "as well as before the first step and after the last.":
+        "训练之前、之中和之后用来渲染视频的提示词，多条用 ::: 隔开。第一步之前、每次验证时和最后一步之后都渲染。",
+    "Rank of the LoRA. Its size grows with it.": "LoRA 的秩；秩越大，文件越大。",
+    "fp32 weights and optimizer in host memory: far less GPU memory, slower steps. The optimizer steps there.":
+        "fp32 权重和优化器放在主机内存，更新也在那里计算：显存少得多，每步更慢。",
+}  # fmt: skip
 
 
 def in_chinese(page: str) -> str:
@@ -54,4 +85,6 @@ def block_in_chinese(block: str) -> str:
         return ""
     for english, chinese in WORDS.items():
         block = block.replace(english, chinese)
+    for english, chinese in MEANINGS.items():
+        block = block.replace(f"| {english}", f"| {chinese}")
     return block

@@ -30,6 +30,7 @@ import test_lora_inference
 import world
 from args import (
     EPILOG,
+    FIRST,
     SCRIPTS,
     make_prepare_parser,
     make_training_parser,
@@ -373,6 +374,9 @@ def test_the_page_of_flags_is_in_step():
     make_flags = runpy.run_path(ROOT / "assets/make_flags.py")
     assert read(FLAGS_PAGE) == make_flags["flags_page"](), "run python assets/make_flags.py"
     assert read(twin(FLAGS_PAGE)) == make_flags["in_chinese"](read(FLAGS_PAGE)), "run python assets/make_flags.py"
+    for flag in FIRST["t2v_lora"] + FIRST["t2v_sft"]:
+        row = re.search(rf"^\| `--{flag}` \|.*\| (.*) \|$", read(twin(FLAGS_PAGE)), re.M)
+        assert re.search("[\u4e00-\u9fff]", row[1]), f"--{flag}: reworded; put it into assets/translate_flags.py"
     listed = set(re.findall(r"^\| `(--\w+)`", read(FLAGS_PAGE), re.M))
     parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
     assert listed == {flag for parser in parsers for flag in parser._option_string_actions} - {"--help", "-h"}
@@ -387,6 +391,38 @@ def test_the_sweep_is_the_originals_flag_for_flag():
         assert [word for word in words[script:] if word.startswith("--")] == list(ORIGINAL_SWEEP)
         given = {flag: words[words.index(flag) + 1] for flag, value in ORIGINAL_SWEEP.items() if value is not None}
         assert given == {flag: value or given[flag] for flag, value in ORIGINAL_SWEEP.items() if value is not None}
+
+
+def model_of(settings, words):
+    """The model of a command that prepares or trains: by its flag or setting, else the wrapper's own."""
+    for flag in ("--pretrained_model_name_or_path", "--model_id"):
+        if flag in words:
+            return words[words.index(flag) + 1]
+    return settings.get("MODEL") or re.search(r'MODEL="\$\{MODEL:-(.*)\}"', read(ROOT / words[0]))[1]
+
+
+def commands_on_data(text_of_commands):
+    """(does it prepare, prepared folder, model) of each command that prepares data or trains on it."""
+    for settings, words in text_of_commands:
+        values = {**settings, **{flag: value for flag, value in values_of(words).items() if value}}
+        source = values.get("DATA_ROOT") or values.get("--data_root")
+        if source and any("prepare_dataset" in word for word in words):
+            written = values.get("OUTPUT_ROOT") or values.get("--output_dir") or f"{source}-prepared"
+            yield True, written, model_of(settings, words)
+        elif source and ("--load_tensors" in words or words[0].startswith("./train_")):
+            yield False, source, model_of(settings, words)
+
+
+def test_examples_train_on_data_that_their_own_model_prepared():
+    """On the pages, and in each wrapper's header by itself."""
+    blocks = [param.values[0] for param in code_blocks("bash")]
+    headers = ["".join(re.findall(r"^#   (.*\n)", read(path), re.M)) for path in sorted(ROOT.glob("train_*.sh"))]
+    for text in ("".join(block for block in blocks if "for learning_rate" not in block), *headers):
+        uses = list(commands_on_data(commands_of(text)))
+        prepared = {(folder, model) for prepares, folder, model in uses if prepares}
+        trained = {(folder, model) for prepares, folder, model in uses if not prepares}
+        assert trained and prepared
+        assert trained - prepared <= {("data/random", "models/2b")}  # which benchmarks/random_dataset.py writes
 
 
 def test_exit_codes_are_those_of_the_scripts():
@@ -686,7 +722,7 @@ def test_the_same_figures_and_verdicts_stand_in_both_languages(page):
 
     def facts(page):
         rows = [line for line in prose(page).splitlines() if line.startswith("|")]
-        found = [re.findall(r"\d[\d.x]*|(?<=\| )(?:yes|no|是|否)(?=[ ;；])", row) for row in rows]
+        found = [re.findall(r"\d(?:[\d.x]*[\dx])?|(?<=\| )(?:yes|no|是|否)(?=[ ;；])", row) for row in rows]
         return [[verdicts.get(fact, fact) for fact in row] for row in found]
 
     assert facts(page) == facts(twin(page))
