@@ -39,7 +39,7 @@ HEADINGS = {
 ORIGINAL_HEADINGS = {
     "measurements.md": "model | trained | optimizer | batch | rank | checkpointing | before training | training | "
     "with validation | last test | level here",
-    "measurements_zh.md": "模型 | 训练 | 优化器 | 批大小 | 秩 | 检查点 | 训练之前 | 训练 | 含验证 | 最后测试 | 这里的级别",
+    "measurements_zh.md": "模型 | 训练 | 优化器 | 批大小 | 秩 | 检查点 | 训练之前 | 训练 | 含验证 | 最后测试 | 本项目的级别",
 }
 # Of the original's rows; its CPUOffloadOptimizer moves gradients too
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradients": "AdamW on the CPU"}

@@ -18,6 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from few_cases import check_few_cases, is_left_to_test_all
+
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets" / "tests"))
 
@@ -29,9 +31,14 @@ SAMPLE_DATA = Path(__file__).resolve().parents[1] / "assets" / "tests"
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the markers
+def pytest_collection_modifyitems(config, items):
     available = torch.cuda.device_count()
+    if not any("::" in arg for arg in config.args):  # whole files
+        check_few_cases([item.nodeid for item in items])
     for item in items:
+        if is_left_to_test_all(item.nodeid):
+            item.add_marker(pytest.mark.slow)
         for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
             if item.get_closest_marker(marker) and available < needed:
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {available}"))

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train a LoRA for a CogVideoX image-to-video model (5b-I2V, 1.5-5B-I2V) on one or more GPUs.
 
-accelerate launch --config_file accelerate_configs/uncompiled_1.yaml --gpu_ids 0 \\
+accelerate launch --quiet --config_file accelerate_configs/uncompiled_1.yaml --gpu_ids 0 \\
     training/cogvideox_image_to_video_lora.py --pretrained_model_name_or_path zai-org/CogVideoX-5b-I2V \\
-    --data_root disney-prepared --load_tensors --mixed_precision bf16 --gradient_checkpointing \\
+    --data_root disney-prepared-i2v --load_tensors --mixed_precision bf16 --gradient_checkpointing \\
     --train_batch_size 1 --max_train_steps 3000 --output_dir cogvideox-i2v-lora
 
 The result, <output_dir>/pytorch_lora_weights.safetensors, loads with `pipe.load_lora_weights(<output_dir>)`.

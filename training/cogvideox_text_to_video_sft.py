@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tune every weight of a CogVideoX text-to-video transformer (SFT) on one or more GPUs.
 
-accelerate launch --config_file accelerate_configs/uncompiled_1.yaml --gpu_ids 0 \\
+accelerate launch --quiet --config_file accelerate_configs/uncompiled_1.yaml --gpu_ids 0 \\
     training/cogvideox_text_to_video_sft.py --pretrained_model_name_or_path zai-org/CogVideoX-2b \\
     --data_root disney-prepared --load_tensors --mixed_precision bf16 --gradient_checkpointing \\
     --train_batch_size 1 --learning_rate 1e-5 --max_train_steps 3000 --output_dir cogvideox-sft
