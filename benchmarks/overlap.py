@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import console
-from step_time import GIB, ROOT, append_row, check_csv, package_versions, parse_before_script, run_script, shown
+from step_time import GIB, append_row, check_csv, package_versions, parse_before_script, run_script, shown
 
 
 FIELDS = ["updates", "median_s", "waiting", "largest_waiting", "reserved_gib", "largest_reserved_gib", "grown_mib"]
@@ -112,7 +112,6 @@ def main():
 
     if not torch.cuda.is_available():
         sys.exit("needs a GPU: on a CPU copies are done at once")
-    sys.path.insert(0, str(ROOT / "training"))
     import streaming
 
     clock = CopyClock(torch)

@@ -105,7 +105,9 @@ def cap_memory(torch, gib):
 def run_script(command):
     """Run `command` = [script, *flags] as __main__ in this process; returns its exit code, 1 for a traceback."""
     sys.argv = list(command)
-    sys.path[0] = str(Path(command[0]).resolve().parent)
+    ours = {str(ROOT / "training"), str(ROOT / "benchmarks")}
+    sys.path[:] = [str(Path(command[0]).resolve().parent), *(folder for folder in sys.path if folder not in ours)]
+    sys.modules.pop("console", None)  # the script's own
     try:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stop:

@@ -100,19 +100,20 @@ def once(tmp_path_factory):
     """(name, build) -> a folder that `build(folder)` filled, whichever worker of pytest-xdist asked first; read-only."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    built = {}
+    built = set()
 
     def folder_of(name, build):
+        folder = base / name
         if name not in built:
-            built[name] = base / name
             with open(base / f".{name}.lock", "a+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
                 if not os.fstat(lock.fileno()).st_size:
-                    shutil.rmtree(built[name], ignore_errors=True)  # of a build that failed
-                    built[name].mkdir()
-                    build(built[name])
+                    shutil.rmtree(folder, ignore_errors=True)  # of a build that failed
+                    folder.mkdir()
+                    build(folder)
                     lock.write("built")
-        return built[name]
+            built.add(name)
+        return folder
 
     return folder_of
 

@@ -356,16 +356,13 @@ def test_help_explains_once_what_has_a_use_and_names_the_rest(script, monkeypatc
     assert set(re.findall(r"--(\w+)", named)) == hidden
 
 
-@by_parser
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_flag_without_a_use_is_accepted_as_before(script):
     parser = MAKERS[script]()
-    for name in NO_MEANING.get(script, {}):
+    for name in NO_MEANING[script]:
         action = flags_of(parser)[name]
-        argv = (
-            []
-            if action.nargs == 0 or action.default in (None, [])
-            else [f"--{name}", *map(str, as_list(action.default))]
-        )
+        given = action.nargs != 0 and action.default not in (None, [])
+        argv = [f"--{name}", *map(str, as_list(action.default))] if given else []
         assert getattr(parse_training_args(script, [*TRAIN, *argv]), name) == action.default
 
 

@@ -1,12 +1,14 @@
 """What training builds equals what the stock diffusers pipelines build."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+from safetensors.torch import load_file, save_file
 
 from cogvideox import (
     VaeConfig,
@@ -199,3 +201,16 @@ def test_weights_of_another_variant_are_told(copied, there, asked):
     assert f"no weights of --variant {asked or '(none)'}" in str(error.value)
     assert f"it holds those of --variant {there or '(none)'}" in str(error.value)
     assert stored_dtype(copied, there) == torch.bfloat16
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
+def test_weights_that_files_lack_are_never_drawn_at_random(part, tiny, tmp_path):
+    """The libraries only warn of them."""
+    shutil.copytree(tiny("5b"), tmp_path / "model")
+    path = next((tmp_path / "model" / part).glob("*.safetensors"))
+    tensors = load_file(path)
+    lost = max(name for name in tensors if name != "shared.weight")  # T5's, which has another name in the model
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path, {"format": "pt"})
+    load = {"text_encoder": load_text_encoder, "vae": load_vae, "transformer": load_transformer}[part]
+    with pytest.raises(UsageError, match=f"{part}: lacks {re.escape(lost)}; download the model again"):
+        load(tmp_path / "model", torch.float32)

@@ -133,3 +133,18 @@ def test_a_second_start_finds_compiled_blocks(tmp_path):
     assert first["autograd_cache_saved"] >= 1 and "autograd_cache_bypass" not in {**first, **second}
     assert second["autograd_cache_hit"] == first["autograd_cache_saved"] and "autograd_cache_miss" not in second
     assert same_gradient == gradient
+
+
+def test_changed_code_behind_an_operator_is_compiled_anew(tmp_path, monkeypatch):
+    """The compile cache knows a custom operator by its name: its backward pass may have been mended since."""
+    monkeypatch.setattr(memory, "__file__", str(tmp_path / "memory.py"))
+    tags = []
+    for scale in "223":
+        (tmp_path / "attention.py").write_text(f"backward = lambda grad: {scale} * grad")
+        tags.append(memory.code_tag.__wrapped__())
+    assert tags[0] == tags[1] != tags[2]
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "the user's")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    for _ in range(2):
+        memory.compile_blocks([torch.nn.Linear(2, 2)])
+    assert torch.compiler.config.cache_key_tag == f"the user's{memory.code_tag()}"

@@ -444,9 +444,16 @@ def test_a_model_of_the_other_task_is_refused(script, stops, tiny):
     assert "this script trains" in stops(2, "out", model=tiny(other))
 
 
-# ---------------------------------------------------------------- text dropout
+# ---------------------------------------------------------------- clipping, text dropout
 
 
+@four_scripts
+def test_gradients_are_clipped_as_flagged(script, train):
+    free, clipped = (train(name, "--max_train_steps", "2", "--max_grad_norm", name) for name in ("1e9", "1e-3"))
+    assert losses(free)[0] == losses(clipped)[0] and result_hash(free) != result_hash(clipped)
+
+
+@four_scripts
 def test_full_text_dropout_is_training_on_the_empty_prompt(script, train, prepared, own_copy):
     empty = own_copy(prepared(script.kind), "empty")
     for path in (empty / "prompt_embeds").iterdir():

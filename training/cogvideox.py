@@ -387,7 +387,7 @@ def load_transformer(
     if load_blocks is not None:
         cls, changes["num_layers"] = TransformerWithoutBlocks, 0
     folder = transformer_folder(model_dir)
-    transformer = cls.from_pretrained(folder, dtype=dtype, variant=variant, **changes)
+    transformer = load_whole(cls, folder, dtype=dtype, variant=variant, **changes)
     if load_blocks is not None:
         transformer.__class__ = CogVideoXTransformer3DModel
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -396,6 +396,14 @@ def load_transformer(
         transformer.transformer_blocks = blocks
         transformer.register_to_config(num_layers=len(blocks), _class_name=type(transformer).__name__)
     return transformer.requires_grad_(False).eval()
+
+
+def load_whole(model_class, folder: Path, dtype: torch.dtype, **options):
+    """`model_class.from_pretrained`; UsageError where files lack weights, which libraries draw at random with a warning."""
+    model, loading = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    if loading["missing_keys"]:
+        raise UsageError(f"{folder}: lacks {min(loading['missing_keys'])}; download the model again")
+    return model
 
 
 def empty_transformer(transformer_config) -> CogVideoXTransformer3DModel:
@@ -527,7 +535,7 @@ def load_vae(
     model_dir: Path, dtype: torch.dtype, variant: str | None = None, slicing: bool = False, tiling: bool = False
 ) -> AutoencoderKLCogVideoX:
     """The frozen VAE in `dtype`, on the CPU."""
-    vae = AutoencoderKLCogVideoX.from_pretrained(model_dir, subfolder="vae", dtype=dtype, variant=variant)
+    vae = load_whole(AutoencoderKLCogVideoX, model_dir / "vae", dtype=dtype, variant=variant)
     if slicing:
         vae.enable_slicing()
     if tiling:
@@ -538,7 +546,7 @@ def load_vae(
 def load_text_encoder(model_dir: Path, dtype: torch.dtype, variant: str | None = None):
     """(tokenizer, frozen T5 encoder in `dtype`), on the CPU."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
-    text_encoder = T5EncoderModel.from_pretrained(model_dir, subfolder="text_encoder", dtype=dtype, variant=variant)
+    text_encoder = load_whole(T5EncoderModel, model_dir / "text_encoder", dtype=dtype, variant=variant)
     return tokenizer, text_encoder.requires_grad_(False).eval()
 
 

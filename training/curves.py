@@ -158,4 +158,5 @@ def short_labels(names: list[str]) -> list[str]:
     shared = set.intersection(*map(set, parts))
     labels = [", ".join(part for part in some if part not in shared) or some[-1] for some in parts]
     half = LABEL // 2
-    return [label if len(label) <= LABEL else f"{label[:half]}\u2026{label[-half:]}" for label in labels]
+    short = [label if len(label) <= LABEL else f"{label[:half]}\u2026{label[-half:]}" for label in labels]
+    return short if len(set(short)) == len(set(labels)) else labels

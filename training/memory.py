@@ -4,8 +4,12 @@ Checkpointing lies inside of the block, so that torch.compile sees both as one g
 frozen block the last product of the feed-forward) and fuses the rest.
 """
 
+import contextlib
 import functools
+import hashlib
+import importlib.metadata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -68,8 +72,11 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> No
     Hooks on a block stay outside of the graph.
     """
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    # Ours are pure, and their code is in the key: without this a graph that holds one is compiled anew at every start
+    # Else a graph that holds an autograd function of ours is compiled anew at every start; its code is in the key
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    tag = code_tag()
+    if not torch.compiler.config.cache_key_tag.endswith(tag):  # the user's own stays
+        torch.compiler.config.cache_key_tag += tag
     classes = {}
     for block in blocks:
         cls = type(block)
@@ -78,6 +85,15 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> No
             classes[cls] = type(f"Compiled{cls.__name__}", (cls,), {"forward": forward})
         block.__class__ = classes[cls]
     blocks[0].register_forward_pre_hook(like_other_blocks, with_kwargs=True)
+
+
+@functools.cache
+def code_tag() -> str:
+    """What the compile cache does not see of a graph: the code behind custom operators, their backward passes too."""
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        sources.append(importlib.metadata.version("flash-attn-4").encode())
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def like_other_blocks(block: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:

@@ -65,7 +65,7 @@ def page_locked(num_bytes: int, device: torch.device, file: int = -1) -> torch.T
     memory = PageLocked(file, max(num_bytes, 1))
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     if device.type == "cuda":
-        if file < 0:  # what ranks share may hold weights by now
+        if file < 0 and torch.get_num_threads() > 1:  # what ranks share may hold weights by now
             flat.zero_()  # by all cores; cudaHostRegister touches one page after another: 5.2 s for 10 GiB, 2.8 so
         error = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
         if error:

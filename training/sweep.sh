@@ -76,7 +76,7 @@ show_run() {
         printf '# run %s of %s:' "$number" "$runs"
         for name in "${differing[@]}"; do
             find_value "$name"
-            printf ' --%s %s' "$name" "$value"
+            printf ' --%s %q' "$name" "$value"
         done
         echo
     fi
