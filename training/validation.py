@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from attention import check_sage, sage_attention
+from bars import LOG_SECONDS, tracked
 from buckets import Bucket
 from cache import write_video
 from durable import write_text
@@ -257,7 +258,8 @@ def render_jobs_from_args(
     args, pipe, samples: Samples, device: torch.device, directory: Path, jobs: list[tuple[int, int]], offload: bool
 ) -> None:
     with placed(pipe, device, offload):
-        for number, video in jobs:
+        # On a terminal the pipeline shows a bar of its own
+        for number, video in tracked(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
             frames = render_one_from_args(args, pipe, samples, device, number, video)
             path = directory / f"{number}_{video}.mp4"
             write_video(path, frames, samples.fps)
