@@ -1,18 +1,24 @@
 """The console of a run: the project's own lines, every error, and of the libraries nothing unless it is asked for."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import re
+import struct
 import subprocess
 import sys
+import termios
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+import args
 import bars
 import console
+import runtime
 from runtime import run_script
 
 
@@ -23,25 +29,28 @@ OWN_LINE = re.compile(r"(INFO|WARNING|error:|[a-z_]+\.py: (error|warning):) \S")
 CLIPS = [
     "--data_root", str(ROOT / "assets/tests"), "--caption_column", "prompts.txt", "--video_column", "videos.txt",
 ]  # fmt: skip
+VARIABLES = [(name, variable) for name, variables in console.LOG_VARIABLES.items() for variable in variables]
+CONSOLE_VARIABLES = {*console.QUIET, *console.QUIET_ALONE, *(variable for _, variable in VARIABLES)}
 SIZES = ["--height_buckets", "64", "--width_buckets", "64", "--frame_buckets", "9", "--max_num_frames", "9"]
 
 
 @pytest.fixture
 def quiet(monkeypatch):
     """The console as `set_up` leaves it, and afterwards as it was."""
-    for name in [*console.QUIET, *console.WISHES.values()]:
+    for name in CONSOLE_VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setattr(console, "IN_FORCE", False)
     monkeypatch.setattr(sys, "warnoptions", [])
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     before = {logger: logger.filters[:] for logger in loggers if isinstance(logger, logging.Logger)}
     logger_class = logging.getLoggerClass()
-    console.KEPT.lines.clear()
+    console.KEPT.take()
     console.set_up()
     yield
     logging.captureWarnings(False)
     logging.setLoggerClass(logger_class)
-    console.KEPT.lines.clear()
+    console.KEPT.take()
     for logger, filters in before.items():
         logger.filters[:] = filters
 
@@ -100,8 +109,40 @@ def test_a_driver_that_cannot_be_used_is_told(quiet, caplog):
     assert "driver on your system is too old" in caplog.text and not console.KEPT.lines
 
 
-@pytest.mark.parametrize(("name", "variable"), console.WISHES.items())
+def test_what_makes_a_run_slower_or_worse_is_told_once_for_all_processes(quiet, monkeypatch, capsys):
+    library("torch._dynamo.convert_frame").warning("torch._dynamo hit config.%s (8)", "recompile_limit")
+    assert capsys.readouterr().err == "torch._dynamo hit config.recompile_limit (8)\n"
+    monkeypatch.setenv("RANK", "1")
+    library("torch._dynamo.convert_frame").warning("torch._dynamo hit config.%s (8)", "recompile_limit")
+    assert capsys.readouterr().err == "" and len(console.KEPT.lines) == 1
+
+
+def test_a_library_that_logs_wrongly_ends_nothing(quiet, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    library().warning("deprecated", FutureWarning)
+
+
+def test_another_process_keeps_what_libraries_say_and_shows_errors(quiet, monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [console.ConsoleHandler(sys.stderr)])
+    console.log_errors_only()
+    logger = logging.getLogger("a.library")  # whose records go to the root's handlers
+    logger.warning("no peer access")
+    bars.say_download.__wrapped__("some/model")  # a line of ours, which the first process says too
+    logger.error("broken")
+    assert capsys.readouterr().err == "broken\n" and list(console.KEPT.lines) == ["a.library: no peer access"]
+
+
+@pytest.mark.parametrize(("num_ranks", "level"), [("1", "ERROR"), ("2", None)])
+def test_several_processes_show_why_they_do_not_meet(num_ranks, level, request, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", num_ranks)
+    request.getfixturevalue("quiet")
+    assert os.environ.get("TORCH_CPP_LOG_LEVEL") == level
+
+
+@pytest.mark.parametrize(("name", "variable"), VARIABLES)
 def test_who_asks_a_library_gets_its_log(quiet, name, variable, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "0")
+    library(f"{name}.module").info("not asked for")
     monkeypatch.setenv(variable, "info")
     library(f"{name}.module").info("asked for")
     library("another").info("not asked for")
@@ -112,7 +153,22 @@ def test_verbose_changes_nothing(monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     before = logging.getLoggerClass()
     console.set_up(verbose=True)
-    assert logging.getLoggerClass() is before and "TQDM_DISABLE" not in os.environ
+    assert logging.getLoggerClass() is before and "TQDM_DISABLE" not in os.environ and not console.is_quiet()
+
+
+TRAIN = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
+PREPARE = ["--data_root", "d", "--output_dir", "o"]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("script", [*args.SCRIPTS, "prepare"])
+def test_every_script_sets_up_the_console_as_its_command_line_says(script, verbose, monkeypatch):
+    calls = []
+    monkeypatch.setattr(console, "set_up", calls.append)
+    flags = PREPARE if script == "prepare" else TRAIN
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags, *["--verbose"][: int(verbose)]])
+    args.parse_prepare_args() if script == "prepare" else args.parse_training_args(script)
+    assert calls == [verbose]
 
 
 class Clips(torch.utils.data.Dataset):
@@ -141,16 +197,56 @@ def test_an_internal_error_comes_with_its_traceback_and_what_was_kept_back(quiet
         run_script(main, tmp_path)
     lines = capsys.readouterr().err.splitlines()
     assert left.value.code == 70
-    assert lines[:2] == ["what libraries said before, the last 1 lines:", "somelibrary.part: no kernel for this GPU"]
+    assert lines[:2] == ["libraries' last messages (1):", "somelibrary.part: no kernel for this GPU"]
     assert "Traceback (most recent call last):" in lines and "ZeroDivisionError: that was wrong" in lines
     assert lines[-1].startswith("error: ZeroDivisionError")
 
 
 def test_what_a_library_prints_is_kept_back_where_that_is_said(quiet, capsys):
-    with console.prints_kept():
-        print("* Welcome to the tracker")
+    with console.capture_prints():
+        print("* Welcome to the tracker", 3)
         print("Time to load cpu_adam op: 2.3 seconds", file=sys.stderr)
-    assert capsys.readouterr() == ("", "") and len(console.KEPT.lines) == 2
+        print("unfinished", end="")
+    assert capsys.readouterr() == ("", "")
+    console.dump_kept()
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "libraries' last messages (3):", "* Welcome to the tracker 3", "Time to load cpu_adam op: 2.3 seconds",
+        "unfinished", "",
+    ]  # fmt: skip
+    console.dump_kept()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_handler_made_while_prints_are_captured_shows_errors_afterwards(quiet, capsys):
+    with console.capture_prints():
+        logger = library("made.within")
+        logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.error("broken later")
+    assert capsys.readouterr().err == "broken later\n"
+
+
+def test_deepspeed_logs_to_the_console_it_finds(quiet, monkeypatch, tmp_path):
+    """It makes its handler at its import, which accelerate would do while prints are captured."""
+    found = []
+    (tmp_path / "deepspeed.py").write_text("import sys\nstreams = [sys.stdout, sys.stderr]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    del sys.modules["deepspeed"]
+    monkeypatch.setattr(runtime, "uses_deepspeed", lambda: True)
+    monkeypatch.setattr(runtime, "check_deepspeed_from_args", lambda args: None)
+
+    def make(**options):
+        import deepspeed
+
+        found.extend(deepspeed.streams)
+        raise InterruptedError
+
+    monkeypatch.setattr(runtime, "Accelerator", make)
+    flags = args.parse_training_args("t2v_lora", [*TRAIN, "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(InterruptedError):
+        runtime.init_accelerator_from_args(flags)
+    assert len(found) == 2 and console.KEPT not in found
 
 
 # ---------------------------------------------------------------- bars
@@ -187,13 +283,62 @@ def test_the_hubs_bar_speaks_of_downloads_alone(caplog):
     assert caplog.messages == ["owner/never-seen-before is downloaded from the hub"]
 
 
+@contextlib.contextmanager
+def terminal():
+    """stderr is a terminal within; a function that returns its lines, as they end up there."""
+    reader, writer = os.openpty()
+    os.set_blocking(reader, False)
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
+
+    def shown():
+        lines = os.read(reader, 1 << 16).decode().replace("\r\n", "\n").split("\n")
+        return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in lines]
+
+    with open(writer, "w", buffering=1) as stream, contextlib.redirect_stderr(stream):
+        yield shown
+    os.close(reader)
+
+
+def test_a_line_beside_a_bar_stands_on_its_own(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    logger = logging.getLogger("beside")
+    logger.propagate = False
+    with terminal() as shown:
+        logger.handlers = [console.ConsoleHandler(sys.stderr)]
+        with bars.progress(3, "steps") as bar:
+            bar.update()
+            logger.warning("a line of the log")
+            bar.update(2)
+        lines = shown()
+    assert lines[0] == "a line of the log" and lines[1].startswith("steps: 100%") and lines[2:] == [""]
+
+
+@pytest.mark.parametrize(("value", "is_bar"), [("1", False), ("0", True), (console.QUIET["TQDM_DISABLE"], True)])
+def test_a_user_turns_bars_off_and_gets_lines(value, is_bar, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", value)
+    with terminal(), bars.progress(3, "steps") as bar:
+        assert isinstance(bar, bars.tqdm) == is_bar
+
+
+def test_a_user_turns_the_hubs_bars_off(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with terminal():
+        assert not bars.download_bar("owner/model")(total=3, unit="B").disable
+        with monkeypatch.context() as set_by_user:
+            set_by_user.setenv("TQDM_DISABLE", "1")
+            assert bars.download_bar("owner/model")(total=3, unit="B").disable
+        # The hub reads HF_HUB_DISABLE_PROGRESS_BARS at its import
+        monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        assert bars.download_bar("owner/model")(total=3, unit="B").disable
+
+
 # ---------------------------------------------------------------- whole consoles
 # Processes of their own: what is tried is that nothing is written while libraries are imported, by C code, or at exit.
 
 
 def console_of(script, *flags):
     """(exit code, lines of stdout and stderr) of a script as users start it."""
-    env = {name: value for name, value in os.environ.items() if name not in {*console.QUIET, *console.WISHES.values()}}
+    env = {name: value for name, value in os.environ.items() if name not in CONSOLE_VARIABLES}
     command = [sys.executable, str(ROOT / "training" / script), *map(str, flags)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     return done.returncode, (done.stdout + done.stderr).splitlines()
@@ -209,18 +354,22 @@ def strange(lines):
 
 
 @pytest.mark.slow
-def test_the_console_of_a_preparation_and_of_a_training_is_the_projects(tmp_path):
+def test_the_console_of_a_preparation_and_of_a_training_is_the_projects(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     code, lines = console_of("prepare_dataset.py", *preparation(tmp_path / "data"), "--dataloader_num_workers", "1")
     assert (code, strange(lines)) == (0, []) and lines[-1].endswith("6 clips, 6 prepared now, 0 left out")
     code, lines = console_of(
         "cogvideox_text_to_video_lora.py", "--pretrained_model_name_or_path", TINY, "--data_root", tmp_path / "data",
         "--load_tensors", "--output_dir", tmp_path / "run", "--rank", "4", "--max_train_steps", "2",
         "--dataloader_num_workers", "1", "--memory", "balanced", "--validation_prompt", "a red ball",
-        "--num_inference_steps", "2", "--report_to", "tensorboard",
+        "--num_inference_steps", "2", "--report_to", "tensorboard,wandb",
     )  # fmt: skip
     assert (code, strange(lines)) == (0, [])
     assert lines[-1] == f"INFO complete at step 2: {tmp_path / 'run'}"
     assert any(line.startswith("INFO steps 2/2 [") for line in lines)
+    [console_log] = (tmp_path / "run/logs/wandb").glob("offline-run-*/files/output.log")
+    assert "INFO steps 2/2 [" in console_log.read_text()
 
 
 def test_an_error_stands_alone(tmp_path):

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import cogvideox_text_to_video_lora as script
+import console
 import tracking
 from args import parse_training_args
 from errors import UsageError
@@ -107,6 +108,39 @@ def test_all_is_what_is_installed(monkeypatch):
     args = parse_training_args("t2v_lora", ["--pretrained_model_name_or_path", "m", "--data_root", "d",
                                             "--report_to", "all"])  # fmt: skip
     assert tracking.tracker_names_from_args(args) == ["wandb", "tensorboard"]
+
+
+def test_a_tracker_finds_the_console_when_it_is_imported(monkeypatch, tmp_path, capsys):
+    """wandb records what is written to the streams that it finds then; what it prints at its start is kept back."""
+    (tmp_path / "trackio.py").write_text("import sys\nstreams = [sys.stdout, sys.stderr]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    del sys.modules["trackio"]
+    monkeypatch.setattr(console, "IN_FORCE", True)
+    tracking.start_quietly(SimpleNamespace(name="trackio", start=lambda: print("* Welcome")))
+    assert console.KEPT not in sys.modules["trackio"].streams
+    assert capsys.readouterr() == ("", "") and "* Welcome" in console.KEPT.take()
+
+
+def test_wandb_may_ask_for_a_key_at_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(console, "IN_FORCE", True)
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    tracking.start_quietly(SimpleNamespace(name="wandb", start=lambda: print("Paste an API key")))
+    assert capsys.readouterr().out == "Paste an API key\n"
+
+
+@pytest.mark.parametrize(
+    ("run", "place"),
+    [
+        ({"url": "https://wandb.ai/a/b", "disabled": False}, "https://wandb.ai/a/b"),
+        ({"url": None, "disabled": False}, "offline; wandb sync '/my runs/offline-run-1'"),
+        ({"url": None, "disabled": True}, ""),
+    ],
+)
+def test_the_place_of_a_wandb_run(run, place):
+    run = SimpleNamespace(dir="/my runs/offline-run-1/files", **run)
+    assert tracking.place_of(SimpleNamespace(name="wandb", run=run), "project") == place
 
 
 # ---------------------------------------------------------------- a run that goes on

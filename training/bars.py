@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 
 from tqdm import tqdm
 
+from console import wants_no_bars
+
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +53,8 @@ class LogLines:
 
 
 def progress(total: int, desc: str, initial: int = 0, disable: bool = False, delay: float = 0) -> tqdm | LogLines:
-    """A bar of `total`; nothing before `delay` seconds have passed."""
-    if disable or sys.stderr.isatty():
+    """A bar of `total`, or lines where there is no terminal or TQDM_DISABLE is set; nothing before `delay` seconds."""
+    if disable or (sys.stderr.isatty() and not wants_no_bars()):
         return tqdm(total=total, desc=desc, initial=initial, disable=disable, delay=delay, file=sys.stderr)
     return LogLines(total, desc, initial, delay)
 
@@ -70,12 +72,14 @@ def download_bar(model: str) -> type:
 
     It makes several, of files and of bytes, and none knows beforehand whether there is anything to do.
     """
+    from huggingface_hub.utils import are_progress_bars_disabled
 
     class DownloadBar(tqdm):
         def __init__(self, *positional, **named):
             named.pop("name", None)  # the hub's own
             self.counts_bytes, self.has_begun = named.get("unit") == "B", False
-            super().__init__(*positional, **named | {"disable": not sys.stderr.isatty(), "leave": False})
+            disable = not sys.stderr.isatty() or wants_no_bars() or are_progress_bars_disabled()
+            super().__init__(*positional, **named | {"disable": disable, "leave": False})
 
         def update(self, n=1):
             if n and self.counts_bytes and not self.has_begun:

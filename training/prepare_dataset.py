@@ -55,7 +55,7 @@ from cogvideox import (
     resolve_model_dir,
     text_length,
 )
-from console import log_to_stderr
+from console import log_errors_only, log_to_stderr
 from dataset import build_videos_from_args, tolerant_loader
 from durable import TEMPORARY, keep, lock_folder, make_folder, written_beside
 from errors import DataError, Interrupted, UsageError
@@ -154,7 +154,7 @@ def init_processes() -> tuple[int, int, torch.device]:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         agree_on_run()
     if rank > 0:
-        logging.getLogger().setLevel(logging.ERROR)
+        log_errors_only()
     # LOCAL_RANK: the global rank names no device of the second machine
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return rank, num_ranks, torch.device(device)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from allocator import expand_segments, uses_expandable_segments
 from buckets import Bucket
-from console import beside_bars, log_to_stderr, prints_kept, tell_kept
+from console import beside_bars, capture_prints, dump_kept, log_errors_only, log_to_stderr
 from dataset import BucketSampler, make_loader
 from durable import free_bytes, keep, take_back
 from errors import ERROR_LOG, MemoryFullError, StorageError, UsageError, UserError, first_line
@@ -115,11 +115,13 @@ def init_accelerator_from_args(args) -> Accelerator:
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     cpu = not torch.cuda.is_available() and not uses_deepspeed()  # accelerate would leave DeepSpeed out
     options = tracking_options_from_args(args)
-    with prints_kept():  # DeepSpeed's, which builds an operator here
+    if uses_deepspeed():
+        import deepspeed  # noqa: F401 - its logger takes stdout as it is at the import, which accelerate makes below
+    with capture_prints():  # DeepSpeed's, which builds an operator here
         accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
     agree_on_run()
     if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.ERROR)
+        log_errors_only()
     expand_segments(accelerator.device)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -421,7 +423,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path, go_on: str = GO
         except Exception as error:  # the outermost place: with its traceback, unless a user can mend it
             code, line = explain(error, output_dir, go_on)
             if code == INTERNAL:
-                tell_kept()
+                dump_kept()
                 traceback.print_exc()
             note_failure(output_dir, code, line)
             raise SystemExit(code) from error

@@ -4,12 +4,15 @@ A tracker that fails never ends a run: it is named in a warning and left, and me
 and id at the trackers lie in `trackers.json` of the output folder, so that a run that goes on is one run there too.
 """
 
+import contextlib
+import importlib
 import importlib.util
 import json
 import logging
 import os
 import secrets
 import shlex
+import sys
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,13 +21,14 @@ from accelerate.utils import ProjectConfiguration
 
 from args import recorded_flags
 from cache import written_beside
-from console import prints_kept
+from console import capture_prints
 from errors import UsageError, first_line
 
 
 logger = logging.getLogger(__name__)
 
 INSTALL = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}  # tracker -> package
+MODULES = INSTALL | {"tensorboard": "torch.utils.tensorboard"}  # tracker -> what accelerate imports to start it
 RUN_NAME = "trackers.json"
 
 
@@ -71,10 +75,10 @@ def start_trackers_from_args(args, accelerator: Accelerator, project: str, first
             tracker = make_tracker(name, run, output_dir, logging_dir, first_step)
             # Of tensorboard the repeated steps are purged; the others would show them twice
             tracker.known_step = last_update(output_dir) if continues and name != "tensorboard" else -1
-            with prints_kept():
-                tracker.start()
-            logger.info("%s: %s", name, place_of(tracker, project))
+            start_quietly(tracker)
             accelerator.trackers.append(tracker)
+            if place := place_of(tracker, project):
+                logger.info("%s: %s", name, place)
             if not (continues and name == "tensorboard"):  # where it would look like one more run
                 tracker.store_init_configuration(config)
     except Exception as error:  # a tracker's own, of any kind
@@ -96,10 +100,19 @@ def make_tracker(name: str, run: dict, output_dir: Path, logging_dir: Path, firs
     return TensorBoardTracker(folder, str(logging_dir), **purge)
 
 
+def start_quietly(tracker: GeneralTracker) -> None:
+    """Import it first: wandb records the console by the streams that it finds at its import."""
+    importlib.import_module(MODULES[tracker.name])
+    may_ask = tracker.name == "wandb" and sys.stderr.isatty()  # for the user's key
+    with contextlib.nullcontext() if may_ask else capture_prints():
+        tracker.start()
+
+
 def place_of(tracker: GeneralTracker, project: str) -> str:
-    """Where its user finds the run: an address, else the command or folder that leads to it."""
+    """Where its user finds the run: an address, else the command that leads to it; empty where nothing is recorded."""
     if tracker.name == "wandb":
-        return tracker.run.url or f"offline; wandb sync {Path(tracker.run.dir).parent}"
+        offline = f"offline; wandb sync {shlex.quote(str(Path(tracker.run.dir).parent))}"
+        return "" if tracker.run.disabled else tracker.run.url or offline
     if tracker.name == "trackio":
         return f"trackio show --project {shlex.quote(project)}"
     return f"tensorboard --logdir {shlex.quote(tracker.logging_dir)}"
@@ -158,7 +171,7 @@ def finish_trackers(accelerator: Accelerator) -> None:
     """Close the run at every tracker, whatever becomes of it at another."""
     for tracker in accelerator.trackers:
         try:
-            with prints_kept():
+            with capture_prints():
                 tracker.finish()
         except Exception as error:  # a tracker's own, of any kind
             logger.warning("%s was not closed, metrics.jsonl is complete: %s", tracker.name, first_line(error))

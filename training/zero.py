@@ -15,7 +15,7 @@ import torch.distributed
 from packaging.version import Version
 from torch import nn
 
-from console import prints_kept
+from console import capture_prints
 from errors import UsageError
 
 
@@ -161,13 +161,13 @@ def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_rank
         "weight_decay": args.weight_decay,
     }
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-        with prints_kept():  # how long it took to build, and with what
+        with capture_prints():  # how long it took to build, and with what
             optimizer = DeepSpeedCPUAdam(masters.copies, **settings, adamw_mode=args.optimizer == "adamw")
     else:
         optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
         optimizer = optimizer_class(masters.copies, **settings)
     weights = nn.ParameterList(masters.copies)
-    with prints_kept():
+    with capture_prints():
         engine = deepspeed.initialize(model=weights, optimizer=optimizer, config=config)[0]
     # It looks in fp16 alone, and in fp32 has no setting for it: one bad sample would make every weight NaN
     engine.optimizer.check_grad_overflow = True
