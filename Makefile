@@ -41,7 +41,7 @@ quickstart: install  ## Teach a small model a colour that it has never seen, on 
 test: install  ## Run the tests that guard every change: 6 minutes on two free cores
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "not (slow or faults or gpu or multi_gpu)"
 
-test-all: install  ## Run the rest that needs no GPU, after make test: 15 minutes on two free cores
+test-all: install  ## Run the rest that needs no GPU, after make test: 20 minutes on two free cores
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "slow and not (faults or gpu or multi_gpu)"
 
 test-faults: install  ## Kill, corrupt and starve real runs at random moments: 20 minutes
