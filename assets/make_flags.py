@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from translate_flags import in_chinese
 
-from args import NO_MEANING, SCRIPTS, make_prepare_parser, make_training_parser, parts_of_help
+from args import make_prepare_parser, make_training_parser
+from base.flag_parser import NO_MEANING, SCRIPTS, parts_of_help
 
 
 PAGE = Path(__file__).resolve().with_name("flags.md")

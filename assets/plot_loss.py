@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
-from curves import WINDOW, draw_losses
+from base import console
+from run.curves import WINDOW, draw_losses
 
 
 def main():

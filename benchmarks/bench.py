@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
+from base import console
 from flops import step_flops
 from step_time import ROOT, append_row, check_csv
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
+from base import console
 from bench import rows_in
 from memory_rows import MOMENTS, ORIGINAL_OPTIMIZERS, side_by_side
 from step_time import ROOT

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
+from base import console
 
 
 if __name__ == "__main__":
@@ -34,22 +34,18 @@ import torch
 
 import cogvideox_image_to_video_lora
 import cogvideox_text_to_video_lora
-from args import BASE_PRECISIONS, MEMORY_LEVELS, parse_training_args
-from cogvideox import (
-    attention_shape,
-    load_scheduler,
-    load_transformer,
-    load_vae_config,
-    read_config,
-    resolve_model_dir,
-    takes_image,
-)
-from dataset import LatentDataset, collate
-from engine import build_lora_engine_from_args
-from errors import UserError
-from lora import add_lora
-from objective import draw_generator, draw_normal
-from quantization import check_base_precision, num_bytes
+from args import parse_training_args
+from base.errors import UserError
+from base.flag_checks import BASE_PRECISIONS, MEMORY_LEVELS
+from cogvideox.config import attention_shape, load_scheduler, load_vae_config, read_config, takes_image
+from cogvideox.folder import resolve_model_dir
+from cogvideox.loading import load_transformer
+from data.latents import LatentDataset
+from data.loader import collate
+from engine.compose import build_lora_engine_from_args
+from engine.lora import add_lora
+from engine.objective import draw_generator, draw_normal
+from memory.quantization import check_base_precision, num_bytes
 from step_time import package_versions
 
 

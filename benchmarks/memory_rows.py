@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
+from base import console
 from bench import RowError, card_name, rows_in, run_logged
 from step_time import ROOT, append_row, check_csv, package_versions, shown
 

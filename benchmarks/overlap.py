@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
+from base import console
 from step_time import GIB, append_row, check_csv, package_versions, parse_before_script, run_script, shown
 
 
@@ -38,17 +38,18 @@ class CopyClock:
         event.record()
         return event
 
-    def install(self, streaming):
+    def install(self, *streaming):
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        wait = streaming.wait
+        wait = streaming[0].wait
 
         def timed_wait(event):
             start = self.event()
             wait(event)
             self.waits.append((start, self.event()))
 
-        streaming.wait = timed_wait
+        for module in streaming:
+            module.wait = timed_wait
         register_optimizer_step_post_hook(lambda *_: self.on_step())
 
     def on_step(self):
@@ -112,10 +113,10 @@ def main():
 
     if not torch.cuda.is_available():
         sys.exit("needs a GPU: on a CPU copies are done at once")
-    import streaming
+    from memory import activations, weights
 
     clock = CopyClock(torch)
-    clock.install(streaming)
+    clock.install(activations, weights)
     exit_code = run_script(args.command)
     clock.read()
     if exit_code == 0 and len(clock.ends) > args.warmup + 1:

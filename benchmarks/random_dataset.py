@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 import torch
 from safetensors.torch import save_file
 
-import console
+from base import console
 from flops import latent_size
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
+from base import console
 
 
 if __name__ == "__main__":
@@ -42,21 +42,18 @@ from make_clips import draw_frame, encode_video, write_lists
 from PIL import Image
 from safetensors.torch import load_file
 
-from cogvideox import (
+from base.draws import draw_seed
+from cogvideox.config import (
     base_size,
     default_fps,
     load_scheduler,
     load_vae_config,
-    pad_frames,
     read_config,
-    resolve_model_dir,
-    rotary_embeddings,
-    sample_image_latents,
-    sample_latents,
     takes_image,
     text_length,
 )
-from draws import draw_seed
+from cogvideox.folder import resolve_model_dir
+from cogvideox.inputs import pad_frames, rotary_embeddings, sample_image_latents, sample_latents
 from test_lora_inference import load_pipeline
 from test_lora_inference import parse_args as inference_args
 

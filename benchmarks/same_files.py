@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
+from base import console
 from bench import MODELS, RowError, card_name, make_once, parse_row, run_logged, script_of
 from step_time import ROOT, append_row, check_csv, package_versions, shown
 

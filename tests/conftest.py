@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from few_cases import check_few_cases, is_left_to_test_all
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets" / "tests"))
 
+from base import files
 from script_runs import clips, command, module, own_copy, prepared, script, stops, train  # noqa: F401 - fixtures
 from synthetic_clips import write_clip
 
@@ -67,8 +69,7 @@ def console_as_found():
 def release_locks():
     """A run holds its output folder until its process ends; tests run several in one process."""
     yield
-    if "durable" in sys.modules:
-        sys.modules["durable"].release_locks()
+    files.release_locks()
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +80,15 @@ def blank_pictures(request, monkeypatch):
         Path(figure_path).touch()
         return []
 
-    if "hub" in sys.modules and not request.node.get_closest_marker("draws"):
-        monkeypatch.setattr(sys.modules["hub"], "draw_losses", leave_blank)
+    result = loaded("run.result")
+    if result and not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr(result, "draw_losses", leave_blank)
+
+
+def loaded(name):
+    """Module `name`, if a test has imported it; an error where there is none of that name."""
+    assert importlib.util.find_spec(name), f"no module {name}: what is patched there is patched nowhere"
+    return sys.modules.get(name)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -143,7 +151,7 @@ def prepared_data(once, tiny, sample_data):
         argv += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--save_latents_and_embeddings"]
         buckets = ["--height_buckets", "64", "--width_buckets", "64", "96", "--frame_buckets", "9"]
         prepare_dataset.main(parse_prepare_args([*argv, *buckets]))
-        sys.modules["durable"].release_locks()
+        files.release_locks()
 
     return once("prepared-samples", build)
 

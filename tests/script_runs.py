@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from args import parse_prepare_args, parse_training_args
-from runtime import run_script
+from run.exits import run_script
 from synthetic_clips import write_clip
 
 

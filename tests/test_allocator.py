@@ -5,14 +5,13 @@ import logging
 import pytest
 import torch
 
-import allocator
-import durable
-import planning
 import prepare_dataset
-import runtime
-from allocator import VARIABLES, configure, expand_segments, uses_expandable_segments
 from args import parse_prepare_args, parse_training_args
-from cogvideox import read_outline_from_args
+from base import files
+from cogvideox.loading import read_outline_from_args
+from memory import allocator
+from memory.allocator import VARIABLES, configure, expand_segments, uses_expandable_segments
+from run import launch, memory_level
 
 
 CUDA = torch.device("cuda", 0)
@@ -108,9 +107,9 @@ def order(monkeypatch):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **more: (done.append(name), function(*args, **more))[1])
 
-    for module in (runtime, planning, prepare_dataset):
+    for module in (launch, memory_level, prepare_dataset):
         monkeypatch.setattr(module, "expand_segments", lambda device: done.append(str(device)))
-    note(planning, "run_from_args")
+    note(memory_level, "run_from_args")
     note(prepare_dataset, "place_text_encoder")
     note(prepare_dataset, "load_vae")
     return done
@@ -119,12 +118,12 @@ def order(monkeypatch):
 def test_a_run_and_its_plan_set_it_before_they_estimate_and_load(tiny, prepared_data, order, monkeypatch):
     flags = ["--pretrained_model_name_or_path", str(tiny("5b")), "--data_root", str(prepared_data), "--load_tensors"]
     args = parse_training_args("t2v_lora", flags)
-    accelerator = runtime.init_accelerator_from_args(args)
+    accelerator = launch.init_accelerator_from_args(args)
     assert order == [str(accelerator.device)]
     outline = read_outline_from_args(args, image_to_video=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(planning, "free_on_gpu", lambda device: 2**34)
-    planning.print_plan_from_args(args, outline, is_lora=True)
+    monkeypatch.setattr(memory_level, "free_on_gpu", lambda device: 2**34)
+    memory_level.print_plan_from_args(args, outline, is_lora=True)
     assert order[1:] == ["cuda", "run_from_args"]
 
 
@@ -137,7 +136,7 @@ def test_preparing_sets_it_where_a_model_comes_to_the_gpu_and_only_there(tiny, s
     def prepare(*more):
         order.clear()
         prepare_dataset.main(parse_prepare_args([*flags, *more]))
-        durable.release_locks()
+        files.release_locks()
         return order
 
     assert prepare("--save_previews") == []

@@ -6,10 +6,10 @@ import av
 import numpy as np
 import pytest
 
-from buckets import frame_times, num_sampled_frames
-from decode import TIE, read_frames
-from errors import DataError
-from headers import probe
+from base.errors import DataError
+from data.buckets import frame_times, num_sampled_frames
+from data.decode import TIE, read_frames
+from data.headers import probe
 from synthetic_clips import draw_case, numbers, write_case
 
 

@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from args import (
-    FIRST,
-    IDLE_WITHOUT,
-    NO_MEANING,
-    SCRIPTS,
-    make_prepare_parser,
-    make_training_parser,
-    parse_prepare_args,
-    parse_training_args,
-    recorded_flags,
-)
-from errors import StorageError
+from args import make_prepare_parser, make_training_parser, parse_prepare_args, parse_training_args
+from base.errors import StorageError
+from base.flag_checks import IDLE_WITHOUT
+from base.flag_parser import FIRST, NO_MEANING, SCRIPTS, recorded_flags
 
 
 SIZES = "256 320 384 480 512 576 720 768 960 1024 1280 1536"
@@ -434,7 +426,7 @@ def test_import_needs_the_standard_library_only():
     code = (
         "import sys; before = set(sys.modules); import args;"
         "tops = {name.split('.')[0] for name in set(sys.modules) - before};"
-        "print(*sorted(tops - sys.stdlib_module_names - {'args', 'console', 'errors'}))"
+        "print(*sorted(tops - sys.stdlib_module_names - {'args', 'base'}))"
     )
     training = ROOT / "training"
     done = subprocess.run([sys.executable, "-c", code], cwd=training, capture_output=True, text=True, check=True)
@@ -449,7 +441,7 @@ def test_given_names_the_flags_on_the_command_line():
 
 
 def test_flags_come_from_the_command_line_by_default(monkeypatch):
-    monkeypatch.setattr("console.set_up", lambda verbose: None)
+    monkeypatch.setattr("base.console.set_up", lambda verbose: None)
     monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *PREPARE, "--batch_size", "3"])
     args = parse_prepare_args()
     assert args.batch_size == 3 and "batch_size" in args.given
@@ -783,7 +775,7 @@ def test_a_refusal_on_a_disk_that_takes_no_status_is_still_one_line(tmp_path, mo
     def refuse(output_dir, message):
         raise StorageError("no rename")
 
-    monkeypatch.setattr("status.note_refusal", refuse)
+    monkeypatch.setattr("base.status.note_refusal", refuse)
     with pytest.raises(SystemExit) as left:
         parse_training_args("t2v_lora", [*TRAIN, "--output_dir", str(tmp_path), "--rankk", "4"])
     assert left.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

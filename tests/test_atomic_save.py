@@ -16,21 +16,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-import durable
 from args import parse_training_args
-from checkpointing import (
-    check_disk_from_args,
-    checkpoint_dirs,
-    find_checkpoint_from_args,
-    load_checkpoint,
-    open_output_dir_from_args,
-    save_checkpoint,
-    save_checkpoint_from_args,
-    write_record_from_args,
-)
-from durable import damage, release_locks, write_manifest, written_folder
-from errors import NumbersError, StorageError, UsageError
-from runtime import run_script
+from base import files as files_module
+from base.errors import NumbersError, StorageError, UsageError
+from base.files import damage, release_locks, write_manifest, written_folder
+from run.checkpoints import find_checkpoint_from_args, load_checkpoint, save_checkpoint, save_checkpoint_from_args
+from run.exits import run_script
+from run.output_dir import checkpoint_dirs, open_output_dir_from_args, write_record_from_args
+from run.result import check_disk_from_args
 from test_checkpointing import FACTS, MAIN, OneTensorEngine, make_run, step
 
 
@@ -266,7 +259,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(run, out, monkeypatch,
 
     args = Namespace(output_dir=str(out), checkpoints_total_limit=1)
     with monkeypatch.context() as patches:
-        patches.setattr(durable.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail())
+        patches.setattr(files_module.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail())
         save_checkpoint_from_args(args, MAIN, 3, *run, FACTS)
     assert "checkpoint-1: cannot be removed (Permission denied)" in caplog.text
     assert continued(out) == out / "checkpoint-3"

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from args import parse_training_args
-from buckets import pack_batches
-from errors import NumbersError
-from meter import BadSteps
-from runtime import run_script
+from base.errors import NumbersError
+from data.buckets import pack_batches
+from engine.update import Update, update
+from run.exits import run_script
+from run.meter import BadSteps
 from script_runs import (
     SCRIPTS,
     checkpoints,
@@ -26,7 +27,6 @@ from script_runs import (
     status,
 )
 from test_update import make_state
-from update import Update, update
 
 
 @pytest.fixture(params=["t2v_lora"])

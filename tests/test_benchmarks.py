@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import allocator
 import bench
 import draw_memory
 import memory_rows
@@ -28,6 +27,7 @@ import same_files
 import step_time
 import tables
 from flops import latent_size, num_tokens, peak_tflops, step_flops
+from memory import allocator
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
 from tiny_pipeline import KINDS, kind_transformer

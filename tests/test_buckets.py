@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from buckets import (
+from data.buckets import (
     Bucket,
     frame_times,
     make_buckets,

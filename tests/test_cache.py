@@ -8,17 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cache import (
-    Writer,
-    recorded_key,
-    write_image,
-    write_tensors,
-    write_video,
-    written_beside,
-)
-from decode import read_frames
-from errors import NumbersError
-from headers import probe
+from base.errors import NumbersError
+from base.files import written_beside
+from data.artifacts import Writer, recorded_key, write_image, write_tensors, write_video
+from data.decode import read_frames
+from data.headers import probe
 
 
 KEY = '{"caption": "a \\"red\\" circle, caf\u00e9"}'

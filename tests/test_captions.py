@@ -4,7 +4,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import sys
 from types import SimpleNamespace
 
 import psutil
@@ -13,14 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import captions
-import cogvideox
-import durable
 from args import parse_prepare_args, parse_training_args
-from captions import CaptionEmbeds, encode_captions_from_args
-from cogvideox import encode_captions
-from errors import StorageError, UsageError
-from runtime import run_script
+from base import files
+from base.errors import StorageError, UsageError
+from cogvideox import encoding
+from cogvideox.encoding import encode_captions
+from data import captions
+from data.captions import CaptionEmbeds, encode_captions_from_args
+from run.exits import run_script
 from script_runs import DEFAULTS, EVERY_SCRIPT, SCRIPTS, TEXT_FILES, run_ranks
 
 
@@ -202,8 +201,8 @@ def test_a_run_that_broke_off_leaves_them_for_the_next(train, monkeypatch):
         broken.setattr(script, "load_transformer", lambda *given, **named: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train("t2v_lora", "out")
-    monkeypatch.setattr(cogvideox, "load_text_encoder", lambda *given: pytest.fail("T5 was loaded again"))
-    sys.modules["durable"].release_locks()
+    monkeypatch.setattr(encoding, "load_text_encoder", lambda *given: pytest.fail("T5 was loaded again"))
+    files.release_locks()
     assert not list(train("t2v_lora", "out").glob("caption_embeds*"))
 
 
@@ -219,8 +218,8 @@ def test_a_command_that_is_refused_later_leaves_nothing(train, tmp_path, monkeyp
 
 
 def test_a_disk_too_small_is_told_before_t5_is_loaded(train, monkeypatch):
-    monkeypatch.setattr(durable.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    monkeypatch.setattr(cogvideox, "load_text_encoder", lambda *given: pytest.fail("T5 was loaded"))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    monkeypatch.setattr(encoding, "load_text_encoder", lambda *given: pytest.fail("T5 was loaded"))
     with pytest.raises(StorageError, match="embeddings of 7 captions take .* are free there") as caught:
         train("t2v_lora", "out")
     assert caught.value.exit_code == 74 and "\n" not in str(caught.value)

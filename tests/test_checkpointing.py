@@ -12,23 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpointing
 from args import parse_training_args
-from checkpointing import (
-    checkpoint_dirs,
+from base.errors import UsageError
+from base.status import write_status
+from engine.optimizers import join_tensors, split_tensors
+from engine.update import TrainingState, update
+from run import checkpoints, output_dir, result
+from run.checkpoints import (
     find_checkpoint_from_args,
-    join_tensors,
     load_checkpoint,
-    open_output_dir_from_args,
     prune_checkpoints,
     save_checkpoint,
     save_checkpoint_from_args,
-    split_tensors,
-    write_record_from_args,
 )
-from errors import UsageError
-from status import write_status
-from update import TrainingState, update
+from run.output_dir import checkpoint_dirs, open_output_dir_from_args, write_record_from_args
 
 
 MAIN = Namespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)  # what is used of Accelerator
@@ -167,7 +164,7 @@ def test_an_error_in_a_save_leaves_the_checkpoints_before(place, run, tmp_path, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patches:
-        owner = {"save_state": engine, "rename": Path}.get(place, checkpointing)
+        owner = {"save_state": engine, "rename": Path}.get(place, checkpoints)
         patches.setattr(owner, place, fail)
         with pytest.raises(OSError, match="No space"):
             save_checkpoint(tmp_path, 2, engine, state, FACTS)
@@ -208,7 +205,9 @@ def test_the_old_one_goes_only_when_the_new_one_is_there(run, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patches:
-        patches.setattr(checkpointing, "write_json", fail)
+        patches.setattr(checkpoints, "write_json", fail)
+        patches.setattr(output_dir, "write_json", fail)
+        patches.setattr(result, "write_json", fail)
         with pytest.raises(OSError, match="No space"):
             save_checkpoint_from_args(args, MAIN, 2, *run, FACTS)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-1"]

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from args import parse_training_args
-from cogvideox import VaeConfig, rotary_grid
+from cogvideox.config import VaeConfig
+from cogvideox.inputs import rotary_grid
 from tiny_pipeline import is_image_to_video, tiny_sizes, write_pipeline
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora as script
-import memory
 from args import parse_training_args
+from memory import recompute
 
 
 @pytest.fixture
@@ -83,9 +83,9 @@ def test_inductor_trains_the_same(train):
 def test_a_checkpoint_policy_outlives_its_process(monkeypatch):
     """A policy that cannot be pickled keeps its graph out of the compile cache: every start compiles again, 13 s."""
     kept = []
-    monkeypatch.setattr(memory, "checkpoint", lambda run, *inputs, context_fn, **options: kept.append(context_fn))
+    monkeypatch.setattr(recompute, "checkpoint", lambda run, *inputs, context_fn, **options: kept.append(context_fn))
     layer = torch.nn.Linear(4, 4)
-    memory.checkpoint_blocks([layer], [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    recompute.checkpoint_blocks([layer], [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
     layer(torch.zeros(2, 4))
     again = pickle.loads(pickle.dumps(kept[0]))
     assert again.cache_hash == kept[0].cache_hash == "keeps aten.addmm.default, aten.mm.default"
@@ -98,7 +98,8 @@ def test_a_checkpoint_policy_outlives_its_process(monkeypatch):
 COMPILE = """
 import json, torch
 from torch import nn
-import attention, memory, quantization
+from attention import kernels
+from memory import quantization, recompute
 
 class Block(nn.Module):
     def __init__(self):
@@ -108,12 +109,12 @@ class Block(nn.Module):
 
     def forward(self, hidden_states, encoder_hidden_states):
         heads = quantization.frozen_products(hidden_states * self.scale, [self.frozen])[0][:, None]
-        return attention.make_attend("sdpa")(heads, heads, heads)[:, 0], encoder_hidden_states
+        return kernels.make_attend("sdpa")(heads, heads, heads)[:, 0], encoder_hidden_states
 
 torch.manual_seed(0)
 blocks = [Block()]
-memory.checkpoint_blocks(blocks, attention.SAVED_OPS)
-memory.compile_blocks(blocks)
+recompute.checkpoint_blocks(blocks, kernels.SAVED_OPS)
+recompute.compile_blocks(blocks)
 states, _ = blocks[0](torch.randn(1, 8, 32), torch.randn(1, 4, 32))
 states.square().mean().backward()
 print(json.dumps([torch._dynamo.utils.counters["aot_autograd"], blocks[0].scale.grad.sum().item()]))
@@ -137,14 +138,15 @@ def test_a_second_start_finds_compiled_blocks(tmp_path):
 
 def test_changed_code_behind_an_operator_is_compiled_anew(tmp_path, monkeypatch):
     """The compile cache knows a custom operator by its name: its backward pass may have been mended since."""
-    monkeypatch.setattr(memory, "__file__", str(tmp_path / "memory.py"))
+    monkeypatch.setattr(recompute, "__file__", str(tmp_path / "memory/recompute.py"))
+    (tmp_path / "attention").mkdir()
     tags = []
     for scale in "223":
-        (tmp_path / "attention.py").write_text(f"backward = lambda grad: {scale} * grad")
-        tags.append(memory.code_tag.__wrapped__())
+        (tmp_path / "attention/kernels.py").write_text(f"backward = lambda grad: {scale} * grad")
+        tags.append(recompute.code_tag.__wrapped__())
     assert tags[0] == tags[1] != tags[2]
     monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "the user's")
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     for _ in range(2):
-        memory.compile_blocks([torch.nn.Linear(2, 2)])
-    assert torch.compiler.config.cache_key_tag == f"the user's{memory.code_tag()}"
+        recompute.compile_blocks([torch.nn.Linear(2, 2)])
+    assert torch.compiler.config.cache_key_tag == f"the user's{recompute.code_tag()}"

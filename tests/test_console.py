@@ -16,10 +16,9 @@ import pytest
 import torch
 
 import args
-import bars
-import console
-import runtime
-from runtime import run_script
+from base import bars, console, flag_parser
+from run import exits, launch, steps
+from run.exits import run_script
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +160,7 @@ PREPARE = ["--data_root", "d", "--output_dir", "o"]
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-@pytest.mark.parametrize("script", [*args.SCRIPTS, "prepare"])
+@pytest.mark.parametrize("script", [*flag_parser.SCRIPTS, "prepare"])
 def test_every_script_sets_up_the_console_as_its_command_line_says(script, verbose, monkeypatch):
     calls = []
     monkeypatch.setattr(console, "set_up", calls.append)
@@ -233,8 +232,9 @@ def test_deepspeed_logs_to_the_console_it_finds(quiet, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     del sys.modules["deepspeed"]
-    monkeypatch.setattr(runtime, "uses_deepspeed", lambda: True)
-    monkeypatch.setattr(runtime, "check_deepspeed_from_args", lambda args: None)
+    monkeypatch.setattr(exits, "uses_deepspeed", lambda: True)
+    monkeypatch.setattr(launch, "uses_deepspeed", lambda: True)
+    monkeypatch.setattr(launch, "check_deepspeed_from_args", lambda args: None)
 
     def make(**options):
         import deepspeed
@@ -242,10 +242,12 @@ def test_deepspeed_logs_to_the_console_it_finds(quiet, monkeypatch, tmp_path):
         found.extend(deepspeed.streams)
         raise InterruptedError
 
-    monkeypatch.setattr(runtime, "Accelerator", make)
+    monkeypatch.setattr(exits, "Accelerator", make)
+    monkeypatch.setattr(launch, "Accelerator", make)
+    monkeypatch.setattr(steps, "Accelerator", make)
     flags = args.parse_training_args("t2v_lora", [*TRAIN, "--output_dir", str(tmp_path / "run")])
     with pytest.raises(InterruptedError):
-        runtime.init_accelerator_from_args(flags)
+        launch.init_accelerator_from_args(flags)
     assert len(found) == 2 and console.KEPT not in found
 
 

@@ -13,22 +13,14 @@ import torch
 from make_clips import encode_video
 from safetensors.torch import save_file
 
-import dataset as dataset_module
-from buckets import Bucket, make_buckets, pack_batches
-from dataset import (
-    BucketSampler,
-    LatentDataset,
-    VideoDataset,
-    VideoDatasetWithResizeAndRectangleCrop,
-    VideoDatasetWithResizing,
-    build_dataset_from_args,
-    build_videos_from_args,
-    cover_resize,
-    make_loader,
-    tolerant_loader,
-)
-from errors import DataError, Interrupted, UsageError, UserError
-from formats import Clip, read_clips
+from base.errors import DataError, Interrupted, UsageError, UserError
+from data import videos as videos_module
+from data.buckets import Bucket, make_buckets, pack_batches
+from data.clip_lists import Clip, read_clips
+from data.dataset import build_dataset_from_args, build_videos_from_args
+from data.latents import LatentDataset
+from data.loader import BucketSampler, make_loader, tolerant_loader
+from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop, VideoDatasetWithResizing, cover_resize
 from test_decode import numbered_clip, numbers
 
 
@@ -563,7 +555,7 @@ def test_nothing_is_decoded_in_the_sampler(numbered, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(dataset_module, "read_frames", refuse)
+    monkeypatch.setattr(videos_module, "read_frames", refuse)
     videos = VideoDataset(numbered, [NUMBERED], fps=16)
     sampler = BucketSampler(videos.bucket_of, 2, seed=0, num_epochs=3)
     assert sum(map(len, sampler)) == 9

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from make_clips import encode_video
 
-import decode
-import headers
-from buckets import frame_times, make_buckets, num_sampled_frames
-from dataset import VideoDataset
-from decode import read_frames
-from errors import ERROR_LOG, DataError, UsageError
-from formats import Clip
-from headers import probe
+from base.errors import ERROR_LOG, DataError, UsageError
+from data import decode, headers
+from data.buckets import frame_times, make_buckets, num_sampled_frames
+from data.clip_lists import Clip
+from data.decode import read_frames
+from data.headers import probe
+from data.videos import VideoDataset
 from synthetic_clips import FFMPEG, X264, encode, ffmpeg, numbered_frames, numbers
 
 

@@ -28,15 +28,8 @@ import step_time
 import tables
 import test_lora_inference
 import world
-from args import (
-    EPILOG,
-    FIRST,
-    SCRIPTS,
-    make_prepare_parser,
-    make_training_parser,
-    parse_prepare_args,
-    parse_training_args,
-)
+from args import make_prepare_parser, make_training_parser, parse_prepare_args, parse_training_args
+from base.flag_parser import EPILOG, FIRST, SCRIPTS
 from dry_run import dry_run, printed_commands
 from test_shell import CONFIGS, ORIGINAL_SWEEP
 
@@ -278,8 +271,8 @@ def results(tiny, tmp_path_factory):
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
     from PIL import Image
 
-    from cogvideox import load_transformer
-    from lora import save_lora
+    from cogvideox.loading import load_transformer
+    from engine.lora import save_lora
     from test_lora import trained_transformer
 
     folder = tmp_path_factory.mktemp("results")
@@ -466,11 +459,16 @@ def test_files_named_in_the_text_exist(page):
 
 def test_the_layout_names_every_module():
     layout = read(ROOT / "assets/contribute.md").split("\n## Layout\n")[1].split("\n## ")[0]
-    cells = " ".join(cells[0] for cells in table_rows(layout))
-    patterns = re.findall(r"[\w*]+\.(?:py|sh)", cells)
-    modules = {path.name for path in (ROOT / "training").iterdir() if path.suffix in (".py", ".sh")}
-    assert {name for name in modules if any(fnmatch(name, pattern) for pattern in patterns)} == modules
-    assert all(any(fnmatch(name, pattern) for name in modules) for pattern in patterns)
+    tree = layout.split("```text\n")[1].split("```")[0]
+    files = [
+        path for path in (ROOT / "training").rglob("*") if path.suffix in (".py", ".sh") and path.stem != "__init__"
+    ]
+    rooms = {path.parent.name: {file.stem for file in files if file.parent == path.parent} for path in files}
+    patterns = re.findall(r"[\w*]+\.(?:py|sh)", tree)
+    beside = {path.name for path in files if path.parent.name == "training"}
+    assert {name for name in beside if any(fnmatch(name, pattern) for pattern in patterns)} == beside
+    named = dict(re.findall(r"^  (\w+)/ [^\n]*\n((?: {17}[^\n]*\n)+)", tree, flags=re.M))
+    assert {room: set(names.split()) for room, names in named.items()} | {"training": rooms["training"]} == rooms
 
 
 def test_the_wrapper_table_matches_the_wrappers():

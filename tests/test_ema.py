@@ -11,10 +11,10 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from args import parse_training_args
-from cogvideox import load_transformer
-from engine import build_sft_engine_from_args
+from cogvideox.loading import load_transformer
+from engine.compose import build_sft_engine_from_args
+from engine.update import TrainingState, update
 from random_dataset import write_dataset
-from update import TrainingState, update
 
 
 CPU = torch.device("cpu")

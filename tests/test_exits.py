@@ -11,12 +11,13 @@ import time
 import pytest
 
 import prepare_dataset
-from args import EPILOG, parse_training_args
-from durable import release_locks
-from errors import DataError, UserError
-from runtime import run_script
+from args import parse_training_args
+from base.errors import DataError, UserError
+from base.files import release_locks
+from base.flag_parser import EPILOG
+from base.status import RUN_ID_VARIABLE, write_status
+from run.exits import run_script
 from script_runs import ROOT, SCRIPTS, prepare, run_ranks, status
-from status import RUN_ID_VARIABLE, write_status
 from test_shell import PREPARE, SWEEP, TRAIN, by_training, output_dir_of
 from test_signals import send_at
 

@@ -12,19 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from args import parse_training_args
-from cogvideox import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_transformer
-from errors import UsageError
-from export import (
-    COMFYUI_NAME,
-    KOHYA_NAME,
-    comfyui_module,
-    export_comfyui,
-    export_kohya,
-    export_lora_from_args,
-    merge_lora,
-)
-from lora import ADAPTER, save_lora
-from lora_file import WEIGHTS_NAME
+from base.errors import UsageError
+from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE
+from cogvideox.loading import load_transformer
+from engine.lora import ADAPTER, save_lora
+from engine.lora_file import WEIGHTS_NAME, comfyui_module
+from run.export import COMFYUI_NAME, KOHYA_NAME, export_comfyui, export_kohya, export_lora_from_args, merge_lora
 from test_lora import example_inputs
 from tiny_pipeline import KINDS
 

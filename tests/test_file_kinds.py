@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogvideox import resolve_model_dir
-from dataset import read_tensor
-from errors import DataError, UserError
-from file_kinds import other_content
-from formats import read_clips
-from headers import probe
-from lora_file import read_lora
+from base.errors import DataError, UserError
+from base.file_kinds import other_content
+from cogvideox.folder import resolve_model_dir
+from data.clip_lists import read_clips
+from data.headers import probe
+from data.latents import read_tensor
+from engine.lora_file import read_lora
 
 
 def zipped():

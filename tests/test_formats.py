@@ -4,8 +4,8 @@ import unicodedata
 
 import pytest
 
-from errors import DataError
-from formats import read_clips, unique_stems, with_id_token
+from base.errors import DataError
+from data.clip_lists import read_clips, unique_stems, with_id_token
 
 
 def make_root(tmp_path, captions, videos, names=("prompts.txt", "videos.txt"), existing=None):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from cogvideox import load_scheduler
-from objective import add_noise, noise_coefficients, v_prediction_loss
+from cogvideox.config import load_scheduler
+from engine.objective import add_noise, noise_coefficients, v_prediction_loss
 from tiny_pipeline import KINDS, kind_scheduler
 
 

@@ -14,10 +14,10 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-import cogvideox
 from args import parse_prepare_args, parse_training_args
-from durable import describe
-from errors import UsageError
+from base.errors import UsageError
+from base.files import describe
+from cogvideox import folder as folder_module
 from script_runs import EVERY_SCRIPT
 from synthetic_clips import write_clip
 from tiny_pipeline import make_tiny_pipeline
@@ -302,7 +302,7 @@ def test_a_renamed_repository_and_a_folder_are_one_model(train, tiny, prepared, 
     data, folders = prepared("2b"), {}
     for name in ("THUDM/CogVideoX-2b", "zai-org/CogVideoX-2b"):
         folders[name] = shutil.copytree(tiny("2b"), tmp_path / "cache" / name / "snapshots/1")
-    monkeypatch.setattr(cogvideox, "download_model", lambda model, *others: folders[model])
+    monkeypatch.setattr(folder_module, "download_model", lambda model, *others: folders[model])
     train("t2v_lora", "THUDM/CogVideoX-2b", data, *PREPARED)
     train("t2v_lora", "zai-org/CogVideoX-2b", data, *PREPARED, steps=2)
     assert "--pretrained_model_name_or_path THUDM/CogVideoX-2b -> zai-org/CogVideoX-2b" in caplog.text
@@ -342,7 +342,7 @@ def test_the_parts_that_a_run_depends_on_are_compared(part, train, tiny, prepare
 
 
 def test_the_weights_are_read_once(train, tiny, prepared, monkeypatch):
-    import hashes
+    from base import hashes
 
     model, data, read = tiny("2b"), prepared("2b"), []
     file_hash = hashes.file_hash

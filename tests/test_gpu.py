@@ -12,17 +12,17 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from args import parse_training_args
-from checkpointing import load_checkpoint, save_checkpoint
-from lora_file import WEIGHTS_NAME
-from masters import HostMasters, Masters
+from engine.lora_file import WEIGHTS_NAME
+from engine.master_weights import HostMasters, Masters
+from engine.update import average_gradients
 from random_dataset import write_dataset
-from runtime import to_device
+from run.checkpoints import load_checkpoint, save_checkpoint
+from run.steps import to_device
 from script_runs import make_loss_nan
 from test_optimizers import COMBINATIONS, FACTS, PLAIN, ROWS, TinyEngine, grid_loss, make_run, states_of
 from test_optimizers import train as train_tiny
 from test_scripts import DROPOUTS, STEPS_THAT_COUNT, between_logs
 from test_update import five_updates
-from update import average_gradients
 
 
 pytestmark = pytest.mark.gpu
@@ -91,8 +91,8 @@ def test_fp16_scales_its_gradients_and_keeps_fp32_adapters(train, tmp_path):
 
 
 def test_full_fine_tuning_that_cannot_fit_is_refused():
-    from engine import check_sft_fits_from_args
-    from errors import UsageError
+    from base.errors import UsageError
+    from engine.compose import check_sft_fits_from_args
 
     args = parse_training_args("t2v_sft", ["--pretrained_model_name_or_path", "m", "--data_root", "d"])
     with pytest.raises(UsageError, match="needs .* GiB for fp32 weights"):
@@ -321,7 +321,7 @@ OFFLOADS = {"resident": [], "offloaded": ["--enable_model_cpu_offload", "--enabl
 @pytest.mark.parametrize("script", ["t2v_lora", "i2v_lora", "t2v_sft", "i2v_sft"])
 def test_validation_leaves_the_models_where_they_were(script, train, tmp_path, monkeypatch):
     """The transformer back on the GPU, its parameters the same objects, the VAE on the CPU; and training goes on alike."""
-    import validation
+    from run import validation
 
     seen = []
 

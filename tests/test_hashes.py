@@ -9,9 +9,9 @@ import tracemalloc
 
 import pytest
 
-import hashes
-from errors import UsageError
-from hashes import Hashes, file_hash
+from base import hashes
+from base.errors import UsageError
+from base.hashes import Hashes, file_hash
 
 
 @pytest.fixture(autouse=True)

@@ -21,12 +21,12 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from PIL import Image
 from safetensors.torch import load_file
 
-import curves
-import hub
 from args import parse_prepare_args, parse_training_args
-from cogvideox import describe_model, read_config
-from errors import UsageError
-from runtime import run_script
+from base.errors import UsageError
+from cogvideox.config import describe_model, read_config
+from run import curves, hub, model_card
+from run import result as result_module
+from run.exits import run_script
 from test_shell import TRAININGS, output_dir_of
 from tiny_pipeline import KINDS
 
@@ -192,7 +192,8 @@ def test_both_facts_at_once_run_too(train, run_snippet):
 
 def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
     module = importlib.import_module(MODULES["t2v_lora"])
-    monkeypatch.setattr("cogvideox.resolve_model_dir", lambda *given: tiny("2b"))
+    monkeypatch.setattr("cogvideox.folder.resolve_model_dir", lambda *given: tiny("2b"))
+    monkeypatch.setattr("cogvideox.loading.resolve_model_dir", lambda *given: tiny("2b"))
     flags = ["--pretrained_model_name_or_path", "zai-org/CogVideoX-2b", "--id_token", "BW_STYLE"]
     monkeypatch.setattr(module, "build_dataset_from_args", without_id_token(module.build_dataset_from_args))
     prompt = 'A "kite": {red}\\n # ```'
@@ -237,7 +238,7 @@ def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
 )
 def test_the_card_claims_a_licence_only_of_the_released_models(base, apache, licence):
     facts = SimpleNamespace(model=SimpleNamespace(apache_licence=apache))
-    data, text = hub.licence_data(base, facts), hub.licence_text(base, facts)
+    data, text = model_card.licence_data(base, facts), model_card.licence_text(base, facts)
     assert data["license"] == licence
     assert ("CogVideoX LICENSE" in text) == (licence == "other") == (data.get("license_name") == "cogvideox-license")
     assert ("Apache" in text) == (licence == "apache-2.0")
@@ -434,13 +435,13 @@ def test_a_long_run_is_drawn_into_a_small_file(tmp_path):
 def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     write_metrics(tmp_path, [{"step": 1, "loss": None}])
-    hub.draw_loss(tmp_path)
+    result_module.draw_loss(tmp_path)
     assert not (tmp_path / "loss.png").exists() and "no update had a finite loss" in caplog.text
     write_metrics(tmp_path, [{"step": 1, "loss": 1.0}])
-    hub.draw_loss(tmp_path)
+    result_module.draw_loss(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    hub.draw_loss(tmp_path)
+    result_module.draw_loss(tmp_path)
     assert [record.levelname for record in caplog.records][-1] == "WARNING"
 
 
@@ -543,7 +544,8 @@ def test_without_the_flag_nothing_asks_the_hub(train, fake_hub):
 
 @pytest.mark.parametrize("call", ["whoami", "create_repo", "auth_check"])
 def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, stops, fake_hub, monkeypatch, tmp_path):
-    monkeypatch.setattr("cogvideox.resolve_model_dir", lambda *given: pytest.fail("too late"))
+    monkeypatch.setattr("cogvideox.folder.resolve_model_dir", lambda *given: pytest.fail("too late"))
+    monkeypatch.setattr("cogvideox.loading.resolve_model_dir", lambda *given: pytest.fail("too late"))
     fake_hub.errors[call] = OSError("403 Forbidden\nrequest id abc")
     line = stops(2, "t2v_lora", "--push_to_hub", "--hub_token", "hf_canary")
     assert line.startswith(
@@ -675,7 +677,7 @@ def test_no_two_runs_of_a_sweep_share_a_repository():
 
 
 def test_the_token_leaves_the_command_line(monkeypatch):
-    monkeypatch.setattr("console.set_up", lambda verbose: None)
+    monkeypatch.setattr("base.console.set_up", lambda verbose: None)
     flags = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
     for given in (["--hub_token", "hf_canary"], ["--hub_token=hf_canary"]):
         monkeypatch.setattr(sys, "argv", ["script.py", *flags, *given, "--push_to_hub"])

@@ -8,9 +8,11 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import safe_open
 
-from cogvideox import check_buckets, encode_captions, encode_videos, load_vae, pixels_to_unit, read_config
-from decode import read_frames
-from errors import UsageError
+from base.errors import UsageError
+from cogvideox.config import check_buckets, read_config
+from cogvideox.encoding import encode_captions, encode_videos, pixels_to_unit
+from cogvideox.loading import load_vae
+from data.decode import read_frames
 from test_parity import SIZES, clips, record_training  # noqa: F401
 
 

@@ -7,8 +7,8 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.utils import load_image
 from PIL import Image
 
-from cogvideox import IMAGE_TO_VIDEO_PIPELINE
-from lora import save_lora
+from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE
+from engine.lora import save_lora
 from test_lora import trained_transformer
 from test_lora_inference import load_pipeline, parse_args, render
 
@@ -56,7 +56,7 @@ def test_a_pretrained_model_draws_its_caption_and_a_lora_of_weight_0_leaves_it(t
     """With a model that draws: what comes out is what the caption says, to the pixel with and without an idle LoRA."""
     import judge
     import world
-    from cogvideox import TEXT_TO_VIDEO_PIPELINE
+    from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
     from test_tiny_model import SHIPPED
 
     content = world.test_contents(1)[0]

@@ -11,15 +11,17 @@ import torch
 from accelerate import cpu_offload_with_hook
 from safetensors.torch import load_file
 
-import cogvideox
-import engine
-import meter
-import streaming
-import validation
 from args import parse_training_args
-from cogvideox import encode_captions, load_text_encoder, load_transformer, place_text_encoder
+from cogvideox import encoding
+from cogvideox.encoding import encode_captions, place_text_encoder
+from cogvideox.loading import load_text_encoder, load_transformer
+from engine import compose
+from memory import activations, host, weights
+from memory.activations import offload_activations
+from memory.weights import stream_weights, streamed_tensors
+from run import meter
+from run import render as render_module
 from script_runs import result_hash
-from streaming import offload_activations, stream_weights, streamed_tensors
 from test_streaming import LateCopies
 from test_validation import image, sampled, sampling, video_bytes  # noqa: F401 - two are fixtures
 
@@ -31,7 +33,7 @@ LEVELS = ("balanced", "offload", "stream")
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
     """Tiny activations leave too."""
-    monkeypatch.setattr(engine, "offload_activations", functools.partial(offload_activations, min_bytes=2048))
+    monkeypatch.setattr(compose, "offload_activations", functools.partial(offload_activations, min_bytes=2048))
 
 
 # ---------------------------------------------------------------- captions
@@ -41,12 +43,13 @@ PROMPTS = ["a red square moves left", "", "a dog"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("copies", [streaming.Copies, LateCopies])
+@pytest.mark.parametrize("copies", [host.Copies, LateCopies])
 def test_a_streamed_text_encoder_gives_the_same_bits(dtype, copies, tiny, monkeypatch):
     resident = list(encode_captions(tiny("5b"), PROMPTS, dtype, CPU, 226, level="balanced"))
-    monkeypatch.setattr(streaming, "Copies", copies)
+    monkeypatch.setattr(activations, "Copies", copies)
+    monkeypatch.setattr(weights, "Copies", copies)
     rings = []
-    monkeypatch.setattr(cogvideox, "stream_weights", lambda *given: rings.append(stream_weights(*given, num_slots=1)))
+    monkeypatch.setattr(encoding, "stream_weights", lambda *given: rings.append(stream_weights(*given, num_slots=1)))
     for level in ("offload", "stream"):
         streamed = encode_captions(tiny("5b"), PROMPTS, dtype, CPU, 226, level=level)
         assert all(map(torch.equal, streamed, resident))
@@ -57,7 +60,7 @@ def test_a_text_encoder_that_does_not_fit_is_streamed(tiny, monkeypatch, caplog)
     caplog.set_level(logging.INFO)
     resident = list(encode_captions(tiny("5b"), PROMPTS, torch.float32, CPU, 226))
     assert "T5" not in caplog.text
-    monkeypatch.setattr(cogvideox, "fits", lambda model, device: False)
+    monkeypatch.setattr(encoding, "fits", lambda model, device: False)
     streamed = encode_captions(tiny("5b"), PROMPTS, torch.float32, CPU, 226)
     assert all(map(torch.equal, streamed, resident))
     assert "T5 does not fit into what is free on the GPU: its weights are streamed" in caplog.text
@@ -70,12 +73,12 @@ def test_nothing_is_left_of_a_streamed_text_encoder(tiny):
     place_text_encoder(text_encoder, CPU, streamed=True)
     assert num_page_locked() == before + len(text_encoder.encoder.block)
     del text_encoder
-    cogvideox.free_memory(CPU)
+    encoding.free_memory(CPU)
     assert num_page_locked() == before
 
 
 def num_page_locked():
-    return sum(type(thing) is streaming.PageLocked for thing in gc.get_objects())
+    return sum(type(thing) is host.PageLocked for thing in gc.get_objects())
 
 
 # ---------------------------------------------------------------- validation
@@ -87,14 +90,14 @@ OFFLOAD = ["--enable_model_cpu_offload"]
 
 def train_in_small_pieces(train, monkeypatch, *flags):
     """Without a level, its videos rendered as at `offload` and `stream`."""
-    render = validation.render_jobs_from_args
+    render = render_module.render_jobs_from_args
 
     def in_small_pieces(args, pipe, *rest):
-        with validation.in_small_pieces(pipe, validation.SMALL):
+        with render_module.in_small_pieces(pipe, render_module.SMALL):
             return render(args, pipe, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(validation, "render_jobs_from_args", in_small_pieces)
+        patched.setattr(render_module, "render_jobs_from_args", in_small_pieces)
         return train("small", *flags)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvideox import TEXT_TO_VIDEO_PIPELINE, load_transformer
-from errors import UsageError
-from lora import ADAPTER, add_lora, check_saved_lora, load_lora, lora_layers, save_lora
-from lora_file import WEIGHTS_NAME, write_tensors
+from base.errors import UsageError
+from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
+from cogvideox.loading import load_transformer
+from engine.lora import ADAPTER, add_lora, check_saved_lora, load_lora, lora_layers, save_lora
+from engine.lora_file import WEIGHTS_NAME, write_tensors
 
 
 def trained_transformer(model_dir, rank=4, alpha=4.0, seed=0, dtype=torch.float32):

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from cogvideox import use_raw_image_latents
+from cogvideox.pipeline import use_raw_image_latents
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -121,8 +121,8 @@ def main(argv=None) -> None:
 def test_the_lora_changes_the_video_and_weight_0_does_not(tiny, tmp_path, capsys):
     import numpy as np
 
-    from cogvideox import TEXT_TO_VIDEO_PIPELINE
-    from lora import save_lora
+    from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
+    from engine.lora import save_lora
     from test_lora import trained_transformer
 
     save_lora(trained_transformer(tiny("5b")), tmp_path / "lora", TEXT_TO_VIDEO_PIPELINE)
@@ -142,8 +142,8 @@ def test_the_lora_changes_the_video_and_weight_0_does_not(tiny, tmp_path, capsys
 
 @pytest.mark.parametrize("name", ["my-style-v1.0", "a/b", "", "\u98ce\u683c", "lora_A", "2"])
 def test_any_name_will_do_for_the_adapter(tiny, tmp_path, name):
-    from cogvideox import TEXT_TO_VIDEO_PIPELINE
-    from lora import save_lora
+    from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
+    from engine.lora import save_lora
     from test_lora import trained_transformer
 
     save_lora(trained_transformer(tiny("5b")), tmp_path / "lora", TEXT_TO_VIDEO_PIPELINE)

@@ -11,10 +11,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from args import parse_training_args
-from cogvideox import TEXT_TO_VIDEO_PIPELINE, load_transformer
-from errors import UsageError
-from lora import ADAPTER, add_lora, check_saved_lora, load_lora, save_lora, start_from_lora
-from lora_file import WEIGHTS_NAME
+from base.errors import UsageError
+from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
+from cogvideox.loading import load_transformer
+from engine.lora import ADAPTER, add_lora, check_saved_lora, load_lora, save_lora, start_from_lora
+from engine.lora_file import WEIGHTS_NAME
 from random_dataset import write_dataset
 from test_lora import example_inputs
 

@@ -16,15 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from args import parse_training_args
-from checkpointing import file_bytes_from_args
-from cogvideox import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_transformer
-from durable import damage, write_manifest
-from engine import LoraEngine
-from errors import UsageError
-from export import export_comfyui, export_kohya
-from lora import ADAPTER, UNSCALED_NAME, check_saved_lora, load_lora, save_lora, save_unscaled, start_from_lora
-from lora_file import METADATA_KEY, WEIGHTS_NAME, kohya_module
-from optimizers import state_bytes_from_args
+from base.errors import UsageError
+from base.files import damage, write_manifest
+from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE
+from cogvideox.loading import load_transformer
+from engine.compose import LoraEngine
+from engine.lora import ADAPTER, UNSCALED_NAME, check_saved_lora, load_lora, save_lora, save_unscaled, start_from_lora
+from engine.lora_file import METADATA_KEY, WEIGHTS_NAME, kohya_module
+from engine.optimizers import state_bytes_from_args
+from run.export import export_comfyui, export_kohya
+from run.result import file_bytes_from_args
 from test_lora import example_inputs
 from test_lora_options import EVERYWHERE, losses, make, train, weights_equal  # noqa: F401
 from tiny_pipeline import KINDS, is_image_to_video

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 import cogvideox_text_to_video_lora as script
 from args import parse_training_args
-from cogvideox import load_transformer, ofs_input, rotary_embeddings
-from memory import checkpoint_blocks, compile_blocks
+from cogvideox.inputs import ofs_input, rotary_embeddings
+from cogvideox.loading import load_transformer
+from memory.recompute import checkpoint_blocks, compile_blocks
 
 
 ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -125,12 +126,12 @@ def test_all_blocks_share_one_graph_and_each_bucket_adds_one(tiny):
 
 @pytest.mark.parametrize("level", ["speed", "balanced"])
 def test_levels_compile_on_a_gpu_unless_told_not_to(level, monkeypatch):
-    import engine
+    from engine import compose
 
     compiled = []
-    monkeypatch.setattr(engine, "compile_blocks", lambda blocks, backend: compiled.append(backend))
-    monkeypatch.setattr(engine, "checkpoint_blocks", lambda blocks, ops: None)
-    monkeypatch.setattr(engine, "uses_triton", lambda device: device.type == "cuda")
+    monkeypatch.setattr(compose, "compile_blocks", lambda blocks, backend: compiled.append(backend))
+    monkeypatch.setattr(compose, "checkpoint_blocks", lambda blocks, ops: None)
+    monkeypatch.setattr(compose, "uses_triton", lambda device: device.type == "cuda")
     transformer = torch.nn.Module()
     transformer.transformer_blocks = []
     base = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--memory", level]
@@ -142,7 +143,7 @@ def test_levels_compile_on_a_gpu_unless_told_not_to(level, monkeypatch):
     ):
         compiled.clear()
         args = parse_training_args("t2v_lora", [*base, *flags])
-        engine.set_memory_level_from_args(args, level, transformer, torch.device(device))
+        compose.set_memory_level_from_args(args, level, transformer, torch.device(device))
         assert compiled == expected
 
 

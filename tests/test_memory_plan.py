@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import memory_plan
-import planning
-from allocator import VARIABLES
 from args import parse_training_args
-from cogvideox import outline_of
-from errors import UsageError
-from memory_plan import CHECKPOINTING, GIB, fastest_that_fits, levels_of, need, table
-from planning import plan_memory_from_args, run_from_args
+from base.errors import UsageError
+from cogvideox.loading import outline_of
+from memory import estimate
+from memory.allocator import VARIABLES
+from memory.estimate import CHECKPOINTING, GIB, fastest_that_fits, levels_of, need, table
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
+from run import memory_level
+from run.memory_level import plan_memory_from_args, run_from_args
 from tiny_pipeline import kind_transformer
 
 
@@ -88,7 +88,7 @@ def expected_need(file, run, level, cap_gib):
     needed = need(run, level, roomy=True)
     if file == "optimizers":  # measured when training's caches were not given back before rendering
         training = need(run._replace(renders=False), level, roomy=True)
-        needed = needed._replace(reserved=max(needed.reserved, training.reserved + memory_plan.CODING_UNUSED))
+        needed = needed._replace(reserved=max(needed.reserved, training.reserved + estimate.CODING_UNUSED))
     return needed
 
 
@@ -98,9 +98,9 @@ def test_estimates_are_within_a_tenth_of_what_was_measured(
 ):
     given = dict(zip(command, command[1:], strict=False))
     if file != "results" and "xxl" not in given["--pretrained_model_name_or_path"]:  # a tiny text encoder
-        monkeypatch.setattr(memory_plan, "T5_XXL", 0)
-        monkeypatch.setattr(memory_plan, "T5_STREAMED", 0)
-        monkeypatch.setattr(memory_plan, "T5_HOST", 0)
+        monkeypatch.setattr(estimate, "T5_XXL", 0)
+        monkeypatch.setattr(estimate, "T5_STREAMED", 0)
+        monkeypatch.setattr(estimate, "T5_HOST", 0)
     if any("deepspeed.yaml" in word for word in command):
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
@@ -224,8 +224,8 @@ def test_the_table_names_every_level_and_what_is_short():
 
 
 def choose(monkeypatch, gpu_gib, host_gib=64, kind="5b", task="t2v_lora", flags=("--memory", "auto"), device=CUDA):
-    monkeypatch.setattr(planning, "free_on_gpu", lambda device: gpu_gib * GIB)
-    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
+    monkeypatch.setattr(memory_level, "free_on_gpu", lambda device: gpu_gib * GIB)
+    monkeypatch.setattr(memory_level.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
     args = parse_training_args(task, [*REQUIRED, "--load_tensors", "--train_batch_size", "1", *flags])
     planned = (args, real_outline(kind), [SIZE_1_0], torch.bfloat16, device)
     level, shape, fill = plan_memory_from_args(*planned, is_lora=task.endswith("lora"))
@@ -300,6 +300,6 @@ def test_auto_trains_what_a_run_without_trains_and_another_level_goes_on_with_it
 def test_a_share_of_the_card_is_all_that_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 0.25, 0: 0.25}[index])
-    assert planning.free_on_gpu(CUDA) == 20 * GIB
+    assert memory_level.free_on_gpu(CUDA) == 20 * GIB
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 1.0, 0: 1.0}[index])
-    assert planning.free_on_gpu(CUDA) == 70 * GIB
+    assert memory_level.free_on_gpu(CUDA) == 70 * GIB

@@ -9,10 +9,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from errors import NumbersError
-from meter import BadSteps, StepMeter, report_memory
-from runtime import Start
-from update import Update
+from base.errors import NumbersError
+from engine.update import Update
+from run.launch import Start
+from run.meter import BadSteps, StepMeter, report_memory
 
 
 def rows_of(path):
@@ -196,9 +196,9 @@ def test_the_start_is_told_by_part_after_the_first_update(tmp_path, caplog):
 def test_the_launchers_start_counts(monkeypatch):
     import psutil
 
-    import runtime
+    from run import launch
 
     own = psutil.Process().create_time()
-    assert runtime.launch_time() == own
-    monkeypatch.setattr(runtime, "LAUNCHERS", {os.path.basename(word) for word in psutil.Process().parent().cmdline()})
-    assert runtime.launch_time() == psutil.Process().parent().create_time() <= own
+    assert launch.launch_time() == own
+    monkeypatch.setattr(launch, "LAUNCHERS", {os.path.basename(word) for word in psutil.Process().parent().cmdline()})
+    assert launch.launch_time() == psutil.Process().parent().create_time() <= own

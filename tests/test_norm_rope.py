@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-import norm_rope
-from attention import heads_by_torch
-from norm_rope import can_fuse, norm_and_rotate
+from attention import norm_rope
+from attention.norm_rope import can_fuse, norm_and_rotate
+from attention.processor import heads_by_torch
 
 
 CUDA = torch.device("cuda")

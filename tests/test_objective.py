@@ -2,7 +2,7 @@
 
 import torch
 
-from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
+from engine.objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
 
 
 ALPHAS_CUMPROD = torch.linspace(0.9999, 0.0, 1000)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from args import parse_training_args
-from runtime import memory_savers_from_args
+from run.exits import memory_savers_from_args
 from script_runs import checkpoints, status
 
 
@@ -30,7 +30,7 @@ def fill_memory(monkeypatch, module, call):
 
 def test_one_line_says_peak_shape_and_flags(stops, script, module, monkeypatch, tmp_path):
     fill_memory(monkeypatch, module, 3)
-    monkeypatch.setattr("runtime.memory_report", lambda device: {"peak_allocated_gib": 78.9})
+    monkeypatch.setattr("run.exits.memory_report", lambda device: {"peak_allocated_gib": 78.9})
     line = stops(70, "out", "--max_train_steps", "4", "--train_batch_size", "2", data="two")
     assert "the GPU's memory is full (peak 78.9 GiB): batches of 2 with up to 9 frames of 64x96" in line
     streams = script.module.endswith("lora")
@@ -100,7 +100,8 @@ def test_only_flags_not_in_use_and_that_go_together_are_named(more, level, expec
     ],
 )  # fmt: skip
 def test_frozen_weights_may_leave_the_gpu(more, level, deepspeed, expected, monkeypatch):
-    monkeypatch.setattr("runtime.uses_deepspeed", lambda: deepspeed)
+    monkeypatch.setattr("run.exits.uses_deepspeed", lambda: deepspeed)
+    monkeypatch.setattr("run.launch.uses_deepspeed", lambda: deepspeed)
     argv = [*ARGV, "--load_tensors", "--train_batch_size", "1", "--use_8bit", *more]
     savers = memory_savers_from_args(parse_training_args("t2v_lora", argv), level, is_lora=True)
     assert len(savers) == len(expected)

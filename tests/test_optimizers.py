@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from args import parse_training_args
-from checkpointing import load_checkpoint, save_checkpoint
-from engine import build_sft_engine_from_args
-from errors import UsageError
-from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, schedule_state
-from update import TrainingState, update
+from base.errors import UsageError
+from engine.compose import build_sft_engine_from_args
+from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, schedule_state
+from engine.update import TrainingState, update
+from run.checkpoints import load_checkpoint, save_checkpoint
 
 
 MICRO_STEPS, MAX_NORM = 3, 0.5

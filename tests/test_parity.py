@@ -14,7 +14,7 @@ from diffusers.pipelines.cogvideo import pipeline_cogvideox_image2video
 from PIL import Image
 
 from args import parse_training_args
-from decode import read_frames
+from data.decode import read_frames
 
 
 PROMPTS = ["A red square moves right.", "a green circle grows, slowly"]
@@ -140,7 +140,8 @@ def check_parity(monkeypatch, tiny, clips, tmp_path, kind, script, size, num_cli
 
     # Training shuffles: which caption came first shows in the text states, in the pipeline's order they are as written
     first_frames = [read_frames(root / f"{i}.mp4", [0.0])[0] for i in range(num_clips)]
-    from cogvideox import encode_prompts, load_text_encoder
+    from cogvideox.encoding import encode_prompts
+    from cogvideox.loading import load_text_encoder
 
     ours = encode_prompts(*load_text_encoder(tiny(kind), torch.float32), PROMPTS[:num_clips])
     order = [

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from buckets import make_buckets
-from dataset import VideoDatasetWithResizing
-from decode import read_frames
-from errors import DataError
-from formats import Clip
-from headers import probe, read_header
-from picture import TO_SDR
+from base.errors import DataError
+from data.buckets import make_buckets
+from data.clip_lists import Clip
+from data.decode import read_frames
+from data.headers import probe, read_header
+from data.picture import TO_SDR
+from data.videos import VideoDatasetWithResizing
 from synthetic_clips import FFMPEG, X264, encode, ffmpeg
 from test_decode import write_variable
 

@@ -21,21 +21,21 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import bars
-import cache
-import decode
 import prepare_dataset
-import runtime
 from args import parse_prepare_args
-from buckets import Bucket, frame_times, make_buckets
-from dataset import LatentDataset, VideoDataset, VideoDatasetWithResizeAndRectangleCrop
-from decode import read_frames
-from errors import DataError, UsageError
-from formats import read_clips, read_text_rows
-from hashes import Hashes
-from headers import probe
-from objective import draw_generator
-from runtime import run_script
+from base import bars
+from base.errors import DataError, UsageError
+from base.hashes import Hashes
+from data import artifacts, decode
+from data.buckets import Bucket, frame_times, make_buckets
+from data.clip_lists import read_clips, read_text_rows
+from data.decode import read_frames
+from data.headers import probe
+from data.latents import LatentDataset
+from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
+from engine.objective import draw_generator
+from run import exits
+from run.exits import run_script
 from script_runs import run_ranks
 from synthetic_clips import draw_case, write_case, write_clip
 from tiny_pipeline import make_tiny_pipeline
@@ -102,7 +102,7 @@ def damage(path):
 def refusal(capsys, args):
     """(exit code, last line on stderr) of a run that ends with an error."""
     with pytest.raises(SystemExit) as left:
-        runtime.run_script(lambda: prepare_dataset.main(args), args.output_dir)
+        exits.run_script(lambda: prepare_dataset.main(args), args.output_dir)
     stderr = capsys.readouterr().err
     assert "Traceback" not in stderr
     return left.value.code, stderr.splitlines()[-1]
@@ -192,7 +192,7 @@ def stock_moments(model, pixels):
 
 
 def test_moments_equal_the_stock_vae(tiny, sample_data, tmp_path):
-    """Clips of a bucket's own size from their first frame on: read without any code of dataset.py."""
+    """Clips of a bucket's own size from their first frame on: read without any code of data/videos.py."""
     flags = ["--height_buckets", "64", "--width_buckets", "64", "96", "--frame_buckets", "9", "13", "17", *LATENTS]
     prepare_dataset.main(parse_prepare_args(arguments(tiny("5b"), sample_data, tmp_path, *flags)))
     sizes = {tuple(row["metadata"][name] for name in ("num_frames", "height", "width")) for row in rows_of(tmp_path)}
@@ -205,7 +205,7 @@ def test_moments_equal_the_stock_vae(tiny, sample_data, tmp_path):
 
 
 def equal_to_stock(model, data, out, fps, flip=None):
-    """True for each clip of `out` whose moments are the stock VAE's for the frames that dataset.py cuts in epoch 0."""
+    """True for each clip of `out` whose moments are the stock VAE's for the frames that data/videos.py cuts in epoch 0."""
     clips = read_clips(data, None, "prompts.txt", "videos.txt")
     bucket = Bucket(*(rows_of(out)[0]["metadata"][name] for name in ("num_frames", "height", "width")))
     videos = VideoDatasetWithResizeAndRectangleCrop(clips, [bucket], fps=fps, seed=42, random_flip=flip)
@@ -791,7 +791,7 @@ def test_numbers_that_are_not_finite_end_the_run(data, tiny, tmp_path, capsys, m
 
 def test_a_full_disk_ends_the_run_soon_and_a_rerun_completes(prepare, data, tiny, tmp_path, capsys, monkeypatch):
     write_lists(data, CAPTIONS * 4, ["a.mp4", "b.mp4", "c.mp4"] * 4)
-    serialize, encode, latents, encoded = cache.serialize, prepare_dataset.encode_videos, [], []
+    serialize, encode, latents, encoded = artifacts.serialize, prepare_dataset.encode_videos, [], []
 
     def disk_full(tensors, metadata):
         latents.extend(name for name in tensors if name == "moments")
@@ -800,7 +800,7 @@ def test_a_full_disk_ends_the_run_soon_and_a_rerun_completes(prepare, data, tiny
         return serialize(tensors, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "serialize", disk_full)
+        patch.setattr(artifacts, "serialize", disk_full)
         patch.setattr(prepare_dataset, "encode_videos", lambda *values: (encoded.append(1), encode(*values))[1])
         code, line = refusal(capsys, parse_prepare_args(arguments(tiny("5b"), data, tmp_path / "out", *LATENTS)))
     assert code == 74 and "No space left on device" in line
@@ -815,7 +815,7 @@ def test_files_that_the_system_refuses_leave_nothing_half_written(prepare, prepa
 
         def run(args=args, limit=16384 if flags else 1500):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            runtime.run_script(lambda: prepare_dataset.main(args), args.output_dir)
+            exits.run_script(lambda: prepare_dataset.main(args), args.output_dir)
 
         assert wait_for(in_child(run, tmp_path / f"{out}.log")) == 74
         lines = (tmp_path / f"{out}.log").read_text()
@@ -884,7 +884,7 @@ def test_the_script_itself(five_clips, tiny, tmp_path, monkeypatch):
 def test_ctrl_c_says_what_the_same_command_does_then(data, tiny, tmp_path, monkeypatch):
     argv = [str(SCRIPT), *arguments(tiny("5b"), data, tmp_path / "out", *LATENTS)]
     monkeypatch.setattr(sys, "argv", argv)
-    monkeypatch.setattr("dataset.build_videos_from_args", lambda *values: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("data.dataset.build_videos_from_args", lambda *values: os.kill(os.getpid(), signal.SIGINT))
     child = in_child(lambda: runpy.run_path(str(SCRIPT), run_name="__main__"), tmp_path / "log")
     assert wait_for(child) == 75
     line = (tmp_path / "log").read_text().splitlines()[-1]

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import prepare_dataset
 from args import parse_prepare_args
-from cache import recorded_key
-from dataset import VideoDataset
-from formats import draw_places
+from data import preparing
+from data.artifacts import recorded_key
+from data.clip_lists import draw_places
+from data.prepared import SUFFIXES, Key, pixels_key
+from data.videos import VideoDataset
 from make_fixtures import PREPARED, prepare_argv
-from prepared import SUFFIXES, Key, pixels_key
 from test_fixtures import old  # noqa: F401
 from test_prepare import (  # noqa: F401
     CAPTIONS,
@@ -166,7 +167,7 @@ def test_a_moved_data_folder_leaves_every_file_as_it_is(prepare, prepared, data,
 
 
 def test_a_second_run_reads_no_video_and_no_weights_again(prepare, prepared, monkeypatch, tmp_path):
-    import hashes
+    from base import hashes
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(hashes, "SETTLED", -1.0)
@@ -184,9 +185,7 @@ def by_version_1(prepare, monkeypatch):
 
     def run(*flags):
         with monkeypatch.context() as patches:
-            patches.setattr(
-                prepare_dataset, "file_key", lambda now, before: Key(json.dumps(before, sort_keys=True), "")
-            )
+            patches.setattr(preparing, "file_key", lambda now, before: Key(json.dumps(before, sort_keys=True), ""))
             patches.setattr(VideoDataset, "start_time", lambda self, epoch, index: 0.0)
             return prepare(*flags)
 

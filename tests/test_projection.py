@@ -5,11 +5,12 @@ import functools
 import pytest
 import torch
 
-import lora
-from attention import JointAttention, make_attend, project_each
-from cogvideox import load_transformer
-from lora import add_lora, project, project_apart
-from quantization import frozen_linears
+from attention.kernels import make_attend
+from attention.processor import JointAttention, project_each
+from cogvideox.loading import load_transformer
+from engine import lora
+from engine.lora import add_lora, project, project_apart
+from memory.quantization import frozen_linears
 from test_memory import KINDS, make_inputs
 
 

@@ -15,12 +15,12 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 import exactness
-import quantization
-from cogvideox import TEXT_TO_VIDEO_PIPELINE, load_transformer
-from errors import UsageError
-from lora import ADAPTER, add_lora, check_saved_lora, load_lora, lora_layers, project, save_lora
-from memory import checkpoint_blocks, compile_blocks
-from quantization import (
+from base.errors import UsageError
+from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
+from cogvideox.loading import load_transformer
+from engine.lora import ADAPTER, add_lora, check_saved_lora, load_lora, lora_layers, project, save_lora
+from memory import quantization
+from memory.quantization import (
     BASE_LINEARS,
     Fp8Linear,
     FrozenLinear,
@@ -32,6 +32,7 @@ from quantization import (
     num_bytes,
     quantize_base,
 )
+from memory.recompute import checkpoint_blocks, compile_blocks
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
 from test_lora import example_inputs

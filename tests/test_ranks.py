@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed
 
-import engine
 from args import parse_training_args
-from optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
+from engine import compose
+from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
+from engine.update import TrainingState, update
 from test_scripts import run_ranks
-from update import TrainingState, update
 
 
 NUM_RANKS = 2
@@ -43,8 +43,8 @@ def test_all_ranks_compute_attention_by_the_kernel_of_the_first(on_two_ranks, mo
     """Each would else take the one that was faster in its own trial, and results would depend on that."""
 
     def pick(rank):
-        monkeypatch.setattr(engine, "pick_attention", lambda *given: f"the choice of rank {rank}")
-        return engine.pick_attention_from_args(flags(), (1, 8, 2, 32), torch.float32, torch.device("cpu"))
+        monkeypatch.setattr(compose, "pick_attention", lambda *given: f"the choice of rank {rank}")
+        return compose.pick_attention_from_args(flags(), (1, 8, 2, 32), torch.float32, torch.device("cpu"))
 
     assert on_two_ranks(pick) == ["the choice of rank 0"] * NUM_RANKS
 

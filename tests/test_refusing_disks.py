@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-import durable
 import prepare_dataset
 from args import parse_prepare_args, parse_training_args
-from durable import lock_folder, release_locks, write_json
-from errors import StorageError, UsageError
+from base import files
+from base.errors import StorageError, UsageError
+from base.files import lock_folder, release_locks, write_json
 from make_fixtures import RUNS, prepare_argv, train_argv
-from runtime import run_script
+from run.exits import run_script
 from test_fixtures import losses, old  # noqa: F401
 
 
@@ -208,13 +208,13 @@ def test_prepared_files_that_cannot_be_renamed_are_one_line(old, prepare, ends, 
 
 def test_the_rehearsal_reads_back_what_it_wrote(old, train, ends, monkeypatch):
     """A disk that loses the end of a file, as a network mount without room may."""
-    put = durable.put_in_place
+    put = files.put_in_place
 
     def loses(temporary, target):
         put(temporary, target)
         os.truncate(target / "state.json", 3)
 
-    monkeypatch.setattr(durable, "put_in_place", loses)
+    monkeypatch.setattr(files, "put_in_place", loses)
     assert "gives back other files than were written (state.json has 3 bytes" in ends(74, train)
     assert not list((old / "out").glob(".tmp*"))
 
@@ -302,8 +302,8 @@ def test_a_run_with_other_flags_or_data_leaves_the_folder_as_it_was(old, train, 
 
 def test_a_folder_that_another_process_holds_stays_as_it_is(old, train, ends, prepare):
     (old / "out").mkdir()
-    code = f"import sys, time; sys.path.insert(0, {str(Path(durable.__file__).parent)!r}); import durable, pathlib; "
-    code += "durable.lock_folder(pathlib.Path('out')); print('held', flush=True); time.sleep(60)"
+    code = f"import sys, time; sys.path.insert(0, {str(Path(files.__file__).parents[1])!r}); import pathlib; from base import files; "
+    code += "files.lock_folder(pathlib.Path('out')); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=old)
     try:
         assert holder.stdout.readline() == b"held\n"
@@ -343,7 +343,7 @@ def test_rename_names_the_place_and_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("x")
     refuse(monkeypatch, Path, "replace", errno.EPERM)
     with pytest.raises(StorageError, match="b: written, but cannot be renamed to that .* choose a disk"):
-        durable.rename(tmp_path / "a", tmp_path / "b")
+        files.rename(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_disk_that_renames_nothing_still_has_a_status(tmp_path, monkeypatch, capsys):

@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from args import parse_training_args
-from checkpointing import load_checkpoint
-from durable import damage
-from errors import UsageError
-from runtime import run_script
+from base.errors import UsageError
+from base.files import damage
+from run.checkpoints import load_checkpoint
+from run.exits import run_script
 from script_runs import SCRIPTS
 
 

@@ -14,22 +14,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import runtime
 from args import parse_training_args
-from durable import write_json
-from errors import DataError, NumbersError, StorageError, UsageError, UserError
-from optimizers import make_lr_scheduler_from_args
-from runtime import (
-    check_device_from_args,
-    check_launcher_from_args,
-    compute_dtype_from_args,
-    learning_rate_from_args,
-    plan_steps_from_args,
-    run_script,
-    shared_seed_from_args,
-)
+from base.errors import DataError, NumbersError, StorageError, UsageError, UserError
+from base.files import write_json
+from base.status import RUN, RUN_ID_VARIABLE, begin_run
+from engine.optimizers import make_lr_scheduler_from_args
+from run import launch
+from run.exits import run_script
+from run.launch import check_device_from_args, check_launcher_from_args, compute_dtype_from_args, shared_seed_from_args
+from run.steps import learning_rate_from_args, plan_steps_from_args
 from script_runs import run_ranks
-from status import RUN, RUN_ID_VARIABLE, begin_run
 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -319,11 +313,11 @@ def test_ranks_that_are_stopped_once_they_have_begun_say_so(tmp_path):
 
 
 def test_the_ranks_of_one_launcher_have_one_id_and_those_of_another_another(tmp_path, monkeypatch):
-    assert runtime.launch_id() is None  # the tests' own parent starts no ranks
-    monkeypatch.setattr(runtime, "LAUNCHERS", {Path(word).name for word in psutil.Process().cmdline()[:4]})
+    assert launch.launch_id() is None  # the tests' own parent starts no ranks
+    monkeypatch.setattr(launch, "LAUNCHERS", {Path(word).name for word in psutil.Process().cmdline()[:4]})
 
     def main(name):
-        (tmp_path / f"{name}{os.environ['RANK']}").write_text(runtime.launch_id())
+        (tmp_path / f"{name}{os.environ['RANK']}").write_text(launch.launch_id())
 
     assert run_ranks(lambda: main("first"), 2) == [0, 0]
     child = multiprocessing.get_context("fork").Process(target=lambda: run_ranks(lambda: main("second"), 2))
@@ -339,7 +333,7 @@ def test_ranks_without_a_common_launcher_agree_as_soon_as_they_meet(tmp_path):
     def main():
         RUN.__init__(f"launched for rank {os.environ['RANK']}")
         torch.distributed.init_process_group("gloo")
-        runtime.agree_on_run()
+        launch.agree_on_run()
         (tmp_path / os.environ["RANK"]).write_text(RUN.id)
         torch.distributed.barrier()  # the store is rank 0's
 

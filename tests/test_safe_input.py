@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from args import parse_prepare_args, parse_training_args
-from checkpointing import find_checkpoint_from_args, load_checkpoint, open_output_dir_from_args, save_checkpoint
+from base.errors import DataError, UserError
+from base.files import write_manifest
 from conftest import write_clip
-from dataset import LatentDataset, build_dataset_from_args, build_videos_from_args
-from decode import read_frames
-from durable import write_manifest
-from errors import DataError, UserError
-from formats import read_clips
-from headers import probe
+from data.clip_lists import read_clips
+from data.dataset import build_dataset_from_args, build_videos_from_args
+from data.decode import read_frames
+from data.headers import probe
+from data.latents import LatentDataset
+from run.checkpoints import find_checkpoint_from_args, load_checkpoint, save_checkpoint
+from run.output_dir import open_output_dir_from_args
 from test_atomic_save import FolderEngine, flags
 from test_checkpointing import FACTS, MAIN, make_run
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from args import parse_training_args
-from buckets import pack_batches
-from errors import DataError
-from runtime import run_script
+from base.errors import DataError
+from data.buckets import pack_batches
+from run.exits import run_script
 from script_runs import (
     EVERY_SCRIPT,
     LORA_SCRIPTS,
@@ -386,7 +386,7 @@ def test_plain_load_lora_weights_gives_the_trained_transformer(alpha, script, mo
 
 def example_inputs(config):
     """A forward pass at the bucket that the tiny models are made for: 9 frames of 64x96."""
-    from cogvideox import ofs_input, rotary_embeddings
+    from cogvideox.inputs import ofs_input, rotary_embeddings
 
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(1, 3 + (config.patch_size_t or 1) - 1, config.in_channels, 8, 12, generator=generator)
@@ -622,7 +622,7 @@ def downloads(script, tiny, monkeypatch):
         asked.extend(components)
         return tiny(script.kind)
 
-    monkeypatch.setattr("cogvideox.download_model", download_model)
+    monkeypatch.setattr("cogvideox.folder.download_model", download_model)
     return asked
 
 
@@ -647,7 +647,7 @@ def test_data_is_read_before_a_model_is_downloaded(
 def test_preparing_reads_the_lists_before_a_model_is_downloaded(tiny, clips, own_copy, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "cogvideox.download_model", lambda model, components, *rest: asked.extend(components) or tiny("2b")
+        "cogvideox.folder.download_model", lambda model, components, *rest: asked.extend(components) or tiny("2b")
     )
     data = own_copy(clips["one"], "data")
     (data / "videos/2.mp4").unlink()

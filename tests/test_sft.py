@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from args import parse_training_args
-from cogvideox import load_transformer
-from engine import build_sft_engine_from_args, check_sft_fits_from_args
-from errors import UsageError
-from masters import HostMasters, Masters
-from sft import check_saved_transformer, load_weights, save_transformer, save_weights
+from base.errors import UsageError
+from cogvideox.loading import load_transformer
+from engine.compose import build_sft_engine_from_args, check_sft_fits_from_args
+from engine.master_weights import HostMasters, Masters
+from engine.sft import check_saved_transformer, load_weights, save_transformer, save_weights
 
 
 CPU = torch.device("cpu")

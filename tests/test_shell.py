@@ -838,7 +838,7 @@ def test_shellcheck_finds_nothing():
 
 
 def test_every_training_script_has_a_wrapper():
-    from args import SCRIPTS
+    from base.flag_parser import SCRIPTS
 
     assert {training.script: f"cogvideox_{training.task}.py" for training in TRAININGS} == SCRIPTS
 

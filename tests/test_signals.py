@@ -12,9 +12,10 @@ import time
 
 import pytest
 
-import dataset
 from args import parse_training_args
-from runtime import run_script
+from base.signals import INTERRUPTION, SIGNALS, caught_signals, shield_worker
+from data import latents
+from run.exits import run_script
 from script_runs import (
     EVERY_SCRIPT,
     ROOT,
@@ -27,7 +28,6 @@ from script_runs import (
     same_run,
     status,
 )
-from signals import INTERRUPTION, SIGNALS, caught_signals, shield_worker
 
 
 STEPS = ["--max_train_steps", "4", "--checkpointing_steps", "100"]
@@ -110,7 +110,7 @@ def test_before_the_first_step_it_leaves_at_once(stops, module, monkeypatch, tmp
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_run_that_waits_for_data_saves_and_leaves(workers, command, script, module, monkeypatch, tmp_path):
     """The third clip never comes: the disk hangs. Nothing but the signal wakes the process."""
-    read, reads = dataset.read_tensor, multiprocessing.Value("i", 0)
+    read, reads = latents.read_tensor, multiprocessing.Value("i", 0)
 
     def hanging(path, name):
         with reads.get_lock():
@@ -127,7 +127,7 @@ def test_a_run_that_waits_for_data_saves_and_leaves(workers, command, script, mo
 
     def main():
         main_process.value = os.getpid()
-        monkeypatch.setattr(dataset, "read_tensor", hanging)
+        monkeypatch.setattr(latents, "read_tensor", hanging)
         run_script(lambda: module.main(parse_training_args(script.key, argv)), tmp_path / "out")
 
     started = time.monotonic()
@@ -141,7 +141,7 @@ def test_a_killed_data_worker_is_one_line_and_the_same_command_continues(
     command, script, module, monkeypatch, tmp_path
 ):
     """As the system kills it for lack of memory."""
-    read, reads = dataset.read_tensor, multiprocessing.Value("i", 0, lock=False)
+    read, reads = latents.read_tensor, multiprocessing.Value("i", 0, lock=False)
 
     def killed(path, name):
         reads.value += name == "moments"
@@ -153,7 +153,7 @@ def test_a_killed_data_worker_is_one_line_and_the_same_command_continues(
     argv = command("out", *flags)
 
     def main():
-        monkeypatch.setattr(dataset, "read_tensor", killed)
+        monkeypatch.setattr(latents, "read_tensor", killed)
         run_script(lambda: module.main(parse_training_args(script.key, argv)), tmp_path / "out")
 
     assert in_child(main) == 75
@@ -257,7 +257,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(asked, script, command
 
 
 def test_a_refused_second_run_of_two_ranks_leaves_the_first_alone(script, command, module, tmp_path):
-    from checkpointing import lock_folder
+    from base.files import lock_folder
 
     (tmp_path / "out").mkdir()
     lock_folder(tmp_path / "out")

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-import status
 from args import parse_prepare_args, parse_training_args
-from status import RUN, begin_run, forget_refusal, is_of_this_run, note_refusal, read_status, write_status
+from base import status
+from base.status import RUN, begin_run, forget_refusal, is_of_this_run, note_refusal, read_status, write_status
 
 
 OTHER_RUN = {"state": "complete", "exit_code": 0, "step": 9, "run": "another"}

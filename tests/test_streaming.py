@@ -16,24 +16,22 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import engine
-import streaming
 from args import parse_training_args
-from cogvideox import (
-    IMAGE_TO_VIDEO_PIPELINE,
-    TEXT_TO_VIDEO_PIPELINE,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-    make_pipeline,
-    rotary_embeddings,
-    weight_files,
-)
-from errors import UsageError
-from lora import add_lora, check_saved_lora, save_lora
-from memory import checkpoint_blocks, compile_blocks
-from quantization import quantize_base
-from streaming import load_blocks, offload_activations, stream_weights
+from base.errors import UsageError
+from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_scheduler
+from cogvideox.folder import weight_files
+from cogvideox.inputs import rotary_embeddings
+from cogvideox.loading import load_transformer, load_vae
+from cogvideox.pipeline import make_pipeline
+from engine import compose
+from engine.lora import add_lora, check_saved_lora, save_lora
+from memory import activations as activations_module
+from memory import host as host_module
+from memory import weights
+from memory.activations import offload_activations
+from memory.quantization import quantize_base
+from memory.recompute import checkpoint_blocks, compile_blocks
+from memory.weights import load_blocks, stream_weights
 
 
 CPU = torch.device("cpu")
@@ -121,7 +119,7 @@ class LateEvent:
             self.queue.copy_next()
 
 
-class LateCopies(streaming.Copies):
+class LateCopies(host_module.Copies):
     """Copies happen when their event is waited for, in order, and only from memory that somebody has kept."""
 
     def __init__(self, device):
@@ -149,7 +147,8 @@ class LateCopies(streaming.Copies):
 @pytest.fixture(params=["at once", "late"])
 def copies(request, monkeypatch):
     if request.param == "late":
-        monkeypatch.setattr(streaming, "Copies", LateCopies)
+        monkeypatch.setattr(activations_module, "Copies", LateCopies)
+        monkeypatch.setattr(weights, "Copies", LateCopies)
     return request.param
 
 
@@ -175,7 +174,8 @@ def test_training_is_the_same_to_the_byte(level, checkpoints, copies, reference,
 
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same_and_compile_no_oftener(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "Copies", LateCopies)
+    monkeypatch.setattr(activations_module, "Copies", LateCopies)
+    monkeypatch.setattr(weights, "Copies", LateCopies)
     results = {}
     for level in ["balanced", "stream"]:
         torch._dynamo.reset()
@@ -492,7 +492,7 @@ def run_script(tiny, prepared_data, tmp_path, monkeypatch):
     """Train by the text-to-video LoRA script, with every activation large enough; returns the result's bytes."""
     import cogvideox_text_to_video_lora as script
 
-    monkeypatch.setattr(engine, "offload_activations", functools.partial(offload_activations, min_bytes=2048))
+    monkeypatch.setattr(compose, "offload_activations", functools.partial(offload_activations, min_bytes=2048))
 
     def run(name, *flags):
         argv = ["--pretrained_model_name_or_path", str(tiny("5b")), "--data_root", str(prepared_data)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import streaming
+from memory import activations, host, weights
 
 
 CPU = torch.device("cpu")
@@ -71,7 +71,9 @@ def streams(monkeypatch):
                 target.copy_(source)
             return Event(record, self)
 
-    monkeypatch.setattr(streaming, "Copies", Copies)
+    monkeypatch.setattr(host, "Copies", Copies)
+    monkeypatch.setattr(activations, "Copies", Copies)
+    monkeypatch.setattr(weights, "Copies", Copies)
     return record
 
 
@@ -118,9 +120,9 @@ def run(blocks, size=1, backward=True):
 
 
 LEVELS = {
-    "weights": lambda blocks: streaming.stream_weights(blocks, CPU, num_slots=3),
-    "two slots": lambda blocks: streaming.stream_weights(blocks, CPU, num_slots=2),
-    "activations": lambda blocks: streaming.offload_activations(blocks, CPU, min_bytes=1),
+    "weights": lambda blocks: weights.stream_weights(blocks, CPU, num_slots=3),
+    "two slots": lambda blocks: weights.stream_weights(blocks, CPU, num_slots=2),
+    "activations": lambda blocks: activations.offload_activations(blocks, CPU, min_bytes=1),
 }
 
 
@@ -139,7 +141,7 @@ def test_no_memory_is_filled_while_somebody_uses_it(level, num_blocks, streams):
 
 
 def test_a_race_is_seen(streams):
-    copies, memory = streaming.Copies(CPU), torch.zeros(4)
+    copies, memory = host.Copies(CPU), torch.zeros(4)
     copied = copies.start([(memory, torch.ones(4))], after=[])
     with pytest.raises(Race):
         streams.access(COMPUTE, memory, writes=False)

@@ -15,9 +15,9 @@ import networks
 import prepare_dataset
 import world
 from args import parse_prepare_args, parse_training_args
-from durable import release_locks
+from base.files import release_locks
+from engine.lora_file import METADATA_KEY, WEIGHTS_NAME
 from judge import accuracy, colour_errors, judge
-from lora_file import METADATA_KEY, WEIGHTS_NAME
 from test_tiny_model import SHIPPED
 
 

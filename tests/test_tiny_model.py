@@ -240,7 +240,8 @@ def test_plain_diffusers_loads_and_calls_it(untrained):
 @pytest.mark.slow
 def test_the_scripts_take_it(untrained):
     """Both folders are whole for the training scripts, links followed, and the clips' size is one that they render."""
-    from cogvideox import check_sample_size, check_task, read_config, resolve_model_dir, text_length
+    from cogvideox.config import check_sample_size, check_task, read_config, text_length
+    from cogvideox.folder import resolve_model_dir
 
     parts = ["transformer", "scheduler", "vae", "text_encoder", "tokenizer"]
     for name, image_to_video in ((networks.TEXT_TO_VIDEO, False), (networks.IMAGE_TO_VIDEO, True)):
@@ -335,8 +336,8 @@ def test_before_and_after_are_shown_and_measured(untrained, tmp_path, capsys):
     from PIL import Image
 
     import compare
-    from cogvideox import TEXT_TO_VIDEO_PIPELINE
-    from lora import save_lora
+    from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
+    from engine.lora import save_lora
     from test_lora import trained_transformer
 
     model, out = untrained / networks.TEXT_TO_VIDEO, tmp_path / "out"

@@ -10,10 +10,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import cogvideox_text_to_video_lora as script
-import console
-import tracking
 from args import parse_training_args
-from errors import UsageError
+from base import console
+from base.errors import UsageError
+from run import tracking
 
 
 FLAGS = ["--rank", "4", "--lora_alpha", "4", "--optimizer", "adamw", "--lr_warmup_steps", "0", "--seed", "0"]

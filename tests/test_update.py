@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from masters import HostMasters, Masters, group_by_bytes
-from runtime import plan_steps, sample_positions
-from update import LossScaler, TrainingState, make_scaler, skips_on_device, update
+from engine.master_weights import HostMasters, Masters, group_by_bytes
+from engine.update import LossScaler, TrainingState, make_scaler, skips_on_device, update
+from run.steps import plan_steps, sample_positions
 
 
 def make_state(lr=0.1):
@@ -83,7 +83,7 @@ def five_updates(optimizer_class, bad, device, on_device, monkeypatch):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     state = TrainingState([weight], optimizer, schedule)
     with monkeypatch.context() as patches:
-        patches.setattr("update.skips_on_device", lambda state: on_device)
+        patches.setattr("engine.update.skips_on_device", lambda state: on_device)
         results = []
         for step in range(1, 6):
             loss = (weight.square() + weight).sum() / step

@@ -22,17 +22,20 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.nn import functional as F
 
-import attention
-import cogvideox
-import held_out
-import validation
 from args import parse_training_args
-from buckets import Bucket
-from cache import write_video
-from cogvideox import check_sample_size, fits, read_config
-from draws import draw_seed
-from errors import UsageError
-from runtime import StepPlan
+from attention import kernels
+from base.draws import draw_seed
+from base.errors import UsageError
+from cogvideox import config as config_module
+from cogvideox import encoding, loading, pipeline
+from cogvideox.config import check_sample_size, read_config
+from cogvideox.encoding import fits
+from data.artifacts import write_video
+from data.buckets import Bucket
+from run import held_out as held_out_module
+from run import render as render_module
+from run import tracking, validation
+from run.steps import StepPlan
 from script_runs import ROOT, losses, result_hash, run_ranks
 from test_lora_inference import parse_args, render
 from tiny_pipeline import KINDS
@@ -69,7 +72,7 @@ def sampling(script, image):
 @pytest.fixture
 def black(monkeypatch):
     """Nothing is computed where only the moment of a validation matters: its videos are black."""
-    monkeypatch.setattr(validation, "render_one_from_args", lambda *given: np.zeros((*SIZE, 3), np.uint8))
+    monkeypatch.setattr(render_module, "render_one_from_args", lambda *given: np.zeros((*SIZE, 3), np.uint8))
 
 
 def events(folder, name):
@@ -176,11 +179,11 @@ def test_training_does_not_notice(train, module, sampling, prepared, script, mon
         torch.rand(1), random.random(), np.random.rand()
         return render_one(*arguments)
 
-    render_one = validation.render_one_from_args
+    render_one = render_module.render_one_from_args
     flags = ["--max_train_steps", "3", "--text_dropout", "0.5"]
     plain = train("plain", *flags)
     monkeypatch.setattr(module, "validate_from_args", watched)
-    monkeypatch.setattr(validation, "render_one_from_args", noisy)
+    monkeypatch.setattr(render_module, "render_one_from_args", noisy)
     held_out_flags = ["--validation_data_root", str(prepared(script.kind)), "--validation_num_clips", "2"]
     out = train("validated", *flags, *sampling(), *held_out_flags, "--validation_steps", "1")
     assert seen == [True] * 4 and len(sampled(out)) == 4
@@ -204,7 +207,7 @@ def written(monkeypatch):
         frames_of[int(path.parent.name.removeprefix("step_"))] = frames.astype(int)
         write_video(path, frames, fps)
 
-    monkeypatch.setattr(validation, "write_video", keep)
+    monkeypatch.setattr(render_module, "write_video", keep)
     return frames_of
 
 
@@ -213,7 +216,7 @@ def test_the_last_sample_is_the_result_in_the_stock_pipeline(train, sampling, sc
     out = train("out", *sampling(), "--max_train_steps", "2", "--guidance_scale", "3", "--use_dynamic_cfg")
     parts = {}
     if script.key.endswith("sft"):
-        parts["transformer"] = cogvideox.CogVideoXTransformer3DModel.from_pretrained(
+        parts["transformer"] = config_module.CogVideoXTransformer3DModel.from_pretrained(
             out, subfolder="transformer", dtype=torch.float32
         )
     pipe = DiffusionPipeline.from_pretrained(tiny(script.kind), dtype=torch.float32, **parts)
@@ -250,7 +253,7 @@ def test_choices_of_training_hold_in_validation(
     out = train("out", *sampling(), *flags, "--max_train_steps", "1", data=folder, raw=True, model=tiny(kind))
     argv = ["--prompt", PROMPTS[0], "--model_path", str(tiny(kind)), "--lora_path", str(out), "--image", str(image)]
     argv += ["--num_frames", str(frames), "--height", str(height), "--width", str(width), "--num_inference_steps", "2"]
-    monkeypatch.setattr(cogvideox.AutoencoderKLCogVideoX, "enable_tiling", lambda vae: None)
+    monkeypatch.setattr(encoding.AutoencoderKLCogVideoX, "enable_tiling", lambda vae: None)
     rendered = render(parse_args([*argv, "--seed", str(draw_seed(1, "validation", 0, 0))]))
     assert np.abs((rendered * 255).round() - written[1]).max() <= 1
 
@@ -415,7 +418,7 @@ def test_t5_and_the_vae_are_loaded_once(raw, train, module, sampling, monkeypatc
         load = getattr(holder, name)
         monkeypatch.setattr(holder, name, lambda *values, **named: loaded.append(name) or load(*values, **named))
 
-    counted(cogvideox, "load_text_encoder")
+    counted(encoding, "load_text_encoder")
     counted(module, "load_vae")
     counted(module, "load_transformer")
     train("out", *sampling(), "--max_train_steps", "2", "--validation_steps", "1", raw=raw)
@@ -431,17 +434,19 @@ def test_the_vae_is_sliced_and_tiled_as_flagged(train, module, sampling, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("tiles", "size"), [(validation.SMALL, (80, 120)), (validation.SMALLEST, (40, 80))], ids=["small", "smallest"]
+    ("tiles", "size"),
+    [(render_module.SMALL, (80, 120)), (render_module.SMALLEST, (40, 80))],
+    ids=["small", "smallest"],
 )
 def test_small_tiles_lie_where_whole_frames_have_them(tiles, size):
     """Tiles that do not overlap by whole latents would come out in another size, or shifted. With the shipped VAE."""
-    vae = cogvideox.load_vae(ROOT / "assets/tiny-cogvideox", torch.float32)
+    vae = loading.load_vae(ROOT / "assets/tiny-cogvideox", torch.float32)
     vae.tile_sample_min_height, vae.tile_sample_min_width = 120, 180  # as if made for 240x360
     clip = F.interpolate(draw_clips(torch.tensor(contents_to_test(1)), seed=0)[0], (160, 240), mode="bilinear")
     with torch.no_grad():
         latents = vae.encode((2 * clip - 1).transpose(0, 1)[None]).latent_dist.mode()
         whole = vae.decode(latents).sample
-        with validation.in_small_tiles(vae, tiles):
+        with render_module.in_small_tiles(vae, tiles):
             assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == size
             tiled = vae.decode(latents).sample
     assert tiled.shape == whole.shape
@@ -473,7 +478,7 @@ def test_samples_of_guidance_may_pass_one_by_one(kind, tiny, image):
     whole = sample()
     assert batches == [4] * 3
     batches.clear()
-    with validation.one_sample_at_a_time(pipe.transformer):
+    with render_module.one_sample_at_a_time(pipe.transformer):
         parts = sample()
     assert batches == [1] * 12
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
@@ -508,29 +513,29 @@ def test_cpu_offload_leaves_no_hook(train, module, sampling, monkeypatch):
 
 def test_weights_that_are_parts_of_a_buffer_stay_where_they_are(tiny, caplog):
     """As DeepSpeed lays them out: moved away and back they would no longer be what it updates."""
-    transformer = cogvideox.load_transformer(tiny("5b"), torch.float32)
-    vae = cogvideox.load_vae(tiny("5b"), torch.float32)
-    scheduler = cogvideox.load_scheduler(tiny("5b"))
-    pipe = cogvideox.make_pipeline(cogvideox.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
+    transformer = loading.load_transformer(tiny("5b"), torch.float32)
+    vae = loading.load_vae(tiny("5b"), torch.float32)
+    scheduler = config_module.load_scheduler(tiny("5b"))
+    pipe = pipeline.make_pipeline(config_module.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
     frozen, trained = list(transformer.parameters())[:2]
     frozen.data = torch.zeros(2 * frozen.numel())[: frozen.numel()].view_as(frozen)
     trained.requires_grad_(True)
     trained.data = trained.data.clone()
-    with validation.placed(pipe, CPU, offload=True):
+    with render_module.placed(pipe, CPU, offload=True):
         assert hasattr(transformer, "_hf_hook")
     buffer = torch.zeros(2 * trained.numel())
     trained.data = buffer[: trained.numel()].view_as(trained)
-    with validation.placed(pipe, CPU, offload=True):
+    with render_module.placed(pipe, CPU, offload=True):
         assert not hasattr(transformer, "_hf_hook")
     assert "the transformer stays" in caplog.text
 
 
 def test_what_a_full_gpu_held_is_gone_before_weights_come_back(tiny, monkeypatch):
     """The frames of a failed decode hold its tensors as long as the exception has a traceback."""
-    transformer = cogvideox.load_transformer(tiny("5b"), torch.float32)
-    vae = cogvideox.load_vae(tiny("5b"), torch.float32)
-    scheduler = cogvideox.load_scheduler(tiny("5b"))
-    pipe = cogvideox.make_pipeline(cogvideox.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
+    transformer = loading.load_transformer(tiny("5b"), torch.float32)
+    vae = loading.load_vae(tiny("5b"), torch.float32)
+    scheduler = config_module.load_scheduler(tiny("5b"))
+    pipe = pipeline.make_pipeline(config_module.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
     held, held_at_return, move = [], [], torch.nn.Module.to
 
     def decode():
@@ -543,7 +548,7 @@ def test_what_a_full_gpu_held_is_gone_before_weights_come_back(tiny, monkeypatch
         return move(model, *places)
 
     monkeypatch.setattr(torch.nn.Module, "to", watched)
-    with pytest.raises(RuntimeError), validation.placed(pipe, CPU, offload=True):
+    with pytest.raises(RuntimeError), render_module.placed(pipe, CPU, offload=True):
         decode()
     assert held_at_return and not any(tensor is not None for tensor in held_at_return)
 
@@ -567,7 +572,7 @@ def sage(monkeypatch):
 
 @pytest.mark.parametrize("script", ["t2v_lora", "i2v_sft"], indirect=True)
 def test_sage_attention_renders_and_never_trains(train, module, sampling, sage, written, monkeypatch):
-    monkeypatch.setattr(validation, "check_sage", lambda dtype, device: attention.import_sage())
+    monkeypatch.setattr(validation, "check_sage", lambda dtype, device: kernels.import_sage())
     seen, update = [], module.update
 
     def watched(*arguments):
@@ -585,23 +590,23 @@ def test_sage_attention_renders_and_never_trains(train, module, sampling, sage, 
 
 
 def test_sage_attention_puts_the_processors_back(tiny, sage):
-    transformer = cogvideox.load_transformer(tiny("5b"), torch.float32)
+    transformer = loading.load_transformer(tiny("5b"), torch.float32)
     before = dict(transformer.attn_processors)
-    with pytest.raises(RuntimeError), attention.sage_attention(transformer):
-        assert {item.attend for item in transformer.attn_processors.values()} == {attention.sage_attend}
+    with pytest.raises(RuntimeError), kernels.sage_attention(transformer):
+        assert {item.attend for item in transformer.attn_processors.values()} == {kernels.sage_attend}
         raise RuntimeError
     assert transformer.attn_processors == before
 
 
 def test_sage_attention_that_cannot_run_is_refused(monkeypatch, sage):
     with pytest.raises(UsageError, match="CUDA"):
-        attention.check_sage(torch.bfloat16, CPU)
+        kernels.check_sage(torch.bfloat16, CPU)
     with pytest.raises(UsageError, match="bf16 or fp16"):
-        attention.check_sage(torch.float32, torch.device("cuda"))
-    attention.check_sage(torch.bfloat16, torch.device("cuda"))
+        kernels.check_sage(torch.float32, torch.device("cuda"))
+    kernels.check_sage(torch.bfloat16, torch.device("cuda"))
     monkeypatch.setitem(sys.modules, "sageattention", None)
     with pytest.raises(UsageError, match="pip install sageattention"):
-        attention.check_sage(torch.bfloat16, torch.device("cuda"))
+        kernels.check_sage(torch.bfloat16, torch.device("cuda"))
 
 
 # ---------------------------------------------------------------- failures and ranks
@@ -616,7 +621,7 @@ def test_a_failing_validation_is_one_warning(error, train, sampling, monkeypatch
         raise error
 
     plain = train("plain", "--max_train_steps", "2")
-    monkeypatch.setattr(validation, "render_one_from_args", fail)
+    monkeypatch.setattr(render_module, "render_one_from_args", fail)
     caplog.clear()
     out = train("out", *sampling(*PROMPTS), "--max_train_steps", "2", "--validation_steps", "1")
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -630,7 +635,7 @@ def test_a_failing_validation_is_one_warning(error, train, sampling, monkeypatch
 @only_t2v_lora
 def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampling, script, tmp_path, monkeypatch):
     """The second rank is slow, longer than collectives may take, then fails: the first waits and both train on."""
-    render_one, slept = validation.render_one_from_args, []
+    render_one, slept = render_module.render_one_from_args, []
 
     def slow(args, pipe, samples, device, number, video):
         if (number, video) == (0, 1) and not slept:
@@ -640,7 +645,7 @@ def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampl
             raise ValueError("no such luck")
         return render_one(args, pipe, samples, device, number, video)
 
-    monkeypatch.setattr(validation, "render_one_from_args", slow)
+    monkeypatch.setattr(render_module, "render_one_from_args", slow)
     flags = ["--max_train_steps", "2", "--nccl_timeout", "2", "--num_validation_videos", "2"]
     argv = command("out", *sampling(*PROMPTS), *flags)
 
@@ -740,7 +745,7 @@ def test_a_csv_of_held_out_clips_has_the_name_of_the_training_one(sample_data, t
     argv = ["--pretrained_model_name_or_path", "m", "--dataset_file", str(sample_data / "metadata.csv")]
     argv += ["--caption_column", "caption", "--video_column", "video", "--validation_data_root", str(tmp_path / "own")]
     argv += ["--height_buckets", "64", "--width_buckets", "64", "--frame_buckets", "9", "--validation_num_clips", "2"]
-    clips = held_out.build_held_out_from_args(parse_training_args("t2v_lora", argv), 8, 0, 0.7)
+    clips = held_out_module.build_held_out_from_args(parse_training_args("t2v_lora", argv), 8, 0, 0.7)
     assert len(clips.prompts) == 2 and clips.dataset.clips[0].video.is_relative_to(tmp_path / "own")
 
 
@@ -788,7 +793,7 @@ def test_tensorboard_gets_animated_pictures_and_prompts(video_folder, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(tmp_path))
     accelerator.init_trackers("run")
-    validation.log_videos(accelerator, video_folder, 3)
+    tracking.log_videos(accelerator, video_folder, 3)
     accelerator.end_training()
     reader = events.EventAccumulator(str(tmp_path / "run"), size_guidance={"tensors": 0}).Reload()
     (picture,) = reader.Images("validation/1_0")
@@ -804,7 +809,7 @@ def test_wandb_and_trackio_get_the_files(name, video_folder, monkeypatch):
     package = types.SimpleNamespace(Video=lambda path, caption: (path, caption))
     monkeypatch.setitem(sys.modules, name, package)
     tracker = types.SimpleNamespace(name=name, log=lambda values, step: logged.append((values, step)))
-    validation.log_videos(types.SimpleNamespace(trackers=[tracker]), video_folder, 3)
+    tracking.log_videos(types.SimpleNamespace(trackers=[tracker]), video_folder, 3)
     expected = {f"validation/{i}_0": (str(video_folder / f"{i}_0.mp4"), f"prompt {i}") for i in range(2)}
     assert logged == [(expected, 3)]
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import zero
 from args import parse_training_args
-from errors import UsageError
+from base.errors import UsageError
+from engine import deepspeed_zero
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def flags(*more):
 
 def config_of(args, **settings):
     config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", **settings}
-    return zero.deepspeed_config_from_args(args, config, torch.bfloat16, num_ranks=2)
+    return deepspeed_zero.deepspeed_config_from_args(args, config, torch.bfloat16, num_ranks=2)
 
 
 def test_the_flags_fill_in_what_the_config_leaves_open():
@@ -79,15 +79,15 @@ def test_a_config_that_disagrees_is_refused(settings, message):
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused(use, message, monkeypatch):
-    zero.check_deepspeed_from_args(flags(*use))  # without DeepSpeed all is well
+    deepspeed_zero.check_deepspeed_from_args(flags(*use))  # without DeepSpeed all is well
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(zero, "installed_version", lambda: "0.19.8")
+    monkeypatch.setattr(deepspeed_zero, "installed_version", lambda: "0.19.8")
     with pytest.raises(UsageError, match=message):
-        zero.check_deepspeed_from_args(flags(*use))
+        deepspeed_zero.check_deepspeed_from_args(flags(*use))
     for version, said in ((None, "is not installed; pip install"), ("0.18.2", "0.18.2, which .*; pip install")):
-        monkeypatch.setattr(zero, "installed_version", lambda version=version: version)
+        monkeypatch.setattr(deepspeed_zero, "installed_version", lambda version=version: version)
         with pytest.raises(UsageError, match=said):
-            zero.check_deepspeed_from_args(flags())
+            deepspeed_zero.check_deepspeed_from_args(flags())
 
 
 # ---------------------------------------------------------------- results

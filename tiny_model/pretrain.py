@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-import console
+from base import console
 
 
 if __name__ == "__main__":
@@ -43,19 +43,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, T5EncoderModel
 
-from cogvideox import (
-    IMAGE_NOISE_MEAN,
-    IMAGE_NOISE_STD,
-    VaeConfig,
-    condition_on_first_frame,
-    encode_videos,
-    load_scheduler,
-    load_vae_config,
-    rotary_embeddings,
-    sample_image_latents,
-    sample_latents,
-)
-from draws import draw_seed
+from base.draws import draw_seed
+from cogvideox.config import VaeConfig, load_scheduler, load_vae_config
+from cogvideox.encoding import IMAGE_NOISE_MEAN, IMAGE_NOISE_STD, encode_videos
+from cogvideox.inputs import condition_on_first_frame, rotary_embeddings, sample_image_latents, sample_latents
+from engine.objective import add_noise, v_prediction_loss
 from judge import accuracy, judge
 from measure import captions_of, measure_image_to_video, measure_vae, sample
 from networks import (
@@ -74,7 +66,6 @@ from networks import (
     write_text_encoder,
     write_vocabulary,
 )
-from objective import add_noise, v_prediction_loss
 from world import CONCEPTS, MEASURED, NUM_WORDINGS, all_contents, caption, draw_clips, test_contents, training_contents
 
 

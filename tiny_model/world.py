@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets" / "tests"))
 
-import console
-from draws import draw_seed
+from base import console
+from base.draws import draw_seed
 
 
 SIZE, NUM_FRAMES, FPS = 64, 9, 8

@@ -20,85 +20,68 @@ from pathlib import Path
 
 import torch
 
-from buckets import num_batches
-from captions import encode_captions_from_args, read_texts_from_args
-from checkpointing import (
-    content_from_args,
-    find_checkpoint_from_args,
-    finish_again_from_args,
-    finish_run_from_args,
-    is_complete_from_args,
-    leave_if_interrupted_from_args,
-    load_checkpoint,
-    open_output_dir_from_args,
-    record_run_from_args,
-    save_checkpoint_from_args,
-    save_result,
-)
-from cogvideox import (
-    IMAGE_NOISE_MEAN,
-    IMAGE_NOISE_STD,
+from base.signals import INTERRUPTION
+from cogvideox.config import (
     IMAGE_TO_VIDEO_PIPELINE,
     check_buckets,
     check_sample_size,
-    condition_on_first_frame,
     default_fps,
     describe_model,
+    load_scheduler,
+    text_shape,
+)
+from cogvideox.encoding import (
+    IMAGE_NOISE_MEAN,
+    IMAGE_NOISE_STD,
     encode_captions,
     encode_images,
     encode_videos,
-    hash_model_from_args,
-    latent_shape,
-    load_scheduler,
-    load_transformer,
-    load_vae,
-    make_pipeline,
-    num_parameters,
-    ofs_input,
-    outline_of,
-    pad_frames,
     pixels_to_unit,
-    read_configs_from_args,
-    read_outline_from_args,
-    resolve_model_from_args,
+)
+from cogvideox.folder import hash_model_from_args, read_configs_from_args, resolve_model_from_args, stored_dtype
+from cogvideox.inputs import (
+    condition_on_first_frame,
+    latent_shape,
+    ofs_input,
+    pad_frames,
     rotary_embeddings,
     sample_image_latents,
     sample_latents,
-    stored_dtype,
-    text_shape,
 )
-from dataset import build_dataset_from_args
-from engine import (
-    build_optimizer_from_args,
-    build_sft_engine_from_args,
-    check_sft_fits_from_args,
+from cogvideox.loading import load_transformer, load_vae, num_parameters, outline_of, read_outline_from_args
+from cogvideox.pipeline import make_pipeline
+from data.buckets import num_batches
+from data.captions import encode_captions_from_args, read_texts_from_args
+from data.dataset import build_dataset_from_args
+from engine.compose import build_optimizer_from_args, build_sft_engine_from_args, check_sft_fits_from_args
+from engine.objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
+from engine.optimizers import make_lr_scheduler_from_args
+from engine.update import TrainingState, make_scaler, update
+from run.checkpoints import (
+    find_checkpoint_from_args,
+    leave_if_interrupted_from_args,
+    load_checkpoint,
+    save_checkpoint_from_args,
 )
-from held_out import build_held_out_from_args, data_facts, encode_held_out
-from hub import RunFacts, check_hub_from_args
-from meter import make_meter_from_args, report_memory
-from objective import add_noise, draw_normal, draw_timesteps, draw_uniform, v_prediction_loss
-from optimizers import make_lr_scheduler_from_args
-from planning import plan_memory_from_args, print_plan_from_args
-from runtime import (
+from run.exits import explained_oom_from_args, run_script, stop_is_due
+from run.held_out import build_held_out_from_args, data_facts, encode_held_out
+from run.hub import check_hub_from_args
+from run.launch import (
     START,
     check_device_from_args,
     compute_dtype_from_args,
-    explained_oom_from_args,
     init_accelerator_from_args,
-    learning_rate_from_args,
-    make_loader_from_args,
-    plan_steps_from_args,
-    run_script,
-    sample_positions,
     shared_seed_from_args,
-    stop_is_due,
-    to_device,
 )
-from signals import INTERRUPTION
-from tracking import start_trackers_from_args
-from update import TrainingState, make_scaler, update
-from validation import (
-    Samples,
+from run.memory_level import plan_memory_from_args, print_plan_from_args
+from run.meter import make_meter_from_args, report_memory
+from run.model_card import RunFacts
+from run.output_dir import content_from_args, is_complete_from_args, open_output_dir_from_args
+from run.render import Samples
+from run.result import finish_again_from_args, finish_run_from_args, record_run_from_args, save_result
+from run.steps import learning_rate_from_args, make_loader_from_args, plan_steps_from_args, sample_positions, to_device
+from run.tracking import start_trackers_from_args
+from run.validation import (
     check_attention_from_args,
     is_due_from_args,
     read_prompts_from_args,

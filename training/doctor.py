@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # python -I, which looks at nothing of the user's, leaves it out
 
-from errors import print_to_pipe
-from toolchain import c_compiler, cuda_toolkit, cxx_compiler, python_header
+from base.errors import print_to_pipe
+from base.toolchain import c_compiler, cuda_toolkit, cxx_compiler, python_header
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,74 +14,61 @@ from args import parse_prepare_args
 
 ARGS = parse_prepare_args() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
 
-import json
 import logging
 import os
-import re
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.distributed
 
-from allocator import expand_segments
-from bars import progress, tracked
-from cache import (
-    Writer,
-    write_image,
-    write_tensors,
-    write_video,
-)
-from captions import warn_of_texts_from_args
-from cogvideox import (
-    CONFIGS,
+from base.bars import progress, tracked
+from base.console import log_errors_only, log_to_stderr
+from base.errors import DataError, Interrupted, UsageError
+from base.files import TEMPORARY, keep, lock_folder, make_folder
+from base.hashes import Hashes
+from base.ranks import on_main_process
+from base.signals import INTERRUPTION
+from base.status import begin_run, write_status
+from cogvideox.config import CONFIGS, default_fps, load_vae_config, read_config, text_length
+from cogvideox.encoding import (
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
-    default_fps,
     encode_images,
     encode_prompts,
     encode_videos,
-    files_that_load,
     free_memory,
-    load_text_encoder,
-    load_vae,
-    load_vae_config,
-    num_parameters,
     pixels_to_unit,
     place_text_encoder,
-    read_config,
-    resolve_model_dir,
-    text_length,
 )
-from console import log_errors_only, log_to_stderr
-from dataset import build_videos_from_args, tolerant_loader
-from durable import TEMPORARY, keep, lock_folder, make_folder, written_beside
-from errors import DataError, Interrupted, UsageError
-from formats import unique_stems, with_id_token
-from hashes import Hashes
-from objective import draw_generator
-from prepared import (
-    CURRENT,
-    EARLIER,
-    EMPTY,
-    MISSING,
-    VERSION,
-    Component,
-    Key,
-    content_hash,
-    file_key,
-    hash_component,
-    named_files,
-    pixels_key,
-    prune,
-    state_of,
-    unnamed_files,
+from cogvideox.folder import files_that_load, resolve_model_dir
+from cogvideox.loading import load_text_encoder, load_vae, num_parameters
+from data.artifacts import Writer, write_tensors
+from data.captions import warn_of_texts_from_args
+from data.clip_lists import unique_stems
+from data.dataset import build_videos_from_args
+from data.loader import tolerant_loader
+from data.prepared import content_hash, hash_component
+from data.preparing import (
+    Model,
+    compare_from_args,
+    image_latent,
+    is_embedding,
+    is_made,
+    plan_clip_from_args,
+    plan_empty_from_args,
+    prune_from_args,
+    report_verified_from_args,
+    video_latent,
+    warn_of_unnamed_from_args,
+    write_manifest,
+    write_preview,
 )
-from runtime import agree_on_run, check_device_from_args, on_main_process, run_script
-from signals import INTERRUPTION
-from status import begin_run, write_status
+from engine.objective import draw_generator
+from memory.allocator import expand_segments
+from run.exits import run_script
+from run.launch import agree_on_run, check_device_from_args
 
 
 logger = logging.getLogger(__name__)
@@ -205,22 +192,15 @@ def gather(lines: list[str], num_ranks: int) -> list[str]:
 # ---------------------------------------------------------------- what a clip needs, and what is there
 
 
-class Model(NamedTuple):
-    """What keys and rows must know of the model; without latents no hashes."""
-
-    scaling_factor: float
-    vae: Component | None = None
-    text_encoder: Component | None = None
-    tokenizer: Component | None = None
-
-
 def hash_model_from_args(args, model_dir: Path, hashes: Hashes) -> Model:
     scaling_factor = load_vae_config(model_dir).scaling_factor
     if not args.save_latents_and_embeddings:
         return Model(scaling_factor)
     parts = [model_dir / name for name in ("vae", "text_encoder", "tokenizer")]
     return Model(
-        scaling_factor, *(hash_component(part, files_that_load(part, args.variant), hashes) for part in parts)
+        scaling_factor,
+        *(hash_component(part, files_that_load(part, args.variant), hashes) for part in parts),
+        image_noise=(IMAGE_NOISE_MEAN, IMAGE_NOISE_STD),
     )
 
 
@@ -238,125 +218,6 @@ def plan_from_args(args, output_dir: Path, model_dir: Path, videos) -> tuple[lis
                 problems.append(f"{videos.clips[index].video}: cannot be read ({error.strerror})")
     empty = plan_empty_from_args(args, model)
     return plan, empty, compare_from_args(args, output_dir, [*plan, *empty]), problems
-
-
-def plan_clip_from_args(args, model: Model, videos, index: int, stem: str, hashes: Hashes) -> dict:
-    """The files that a clip needs and, for each, the key of everything that decides its content."""
-    clip, bucket = videos.clips[index], videos.bucket_of[index]
-    earlier = {
-        "source": hashes.of(clip.video), "bucket": list(bucket), "fps": videos.fps, "reshape": args.video_reshape_mode,
-        "flip": args.random_flip, "seed": args.seed,
-    }  # fmt: skip
-    now = pixels_key(earlier, videos.places[index], "decord" if args.video_backend == "decord" else "pyav")
-    item = {"index": index, "stem": stem, "bucket": bucket, "fps": videos.fps, "source": clip.source}
-    item |= {"caption": clip.prompt, "prompt": with_id_token(clip.prompt, args.id_token), "id_token": args.id_token}
-    item |= {"scaling_factor": model.scaling_factor, "files": {}}
-    if args.save_previews or not args.save_latents_and_embeddings:
-        item["files"][f"images/{stem}.png"] = file_key(now, earlier)  # written after the video: it vouches for both
-    if args.save_latents_and_embeddings:
-        item["files"] |= tensor_keys_from_args(args, model, item, now, earlier)
-    return item
-
-
-def tensor_keys_from_args(args, model: Model, item: dict, now: dict, earlier: dict) -> dict:
-    """Keys of a clip's moments and embedding, from those of its pixels."""
-    both = {"dtype": args.dtype, "tiling": args.use_tiling}
-    earlier = {**earlier, **both, "vae": model.vae.earlier, "variant": args.variant}
-    now = {**now, **both, "vae": model.vae.now}
-    keys = {video_latent(item): file_key(now, earlier)}
-    if args.save_image_latents:
-        variants = {"variants": args.num_image_variants}
-        noise = {"noise": [IMAGE_NOISE_MEAN, IMAGE_NOISE_STD]}
-        keys[image_latent(item)] = file_key({**now, **variants, **noise}, {**earlier, **variants})
-    keys[f"prompt_embeds/{item['stem']}.safetensors"] = prompt_key_from_args(args, model, item["prompt"])
-    return keys
-
-
-def prompt_key_from_args(args, model: Model, prompt: str) -> Key:
-    both = {"prompt": prompt, "dtype": args.dtype, "tokens": args.max_sequence_length}
-    now = {"version": VERSION, "text_encoder": model.text_encoder.now, "tokenizer": model.tokenizer.now}
-    earlier = {
-        "text_encoder": model.text_encoder.earlier,
-        "tokenizer": model.tokenizer.earlier,
-        "variant": args.variant,
-    }
-    return file_key({**both, **now}, {**both, **earlier})
-
-
-def plan_empty_from_args(args, model: Model) -> list[dict]:
-    """The empty prompt, which text dropout trains on; nothing where no captions are embedded."""
-    if not args.save_latents_and_embeddings:
-        return []
-    return [{"prompt": "", "files": {EMPTY: prompt_key_from_args(args, model, "")}}]
-
-
-def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
-    """Set what each item lacks; returns the files that an earlier version prepared, by the same flags and content."""
-    accepted, kept = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
-    for item in items:
-        states = {path: state_of(output_dir, path, key, args.verify) for path, key in item["files"].items()}
-        if any(state == MISSING and not is_embedding(path) for path, state in states.items()):
-            # Frames of version 1 may start elsewhere: a clip's video, first frames and preview are made together
-            states |= {path: MISSING for path in states if not is_embedding(path) and states[path] == EARLIER}
-        item["missing"] = {path for path, state in states.items() if state not in accepted}
-        kept += [path for path, state in states.items() if state == EARLIER]
-    if kept and not args.verify:
-        logger.info(
-            "%d files were prepared by an earlier version and are kept; --verify checks them in full", len(kept)
-        )
-    return kept
-
-
-def report_verified_from_args(args, output_dir: Path, old_content: dict[str, str]) -> None:
-    """`old_content`: hashes of what an earlier version had prepared, by path."""
-    if args.verify:
-        kept = [path for path in old_content if (output_dir / path).exists()]
-        num_differing = sum(content_hash(output_dir, path) != old_content[path] for path in kept)
-        logger.info(
-            "--verify: %d files of an earlier version were made again, %d of them were different",
-            len(kept),
-            num_differing,
-        )
-
-
-def warn_of_unnamed_from_args(args, output_dir: Path, plan: list[dict]) -> None:
-    unnamed = unnamed_files(output_dir, files_of(plan))
-    if unnamed and not args.prune:
-        logger.warning(
-            "%s: holds %d files (of %d clips) that this command does not use; data.jsonl will not name them, and they stay: "
-            "--prune removes them, another --output_dir keeps both sets",
-            output_dir, len(unnamed), len({path.stem for path in unnamed}),
-        )  # fmt: skip
-
-
-def prune_from_args(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
-    """With --prune, remove what no row names: not while clips are left out, which may be there again tomorrow."""
-    if args.prune and problems:
-        logger.warning("--prune: nothing is removed while %d clips are left out", len(problems))
-    elif args.prune:
-        num_removed = prune(output_dir, files_of(done))
-        logger.info("--prune: %d files removed that no row of data.jsonl names", num_removed)
-
-
-def files_of(items: list[dict]) -> set[str]:
-    return named_files(path for item in items for path in item["files"])
-
-
-def is_made(output_dir: Path, item: dict) -> bool:
-    """True if all that the item lacked has been made."""
-    return all(state_of(output_dir, path, item["files"][path]) == CURRENT for path in item["missing"])
-
-
-def is_embedding(path: str) -> bool:
-    return path.startswith("prompt_embeds/")
-
-
-def video_latent(item: dict) -> str:
-    return f"video_latents/{item['stem']}.safetensors"
-
-
-def image_latent(item: dict) -> str:
-    return f"image_latents/{item['stem']}.safetensors"
 
 
 # ---------------------------------------------------------------- captions
@@ -459,53 +320,6 @@ def encode_noised_frames(vae, frame: torch.Tensor, num_variants: int, seed: int,
 
 
 # ---------------------------------------------------------------- files
-
-
-def write_preview(output_dir: Path, item: dict, pixels: torch.Tensor) -> None:
-    """The clip as the model sees it, [F', 3, h, w] uint8: an mp4, then its first frame as a PNG with the key in it."""
-    frames = pixels.permute(0, 2, 3, 1).numpy()
-    write_video(output_dir / f"videos/{item['stem']}.mp4", frames, item["fps"])
-    image = f"images/{item['stem']}.png"
-    write_image(output_dir / image, frames[0], item["files"][image].now)
-
-
-def write_manifest(output_dir: Path, items: list[dict]) -> None:
-    """data.jsonl, one object a clip, and the same as prompts.txt and videos.txt, line by line."""
-    rows = [manifest_row(item) for item in items]
-    texts = {
-        "data.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        "prompts.txt": "".join(one_line(row["prompt"]) for row in rows),
-        "videos.txt": "".join(one_line(row["video"]) for row in rows),
-    }
-    for name, text in texts.items():
-        with written_beside(output_dir / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
-
-def one_line(text: str) -> str:
-    return re.sub(r"\r\n|\r|\n", " ", text) + "\n"
-
-
-def manifest_row(item: dict) -> dict:
-    stem, files = item["stem"], item["files"]
-
-    def path(folder: str, suffix: str) -> str | None:
-        return f"{folder}/{stem}{suffix}" if f"{folder}/{stem}{suffix}" in files else None
-
-    image = path("images", ".png")
-    frames, height, width = item["bucket"]
-    return {
-        "prompt": item["caption"],
-        "prompt_embed": path("prompt_embeds", ".safetensors"),
-        "image": image,
-        "image_latent": path("image_latents", ".safetensors"),
-        "video": f"videos/{stem}.mp4" if image else item["source"],
-        "video_latent": path("video_latents", ".safetensors"),
-        "metadata": {
-            "num_frames": frames, "height": height, "width": width, "fps": item["fps"], "source": item["source"],
-            "id_token": item["id_token"], "scaling_factor": item["scaling_factor"],
-        },
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""Which attention kernel a run uses: the one asked for, tried once, or the fastest on the run's own shape.
+
+A trial takes a few seconds, and its result is kept for each card, version, dtype and shape.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import statistics
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention.kernels import make_attend
+from base.errors import UsageError, first_line
+
+
+logger = logging.getLogger(__name__)
+
+# The first that runs is what the others must agree with. math is no candidate: it holds S x S numbers a head.
+LEAST_CAPABILITY = {"flash": 8, "cudnn": 8, "fa4": 9}  # of the card; FlashAttention-4 has no gradients before Hopper
+LEAST_COSINE = 0.99  # of output and gradients to the first's: two right kernels differ by rounding, that is by 1e-5
+ROUNDS = 5  # timings a kernel, of which the median counts
+
+
+def pick_attention(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> str:
+    """The name for make_attend of --attention `name`, which may be auto; UsageError for one that cannot run here.
+
+    `shape` is the run's largest [B, S, heads, head_dim]. Called before a model fills the card: for a moment it takes
+    about 20 times what a query does, 2 GiB for 5b's 17,776 tokens.
+    """
+    fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if name == "auto":
+        return pick_fastest(shape, dtype, device) if fused else "sdpa"
+    if name == "math":
+        return name
+    if not fused:
+        raise UsageError(f"--attention {name}: computes on CUDA in bf16 or fp16 only; leave it out here")
+    make_attend(name)  # where a package is missing, its own line
+    results = attempt(name, make_inputs(shape, dtype, device))
+    if isinstance(results, str):
+        raise UsageError(f"--attention {name} does not run here: {results}")
+    return name
+
+
+# ---------------------------------------------------------------- the trial
+
+
+def pick_fastest(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
+    """The fastest kernel of those that run and agree; torch's own choice where there is none."""
+    names = candidates(device)
+    if not names:
+        return "sdpa"
+    path, key = cache_path(), trial_key(shape, dtype, device)
+    choices = read_choices(path)
+    if is_timing(choices.get(key), names):
+        logger.info("attention: %s (timed before: %s)", fastest(choices[key]), listed(choices[key]))
+        return fastest(choices[key])
+    times, left_out = time_kernels(names, shape, dtype, device)
+    for name, reason in left_out.items():
+        logger.warning("attention: %s is left out: %s", name, reason)
+    if not times:
+        logger.warning("attention: none of %s runs here; torch chooses", ", ".join(names))
+        return "sdpa"
+    logger.info("attention: %s (%s)", fastest(times), listed(times))
+    if not left_out:  # what failed may be mended, or had too little memory this time
+        write_choices(path, choices | {key: times})
+    return fastest(times)
+
+
+def candidates(device: torch.device) -> list[str]:
+    """Kernels that are installed and meant for this card."""
+    capability = torch.cuda.get_device_capability(device)[0]
+    missing = {"cudnn": not torch.backends.cudnn.is_available(), "fa4": fa4_version() is None}
+    return [name for name, least in LEAST_CAPABILITY.items() if capability >= least and not missing.get(name)]
+
+
+def time_kernels(
+    names: list[str], shape: tuple, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """({kernel: milliseconds, forward and backward}, {kernel: why it was left out})."""
+    inputs, reference, times, left_out = make_inputs(shape, dtype, device), None, {}, {}
+    for name in names:
+        results = attempt(name, inputs)
+        if isinstance(results, str):
+            left_out[name] = results
+        elif reference is not None and (agreement := least_cosine(results, reference)) < LEAST_COSINE:
+            left_out[name] = f"its results differ from those of {next(iter(times))} (cosine {agreement:.3f})"
+        else:
+            reference = results if reference is None else reference
+            times[name] = []
+    for _ in range(ROUNDS):  # in turns, so that a clock that slows down is nobody's disadvantage
+        for name, rounds in times.items():
+            rounds.append(milliseconds(make_attend(name), inputs))
+    del inputs, reference, results
+    torch.cuda.empty_cache()
+    return {name: statistics.median(rounds) for name, rounds in times.items()}, left_out
+
+
+def make_inputs(shape: tuple, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Query, key, value and the output's gradient as training has them: value is a part of a fused projection."""
+    generator = torch.Generator(device).manual_seed(0)  # training's own random state is none of this
+    batch, tokens, heads, size = shape
+
+    def draw(parts: int) -> Tensor:
+        return torch.randn((batch, tokens, parts, heads, size), generator=generator, device=device, dtype=dtype)
+
+    query, key, value = draw(3).unbind(2)
+    return [query.contiguous(), key.contiguous(), value, draw(1)[:, :, 0]]
+
+
+def attempt(name: str, inputs: list[Tensor]) -> list[Tensor] | str:
+    """Output and gradients by the kernel; or in one line why there are none."""
+    try:
+        results = run(make_attend(name), inputs)
+        finite = all(torch.isfinite(result).all() for result in results)  # waits: errors of the device come up here
+    except torch.AcceleratorError:  # the device itself: whatever ran on it next would fail too, and be blamed
+        raise
+    except Exception as error:  # kernels that are compiled on the spot raise anything; the caller logs it
+        return first_line(error)
+    return results if finite else "its output or gradients are not finite"
+
+
+def run(attend, inputs: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of query, key and value."""
+    *leaves, grad = [part.detach() for part in inputs]
+    leaves = [part.requires_grad_() for part in leaves]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def least_cosine(results: list[Tensor], reference: list[Tensor]) -> float:
+    """The least agreement of output and gradients: the cosine of each, taken as one vector."""
+    pairs = zip(results, reference, strict=True)
+    return min(F.cosine_similarity(a.flatten().float(), b.flatten().float(), dim=0).item() for a, b in pairs)
+
+
+def milliseconds(attend, inputs: list[Tensor]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run(attend, inputs)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def fastest(times: dict[str, float]) -> str:
+    return min(times, key=times.get)
+
+
+def listed(times: dict[str, float]) -> str:
+    return ", ".join(f"{name} {time:.1f}" for name, time in times.items()) + " ms forward and backward"
+
+
+# ---------------------------------------------------------------- what earlier trials found
+
+
+def cache_path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "cogvideox-factory" / "attention.json"
+
+
+def trial_key(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
+    """All that the times depend on."""
+    facts = [
+        torch.cuda.get_device_name(device),
+        f"torch {torch.__version__}",
+        f"cuDNN {torch.backends.cudnn.version()}",
+        f"CUDA {torch.version.cuda}",
+        f"flash-attn-4 {fa4_version()}",
+        str(dtype).removeprefix("torch."),
+        "x".join(map(str, shape)),
+    ]
+    if torch.are_deterministic_algorithms_enabled():
+        facts.append("deterministic")
+    return ", ".join(facts)
+
+
+def fa4_version() -> str | None:
+    try:
+        return importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def read_choices(path: Path) -> dict:
+    """{key: {kernel: milliseconds}}; nothing where the file is missing or damaged."""
+    try:
+        choices = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read (%s): attention is timed again", path, first_line(error))
+        return {}
+    if not isinstance(choices, dict):
+        logger.warning("%s does not hold earlier timings: attention is timed again", path)
+        return {}
+    return choices
+
+
+def is_timing(times, names: list[str]) -> bool:
+    """Whether it is what a trial of these kernels keeps."""
+    return isinstance(times, dict) and set(times) == set(names) and all(isinstance(t, float) for t in times.values())
+
+
+def write_choices(path: Path, choices: dict) -> None:
+    """The file is whole at every moment; that it cannot be written stops nothing."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(choices, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): attention is timed again next time", path, error.strerror)

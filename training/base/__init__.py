@@ -1,0 +1,1 @@
+"""What everything else stands on: hardly more than the standard library; torch.distributed in ranks.py alone."""

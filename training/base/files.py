@@ -1,0 +1,293 @@
+"""Folders on disk that are whole or not there, whatever moment a process dies at, and that belong to one run at a time.
+
+A folder is written beside its place, flushed, described by `manifest.json` (size and SHA-256 of each file) and renamed.
+Network mounts may refuse to flush, to lock or to rename: the first two cost a warning, without the last nothing is whole.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from base.errors import StorageError, UsageError
+from base.hashes import file_hash
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+TEMPORARY, REPLACED = ".tmp-", ".old-"  # what the names of unfinished and of replaced files and folders begin with
+HASHING_THREADS = 4  # hashing runs beside Python: a file each
+# What a file system that cannot flush answers; EBADF where it wants a descriptor that is open for writing
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+held_locks: list[int] = []  # file descriptors; the system frees a lock when its process ends, however it ends
+undo: list[Callable[[], None]] = []  # what takes back the steps of a command that is not accepted yet, in their order
+warned: set[str] = set()  # lines that a run says once
+
+
+# ---------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def written_folder(target: Path):
+    """A new folder that becomes `target` if the body succeeds, and is removed if it fails."""
+    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        write_manifest(temporary)
+        put_in_place(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(folder: Path) -> None:
+    """Flush every file of `folder` to the disk and, only then, write their sizes and hashes."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        flush(path)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        entries = list(pool.map(describe, paths))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    text = json.dumps({"version": 1, "files": dict(zip(names, entries, strict=True))}, indent=2) + "\n"
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        flush_descriptor(file.fileno())
+    for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        flush_names(directory)
+
+
+def describe(path: Path) -> dict:
+    return {"size": path.stat().st_size, "sha256": file_hash(path, "sha256")}
+
+
+def flush(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        flush_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_descriptor(descriptor: int) -> None:
+    """Flush an open file. A file system that cannot is warned of once; an error of the disk is raised."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+        warn_once(f"the disk takes no fsync ({error.strerror}): a power cut may cost the files written last")
+
+
+def free_bytes(folder: Path) -> float:
+    """What the disk has left; infinite where its file system does not say."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf
+
+
+def flush_names(folder: Path) -> None:
+    """Make a folder's list of names survive a power cut, where its file system can: many network mounts cannot."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def warn_once(line: str) -> None:
+    if line not in warned:
+        warned.add(line)
+        logger.warning("%s", line)
+
+
+def rename(old: Path, new: Path) -> Path:
+    """Give a file or a folder its final name, in place of a file that has it; StorageError if that is refused."""
+    try:
+        return old.rename(new) if old.is_dir() else old.replace(new)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a full disk has a line of its own, with what is free
+        reason = error.strerror or error
+        raise StorageError(
+            f"{new}: written, but cannot be renamed to that ({reason}); choose a disk whose file system allows it"
+        ) from error
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Rename; an earlier `target` steps aside first and is deleted last, see `clean_up`."""
+    aside = target.with_name(REPLACED + target.name)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        rename(target, aside)
+    rename(temporary, target)
+    flush_names(target.parent)
+    if aside.exists():
+        remove(aside)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that nobody needs any more: it is gone at once, and that it cannot be deleted stops nothing."""
+    hidden = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
+    try:
+        folder.rename(hidden)  # a process that dies now leaves no half of it under its own name
+        shutil.rmtree(hidden)
+    except OSError as error:
+        logger.warning("%s: cannot be removed (%s); delete it by hand", folder, error.strerror)
+
+
+def clean_up(parent: Path) -> None:
+    """Finish or undo what killed processes left in `parent`; the caller holds its lock."""
+    for aside in sorted(parent.glob(f"{REPLACED}*")):
+        target = parent / aside.name.removeprefix(REPLACED)
+        if target.exists():
+            remove(aside)
+        else:
+            rename(aside, target)  # killed between the two renames: the earlier one is still good
+    for left in sorted(parent.glob(f"{TEMPORARY}*")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_beside(path: Path):
+    """A temporary path that becomes `path` on success: a reader never sees half a file. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, to_json(content))
+
+
+def to_json(content) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `written_folder` made, one reason with the file's name; None if it is whole."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is damaged ({error})"
+    for name, (size, _) in expected.items():  # sizes first: they cost nothing
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = pool.map(lambda name: describe(folder / name)["sha256"], expected)
+        for name, found in zip(expected, hashes, strict=True):
+            if found != expected[name][1]:
+                return f"{name} was changed after it was written (its SHA-256 differs)"
+    return None
+
+
+# ---------------------------------------------------------------- one run at a time
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder and those above it; `take_back` removes them."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    undo.extend(path.rmdir for path in reversed(missing))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--output_dir {folder}: {error.filename} is a file; give a folder") from error
+
+
+def lock_folder(folder: Path) -> None:
+    """Hold `folder` until this process ends; UsageError, with the holder's number, if another process does.
+
+    A record lock, not a file that exists: it ends with its process, kill -9 included, and forked workers do not share it.
+    """
+    path = folder / ".lock"
+    is_new = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    times, before = os.fstat(descriptor), os.read(descriptor, 100)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # POSIX allows either
+            os.close(descriptor)
+            holder = before.decode(errors="replace").strip() or "another"
+            raise UsageError(
+                f"{folder}: process {holder} is writing there; wait until it ends, or choose another --output_dir"
+            ) from error
+        logger.warning("%s: cannot be locked (%s); start no second run there", folder, error.strerror)
+    if times.st_nlink and not os.fstat(descriptor).st_nlink:  # a refused command has just removed the file
+        os.close(descriptor)
+        return lock_folder(folder)
+    held_locks.append(descriptor)
+    undo.append(lambda: restore_lock(path, descriptor, None if is_new else before, times))
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+
+def restore_lock(path: Path, descriptor: int, before: bytes | None, times: os.stat_result) -> None:
+    """Give the lock back, its file as it was `before`; None: there was none."""
+    if before is None:
+        path.unlink()
+    else:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, before, 0)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    held_locks.remove(descriptor)
+    os.close(descriptor)
+
+
+def keep() -> None:
+    """The command is accepted: what it does from here on stays."""
+    undo.clear()
+
+
+def take_back() -> None:
+    """Undo what a command did before it was refused: its lock, its folders, a folder moved aside."""
+    while undo:
+        with contextlib.suppress(OSError):  # such as a folder that holds something by now
+            undo.pop()()
+
+
+def release_locks() -> None:
+    """For a process that goes on after a run: tests."""
+    keep()
+    warned.clear()
+    while held_locks:
+        os.close(held_locks.pop())
+
+
+def nearest_folder(output_dir: str | Path) -> Path:
+    """The folder, or of those above it the nearest that exists: on its disk it will be."""
+    whole = Path(output_dir).absolute()
+    return next(path for path in (whole, *whole.parents) if path.exists())

@@ -1,0 +1,294 @@
+"""Checks of flags that need nothing but the flags: values, ranges, combinations."""
+
+import argparse
+import difflib
+import math
+
+from base.flag_parser import NO_MEANING, FlagParser
+
+
+SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+RESHAPE_MODES = ("center", "random", "none")
+LORA_INITS = ("default", "gaussian", "orthogonal")
+CHANGES_BASE = "it changes the base weights too, and diffusers would load the LoRA onto the unchanged ones"
+NEEDS_PASS = "it needs the layers' inputs on the data, for which there is no pass here"
+REFUSED_INITS = {
+    "pissa": CHANGES_BASE,
+    "olora": CHANGES_BASE,
+    "corda": CHANGES_BASE,
+    "loftq": CHANGES_BASE,
+    "lora_ga": CHANGES_BASE,
+    "eva": NEEDS_PASS,
+    "mica": "it trains only half of the LoRA",
+}
+MEMORY_LEVELS = ("speed", "balanced", "offload", "stream", "auto", "plan")
+LORA_LEVELS = ("offload", "stream")  # they rely on weights that do not change
+BASE_PRECISIONS = ("bf16", "fp8", "int8", "nf4")
+TRACKERS = ("wandb", "tensorboard", "trackio", "all", "none")
+# Flags that do nothing without another one: (what they need, is it there, flags). Said in one warning, because the
+# wrappers of the original pass them always.
+IDLE_WITHOUT = (
+    (
+        "--validation_prompt",
+        lambda args: args.validation_prompt is not None,
+        (
+            "validation_images", "validation_prompt_separator", "num_validation_videos", "guidance_scale",
+            "use_dynamic_cfg", "enable_model_cpu_offload", "num_inference_steps", "validation_attention",
+        ),
+    ),
+    (
+        "--validation_prompt or --validation_data_root",
+        lambda args: args.validation_prompt is not None or args.validation_data_root is not None,
+        ("validation_epochs", "validation_steps", "no_first_validation"),
+    ),
+    ("--validation_data_root", lambda args: args.validation_data_root is not None, ("validation_num_clips",)),
+    ("--report_to", lambda args: args.report_to not in (None, "none"), ("tracker_name", "logging_dir")),
+    ("--push_to_hub", lambda args: args.push_to_hub, ("hub_model_id", "hub_public", "hub_token")),
+    ("--ema", lambda args: args.ema, ("ema_decay",)),
+    ("--use_cpu_offload_optimizer", lambda args: args.use_cpu_offload_optimizer, ("offload_gradients",)),
+    (
+        "--optimizer prodigy",
+        lambda args: args.optimizer == "prodigy",
+        ("prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
+    ),
+    ("--optimizer prodigy or came", lambda args: args.optimizer in ("prodigy", "came"), ("beta3",)),
+)  # fmt: skip
+# What these set was fixed when the data was prepared. Not id_token: the dataset compares it with the manifest.
+RAW_VIDEOS_ONLY = (
+    "dataset_file",
+    "random_flip",
+    "video_reshape_mode",
+    "fps",
+    "skip_frames_start",
+    "skip_frames_end",
+    "video_backend",
+)
+# Legal values: dest -> (what they are called in the error, test). Unset (None) is always legal.
+AT_LEAST_1 = ("an integer of 1 or more", lambda value: value >= 1)
+AT_LEAST_0 = ("an integer of 0 or more", lambda value: value >= 0)
+POSITIVE = ("a number above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = ("a number of 0 or more", lambda value: 0 <= value < math.inf)
+PROBABILITY = ("a probability from 0 to 1", lambda value: 0 <= value <= 1)
+BELOW_1 = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
+TRAINING_RANGES = {
+    "random_flip": PROBABILITY,
+    "text_dropout": PROBABILITY,
+    "noised_image_dropout": PROBABILITY,
+    "dataloader_num_workers": AT_LEAST_0,
+    "seed": AT_LEAST_0,
+    "fps": AT_LEAST_1,
+    "max_num_frames": AT_LEAST_1,
+    "skip_frames_start": AT_LEAST_0,
+    "skip_frames_end": AT_LEAST_0,
+    "rank": AT_LEAST_1,
+    "lora_alpha": AT_LEAST_1,
+    "ema_decay": BELOW_1,
+    "beta3": BELOW_1,
+    "height": AT_LEAST_1,
+    "width": AT_LEAST_1,
+    "num_validation_videos": AT_LEAST_1,
+    "validation_epochs": AT_LEAST_1,
+    "validation_steps": AT_LEAST_1,
+    "validation_num_clips": AT_LEAST_1,
+    "num_inference_steps": AT_LEAST_1,
+    "guidance_scale": NOT_NEGATIVE,
+    "train_batch_size": AT_LEAST_1,
+    "num_train_epochs": AT_LEAST_1,
+    "max_train_steps": AT_LEAST_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "checkpointing_steps": AT_LEAST_1,
+    "checkpoints_total_limit": AT_LEAST_1,
+    "learning_rate": POSITIVE,
+    "lr_warmup_steps": AT_LEAST_0,
+    "lr_num_cycles": AT_LEAST_1,
+    "lr_power": POSITIVE,
+    "beta1": BELOW_1,
+    "beta2": BELOW_1,
+    "weight_decay": NOT_NEGATIVE,
+    "epsilon": POSITIVE,
+    "max_grad_norm": POSITIVE,
+    "max_bad_steps": AT_LEAST_1,
+    "log_every": AT_LEAST_1,
+    "nccl_timeout": AT_LEAST_1,
+}
+PREPARE_RANGES = {
+    "random_flip": PROBABILITY,
+    "dataloader_num_workers": AT_LEAST_0,
+    "seed": AT_LEAST_0,
+    "target_fps": AT_LEAST_1,
+    "max_num_frames": AT_LEAST_1,
+    "max_sequence_length": AT_LEAST_1,
+    "batch_size": AT_LEAST_1,
+    "num_decode_threads": AT_LEAST_0,
+    "num_artifact_workers": AT_LEAST_1,
+    "num_image_variants": AT_LEAST_1,
+}
+
+
+def refuse_meaningless(parser: FlagParser, args: argparse.Namespace, script: str):
+    """Refuses what this script has no use for."""
+    for dest, reason in NO_MEANING[script].items():
+        if parser.is_used(args, dest):
+            parser.error(f"--{dest} has no meaning in {parser.prog}: {reason}; leave it out")
+
+
+def warn_of_idle(parser: FlagParser, args: argparse.Namespace):
+    """One line for the flags that change nothing because another one is missing."""
+    for needed, is_there, dests in IDLE_WITHOUT:
+        idle = [f"--{dest}" for dest in dests if parser.is_used(args, dest)]
+        if idle and not is_there(args):
+            parser.say("warning", f"{', '.join(idle)}: no effect without {needed}")
+
+
+def check_lora(parser: FlagParser, args: argparse.Namespace):
+    """Refuses ways to start a LoRA that diffusers cannot load back, and two of them at once."""
+    if args.lora_init not in LORA_INITS:
+        name = "pissa" if args.lora_init.startswith("pissa") else args.lora_init
+        reason = f"{REFUSED_INITS[name]}; give" if name in REFUSED_INITS else "must be"
+        parser.error(f"--lora_init {args.lora_init}: {reason} one of {', '.join(LORA_INITS)}")
+    if args.lora_init == "orthogonal" and args.rank % 2:
+        parser.error(f"--lora_init orthogonal --rank {args.rank}: needs an even rank")
+    if args.init_lora is not None and parser.is_used(args, "lora_init"):
+        parser.error("--lora_init and --init_lora: the LoRA starts in one way; give one of them")
+
+
+def check_optimizer(parser: FlagParser, args: argparse.Namespace):
+    """Refuses combinations of the optimizer's flags that exist nowhere, or would not do what they say."""
+    bits = [f"--{dest}" for dest in ("use_8bit", "use_4bit", "use_fp8") if getattr(args, dest)]
+    if len(bits) > 1:
+        parser.error(f"{' and '.join(bits)}: the optimizer's states have one precision; give one of them")
+    if bits and args.optimizer not in ("adam", "adamw"):
+        parser.error(f"{bits[0]} --optimizer {args.optimizer}: low-bit states exist for adam and adamw only")
+    if bits and args.use_cpu_offload_optimizer:
+        parser.error(
+            f"{bits[0]} --use_cpu_offload_optimizer: states in host memory take no GPU memory, and low-bit ones are "
+            "computed on the GPU; give one of them"
+        )
+    if args.optimizer == "came" and parser.is_used(args, "epsilon"):
+        parser.say("warning", "--epsilon: no effect with --optimizer came, which has two of its own")
+    if args.use_torchao and not bits:
+        parser.error("--use_torchao chooses who makes low-bit states: add --use_8bit, --use_4bit or --use_fp8")
+
+
+def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
+    """Refuses two answers to one question, and levels and precisions that the task cannot have."""
+    if args.memory and args.gradient_checkpointing:
+        parser.error(
+            f"--memory {args.memory} --gradient_checkpointing: the level says what is computed again; leave the second "
+            "one out"
+        )
+    if args.compile_blocks and args.no_compile_blocks:
+        parser.error("--compile_blocks and --no_compile_blocks: give one of them")
+    if args.memory in LORA_LEVELS and script.endswith("sft"):
+        parser.error(
+            f"--memory {args.memory}: moves frozen weights, and full fine-tuning has none; use --memory balanced with "
+            "--use_cpu_offload_optimizer --offload_gradients"
+        )
+    if args.base_precision != "bf16" and args.use_dora:
+        parser.error(f"--use_dora --base_precision {args.base_precision}: DoRA needs the norms of exact weights")
+
+
+def check_export(parser: FlagParser, args: argparse.Namespace):
+    """Refuses a form that could not hold what is trained."""
+    if args.use_dora and "comfyui" in args.export:
+        parser.error(
+            "--use_dora --export comfyui: ComfyUI divides by the norm of the base's rows, DoRA by that of the sum's, "
+            "so that the file would not be what was trained; use --export merged"
+        )
+    if args.use_dora and "kohya" in args.export:
+        parser.error("--use_dora --export kohya: its readers leave DoRA's magnitudes out; use --export merged")
+
+
+def check_validation(parser: FlagParser, args: argparse.Namespace):
+    """Refuses two schedules at once, sizes that no video can have, and splitting at nothing."""
+    if {"validation_steps", "validation_epochs"} <= set(args.given):
+        parser.error("--validation_steps and --validation_epochs: give one of them")
+    if not args.validation_prompt_separator:
+        parser.error("--validation_prompt_separator: is empty; give a text that no prompt holds")
+    for dest in ("height", "width"):
+        if getattr(args, dest) % 16:
+            parser.error(f"--{dest} {getattr(args, dest)}: must be a multiple of 16")
+
+
+def check_trackers(parser: FlagParser, args: argparse.Namespace):
+    """Refuses unknown trackers; several are separated by commas."""
+    names = (args.report_to or "none").split(",")
+    for name in names:
+        if name not in TRACKERS:
+            nearest_name = difflib.get_close_matches(name, TRACKERS, n=1)
+            hint = f"did you mean {nearest_name[0]}?" if nearest_name else f"give one of {', '.join(TRACKERS)}"
+            parser.error(f"--report_to {name}: {hint}")
+    if len(names) > 1 and {"all", "none"} & set(names):
+        parser.error(f"--report_to {args.report_to}: all and none stand alone")
+
+
+def check_ranges(parser: FlagParser, args: argparse.Namespace, ranges: dict):
+    """Refuses numbers outside of their range; NaN is outside of each."""
+    for dest, (description, is_legal) in ranges.items():
+        value = getattr(args, dest)
+        if value is not None and not is_legal(value):
+            parser.error(f"--{dest} {value}: must be {description}")
+
+
+def check_reshape_mode(parser: FlagParser, args: argparse.Namespace):
+    """Refuses any other --video_reshape_mode than center, random and none."""
+    if args.video_reshape_mode not in (None, *RESHAPE_MODES):
+        parser.error(f"--video_reshape_mode {args.video_reshape_mode}: must be one of {', '.join(RESHAPE_MODES)}")
+
+
+def check_data_source(parser: FlagParser, args: argparse.Namespace):
+    """Refuses a run without data, and with --load_tensors the flags that could no longer change anything."""
+    if args.load_tensors:
+        idle = [f"--{dest}" for dest in RAW_VIDEOS_ONLY if parser.is_used(args, dest)]
+        if idle:
+            verb = "has" if len(idle) == 1 else "have"
+            parser.error(
+                f"{', '.join(idle)} {verb} no effect with --load_tensors: prepared data is already cut, sized and "
+                f"encoded; leave {'it' if len(idle) == 1 else 'them'} out or prepare the data again"
+            )
+        if args.data_root is None:
+            parser.error("--data_root is required with --load_tensors: the folder that prepare_dataset.py wrote")
+    if args.data_root is None and args.dataset_file is None:
+        parser.error("one of --data_root (a folder of videos and captions) and --dataset_file (a CSV) is required")
+
+
+def check_buckets(parser: FlagParser, args: argparse.Namespace):
+    """Refuses sizes that the model cannot take; warns of frame counts that it takes unlike in inference."""
+    for dest in ("height_buckets", "width_buckets"):
+        for size in getattr(args, dest):
+            if size < 1 or size % 16:
+                parser.error(f"--{dest} {size}: must be a multiple of 16; nearest: {nearest(size, 16, 0)}")
+    for frames in args.frame_buckets:
+        if frames < 1 or frames % 4 > 1:
+            parser.error(f"--frame_buckets {frames}: must be 4k+1 frames; nearest: {nearest(frames, 4, 1)}")
+    uneven = [frames for frames in args.frame_buckets if frames % 4 == 0]
+    if uneven:
+        instead = "; ".join(f"{frames}: {nearest(frames, 4, 1)}" for frames in uneven)
+        parser.say(
+            "warning",
+            f"--frame_buckets {' '.join(map(str, uneven))}: of 4k frames the VAE's first latent covers 4, not 1, "
+            f"unlike in inference; nearest 4k+1 values: {instead}",
+        )
+
+
+def nearest(value: int, step: int, offset: int) -> str:
+    """The positive numbers step * k + offset on both sides of a value that is none of them, for an error line."""
+    below = (value - offset) // step * step + offset
+    return " or ".join(str(number) for number in (below, below + step) if number >= 1) or str(offset or step)
+
+
+def check_max_num_frames(parser: FlagParser, args: argparse.Namespace):
+    """Refuses a cap that no bucket fits under; warns of buckets above it."""
+    smallest = min(args.frame_buckets)
+    if args.max_num_frames < smallest:
+        parser.error(
+            f"--max_num_frames {args.max_num_frames}: must be at least {smallest}, the smallest of --frame_buckets"
+        )
+    above = [frames for frames in args.frame_buckets if frames > args.max_num_frames]
+    if above:
+        parser.say(
+            "warning",
+            f"--frame_buckets {' '.join(map(str, above))}: never filled, because --max_num_frames is "
+            f"{args.max_num_frames}; give --max_num_frames {max(above)} to use every bucket",
+        )

@@ -1,0 +1,272 @@
+"""A parser of a script's flags: every mistake is one line on stderr and exit code 2."""
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from base.errors import StorageError, print_to_pipe
+
+
+SCRIPTS = {
+    "t2v_lora": "cogvideox_text_to_video_lora.py",
+    "t2v_sft": "cogvideox_text_to_video_sft.py",
+    "i2v_lora": "cogvideox_image_to_video_lora.py",
+    "i2v_sft": "cogvideox_image_to_video_sft.py",
+}
+DESCRIPTIONS = {
+    "t2v_lora": "Train a LoRA for a CogVideoX text-to-video model.",
+    "t2v_sft": "Train every weight of a CogVideoX text-to-video transformer.",
+    "i2v_lora": "Train a LoRA for a CogVideoX image-to-video model.",
+    "i2v_sft": "Train every weight of a CogVideoX image-to-video transformer.",
+    "prepare": "Turn videos and captions into VAE moments and text embeddings, so that training needs neither model.",
+}
+# script -> the wrapper that calls it
+WRAPPERS = {script: name.replace("cogvideox", "train").replace(".py", ".sh") for script, name in SCRIPTS.items()}
+WRAPPERS["prepare"] = "prepare_dataset.sh"
+# The ten flags that most runs need: --help begins with them.
+FIRST_OF_TRAINING = (
+    "pretrained_model_name_or_path", "data_root", "load_tensors", "output_dir", "max_train_steps", "train_batch_size",
+    "learning_rate", "memory", "validation_prompt",
+)  # fmt: skip
+FIRST = {
+    "t2v_lora": (*FIRST_OF_TRAINING, "rank"),
+    "t2v_sft": (*FIRST_OF_TRAINING, "use_cpu_offload_optimizer"),
+    "i2v_lora": (*FIRST_OF_TRAINING, "rank"),
+    "i2v_sft": (*FIRST_OF_TRAINING, "use_cpu_offload_optimizer"),
+    "prepare": (
+        "model_id", "data_root", "caption_column", "video_column", "output_dir", "save_latents_and_embeddings",
+        "height_buckets", "width_buckets", "frame_buckets", "dtype",
+    ),
+}  # fmt: skip
+PAGES = (
+    "assets/flags.md says more of every flag; assets/training.md explains memory, precision and optimizers, "
+    "assets/running.md output and validation."
+)
+EPILOG = (
+    "Exit codes: 0 done, 2 usage, 65 bad data, 70 bad numbers, full GPU memory or internal, 74 disk or upload, 75 "
+    "interrupted, can be resumed."
+)
+# Flags that a script has no use for: accepted at their default, refused otherwise.
+NO_IMAGE = "a text-to-video model gets no image"
+NO_LORA = "full fine-tuning trains the weights themselves, there is no LoRA"
+NO_DTYPE = "a LoRA is always saved in fp32"
+NO_EMA = "the average is kept of the whole transformer, in full fine-tuning"
+IMAGE_FLAGS = ("noised_image_dropout", "validation_images", "image_latent_scale", "drop_learned_positions")
+LORA_FLAGS = (
+    "rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "lora_init", "init_lora", "export",
+    "base_precision",
+)  # fmt: skip
+NO_SFT = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA}
+NO_MEANING = {
+    "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | NO_SFT,
+    "t2v_sft": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | dict.fromkeys(LORA_FLAGS, NO_LORA),
+    "i2v_lora": NO_SFT,
+    "i2v_sft": dict.fromkeys(LORA_FLAGS, NO_LORA),
+}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """A parser that ends every mistake with one line on stderr and exit code 2."""
+
+    def __init__(self, prog: str, script: str):
+        description = f"{DESCRIPTIONS[script]} {WRAPPERS[script]} calls it with settings for most runs."
+        super().__init__(
+            prog=prog, usage=f"{prog} [flags]", description=description, epilog=EPILOG, allow_abbrev=False
+        )
+        self.script = script  # key of FIRST, and of SCRIPTS where it trains
+        self.argv: list[str] = []
+
+    def error(self, message: str):
+        """Leaves with exit code 2."""
+        from base.status import REFUSED, note_refusal  # only here: --help is quick
+
+        self.say("error", message)
+        output_dir = named_value(self.argv, "--output_dir")
+        if output_dir:
+            with contextlib.suppress(OSError, StorageError):  # the line above is what matters
+                note_refusal(Path(output_dir), message)
+        self.exit(REFUSED)
+
+    def format_help(self) -> str:
+        """An example and the flags that most runs need, the others by group, and the names of those without a use."""
+        width = min(max(shutil.get_terminal_size().columns, 60), 100) - 2  # longer lines are hard to read
+        first, hidden = FIRST[self.script], NO_MEANING.get(self.script, {})
+        flags = {action.dest: action for action in self._actions}
+        parts = [f"usage: {self.usage}\n{textwrap.fill(self.description, width)}"]
+        parts.append(f"{EXAMPLE_HEAD}\n  {example_of(self.script)}")
+        parts.append(
+            help_of_group("most runs need (in brackets: the default)", [flags[dest] for dest in first], width)
+        )
+        for group in self._action_groups:
+            actions = [action for action in group._group_actions if action.dest not in ("help", *first, *hidden)]
+            parts += [help_of_group(group.title, actions, width)] if actions else []
+        names = " ".join(f"--{dest}" for dest in flags if dest in hidden)
+        last = [f"Without a use in this script, accepted at their defaults: {names}"] if names else []
+        parts.append("\n".join(textwrap.fill(text, width, break_on_hyphens=False) for text in (*last, PAGES, EPILOG)))
+        return "\n\n".join(parts) + "\n"
+
+    def print_help(self, file=None):
+        print_to_pipe(self.format_help().rstrip("\n"))
+
+    def say(self, kind: str, message: str):
+        """One line on stderr, from one process of each machine: all of them parse the same flags."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: {kind}: {' '.join(message.splitlines())}", file=sys.stderr)
+
+    def parse_flags(self, argv: list[str] | None) -> argparse.Namespace:
+        """The flags' values, and in `given` the sorted names of those on the command line."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        self.argv = argv
+        self.refuse_unknown(argv)
+        argv = self.with_config(argv)
+        args = self.parse_args(argv)
+        # argparse fills in defaults only where the namespace has no value: what is still unset was not given.
+        unset = object()
+        marked = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+        args.given = sorted(dest for dest, value in vars(marked).items() if value is not unset)
+        return args
+
+    def with_config(self, argv: list[str]) -> list[str]:
+        """The flags of the run that --config names, then those on the command line, which win."""
+        path = named_value(argv, "--config")
+        return argv if path is None else self.recorded_argv(path) + argv
+
+    def recorded_argv(self, path: str) -> list[str]:
+        """The command line of the run whose args.json this is, with the seed that it drew."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                record = json.load(file)
+            flags, given, seed = record["flags"], record["given"], record["seed"]
+            flags = {dest: flags[dest] for dest in given if dest not in NOT_RECORDED} | {"seed": seed}
+        except OSError as error:
+            self.error(f"--config {path}: {error.strerror}; give the args.json of a run")
+        except (ValueError, KeyError, TypeError):
+            self.error(f"--config {path}: not the args.json of a run")
+        known = {action.dest for action in self._actions}
+        if unknown := sorted(flags.keys() - known):
+            self.error(f"--config {path}: holds unknown flags ({', '.join(unknown)}); it is of another version")
+        argv = []
+        for dest, value in flags.items():
+            if isinstance(value, list):
+                argv += [f"--{dest}", *map(str, value)]
+            elif value is not False:  # True is a flag without a value
+                argv.append(f"--{dest}" if value is True else f"--{dest}={value}")
+        return argv
+
+    def refuse_unknown(self, argv: list[str]):
+        """Before argparse looks: it would complain of a missing required flag where one is only misspelt."""
+        for token in argv:
+            if token == "--":
+                return
+            flag = token.split("=")[0]
+            if looks_like_flag(token) and flag not in self._option_string_actions:
+                nearest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all flags"
+                self.error(f"unknown flag {flag}; {hint}")
+
+    def is_used(self, args: argparse.Namespace, dest: str) -> bool:
+        """Whether a flag differs from its default."""
+        return getattr(args, dest) != self.get_default(dest)
+
+
+# ---------------------------------------------------------------- help
+
+HELP_COLUMN = 28
+EXAMPLE_HEAD = "Example, on the small model and the clips in this repository (no GPU needed):"
+
+
+def help_of_group(title: str, actions: list[argparse.Action], width: int) -> str:
+    return "\n".join([f"{title}:", *(line for action in actions for line in help_of_flag(action, width))])
+
+
+def help_of_flag(action: argparse.Action, width: int) -> list[str]:
+    """The flag on the left; what it means beside it, or where both are too long for that, below."""
+    left = f"  {action.option_strings[0]} {values_of_flag(action)}".rstrip()
+    meaning, _, default = parts_of_help(action)
+    text = f"{meaning} [{default}]" if default else meaning
+    beside = f"{left.ljust(HELP_COLUMN - 2)}  {text}"
+    if len(beside) <= width:
+        return [beside]
+    right = textwrap.wrap(text, width - HELP_COLUMN, break_on_hyphens=False, break_long_words=False)
+    lines = [" " * HELP_COLUMN + line for line in right]
+    return [left, *lines] if len(left) > HELP_COLUMN - 2 else [left + lines[0][len(left) :], *lines[1:]]
+
+
+def values_of_flag(action: argparse.Action) -> str:
+    if action.nargs == 0:
+        return ""
+    value = action.metavar or (f"{{{','.join(action.choices)}}}" if action.choices else action.dest.upper())
+    return f"{value} ..." if action.nargs == "+" else value
+
+
+def parts_of_help(action: argparse.Action) -> tuple[str, str, str]:
+    """What a flag means, in short, the rest of it, and what holds where it is left out, "" for nothing."""
+    short, _, more = action.help.partition("\n")
+    stated = re.fullmatch(r"(.*) \(default: (.*)\)", short)
+    if stated:
+        return stated[1], more, stated[2]
+    is_unset = action.required or action.default is None or action.default is False or action.default == []
+    values = action.default if isinstance(action.default, list) else [action.default]
+    return short, more, "" if is_unset else " ".join(map(str, values))
+
+
+# ---------------------------------------------------------------- command line
+
+
+def named_value(argv: list[str], flag: str) -> str | None:
+    """The value of one flag, whatever the others are; None also for a flag without a value, of which argparse speaks."""
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(flag, dest="value")
+    try:
+        return parser.parse_known_args(argv)[0].value
+    except argparse.ArgumentError:
+        return None
+
+
+# A token is written nowhere, --config only stands for the flags of another run, --verbose changes nothing in one
+NOT_RECORDED = ("hub_token", "config", "given", "verbose")
+
+
+def recorded_flags(args: argparse.Namespace) -> dict:
+    """The flags' values as files and trackers may hold them."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in NOT_RECORDED}
+
+
+def looks_like_flag(token: str) -> bool:
+    """argparse's own rule: a leading dash, no space, and no negative number."""
+    if len(token) < 2 or token[0] != "-" or " " in token:
+        return False
+    try:
+        float(token)
+    except ValueError:
+        return True
+    return False
+
+
+# ---------------------------------------------------------------- parsers
+
+
+def example_of(script: str) -> str:
+    """A command that works where it is pasted into the repository's folder, on its small models and clips."""
+    model = "assets/tiny-cogvideox-i2v" if script.startswith("i2v") else "assets/tiny-cogvideox"
+    clips = ["--data_root assets/tests", "--video_column videos.txt --caption_column prompts.txt"]
+    sizes = ["--height_buckets 64 --width_buckets 64", "--frame_buckets 9 --max_num_frames 9"]
+    if script == "prepare":
+        lines = ["python training/prepare_dataset.py", f"--model_id {model} --max_sequence_length 32", *clips, *sizes]
+        lines += ["--save_latents_and_embeddings --output_dir outputs/example-prepared"]
+    else:
+        launch = "accelerate launch --config_file accelerate_configs/uncompiled_1.yaml"
+        lines = [launch, f"training/{SCRIPTS[script]}", f"--pretrained_model_name_or_path {model}", *clips, *sizes]
+        lines += [f"--max_train_steps 10 --output_dir outputs/example-{script}"]
+    return " \\\n    ".join(lines)

@@ -1,0 +1,163 @@
+"""Hashes of whole files, remembered with the files' sizes and times, so that gigabytes are read once.
+
+What is remembered lies in the user's cache folder, a JSON file for each folder of files. Damaged, missing or read-only, it
+costs time alone: the files are read again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from base.errors import DataError, UsageError
+
+
+logger = logging.getLogger(__name__)
+
+# Seconds: a file that changed later might change again without another time, so coarse are some clocks. Where a file
+# server's clock differs by more, this guard is off, or files are hashed again for a while.
+SETTLED = 0.1
+SAMPLED = 2**16  # bytes
+SAID_FROM = 2**30  # bytes that take seconds to read
+BLOB = re.compile(r"[0-9a-f]{64}")  # a large file in the hub's cache: its SHA-256, which other files' names are not
+
+
+class Hashes:
+    """The hash of any file's content. With `believe` off nothing remembered counts, and all is read again, once.
+
+    Leaving the `with` block remembers what was read.
+    """
+
+    def __init__(self, believe: bool = True):
+        self.believe = believe
+        self.known: dict[Path, dict] = {}  # folder -> name -> {"stamp": ..., algorithm: hash}
+        self.changed: set[Path] = set()
+
+    def of(self, path: Path, algorithm: str = "blake2b") -> str:
+        """In hex: blake2b of 16 bytes, or sha256, which a file in the hub's cache has as its name."""
+        real = Path(os.path.realpath(path))
+        if self.believe and algorithm == "sha256" and is_blob(real):
+            return real.name
+        entries = self.entries_of(real.parent)
+        entry, stamp = entries.get(real.name), stamp_of(real)
+        if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get(algorithm), str):
+            return entry[algorithm]
+        if stamp[0] > SAID_FROM:
+            logger.info("%s: reading %.1f GiB to hash it, once unless it changes", real, stamp[0] / 2**30)
+        digest = file_hash(real, algorithm)
+        if algorithm == "sha256" and is_blob(real) and digest != real.name:
+            raise UsageError(f"{real}: other bytes than were downloaded into the hub's cache; delete it and run again")
+        if stamp == stamp_of(real) and time.time() - stamp[2] / 1e9 > SETTLED:
+            kept = entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
+            entries[real.name] = {**kept, "stamp": stamp, algorithm: digest}
+            self.changed.add(real.parent)
+        return digest
+
+    def entries_of(self, folder: Path) -> dict:
+        if folder not in self.known:
+            self.known[folder] = read_entries(folder) if self.believe else {}
+        return self.known[folder]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        for folder in sorted(self.changed):
+            write_entries(folder, self.known[folder])
+        self.changed.clear()
+
+
+def is_blob(path: Path) -> bool:
+    """True for a file of the hub's cache: <repository>/blobs/<hash>, which is never changed."""
+    return path.parent.name == "blobs" and bool(BLOB.fullmatch(path.name))
+
+
+def stamp_of(path: Path) -> list[int]:
+    """What changes with the content. Programs may set the time of modification back, not that of change."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def file_hash(path: Path, algorithm: str = "blake2b") -> str:
+    """Read in pieces: memory does not grow with the file."""
+    make = (lambda: hashlib.blake2b(digest_size=16)) if algorithm == "blake2b" else algorithm
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, make).hexdigest()
+
+
+def short_hash(name: str) -> str:
+    """8 hex digits that tell names apart."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+
+
+def sampled_hash(path: Path) -> str:
+    """Tells a file from any other that may lie under its name, at the cost of two reads: size, start and end.
+
+    Of safetensors the header does not count, which holds more than the tensors.
+    """
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
+        end = file.seek(0, os.SEEK_END)
+        start = min(start, end)  # damaged files are named where they are read
+        size = end - start
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        for place in (start, start + max(0, size - SAMPLED)):
+            file.seek(place)
+            digest.update(file.read(SAMPLED))
+    return digest.hexdigest()
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """A hash of the files' content, sampled: every start of a run takes it."""
+    try:
+        with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
+            hashes = list(pool.map(sampled_hash, paths))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
+
+
+def hash_rows(rows) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for source, prompt, bucket in rows:
+        digest.update(json.dumps([source, prompt, *bucket]).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- what is remembered
+
+
+def memory_dir() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "cogvideox-factory" / "hashes"
+
+
+def memory_path(folder: Path) -> Path:
+    name = hashlib.blake2b(os.fsencode(folder), digest_size=16).hexdigest()
+    return memory_dir() / f"{name}.json"
+
+
+def read_entries(folder: Path) -> dict:
+    try:
+        entries = json.loads(memory_path(folder).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: a user without a home
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+def write_entries(folder: Path, entries: dict) -> None:
+    """The file is whole at every moment. Of processes that write at once one wins; the others' files are read again."""
+    try:
+        path = memory_path(folder)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        present = {name: entry for name, entry in entries.items() if (folder / name).exists()}
+        temporary.write_text(json.dumps(present), encoding="utf-8")
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        logger.warning("hashes of the files in %s cannot be kept (%s): every run reads them again", folder, error)

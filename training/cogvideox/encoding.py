@@ -1,0 +1,111 @@
+"""Prompts, videos and first frames through T5 and the VAE.
+
+Axes: B batch, F' pixel frames, F latent frames, C latent channels, h/w pixels, H/W latent size (h = 8H), S text
+tokens, D text width.
+"""
+
+import gc
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+from base.bars import tracked
+from cogvideox.loading import load_text_encoder
+from memory.host import free_on_gpu
+from memory.weights import stream_weights
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_NOISE_MEAN, IMAGE_NOISE_STD = -3.0, 0.5  # of log sigma, the noise on image-to-video's first frame
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, text_encoder, prompts: list[str], max_length: int = 226) -> torch.Tensor:
+    """T5 embeddings [B, S, D] of `prompts` as the pipelines make them: cut or padded to S tokens, no attention mask."""
+    tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
+
+
+@torch.no_grad()
+def encode_videos(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
+    """Moments [B, 2C, F, H, W] (mean and log-variance) of pixels [B, F', 3, h, w] in [-1, 1]."""
+    pixels_BCFhw = pixels.to(vae.device, vae.dtype).permute(0, 2, 1, 3, 4)
+    return vae.encode(pixels_BCFhw).latent_dist.parameters
+
+
+@torch.no_grad()
+def encode_images(
+    vae: AutoencoderKLCogVideoX, images: torch.Tensor, noise: torch.Tensor, log_sigma: torch.Tensor
+) -> torch.Tensor:
+    """Moments [B, 2C, 1, H, W] of first frames [B, 3, h, w] in [-1, 1] under log-normal noise, added before the VAE.
+
+    `noise` is standard normal like `images`; `log_sigma` [B] is drawn from N(-3, 0.5), as CogVideoX was trained
+    (sat/diffusion_video.py of zai-org/CogVideo).
+    """
+    noisy_images = images + noise * log_sigma.exp().view(-1, 1, 1, 1)
+    # One by one, as the pipelines do: a batch rounds differently (6e-6 in fp32)
+    return torch.cat([encode_videos(vae, image[None, None]) for image in noisy_images])
+
+
+def pixels_to_unit(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels to fp32 in [-1, 1], the VAE's range; rounded as the pipelines' VideoProcessor rounds."""
+    return 2.0 * (pixels.float() / 255.0) - 1.0
+
+
+def encode_captions(
+    model_dir: Path,
+    prompts: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    max_length: int,
+    variant: str | None = None,
+    level: str | None = None,
+) -> Iterator[torch.Tensor]:
+    """The embedding [S, D] of each prompt in turn, on the CPU. T5 is loaded, used and freed: it never trains beside
+    the transformer (T5-XXL alone takes 9 GiB in bf16).
+
+    At a `level` of memory that keeps things on the host T5 is streamed too.
+    """
+    if not prompts:
+        return
+    tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
+    place_text_encoder(text_encoder, device, streamed=level in ("offload", "stream"))
+    # One by one: a caption's neighbours would change the last bits of its embedding
+    for prompt in tracked(prompts, "captions", delay=1):
+        yield encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
+    del text_encoder
+    free_memory(device)
+
+
+def place_text_encoder(text_encoder, device: torch.device, streamed: bool = False) -> None:
+    """T5 on `device`; if asked to, or where it does not fit, its blocks stay in page-locked host memory and come in turn.
+
+    The same bits either way. Of T5-XXL that takes 1.4 GiB of the GPU, and one transfer of 8.6 GiB a caption.
+    """
+    if not streamed and not fits(text_encoder, device):
+        logger.info("T5 does not fit into what is free on the GPU: its weights are streamed from host memory")
+        streamed = True
+    if streamed:
+        stream_weights(text_encoder.encoder.block, device)  # one block at a time is in host memory twice
+    text_encoder.to(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what models held to which no name is left."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a ring of weights may still be filling up for a pass that never comes
+    gc.collect()  # streamed blocks refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def fits(model: torch.nn.Module, device: torch.device) -> bool:
+    """True unless `device` is a GPU without room for the weights of `model`, and a GiB to compute with."""
+    if device.type != "cuda":
+        return True
+    needed = sum(param.nbytes for param in model.parameters()) + 2**30
+    return needed <= free_on_gpu(device)

@@ -1,0 +1,277 @@
+"""The files of a model: found or downloaded, of which dtype, which of them load, and their hashes."""
+
+import hashlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from base.bars import download_bar
+from base.errors import UsageError, first_line
+from base.file_kinds import stand_in
+from base.hashes import Hashes
+from cogvideox.config import (
+    CONFIGS,
+    VaeConfig,
+    Weights,
+    check_class,
+    check_task,
+    load_scheduler,
+    load_vae_config,
+    read_config,
+)
+
+
+WEIGHT_NAME = re.compile(r"\.(safetensors|bin)$|\.index\.(\w+\.)?json$")  # files of weights, and indices of several
+SETTINGS_SUFFIXES = {".json", ".model", ".txt"}
+SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def resolve_model_dir(model: str, components: list[str], revision: str | None = None, cache_dir: str | None = None):
+    """The local folder of `model` (a folder or a hub id) with `components` in it, subfolders or files; only these are fetched."""
+    model_dir = Path(model)
+    if not model_dir.is_dir():
+        model_dir = download_model(model, components, revision, cache_dir)
+    missing = [name for name in ["model_index.json", *components] if not (model_dir / name).exists()]
+    if missing:
+        raise UsageError(
+            f"{model_dir}: not a complete CogVideoX folder, it lacks {', '.join(missing)}; "
+            "give a diffusers folder or a hub id such as zai-org/CogVideoX-2b"
+        )
+    for name in ["model_index.json", *components]:
+        path = model_dir / name
+        check_model_files(sorted(path.iterdir()) if path.is_dir() else [path])
+    return model_dir
+
+
+def check_model_files(paths: list[Path]) -> None:
+    """Refuse damaged or missing files now, by their headers: they would else be met one after the other, minutes later."""
+    for path in paths:
+        if path.is_dir():
+            continue
+        try:
+            if other := stand_in(path):
+                raise UsageError(f"{path}: {other}")
+            if path.suffix == ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+                shards = set(content.get("weight_map", {}).values()) if path.name.endswith(".index.json") else ()
+                if lacking := [name for name in sorted(shards) if not (path.parent / name).exists()]:
+                    raise UsageError(f"{path.parent}: lacks {', '.join(lacking)}; download the model again")
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except (SafetensorError, ValueError, OSError) as error:
+            raise UsageError(f"{path}: not readable ({error}); download the model again") from error
+
+
+def download_model(model: str, components: list[str], revision: str | None, cache_dir: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["model_index.json", *(name if name.endswith(".json") else f"{name}/*" for name in components)]
+    try:
+        options = {"revision": revision, "cache_dir": cache_dir, "tqdm_class": download_bar(model)}
+        return Path(snapshot_download(model, allow_patterns=patterns, **options))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
+            "reached, name a mirror by HF_ENDPOINT=https://..., or give the folder of a downloaded model"
+        ) from error
+
+
+def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
+    """The dtype in which the transformer's weights lie on disk: read from a header, never from a name."""
+    folder = transformer_folder(model_dir)
+    files = [path for path in sorted(folder.glob("*.safetensors")) if variant_of(path.name) == variant]
+    if not files:
+        others = sorted({variant_of(path.name) or "(none)" for path in folder.glob("*.safetensors")})
+        advice = f"it holds those of --variant {', '.join(others)}" if others else "download the model again"
+        raise UsageError(f"{folder}: no weights of --variant {variant or '(none)'}; {advice}")
+    try:
+        with safe_open(files[0], framework="pt") as weights:
+            name = next(iter(weights.keys()))
+            return SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()]
+    except (SafetensorError, KeyError) as error:
+        raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
+
+
+def read_configs_from_args(args, image_to_video: bool) -> tuple[dict, VaeConfig]:
+    """The transformer's configuration and the VAE's, fetched alone: gigabytes follow for a model of the script's task
+    and for data that can be read.
+    """
+    model = args.pretrained_model_name_or_path
+    model_dir = resolve_model_dir(model, CONFIGS, args.revision, args.cache_dir)
+    config = read_config(model_dir, "transformer")
+    check_task(model, config, image_to_video)
+    if args.init_transformer is not None:
+        config = read_start_config_from_args(args, config)
+    return config, load_vae_config(model_dir)
+
+
+def resolve_model_from_args(args, with_encoders: bool) -> tuple[Path, Weights]:
+    """The model's folder with all that is needed of it, and the transformer's weights.
+
+    Of the VAE two numbers are needed, unless something is encoded; of the transformer none but --init_transformer.
+    """
+    weights = ["vae", "text_encoder", "tokenizer"] if with_encoders else ["vae/config.json"]
+    transformer = "transformer" if args.init_transformer is None else "transformer/config.json"
+    components = [transformer, "scheduler", *weights]
+    model_dir = resolve_model_dir(args.pretrained_model_name_or_path, components, args.revision, args.cache_dir)
+    return model_dir, weights_from_args(args, model_dir)
+
+
+def weights_from_args(args, model_dir: Path) -> Weights:
+    """Of the transformer that training starts from: the model's own, or --init_transformer."""
+    if args.init_transformer is None:
+        return Weights(model_dir / "transformer", args.variant)
+    folder = find_transformer(args.init_transformer)
+    has_variant = args.variant and any(folder.glob(f"*.{args.variant}*.safetensors"))
+    return Weights(folder, args.variant if has_variant else None)
+
+
+# ---------------------------------------------------------------- a transformer of an earlier run
+
+
+def find_transformer(start: str) -> Path:
+    """The folder of the weights that --init_transformer names: itself, or in the folder of a run, checkpoint or pipeline."""
+    root = Path(start)
+    folder = transformer_folder(root)
+    if (folder / "config.json").is_file():
+        check_model_files(sorted(folder.iterdir()))
+        return folder
+    advice = "give the output folder of a full fine-tuning, a checkpoint of it, or the transformer folder there"
+    checkpoints = [path.parent.parent for path in root.glob("checkpoint-*/transformer/config.json")]
+    checkpoints = [path for path in checkpoints if path.name.removeprefix("checkpoint-").isdigit()]
+    if not root.is_dir():
+        advice = "no such folder; of a model on the hub, download it first: hf download MODEL --local-dir FOLDER"
+    elif checkpoints:
+        newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        advice = f"the run there has no result yet; its newest checkpoint is {newest}"
+    elif any(root.glob("*lora*.safetensors")):
+        advice = "holds a LoRA; give it as --init_lora, or --export merged there and give its transformer folder"
+    raise UsageError(f"--init_transformer {start}: {advice}")
+
+
+def transformer_folder(model_dir: Path) -> Path:
+    """The transformer's folder in that of a pipeline; else it is that itself."""
+    folder = Path(model_dir, "transformer")
+    return folder if folder.is_dir() else Path(model_dir)
+
+
+def read_start_config_from_args(args, model_config) -> dict:
+    """The configuration of --init_transformer; UsageError unless it is a transformer of the same kind and size.
+
+    It may lack learned positions that the model has, which --drop_learned_positions took out.
+    """
+    folder, model = find_transformer(args.init_transformer), args.pretrained_model_name_or_path
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    check_class(folder, config)
+    ours, theirs = (all_settings(CogVideoXTransformer3DModel, each) for each in (model_config, config))
+    dropped = {"use_learned_positional_embeddings"} if not theirs["use_learned_positional_embeddings"] else set()
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if differing := [f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in names if name not in dropped]:
+        raise UsageError(f"--init_transformer {args.init_transformer}: does not fit {model} ({'; '.join(differing)})")
+    check_start_weights(args, folder, config)
+    facts_path = folder / "training.json"
+    facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
+    scale = facts.get("image_latent_scale", args.image_latent_scale)
+    if scale != args.image_latent_scale:
+        raise UsageError(
+            f"--init_transformer {args.init_transformer}: was trained with --image_latent_scale {scale}; give the same"
+        )
+    return config
+
+
+def check_start_weights(args, folder: Path, config: dict) -> None:
+    """UsageError unless the files hold every weight of the model, each of its shape: by their headers."""
+    found = {}
+    for path in filter(Path.is_file, weight_files(*weights_from_args(args, folder))):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel.from_config(config)
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    if differing := sorted(name for name, shape in wanted.items() if found.get(name) != shape):
+        raise UsageError(
+            f"--init_transformer {args.init_transformer}: {len(differing)} weights of its config.json are missing or of "
+            f"another shape, e.g. {differing[0]}"
+        )
+
+
+# ---------------------------------------------------------------- which model it is, by content
+
+
+def all_settings(model_class: type, config) -> dict:
+    """A component's configuration with defaults filled in: versions of diffusers write more or fewer of them."""
+    parameters = inspect.signature(model_class.__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(defaults | given))
+
+
+def changed_settings(model_class: type, config) -> dict:
+    """Settings that are not the class's defaults: the same for every version."""
+    settings, defaults = all_settings(model_class, config), all_settings(model_class, {})
+    return {name: value for name, value in settings.items() if name not in defaults or defaults[name] != value}
+
+
+def hash_model_from_args(args, model_dir: Path, weights: Weights) -> dict[str, str]:
+    """Of the weights that training starts from, and of what else of the model a run depends on.
+
+    With prepared data that is settings alone. Names of files, folders and repositories do not count.
+    """
+    with Hashes() as hashes:
+        config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
+        transformer, scheduler = hash_weights(*weights, hashes), load_scheduler(model_dir)
+        settings = [(CogVideoXTransformer3DModel, config), (type(scheduler), scheduler.config)]
+        others = [load_vae_config(model_dir), *(changed_settings(*each) for each in settings)]
+        if not args.load_tensors:
+            others += [hash_weights(model_dir / part, args.variant, hashes) for part in ("vae", "text_encoder")]
+            others += [hashes.of(path, "sha256") for path in sorted((model_dir / "tokenizer").glob("*.model"))]
+    return {"transformer": transformer, "others": hash_json(others)}
+
+
+def hash_weights(folder: Path, variant: str | None, hashes: Hashes) -> str:
+    """The SHA-256 of the one file of weights, or of those of several, whatever they are called."""
+    paths = [path for path in files_that_load(folder, variant) if path.suffix in (".safetensors", ".bin")]
+    each = sorted(hashes.of(path, "sha256") for path in paths)
+    return each[0] if len(each) == 1 else hash_json(each)
+
+
+def hash_json(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- files
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files of a model that diffusers saved, one or several."""
+    single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if variant:
+        single, index = (path.with_suffix(f".{variant}{path.suffix}") for path in (single, index))
+    if not index.exists():
+        return [single]
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
+
+
+def files_that_load(folder: Path, variant: str | None) -> list[Path]:
+    """The files that decide what a VAE, a text encoder or a tokenizer computes: settings, and the weights of `variant`."""
+    paths = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    weights = [path for path in paths if WEIGHT_NAME.search(path.name)]
+    chosen = [path for path in weights if variant_of(path.name) == variant] or weights
+    is_safe = any(path.suffix == ".safetensors" for path in chosen)  # which is then read alone
+    chosen = [path for path in chosen if "safetensors" in path.name or not is_safe]
+    return [path for path in paths if path not in weights and path.suffix in SETTINGS_SUFFIXES] + chosen
+
+
+def variant_of(name: str) -> str | None:
+    """`fp16` of model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and model.safetensors.index.fp16.json."""
+    parts = re.sub(r"-\d+-of-\d+", "", name).split(".")[1:]
+    return next((part for part in parts if part not in ("safetensors", "bin", "index", "json")), None)

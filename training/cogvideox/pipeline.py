@@ -1,0 +1,29 @@
+"""The pipeline of diffusers around the models that are trained."""
+
+from diffusers import DiffusionPipeline
+
+
+def make_pipeline(pipeline_class, vae, scheduler, image_latent_scale: str, transformer) -> DiffusionPipeline:
+    """The stock pipeline around models that exist already, for prompts given as embeddings: it gets no T5.
+
+    The schedule is a new one of the checkpoint's class and configuration: sampling changes its state.
+    """
+    scheduler = type(scheduler).from_config(scheduler.config)
+    pipe = pipeline_class(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    if image_latent_scale == "raw":
+        use_raw_image_latents(pipe)
+    return pipe
+
+
+def use_raw_image_latents(pipe) -> None:
+    """Feed the first frame's latents as the VAE gives them; the pipeline's factor stays for decoding."""
+    prepare_latents, factor = pipe.prepare_latents, pipe.vae_scaling_factor_image
+
+    def prepare_raw(*positional, **named):
+        pipe.vae_scaling_factor_image = 1.0
+        try:
+            return prepare_latents(*positional, **named)
+        finally:
+            pipe.vae_scaling_factor_image = factor
+
+    pipe.prepare_latents = prepare_raw

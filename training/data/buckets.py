@@ -1,0 +1,123 @@
+"""Buckets: the (frames, height, width) that clips are brought to, and the order in which they are trained on.
+
+Pure arithmetic on the standard library: nothing here opens a file.
+"""
+
+import math
+import random
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+from base.draws import draw_seed
+
+
+ASPECT_TOLERANCE = math.log(1.05)  # aspect ratios within 5 % of the best count as equal: the crop hardly differs
+
+
+class Bucket(NamedTuple):
+    """Frames and pixels of a clip as the VAE sees it."""
+
+    frames: int
+    height: int
+    width: int
+
+
+def make_buckets(
+    frame_buckets: Iterable[int], height_buckets: Iterable[int], width_buckets: Iterable[int]
+) -> list[Bucket]:
+    """Every combination once, sorted."""
+    widths, heights = set(width_buckets), set(height_buckets)
+    return sorted(Bucket(f, h, w) for f in set(frame_buckets) for h in heights for w in widths)
+
+
+def nearest_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bucket]) -> Bucket | None:
+    """The bucket with the most frames that the clip can fill, then nearest in aspect ratio, then in area; or None."""
+    fitting = [bucket for bucket in buckets if bucket.frames <= num_frames]
+    most_frames = max((bucket.frames for bucket in fitting), default=0)
+    candidates = {bucket: aspect_distance(height, width, bucket) for bucket in fitting if bucket.frames == most_frames}
+    limit = min(candidates.values(), default=0) + ASPECT_TOLERANCE
+    close = [bucket for bucket, distance in candidates.items() if distance <= limit]
+    return min(close, key=lambda b: (area_distance(height, width, b), candidates[b], b), default=None)
+
+
+def aspect_distance(height: int, width: int, bucket: Bucket) -> float:
+    return abs(math.log(width / height) - math.log(bucket.width / bucket.height))
+
+
+def area_distance(height: int, width: int, bucket: Bucket) -> float:
+    return abs(math.log((bucket.height * bucket.width) / (height * width)))
+
+
+def upscale(height: int, width: int, bucket: Bucket) -> float:
+    """Linear factor by which the clip is resized so that it just covers the bucket; above 1 it is enlarged."""
+    return max(bucket.height / height, bucket.width / width)
+
+
+def num_sampled_frames(num_source_frames: int, source_fps: float, target_fps: float) -> int:
+    """How many frames a clip holds at `target_fps`: n frames span n - 1 periods.
+
+    Up to half a period is forgiven (of the slower rate), so that 49 frames at a measured 8.01 fps are 49 at 8.
+    """
+    if num_source_frames < 1:
+        return 0
+    ratio = target_fps / source_fps
+    return math.floor((num_source_frames - 1) * ratio + min(1.0, ratio) / 2 - 1e-6) + 1
+
+
+def frame_times(num_frames: int, fps: float, start: float = 0.0) -> list[float]:
+    """Seconds from the first frame at which a clip is sampled."""
+    return [start + frame / fps for frame in range(num_frames)]
+
+
+# ---------------------------------------------------------------- order of an epoch
+
+
+def pack_batches(
+    buckets_of_samples: Sequence[Hashable], batch_size: int, num_ranks: int, seed: int, epoch: int
+) -> list[list[list[int]]]:
+    """[batch][rank] -> sample indices, of one bucket in each batch; nothing is dropped.
+
+    A batch is cut from the epoch's permutation as one and then split over the ranks, so that batch size and number
+    of ranks can be traded without another order. What is left of a bucket at the end is filled up to a multiple of
+    the ranks with the bucket's own first samples: `num_repeated` counts them.
+    """
+    order = list(range(len(buckets_of_samples)))
+    random.Random(draw_seed(seed, "order", epoch)).shuffle(order)
+    size = batch_size * num_ranks
+    batches, own = [], {}  # own: bucket -> its samples so far
+    for index in order:
+        samples = own.setdefault(buckets_of_samples[index], [])
+        samples.append(index)
+        if len(samples) % size == 0:
+            batches.append(split(samples[-size:], num_ranks))
+    for samples in own.values():
+        rest = samples[len(samples) // size * size :]
+        missing = -len(rest) % num_ranks
+        if rest:
+            batches.append(split(rest + [samples[i % len(samples)] for i in range(missing)], num_ranks))
+    return batches
+
+
+def split(samples: list[int], num_ranks: int) -> list[list[int]]:
+    share = len(samples) // num_ranks
+    return [samples[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
+
+
+def num_batches(buckets_of_samples: Iterable[Hashable], batch_size: int, num_ranks: int) -> int:
+    """Batches of an epoch, the same in every epoch."""
+    return sum(math.ceil(count / (batch_size * num_ranks)) for count in counts(buckets_of_samples))
+
+
+def num_repeated(buckets_of_samples: Iterable[Hashable], num_ranks: int) -> int:
+    """Samples that an epoch uses twice so that all ranks get equally many."""
+    return sum(-count % num_ranks for count in counts(buckets_of_samples))
+
+
+def counts(buckets_of_samples: Iterable[Hashable]) -> list[int]:
+    table: dict[Hashable, int] = {}
+    for bucket in buckets_of_samples:
+        table[bucket] = table.get(bucket, 0) + 1
+    return list(table.values())
+
+
+SIZE_FLAGS = "--frame_buckets, --height_buckets, --width_buckets"

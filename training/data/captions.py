@@ -1,0 +1,199 @@
+"""T5's embeddings of a run's captions, in one file that all ranks of a machine map, and what T5 makes of the texts.
+
+T5-XXL gives 1.8 MiB a caption in bf16, 36 GiB for 20,000. From a mapped file a row is read when it is used, and what
+was read is the system's to drop where memory is short. Axes: N captions, S text tokens, D text width.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from base.errors import StorageError, first_few
+from base.files import TEMPORARY, flush, free_bytes, rename, undo
+from base.hashes import stamp_of
+from base.ranks import meet
+from data.artifacts import recorded_key
+
+
+logger = logging.getLogger(__name__)
+
+STEM, TENSOR = "caption_embeds", "prompt_embeds"  # of the file, and in it
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
+SPACE = "\u2581"  # sentencepiece's, which stands before a word
+SHOWN = 40  # characters of a prompt that has no clip
+
+
+class CaptionEmbeds(Mapping):
+    """Prompt -> its embedding [S, D], in the mapped file."""
+
+    def __init__(self, path: Path, prompts: list[str]):
+        self.rows = {prompt: row for row, prompt in enumerate(prompts)}
+        with safe_open(path, framework="pt") as tensors:
+            self.table = tensors.get_tensor(TENSOR)  # [N, S, D], mapped, not read
+
+    def __getitem__(self, prompt: str) -> torch.Tensor:
+        return self.table[self.rows[prompt]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+# ---------------------------------------------------------------- the texts
+
+
+def read_texts_from_args(args, dataset, held_out_clips, prompts: list[str]) -> dict[str, list[str]]:
+    """Each different text that a run encodes, the empty one among them, and the clips or flags that it belongs to."""
+    texts = {"": []}
+    if not args.load_tensors:
+        held_out_sources = held_out_clips.dataset.sources if held_out_clips.dataset else []
+        clips = [*zip(dataset.prompts, dataset.sources, strict=True)]
+        clips += zip(held_out_clips.prompts, held_out_sources, strict=False)  # of a longer list the first
+        for caption, source in clips:
+            texts.setdefault(caption, []).append(source)
+    for prompt in prompts:
+        texts.setdefault(prompt, []).append(f"--validation_prompt {shortened(prompt)}")
+    return texts
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], max_length: int) -> None:
+    """Say what T5 cannot read, and what is cut: a line each, naming the first of what `texts` holds."""
+    if args.id_token:
+        texts = texts | {args.id_token: ["--id_token", *texts.get(args.id_token, [])]}
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
+    unknown = tokenizer.unk_token_id
+    unsaid = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(SPACE)} - {unknown}
+    unread, cut = [], []  # names
+    num_unknown = num_said = longest = 0
+    for names, ids in zip(texts.values(), tokenizer(list(texts), verbose=False).input_ids, strict=True):
+        if unknown in ids:
+            unread.append(names)
+            num_unknown += ids.count(unknown)
+            num_said += sum(token not in unsaid for token in ids)
+        if len(ids) > max_length:
+            cut.append(names)
+            longest = max(longest, len(ids))
+    if unread:
+        logger.warning(
+            "T5 cannot read all of %d of %d texts, %.0f %% of whose tokens are <unk> to it: %s; write them in English",
+            len(unread), len(texts), 100 * num_unknown / num_said, first_few(sum(unread, [])),
+        )  # fmt: skip
+    if cut:
+        logger.warning(
+            "%d of %d texts are cut at %d tokens, the longest has %d: %s",
+            len(cut), len(texts), max_length, longest, first_few(sum(cut, [])),
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the file
+
+
+def encode_captions_from_args(
+    args,
+    accelerator,
+    model_dir: Path,
+    texts: dict[str, list[str]],
+    dtype: torch.dtype,
+    level: str | None,
+    text_shape: tuple[int, int],
+    encode: Callable,
+) -> CaptionEmbeds:
+    """The embedding [S, D] of each of `texts`: from the file of an interrupted run where it fits, else made now.
+
+    The ranks of a machine share the texts out, and read what all of them made. `encode` is encoding.encode_captions.
+    """
+    prompts, max_length = list(texts), text_shape[0]
+    if accelerator.is_main_process:
+        warn_of_texts_from_args(args, model_dir, texts, max_length)
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    machine, place = divmod(accelerator.process_index, num_local)
+    path = Path(args.output_dir, f"{STEM}-{machine}.safetensors")
+    key = key_from_args(args, model_dir, prompts, dtype, max_length)
+    if any(meet("captions-looked-for", "" if recorded_key(path) == key else "to be made")):
+        shape = len(prompts), *text_shape
+        header = file_header(key, shape, dtype)
+        problem = reserve(path, header, shape, dtype) if place == 0 else ""
+        if problems := [problem for problem in meet("captions-room", problem) if problem]:
+            raise StorageError(problems[0])
+        own = range(place, len(prompts), num_local)
+        given = (model_dir, prompts[place::num_local], dtype, accelerator.device, max_length, args.variant, level)
+        write_rows(unfinished(path), len(header), own, encode(*given))
+        meet("captions-written")
+        if place == 0:
+            flush(unfinished(path))
+            rename(unfinished(path), path)
+        meet("captions-in-place")
+    return CaptionEmbeds(path, prompts)
+
+
+def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype, max_length: int) -> str:
+    """All that decides the file's content. T5 goes by sizes and times: hashing it would cost more than is spared."""
+    paths = [path for part in ("text_encoder", "tokenizer") for path in sorted((model_dir / part).iterdir())]
+    parts = {
+        "prompts": prompts, "encoder": [[path.name, *stamp_of(path)] for path in paths], "variant": args.variant,
+        "dtype": str(dtype), "tokens": max_length,
+    }  # fmt: skip
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def unfinished(path: Path) -> Path:
+    """Where all ranks write; a killed run's is removed when its folder is opened."""
+    return path.with_name(f"{TEMPORARY}{path.name}")
+
+
+def reserve(path: Path, header: bytes, shape: tuple[int, int, int], dtype: torch.dtype) -> str:
+    """Begin the unfinished file; returns what is in the way, in one line, before T5 is loaded for nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of other captions
+    needed, free = embeds_bytes(shape, dtype), free_bytes(path.parent)
+    if needed > free:
+        return (
+            f"{path}: the embeddings of {shape[0]} captions take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+            "are free there; make room, or choose an --output_dir on another disk"
+        )
+    undo.extend([path.unlink, unfinished(path).unlink])  # of a command that is refused later
+    with open(unfinished(path), "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + needed)
+    return ""
+
+
+def embeds_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def file_header(key: str, shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:
+    """What a safetensors file of one tensor begins with: by hand, because its rows are written one by one."""
+    entry = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [0, embeds_bytes(shape, dtype)]}
+    text = json.dumps({"__metadata__": {"key": key}, TENSOR: entry}).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensor is aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_rows(path: Path, start: int, rows: range, embeds: Iterator[torch.Tensor]) -> None:
+    """Put each embedding [S, D] at its row of the tensor that begins at byte `start`."""
+    with open(path, "r+b") as file:
+        for row, embedding in zip(rows, embeds, strict=True):
+            file.seek(start + row * embedding.nbytes)
+            file.write(embedding.contiguous().view(torch.uint8).numpy())
+
+
+def remove_caption_embeds(output_dir: Path) -> None:
+    """At the end of a run: nothing goes on from it."""
+    for path in output_dir.glob(f"{STEM}-*.safetensors"):
+        path.unlink(missing_ok=True)  # by another rank

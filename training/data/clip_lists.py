@@ -1,0 +1,339 @@
+"""How a data set is written down: two text files or a CSV, captions kept exactly as written."""
+
+import csv
+import difflib
+import functools
+import io
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from base.errors import DataError, first_few
+from base.file_kinds import archive, stand_in
+from base.hashes import short_hash
+
+
+LAYOUTS = (
+    "expected <data_root>/prompts.txt + <data_root>/videos.txt, line by line "
+    "(--caption_column prompts.txt --video_column videos.txt), or a CSV (--dataset_file)"
+)
+
+TEXT_PAIRS = (("prompts.txt", "videos.txt"), ("prompt.txt", "videos.txt"))  # names in use for the two files
+
+
+class Clip(NamedTuple):
+    """A video and its caption; `row` is the line (CSV: the row as a spreadsheet counts), `source` the path as written."""
+
+    video: Path
+    prompt: str
+    row: int
+    source: str
+    below_root: str = ""  # where `source` is absolute: the path from the data root on, which stays when the root moves
+
+    @property
+    def identity(self) -> str:
+        """What the clip is known by, wherever its root lies."""
+        return self.below_root or self.source
+
+
+class Row(NamedTuple):
+    row: int
+    prompt: str
+    source: str
+
+
+def read_clips(
+    data_root,
+    dataset_file,
+    caption_column: str,
+    video_column: str,
+    allow_outside: bool = False,
+    blank_captions: bool = False,
+) -> list[Clip]:
+    """The clips of `<data_root>/<caption_column>` and `<video_column>`, or of the CSV `dataset_file`.
+
+    Raises DataError for whatever does not match; missing videos are all named in one error. `blank_captions` are legal
+    where an id token makes captions of them.
+    """
+    root = find_root(data_root, dataset_file)
+    if dataset_file is None:
+        rows = read_text_rows(root, caption_column, video_column, blank_captions)
+        listing = root / video_column
+    else:
+        rows = read_csv_rows(dataset_file, caption_column, video_column, blank_captions)
+        listing = dataset_file
+    clips = []
+    for row, prompt, source in rows:
+        video = inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside)
+        clips.append(Clip(video, prompt, row, source, from_root(root, source)))
+    refuse_missing_videos(root, listing, [clip for clip in clips if not os.path.isfile(clip.video)])
+    return clips
+
+
+def from_root(root, source: str) -> str:
+    """An absolute path below the data root as a relative one; empty for any other."""
+    base = os.path.abspath(root)
+    return os.path.relpath(source, base) if os.path.isabs(source) and is_below(source, base) else ""
+
+
+def as_on_disk(root, source: str) -> str:
+    """The relative path `source` as the disk spells it, where that differs by Unicode normalization alone: macOS gives
+    decomposed names, and most editors write composed ones. What is not there stays as it is.
+    """
+    if source.isascii() or os.path.exists(os.path.join(root, source)):
+        return source
+    folder, name = os.path.split(source)
+    folder = as_on_disk(root, folder) if folder and folder != source else folder
+    return os.path.join(folder, names_in(os.path.join(root, folder)).get(unicodedata.normalize("NFC", name), name))
+
+
+@functools.lru_cache
+def names_in(folder: str) -> dict[str, str]:
+    """Composed form -> name of what lies in a folder; empty if it is none."""
+    if not os.path.isdir(folder):
+        return {}
+    return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
+
+
+def refuse_missing_videos(root: Path, listing, clips: list[Clip]) -> None:
+    """DataError that names the rows whose video is not there, with what was likely meant."""
+    folders = [f"'{clip.source}' (row {clip.row})" for clip in clips if os.path.isdir(clip.video)]
+    if folders:
+        raise DataError(
+            f"{listing}: {first_few(folders)}: a folder in place of a video; make one of the frames in it, as in "
+            "ffmpeg -framerate 8 -i FOLDER/%04d.png -c:v libx264 -crf 10 -pix_fmt yuv420p VIDEO.mp4"
+        )
+    if clips:
+        missing = [f"'{clip.source}' (row {clip.row})" for clip in clips]
+        raise DataError(
+            f"{listing}: {first_few(missing)} not found in {root}; paths are relative to that folder"
+            f"{likely_meant(root, clips[0])}"
+        )
+
+
+def likely_meant(root: Path, clip: Clip) -> str:
+    """What is there in place of a missing video, as the end of an error; empty if nothing is near."""
+    if os.path.islink(clip.video):
+        target = os.readlink(clip.video)
+        fetch = "; run git annex get" if ".git/annex" in target else ""
+        return f"; {clip.source} is a link to {target}, which is not there{fetch}"
+    bare = clip.source.strip().strip("\"'")
+    for spelling, why in ((bare, "quotes and spaces count"), (bare.replace("\\", "/"), "folders are separated by /")):
+        if spelling != clip.source and os.path.isfile(os.path.join(root, spelling)):
+            return f"; '{spelling}' is there: {why}"
+    folder = Path(clip.video).parent
+    names = {name.casefold(): name for name in (os.listdir(folder) if folder.is_dir() else ())}
+    stems = {Path(name).stem: name for name in names.values()}
+    near = names.get(clip.video.name.casefold()) or stems.get(clip.video.name) or stems.get(clip.video.stem)
+    return f"; {folder} holds '{near}'" if near else ""
+
+
+def find_root(data_root, dataset_file) -> Path:
+    """The folder that video paths are relative to: --data_root, or the CSV's own."""
+    if data_root is None and dataset_file is None:
+        raise DataError(f"no data: {LAYOUTS}")
+    root = Path(dataset_file).parent if data_root is None else Path(data_root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder (--data_root); {LAYOUTS}")
+    return root
+
+
+def inside(root, source: str, place: str, allow_outside: bool = False) -> Path:
+    """The file that `source` names below `root`; DataError, starting with `place`, for URLs and for what leads out of it.
+
+    By `..`, by an absolute path or by a link: a downloaded folder must not choose which files of this machine are read.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source) and not os.path.isfile(os.path.join(root, source)):
+        raise DataError(f"{place}: '{source}' is a URL or protocol; only files inside {root} are read")
+    base = os.path.abspath(root)
+    path = os.path.normpath(os.path.join(base, source))
+    if allow_outside:
+        return Path(path)
+    advice = "move the file inside, set --data_root above it, or pass --allow_outside_root"
+    if not any(is_below(path, parent) for parent in (base, real_path(base))):
+        raise DataError(f"{place}: '{source}' is outside of {root}; {advice}")
+    # Folders repeat: 100,000 clips of one folder are resolved in a second
+    real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_path(os.path.dirname(path)), "file")
+    if not is_below(real, real_path(base)):
+        raise DataError(f"{place}: '{source}' is a link to {os.path.realpath(path)}, outside of {root}; {advice}")
+    return Path(path)
+
+
+@functools.lru_cache
+def real_path(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def is_below(path: str, folder: str) -> bool:
+    return Path(path).is_relative_to(folder)
+
+
+# ---------------------------------------------------------------- two text files
+
+
+def read_text_rows(root: Path, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
+    """Lines of the two files side by side; trailing blank lines do not count, but as `blank_captions` of videos."""
+    captions_path, videos_path = root / caption_column, root / video_column
+    for path, flag in ((captions_path, "--caption_column"), (videos_path, "--video_column")):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file ({flag}); {layout_hint(root)}")
+    captions, videos = read_lines(captions_path), read_lines(videos_path)
+    if blank_captions:
+        captions += [""] * (min(len(videos), read_text(captions_path).count("\n")) - len(captions))
+    if len(captions) != len(videos):
+        raise DataError(
+            f"{captions_path} has {len(captions)} captions and {videos_path} {len(videos)} videos; "
+            "line n of one belongs to line n of the other"
+        )
+    if not captions:
+        raise DataError(f"{videos_path}: no clips; {LAYOUTS}")
+    rows = [Row(row, *pair) for row, pair in enumerate(zip(captions, videos, strict=True), start=1)]
+    for row, prompt, source in rows:
+        if not blank_captions:
+            refuse_blank(captions_path, row, "caption", prompt)
+        refuse_blank(videos_path, row, "video path", source)
+    return rows
+
+
+def refuse_blank(path, row: int, what: str, text: str) -> None:
+    if not text.strip():
+        token = ", or give --id_token, which then is the caption" if what == "caption" else ""
+        raise DataError(f"{path}:{row}: blank {what}; fill it in or remove the row{token}")
+
+
+def layout_hint(root: Path) -> str:
+    """What to pass, judged by the files that are there."""
+    for captions, videos in TEXT_PAIRS:
+        if (root / captions).is_file() and (root / videos).is_file():
+            return f"pass --caption_column {captions} --video_column {videos}"
+    tables = sorted(root.glob("*.csv"))
+    if tables:
+        return f"for the CSV there pass --dataset_file {tables[0]}, its columns by --caption_column and --video_column"
+    return LAYOUTS
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines without their ending, \\n or \\r\\n; no other character ends a line (captions may hold U+2028)."""
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for row, line in enumerate(lines, start=1):
+        if "\r" in line:
+            raise DataError(f"{path}:{row}: a carriage return without a newline; save with \\n or \\r\\n line endings")
+    return lines
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text, with or without a byte order mark; line endings as they are."""
+    try:
+        data = path.read_bytes()
+        other = stand_in(path) or archive(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    if other:
+        raise DataError(f"{path}: {other}")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}: UTF-16 (byte offset 0); convert it: iconv -f UTF-16 -t UTF-8")
+    try:
+        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start + len(data) - len(error.object)
+        line = data.count(b"\n", 0, offset) + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8 at byte offset {offset} (0x{data[offset]:02x}); "
+            "convert it, for example: iconv -f CP1252 -t UTF-8"
+        ) from error
+
+
+# ---------------------------------------------------------------- CSV
+
+
+def read_csv_rows(dataset_file, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
+    """The two columns; every field is text, whatever it looks like."""
+    path = Path(dataset_file)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file (--dataset_file)")
+    table = read_table(path)
+    if len(table) < 2:
+        raise DataError(f"{path}: no rows below the header; {LAYOUTS}")
+    header = table[0]
+    caption = find_column(path, header, caption_column, "--caption_column")
+    video = find_column(path, header, video_column, "--video_column")
+    rows = []
+    for row, fields in enumerate(table[1:], start=2):
+        if not fields:
+            continue  # a blank line
+        if len(fields) != len(header):
+            raise DataError(
+                f"{path}:{row}: {len(fields)} fields and {len(header)} columns; quote captions with commas"
+            )
+        if not blank_captions:
+            refuse_blank(path, row, "caption", fields[caption])
+        refuse_blank(path, row, "video path", fields[video])
+        rows.append(Row(row, fields[caption], fields[video]))
+    if not rows:
+        raise DataError(f"{path}: no rows below the header; {LAYOUTS}")
+    return rows
+
+
+def read_table(path: Path) -> list[list[str]]:
+    text = io.StringIO(read_text(path), newline="")  # keeps the line endings inside of captions
+    reader = csv.reader(text, strict=True)
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}; is a quote left open?") from error
+
+
+def find_column(path: Path, header: list[str], name: str, flag: str) -> int:
+    if header.count(name) == 1:
+        return header.index(name)
+    if name in header:
+        raise DataError(f"{path}: column '{name}' ({flag}) is there {header.count(name)} times; rename all but one")
+    near = difflib.get_close_matches(name, header, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise DataError(f"{path}: no column '{name}' ({flag}); columns: {', '.join(header)}{hint}")
+
+
+# ---------------------------------------------------------------- names
+
+
+def with_id_token(prompt: str, id_token: str | None) -> str:
+    """The caption with the token in front, one space between; of a blank caption the token alone."""
+    if not id_token:
+        return prompt
+    return f"{id_token} {prompt}" if prompt.strip() else id_token
+
+
+def draw_places(sources: Iterable[str]) -> list[str]:
+    """`source/window/repeat` of each clip, all that a draw about it depends on: other rows may come, go and move.
+
+    The source is the path as written, but for ./ and the like, its n-th row is repeat n; the window, of clips cut into several, is 0.
+    """
+    seen: Counter[str] = Counter()
+    places = []
+    for source in map(os.path.normpath, sources):
+        places.append(f"{source}/0/{seen[source]}")
+        seen[source] += 1
+    return places
+
+
+def unique_stems(sources: Iterable[str]) -> list[str]:
+    """File names for what is made from each source path: safe, unique, and unchanged when other rows come or go.
+
+    A source listed again (with another caption, say) gets -2, -3 and so on.
+    """
+    seen: Counter[str] = Counter()
+    stems = []
+    for source in sources:
+        digest = short_hash(source)
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(source).stem)[:150].lstrip("-._")
+        stem = f"{name}-{digest}" if name else digest
+        seen[stem.lower()] += 1  # file systems that ignore case
+        count = seen[stem.lower()]
+        stems.append(stem if count == 1 else f"{stem}-{count}")
+    return stems

@@ -1,0 +1,92 @@
+"""The data set that the flags describe."""
+
+import logging
+
+from torch.utils.data import Dataset
+
+from data.buckets import Bucket, make_buckets
+from data.clip_lists import Clip, read_clips, with_id_token
+from data.latents import LatentDataset
+from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
+
+
+logger = logging.getLogger(__name__)
+
+
+def build_dataset_from_args(
+    args, default_fps: float, seed: int, scaling_factor: float, image_to_video: bool = False
+) -> Dataset:
+    """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token.
+
+    `scaling_factor`, the VAE's, tells latents that were prepared for another model.
+    """
+    if args.load_tensors:
+        given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
+        latents = LatentDataset(
+            args.data_root,
+            buckets=buckets_from_args(args) if given else None,
+            caption_column=args.caption_column,
+            video_column=args.video_column,
+            seed=seed,
+            id_token=args.id_token,
+            text_dropout=args.text_dropout > 0,
+            scaling_factor=scaling_factor,
+            allow_outside=args.allow_outside_root,
+            with_images=image_to_video,
+        )
+        if image_to_video:
+            latents.require_image_latents()
+        return latents
+    clips = read_clips_from_args(args)
+    clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
+    return make_videos_from_args(
+        args,
+        clips,
+        fps=fps_from_args(args, default_fps),
+        seed=seed,
+        skip_frames_start=args.skip_frames_start,
+        skip_frames_end=args.skip_frames_end,
+    )
+
+
+def read_clips_from_args(args) -> list[Clip]:
+    columns = args.caption_column, args.video_column
+    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
+    return read_clips(args.data_root, args.dataset_file, *columns, **options)
+
+
+def build_videos_from_args(args, fps: float) -> VideoDataset:
+    """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
+    clips = read_clips_from_args(args)
+    return make_videos_from_args(
+        args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
+        fps_flag="--target_fps",
+    )  # fmt: skip
+
+
+def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
+    options |= {
+        "random_flip": args.random_flip,
+        "max_num_frames": args.max_num_frames,
+        "video_backend": args.video_backend,
+    }
+    if args.video_reshape_mode == "none":
+        return VideoDataset(clips, buckets_from_args(args), **options)
+    crop = args.video_reshape_mode or "center"
+    return VideoDatasetWithResizeAndRectangleCrop(clips, buckets_from_args(args), crop=crop, **options)
+
+
+def buckets_from_args(args) -> list[Bucket]:
+    return make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets)
+
+
+def fps_from_args(args, default_fps: float) -> float:
+    """--fps where given, else the rate that the checkpoint was made for."""
+    if "fps" not in args.given:
+        logger.info(
+            "clips are sampled at %g frames per second (this checkpoint's rate; --fps changes it)", default_fps
+        )
+        return default_fps
+    if args.fps != default_fps:
+        logger.warning("--fps %d: this checkpoint was made for %g", args.fps, default_fps)
+    return args.fps

@@ -1,0 +1,322 @@
+"""What a video file holds, from its header and, where that does not tell, from its packets: frames, rate, shown size.
+
+What a decoder raises is a DataError of the one clip.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import mimetypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+from av.codec.context import Flags
+from av.stream import Disposition
+
+from base.errors import DataError, UserError, first_line, keep_trace
+from base.file_kinds import beginning, other_content
+from data.containers import file_boxes
+from data.picture import Picture, color_cautions, describe
+
+
+MISSING = 0.5  # seconds by which a file may end before the length that its header gives
+STARTS_OVER = 0.1  # seconds by which a packet's decode time may lie before its predecessor's
+# Containers that hold their frames themselves. Playlists and lists (hls, dash, concat, sdp, image2) name other files or
+# addresses, and what is a list is told by content: a list may call itself .mp4
+CONTAINERS = (
+    "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "vvc", "av1", "obu", "ivf",
+    "mjpeg", "h261", "h263", "vc1", "dirac", "cavsvideo", "gif", "apng", "jpegxl_anim", "ogg", "flv", "asf", "mxf", "nut",
+    "nsv", "dv", "rm", "swf", "wtv", "yuv4mpegpipe", "amv", "smjpeg", "flic", "roq", "bink", "smk", "gxf", "lxf",
+    *(f"{image}_pipe" for image in (
+        "bmp", "dds", "dpx", "exr", "gif", "hdr", "j2k", "jpeg", "jpegls", "jpegxl", "pam", "pbm", "pcx", "pfm", "pgm",
+        "png", "ppm", "psd", "qoi", "sgi", "sunrast", "tiff", "webp", "xbm", "xwd",
+    )),
+)  # fmt: skip
+KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats whose header has the length; FFmpeg guesses others'
+OWN_SIZE = {"mp4", "avi"}  # formats that say how large the file is
+
+
+class VideoInfo(NamedTuple):
+    """Height and width as displayed."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+
+
+class Header(NamedTuple):
+    """What is known of a file before its frames are read."""
+
+    info: VideoInfo
+    picture: Picture
+
+
+def probe(path) -> VideoInfo:
+    """Frame count, rate and displayed size; DataError for what is no readable video."""
+    return read_header(path).info
+
+
+@contextlib.contextmanager
+def one_clip(path, log: bool = True):
+    """Whatever the libraries raise within is a DataError of this clip: one line, what nobody foresaw with its traceback
+    in a log file, unless another attempt follows.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except (av.PatchWelcomeError, av.DecoderNotFoundError) as error:
+        raise DataError(
+            f"{path}: FFmpeg cannot decode this variant ({error.strerror}); convert it to H.264"
+        ) from error
+    except av.FFmpegError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); download or export it again") from error
+    except Exception as error:  # decoders are many and fed with anything: the other clips go on
+        trace = f"; traceback in {keep_trace()}" if log else ""
+        reason = f"{type(error).__name__}: {first_line(error)}{trace}"
+        raise DataError(f"{path}: cannot be read ({reason}); convert it to H.264") from error
+
+
+# ---------------------------------------------------------------- opening
+
+
+@contextlib.contextmanager
+def opened(path):
+    """(container, video stream) of a file; DataError names what is wrong with it."""
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise DataError(f"{path}: empty file; download or export it again")
+    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
+    source, kind = os.path.abspath(path), mimetypes.guess_type(path)[0] or ""
+    if kind.startswith("image/"):  # by its name FFmpeg would take a photo for a list of files, image2
+        source = io.BytesIO(Path(path).read_bytes())
+    try:
+        container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
+    except (av.FFmpegError, ValueError) as error:
+        raise DataError(f"{path}: {why_not_opened(path, error)}") from error
+    with container:
+        stream = choose_stream(path, container)
+        stream.codec_context.flags |= Flags.unaligned  # a crop on the left is made to the pixel
+        yield container, stream
+
+
+def why_not_opened(path, error: Exception) -> str:
+    if other := other_content(path):
+        return other
+    if isinstance(error, av.ArgumentError):  # what a format that is not listed gives
+        return "a playlist, a list of files, or no video; only files that hold their frames are read"
+    reason = getattr(error, "strerror", None) or error
+    return f"not a readable video (no index: truncated download? {reason})"
+
+
+def choose_stream(path, container):
+    """The video stream that a player shows; cover pictures and single tiles of a photo are none."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    best = container.streams.best("video")
+    stream = best if best in streams else next(iter(streams), None)
+    if stream is None:
+        raise DataError(f"{path}: no video stream")
+    if stream.codec_context is None:
+        raise DataError(f"{path}: its codec cannot be decoded; convert it to H.264")
+    if stream.disposition & Disposition.dependent:
+        raise DataError(f"{path}: a photo made of tiles (HEIF), which are not put together; convert it to JPEG")
+    return stream
+
+
+def read_header(path) -> Header:
+    """Facts and Picture of a video. Files whose header does not tell how many frames can be decoded are demuxed."""
+    with one_clip(path), opened(path) as (container, stream):
+        colors = tuple(color_cautions(stream))  # the container's tags, which a decoder may drop
+        counted = count_indexed(path, container, stream) or count_by_demuxing(path, container, stream)
+        picture = describe(path, container, stream, counted.first, colors)
+        height, width = picture.shown(stream.codec_context.height, stream.codec_context.width)
+        if counted.num_frames == 0 or height == 0 or width == 0:
+            raise DataError(f"{path}: no frames in its video stream")
+        return Header(VideoInfo(counted.num_frames, counted.fps, height, width), picture)
+
+
+class Counted(NamedTuple):
+    num_frames: int
+    fps: float
+    first: av.VideoFrame | None  # decoded where packets were read
+
+
+def header_rate(stream) -> float:
+    """Frames per second; 1 for a still, which has no rate."""
+    return float(stream.average_rate or stream.guessed_rate or 1)
+
+
+def measured_rate(fps: float, num_frames: int, seconds: float) -> float:
+    """Frames over length, or `fps` where that is unknown or within the 1 % that rounding makes."""
+    measured = num_frames / seconds if seconds > 0 else fps
+    return measured if abs(measured / fps - 1) > 0.01 else fps
+
+
+def formats_of(container) -> set[str]:
+    return set(container.format.name.split(","))
+
+
+def count_indexed(path, container, stream) -> Counted | None:
+    """The frames of an mp4, from an index that tells of all of them; DataError if the file ends before the last.
+
+    None where it does not: in fragments, of which only some were read, under an edit list, which hides frames, or
+    before a key frame.
+    """
+    if "mp4" not in formats_of(container) or is_fragmented(path) or is_still(path):
+        return None
+    entries, size = list(stream.index_entries), os.path.getsize(path)
+    there = sum(entry.pos + entry.size <= size for entry in entries)
+    if there < len(entries):
+        raise DataError(f"{path}: cut off: {there} of {len(entries)} frames are in the file; download it again")
+    fps, seconds = header_rate(stream), float((stream.duration or 0) * stream.time_base)
+    edited = not entries or not entries[0].is_keyframe or any(entry.is_discard for entry in entries)
+    if edited or len(entries) / fps < seconds - MISSING:
+        return None
+    # The larger of two estimates: where the rate varies, the clip then never seems longer than it is
+    return Counted(len(entries), max(fps, measured_rate(fps, len(entries), seconds)), None)
+
+
+def is_fragmented(path) -> bool:
+    return next(file_boxes(path, b"moov", b"mvex"), None) is not None
+
+
+def is_still(path) -> bool:
+    """True for a HEIF photo, whose turn is no track's."""
+    return next(file_boxes(path, b"moov"), None) is None
+
+
+def count_by_demuxing(path, container, stream) -> Counted:
+    """The frames that can be decoded, from the first key frame on; DataError for a file that is damaged or cut off.
+
+    Reads all packets, decodes the first frame and, where no header vouches for the file's end, the last ones.
+    """
+    if "avi" in formats_of(container):
+        refuse_cut_avi(path)
+    stream.codec_context.thread_count = 1
+    promised = promised_seconds(path, container, stream)
+    vouched = KEEP_LENGTH & formats_of(container) and (promised or OWN_SIZE & formats_of(container))
+    begin, end, stamps, first, group = math.inf, -math.inf, [], None, []  # group: packets since the last key frame
+    try:
+        for packet in in_one_order(path, container, stream):
+            if packet.pts is not None:
+                begin = min(begin, float(packet.pts * packet.time_base))
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if not (packet.is_keyframe or group):
+                continue  # nothing to build on
+            if packet.is_keyframe or vouched:
+                group.clear()  # vouched: they are not decoded again
+            group.append(packet)
+            first = first or next(iter(packet.decode()), None)
+            if not packet.is_discard:
+                stamps.append(packet.pts)
+        first = first or next(iter(stream.decode(None)), None)
+    except av.FFmpegError as error:
+        raise damaged_after(path, len(stamps), error) from error
+    if first is None:
+        raise DataError(f"{path}: no frame can be decoded; download or export it again")
+    if first.pts is None or None in stamps:  # a stream without a container: frames follow one another at one rate
+        return Counted(len(good_frames(path)), header_rate(stream), first)
+    there = max(end, end - begin)  # some headers count from 0, others from the first frame
+    if there < promised - MISSING - 1 / header_rate(stream):
+        raise DataError(f"{path}: cut off: {there:.1f} of {promised:.1f} s are in the file; download it again")
+    is_whole = vouched and not group[-1].is_corrupt
+    last = max(stamps) if is_whole else last_decodable(path, stream, group)
+    shown = {stamp for stamp in stamps if first.pts <= stamp <= last}
+    seconds = float((last - first.pts + (group[-1].duration or 0)) * stream.time_base)
+    return Counted(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)
+
+
+def in_one_order(path, container, stream) -> Iterator[av.Packet]:
+    """The packets that hold data; DataError where their times start over, but for an mp4's, which an edit list orders."""
+    before, is_edited = -math.inf, "mp4" in formats_of(container)
+    for packet in container.demux(stream):
+        if is_empty(packet):
+            continue
+        seconds = before if packet.dts is None else float(packet.dts * packet.time_base)
+        if seconds < before - STARTS_OVER and not is_edited:
+            raise DataError(
+                f"{path}: its times go back from {before:.1f} to {seconds:.1f} s, as in files that were joined by bytes; "
+                "join them with ffmpeg's concat demuxer, or convert it"
+            )
+        before = seconds
+        yield packet
+
+
+def is_empty(packet: av.Packet) -> bool:
+    """True for an AVI's sign that the last frame stays, and for the end; to a decoder it would always be the end."""
+    return packet.size == 0
+
+
+def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
+    head = beginning(path)
+    if head[:4] + head[8:16] == b"RIFFWEBPVP8X" and head[20:21] and head[20] & 2:
+        return DataError(f"{path}: an animated WebP, which FFmpeg cannot read; convert it to GIF or mp4")
+    return DataError(f"{path}: damaged after frame {num_frames} ({error.strerror}); download or export it again")
+
+
+def promised_seconds(path, container, stream) -> float:
+    """Length of the video track by the header, 0 if unknown (the file's length may be another track's)."""
+    formats = formats_of(container)
+    if "avi" in formats or ("mp4" in formats and not is_fragmented(path)):
+        # Known to be whole, see `count_indexed` and `refuse_cut_avi`; the header's length is a guess, or that before edits
+        return 0.0
+    tag = stream.metadata.get("DURATION", "")  # what mkv writers put: 00:00:10.333000000
+    with contextlib.suppress(ValueError):
+        hours, minutes, seconds = tag.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1 and container.duration
+    return container.duration / av.time_base if alone else 0.0
+
+
+def refuse_cut_avi(path) -> None:
+    """DataError if the file is shorter than its first RIFF chunk; programs that write into a pipe leave its size open."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8)[4:], "little") + 8
+    if (there := os.path.getsize(path)) < size < 2**32:
+        raise DataError(f"{path}: cut off: {there} of {size} bytes are in the file; download it again")
+
+
+def last_decodable(path, stream, group: list[av.Packet]) -> int:
+    """When the last good frame is shown, in the stream's time base: of the packets since the last key frame, or, where
+    those do not suffice (intra refresh), of the whole file.
+    """
+    stream.codec_context.flush_buffers()
+    stamps = good_stamps(itertools.chain.from_iterable(map(stream.decode, [*group, None]))) or good_frames(path)
+    if not stamps:
+        raise DataError(f"{path}: its last frames cannot be decoded; download or export it again")
+    return max(stamps)
+
+
+def good_frames(path) -> list[int | None]:
+    """The times of all frames of a file that is decoded for this."""
+    with opened(path) as (container, stream):
+        return good_stamps(decoded(container, stream))
+
+
+def good_stamps(frames: Iterator[av.VideoFrame]) -> list[int | None]:
+    """The times of the frames before the first damage, in the stream's time base."""
+    stamps = []
+    with contextlib.suppress(av.FFmpegError):
+        stamps.extend(frame.pts for frame in itertools.takewhile(lambda frame: not frame.is_corrupt, frames))
+    return stamps
+
+
+def decoded(container, stream) -> Iterator[av.VideoFrame]:
+    """Frames from the first key frame on: what comes before it, in the file or in order of display, lacks its base."""
+    begin = None
+    for packet in container.demux(stream):
+        if begin is None and packet.is_keyframe:
+            begin = packet
+        if begin is None or (is_empty(packet) and packet.dts is not None):
+            continue
+        for frame in packet.decode():  # the last packet is empty and without a time: it brings what is left
+            if frame.pts is None or begin.pts is None or frame.pts >= begin.pts:
+                yield frame

@@ -1,0 +1,149 @@
+"""Samples -> batches of one bucket, in an order that the list, seed and epoch decide."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from base.errors import DataError, Interrupted, UserError, first_line
+from base.signals import shield_worker
+from data.buckets import Bucket, counts, num_batches, num_repeated, pack_batches
+from data.videos import VideoDataset
+
+
+logger = logging.getLogger(__name__)
+
+UNTIL_A_DEATH_IS_KNOWN = 5.0  # seconds, at most
+
+
+class BucketSampler(Sampler):
+    """A batch sampler: lists of sample keys for one rank, of one bucket each, on through the epochs.
+
+    The position is where the caller set it, never how far workers have read: iterating changes nothing.
+    """
+
+    def __init__(
+        self,
+        bucket_of: Sequence[Bucket],
+        batch_size: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        seed: int = 0,
+        num_epochs: int = 1,
+    ):
+        self.bucket_of, self.batch_size = list(bucket_of), batch_size
+        self.rank, self.num_ranks, self.seed = rank, num_ranks, seed
+        self.per_epoch = num_batches(self.bucket_of, batch_size, num_ranks)
+        self.first, self.stop = 0, num_epochs * self.per_epoch
+        repeated = num_repeated(self.bucket_of, num_ranks)
+        if repeated and rank == 0:
+            logger.info(
+                "%d of %d clips are used twice an epoch, to fill %d processes", repeated, len(self.bucket_of), num_ranks
+            )  # fmt: skip
+        smallest = min(counts(self.bucket_of), default=0)
+        if smallest < batch_size * num_ranks and rank == 0:
+            logger.info(
+                "a bucket holds %d clips, less than a batch of %d: its batches are that small, none is left out",
+                smallest, batch_size * num_ranks,
+            )  # fmt: skip
+
+    def set_epoch(self, epoch: int, consumed: int = 0) -> None:
+        """Start at this epoch, after `consumed` batches of it."""
+        self.first = epoch * self.per_epoch + consumed
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.first)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.first
+        while position < self.stop:
+            epoch, consumed = divmod(position, self.per_epoch)
+            batches = pack_batches(self.bucket_of, self.batch_size, self.num_ranks, self.seed, epoch)
+            for batch in batches[consumed : consumed + self.stop - position]:
+                yield [epoch * len(self.bucket_of) + index for index in batch[self.rank]]
+                position += 1
+
+
+class Guarded(Dataset):
+    """Hands a sample's error back in its place: torch would make one long traceback of it on the way from a worker."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: int):
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def collate(samples: list[dict]) -> dict:
+    """Tensors stacked to [B, ...], everything else as lists."""
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {name: torch.stack(values) if torch.is_tensor(values[0]) else values for name, values in batch.items()}
+
+
+def collate_guarded(samples: list) -> dict:
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    good = [sample for sample in samples if not isinstance(sample, UserError)]
+    return {"index": [], **(collate(good) if good else {}), "errors": errors}
+
+
+class ClipLoader(DataLoader):
+    """A DataLoader that raises a worker's UserError as it was, and says in one line that a worker was killed.
+
+    With `tolerant` set, batches come without the failed samples, which `problems` describes, a line each.
+    """
+
+    tolerant = False
+
+    def __iter__(self) -> Iterator[dict]:
+        try:
+            for batch in self.received():
+                errors = batch.pop("errors")
+                fatal = [error for error in errors if not (self.tolerant and isinstance(error, DataError))]
+                if fatal:
+                    raise fatal[0]
+                yield batch | {"problems": [str(error) for error in errors]} if self.tolerant else batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise Interrupted(
+                "a data worker was killed, most likely for lack of memory; lower --dataloader_num_workers or the batch "
+                f"size and run the same command again ({first_line(error)})"
+            ) from error
+
+    def received(self) -> Iterator[dict]:
+        """torch's batches. Where one cannot be fetched because its worker has just died, torch's own word of that."""
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError):
+            time.sleep(UNTIL_A_DEATH_IS_KNOWN)  # torch raises it from a signal's handler, here
+            raise
+
+
+def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches in the sampler's order; a clip that cannot be read raises DataError."""
+    return ClipLoader(
+        Guarded(dataset),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns where there is no GPU to copy to
+        collate_fn=collate_guarded,
+        worker_init_fn=shield_worker,
+    )
+
+
+def tolerant_loader(
+    dataset: VideoDataset, indices: Sequence[int], batch_size: int, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Each of the samples once, in epoch 0, in batches of one bucket; bad ones as lines in batch["problems"]."""
+    groups: dict[Bucket, list[int]] = {}
+    for index in indices:
+        groups.setdefault(dataset.bucket_of[index], []).append(index)
+    batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+    loader = make_loader(dataset, batches, num_workers, pin_memory)
+    loader.tolerant = True
+    return loader

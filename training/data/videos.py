@@ -1,0 +1,295 @@
+"""Videos -> samples: each clip cut, resized and flipped for its bucket.
+
+A sample's key is epoch * len(dataset) + index: a worker then knows the epoch. Every draw about a clip is a function
+of (seed, epoch, its place of clip_lists.draw_places), so that no other row of the list changes it. Sizes come from
+headers; decoding happens in the workers. Axes: F' pixel frames, h/w pixels.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, get_worker_info
+
+from base.draws import draw_seed
+from base.errors import NAMED, DataError, UsageError, first_few
+from base.hashes import hash_files, hash_rows
+from data.buckets import SIZE_FLAGS, Bucket, frame_times, nearest_bucket, num_sampled_frames, upscale
+from data.clip_lists import Clip, draw_places
+from data.decode import import_decord, read_frames
+from data.headers import Header, VideoInfo, read_header
+from data.picture import Caution
+
+
+logger = logging.getLogger(__name__)
+
+MAX_UPSCALE, WARN_UPSCALE = 4.0, 1.5  # linear factors
+
+
+class VideoDataset(Dataset):
+    """Clips that already have the height and width of a bucket; nothing is resized.
+
+    `clips`, `bucket_of`, `prompts`, `sources` and `problems` hold what the headers said: bad clips raise one DataError, or with
+    on_problem="collect" are left out and described in `problems`, a line each.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        buckets: Sequence[Bucket],
+        *,
+        fps: float,
+        seed: int = 0,
+        random_flip: float | None = None,
+        skip_frames_start: int = 0,
+        skip_frames_end: int = 0,
+        max_num_frames: int | None = None,
+        video_backend: str = "auto",
+        num_threads: int = 0,
+        on_problem: str = "raise",
+        fps_flag: str = "--fps",
+    ):
+        self.buckets, self.fps, self.seed, self.fps_flag = list(buckets), fps, seed, fps_flag
+        self.random_flip = random_flip or 0.0
+        self.skip_start, self.skip_end = skip_frames_start, skip_frames_end
+        self.max_num_frames = max_num_frames or math.inf
+        self.backend, self.num_threads = video_backend, num_threads
+        self.smallest = min(bucket.frames for bucket in self.buckets)
+        if self.max_num_frames < self.smallest:
+            raise UsageError(f"--max_num_frames {max_num_frames} is below the smallest frame bucket, {self.smallest}")
+        if video_backend == "decord":
+            import_decord()  # the install line now, not from a worker
+        self.keep_good(clips, on_problem)
+        self.warn_of_sizes()
+        self.warn_of_pictures()
+
+    def keep_good(self, clips: Sequence[Clip], on_problem: str) -> None:
+        """Sets clips, infos, bucket_of and problems from the headers."""
+        with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
+            headers = list(pool.map(header_or_error, clips))
+        good, self.problems = [], []
+        for clip, header in zip(clips, headers, strict=True):
+            try:
+                if isinstance(header, DataError):
+                    raise header
+                good.append((clip, header, self.choose_bucket(clip, header.info)))
+            except DataError as error:
+                self.problems.append(str(error))
+        if self.problems and on_problem == "raise":
+            raise DataError(summary(self.problems, len(clips)))
+        self.clips = [clip for clip, _, _ in good]
+        self.infos = [header.info for _, header, _ in good]
+        self.cautions = [header.picture.cautions for _, header, _ in good]
+        self.bucket_of = [bucket for _, _, bucket in good]
+        self.prompts = [clip.prompt for clip in self.clips]
+        self.sources = [clip.source for clip in self.clips]
+        self.places = draw_places(clip.identity for clip in self.clips)
+
+    def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
+        """The clip's bucket; DataError if it is too short or fits none."""
+        num_frames = self.num_frames(info)
+        if num_frames < self.smallest:
+            enough = info.num_frames - self.skip_start - self.skip_end >= self.smallest
+            faster = (
+                f"sample it at a higher rate ({self.fps_flag} {math.ceil(info.fps)} takes every frame), "
+                if enough
+                else ""
+            )
+            raise DataError(
+                f"{clip.video}: too short: {num_frames} frames at {self.fps:g} fps ({info.num_frames} in the file at "
+                f"{info.fps:.4g} fps), the smallest bucket takes {self.smallest}; "
+                f"{faster}add a smaller one to --frame_buckets or remove the clip"
+            )
+        return self.match_size(clip, info, min(num_frames, self.max_num_frames))
+
+    def num_frames(self, info: VideoInfo) -> int:
+        return num_sampled_frames(info.num_frames - self.skip_start - self.skip_end, info.fps, self.fps)
+
+    def match_size(self, clip: Clip, info: VideoInfo, num_frames: int) -> Bucket:
+        same_size = [bucket for bucket in self.buckets if bucket[1:] == (info.height, info.width)]
+        bucket = nearest_bucket(num_frames, info.height, info.width, same_size)
+        if bucket is None:
+            raise DataError(
+                f"{clip.video}: unknown bucket: {num_frames} frames of {info.height}x{info.width} (height x width); "
+                f"add the size to {SIZE_FLAGS}, or resize with --video_reshape_mode center"
+            )
+        return bucket
+
+    def warn_of_sizes(self) -> None:
+        slow = [clip.source for clip, info in zip(self.clips, self.infos, strict=True) if info.fps < 0.99 * self.fps]
+        if slow:
+            logger.warning(
+                "%d of %d clips have less than %g frames per second, so some of their frames are used twice: %s",
+                len(slow), len(self), self.fps, first_few(slow),
+            )  # fmt: skip
+
+    def warn_of_pictures(self) -> None:
+        """Name the clips that are not read as a player shows them, and what converts them."""
+        sources: dict[Caution, list[str]] = {}
+        for clip, cautions in zip(self.clips, self.cautions, strict=True):
+            for caution in cautions:
+                sources.setdefault(caution, []).append(clip.source)
+        for caution, named in sources.items():
+            logger.warning(
+                '%d of %d clips are %s: %s; convert with ffmpeg -i IN -vf "%s" OUT.mp4',
+                len(named), len(self), caution.what, first_few(named), caution.filter,
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: int) -> dict:
+        """{"pixels": uint8 [F', 3, h, w], "prompt", "index"}"""
+        epoch, index = divmod(key, len(self))
+        pixels = self.reshape(self.read(epoch, index), self.bucket_of[index], epoch, index)
+        if self.draw("flip", epoch, index).random() < self.random_flip:
+            pixels = pixels.flip(-1)  # the whole clip at once
+        self.check_shape(pixels, index)
+        return {"pixels": pixels.contiguous(), "prompt": self.prompts[index], "index": index}
+
+    def read(self, epoch: int, index: int) -> torch.Tensor:
+        """Frames of the clip at its own size, uint8 [F', 3, h, w]."""
+        times = frame_times(self.bucket_of[index].frames, self.fps, self.start_time(epoch, index))
+        # In a worker one thread by default: the workers are the parallelism
+        num_threads = self.num_threads or int(get_worker_info() is not None)
+        frames = read_frames(self.clips[index].video, times, self.backend, num_threads)
+        if frames.shape[1:3] != self.infos[index][2:]:
+            raise self.other_size(index, *frames.shape[1:3])
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+    def start_time(self, epoch: int, index: int) -> float:
+        """Seconds; where the clip is longer than its bucket a drawn place, else its start.
+
+        Starts lie on frames of the file: between them, rounding could repeat one frame and skip the next.
+        """
+        spare = self.spare_frames(index)
+        first = self.draw("start", epoch, index).randint(0, spare) if spare else 0
+        return (self.skip_start + first) / self.infos[index].fps
+
+    def spare_frames(self, index: int) -> int:
+        """How many frames of the file later than the first one the clip's sample may start."""
+        info, num_frames = self.infos[index], self.bucket_of[index].frames
+        if self.num_frames(info) <= num_frames:
+            return 0
+        last = info.num_frames - self.skip_start - self.skip_end - 1
+        return max(0, math.floor(last - (num_frames - 1) * info.fps / self.fps + 1e-6))
+
+    def draw(self, name: str, epoch: int, index: int) -> random.Random:
+        return random.Random(draw_seed(self.seed, name, epoch, self.places[index]))
+
+    def is_drawn(self) -> bool:
+        """True if anything about a clip is left to a draw."""
+        return self.random_flip > 0 or any(self.spare_frames(index) for index in range(len(self)))
+
+    def reshape(self, pixels: torch.Tensor, bucket: Bucket, epoch: int, index: int) -> torch.Tensor:
+        return pixels
+
+    def check_shape(self, pixels: torch.Tensor, index: int) -> None:
+        frames, _, height, width = pixels.shape
+        if (frames, height, width) != self.bucket_of[index]:
+            raise self.other_size(index, height, width)
+
+    def other_size(self, index: int, height: int, width: int) -> DataError:
+        info = self.infos[index]
+        return DataError(
+            f"{self.clips[index].video}: frames of {height}x{width} (height x width) where the header says "
+            f"{info.height}x{info.width}; convert the clip again"
+        )
+
+    def fingerprint(self, as_written: bool = False) -> str:
+        """A hash of which clips, captions and sizes are trained on, in which order; `as_written`: with absolute paths as
+        such, as earlier versions had it.
+        """
+        names = self.sources if as_written else [clip.identity for clip in self.clips]
+        return hash_rows(zip(names, self.prompts, self.bucket_of, strict=True))
+
+    def content(self) -> str:
+        """A hash of the clips' files, wherever they lie."""
+        return hash_files([clip.video for clip in self.clips])
+
+
+class VideoDatasetWithResizing(VideoDataset):
+    """Clips brought to the nearest bucket: resized, aspect kept, until they cover it, then cut at the middle."""
+
+    def match_size(self, clip: Clip, info: VideoInfo, num_frames: int) -> Bucket:
+        bucket = nearest_bucket(num_frames, info.height, info.width, self.buckets)
+        factor = upscale(info.height, info.width, bucket)
+        if factor > MAX_UPSCALE:
+            raise DataError(
+                f"{clip.video}: {info.height}x{info.width} (height x width) would be enlarged {factor:.1f} times to "
+                f"{bucket.height}x{bucket.width}; add smaller sizes to --height_buckets, --width_buckets or remove it"
+            )
+        return bucket
+
+    def warn_of_sizes(self) -> None:
+        super().warn_of_sizes()
+        rows = zip(self.clips, self.infos, self.bucket_of, strict=True)
+        factors = [(upscale(info.height, info.width, bucket), clip.source) for clip, info, bucket in rows]
+        blurred = [source for factor, source in factors if factor > WARN_UPSCALE]
+        if blurred:
+            logger.warning(
+                "%d of %d clips are enlarged more than %g times, up to %.1f, and will be soft: %s",
+                len(blurred), len(self), WARN_UPSCALE, max(factors)[0], first_few(blurred),
+            )  # fmt: skip
+
+    def reshape(self, pixels: torch.Tensor, bucket: Bucket, epoch: int, index: int) -> torch.Tensor:
+        pixels = cover_resize(pixels, bucket)
+        spare = pixels.shape[-2] - bucket.height, pixels.shape[-1] - bucket.width
+        top, left = self.crop_place(*spare, epoch, index)
+        return pixels[..., top : top + bucket.height, left : left + bucket.width]
+
+    def crop_place(self, spare_height: int, spare_width: int, epoch: int, index: int) -> tuple[int, int]:
+        return spare_height // 2, spare_width // 2
+
+
+class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
+    """The same, cut at the middle (crop="center") or at a place drawn per clip and epoch (crop="random")."""
+
+    def __init__(self, clips: Sequence[Clip], buckets: Sequence[Bucket], *, crop: str = "center", **options):
+        self.crop = crop
+        super().__init__(clips, buckets, **options)
+
+    def crop_place(self, spare_height: int, spare_width: int, epoch: int, index: int) -> tuple[int, int]:
+        if self.crop == "center":
+            return super().crop_place(spare_height, spare_width, epoch, index)
+        draw = self.draw("crop", epoch, index)
+        return draw.randint(0, spare_height), draw.randint(0, spare_width)
+
+    def is_drawn(self) -> bool:
+        rows = zip(self.infos, self.bucket_of, strict=True)
+        has_room = any(cover_size(info.height, info.width, bucket) != bucket[1:] for info, bucket in rows)
+        return super().is_drawn() or (self.crop == "random" and has_room)
+
+
+def header_or_error(clip: Clip) -> Header | DataError:
+    try:
+        return read_header(clip.video)
+    except DataError as error:
+        return error
+
+
+def cover_size(height: int, width: int, bucket: Bucket) -> tuple[int, int]:
+    """The least height and width that keep the aspect and cover the bucket."""
+    factor = upscale(height, width, bucket)
+    return max(round(height * factor), bucket.height), max(round(width * factor), bucket.width)
+
+
+def cover_resize(pixels: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+    """uint8 [F', 3, h, w] at the size that covers the bucket."""
+    size = cover_size(*pixels.shape[-2:], bucket)
+    if size == pixels.shape[-2:]:
+        return pixels
+    # On uint8: a quarter of the memory, and torch rounds and clips what bicubic overshoots
+    return F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+
+
+def summary(problems: list[str], num_clips: int) -> str:
+    """One line for any number of problems."""
+    if len(problems) == 1:
+        return problems[0]
+    more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return f"{len(problems)} of {num_clips} clips cannot be used: {'; '.join(problems[:NAMED])}{more}"

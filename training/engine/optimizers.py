@@ -1,0 +1,239 @@
+"""Optimizers, learning-rate schedules, and their states as plain tensors and JSON."""
+
+import importlib
+import logging
+from collections.abc import Iterable, Iterator
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from base.errors import UsageError
+
+
+logger = logging.getLogger(__name__)
+
+CAME_BETA3 = 0.9999  # of the paper, arXiv 2307.02047
+CAME_EPSILONS = (1e-30, 1e-16)  # likewise: of the squared gradient, and of the instability
+PRODIGY_SMALL_LR = 0.1  # prodigy's learning rate is a factor of its own estimate: 1, or near it
+STATE_BYTES = {
+    "adam": 8,
+    "adamw": 8,
+    "prodigy": 16,
+    "came": 4,
+}  # per weight; came's first moment is the one not factored
+FP8_CAPABILITY = (8, 9)  # Ada; the kernels that torch makes for fp8 need it
+
+
+# ---------------------------------------------------------------- optimizers
+
+
+def make_optimizer_from_args(args, params: Iterable[torch.nn.Parameter], learning_rate: float):
+    """The optimizer that the flags name, on `params` (fp32, all on one device)."""
+    params = list(params)
+    if args.use_8bit or args.use_4bit or args.use_fp8:
+        return make_low_bit_adam_from_args(args, params, learning_rate)
+    if args.optimizer == "prodigy":
+        return make_prodigy_from_args(args, params, learning_rate)
+    if args.optimizer == "came":
+        beta3 = CAME_BETA3 if args.beta3 is None else args.beta3
+        return optional_module("came_pytorch", "--optimizer came", "came-pytorch").CAME(
+            params,
+            lr=learning_rate,
+            eps=CAME_EPSILONS,
+            betas=(args.beta1, args.beta2, beta3),
+            weight_decay=args.weight_decay,
+        )
+    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    # One kernel, and no list of temporaries as large as the weights; also on the CPU, where masters may lie
+    return optimizer_class(params, **adam_settings_from_args(args, learning_rate), fused=True)
+
+
+def state_bytes_from_args(args) -> int:
+    """What the optimizer keeps of each weight, in bytes."""
+    if args.use_8bit or args.use_fp8:
+        return 2
+    return 1 if args.use_4bit else STATE_BYTES[args.optimizer]
+
+
+def adam_settings_from_args(args, learning_rate: float) -> dict:
+    return {
+        "lr": learning_rate,
+        "betas": (args.beta1, args.beta2),
+        "eps": args.epsilon,
+        "weight_decay": args.weight_decay,
+    }
+
+
+def make_prodigy_from_args(args, params: list[torch.nn.Parameter], learning_rate: float):
+    """Prodigy (arXiv 2306.06101). Its estimate of the step size is one number for all weights, kept in param_groups."""
+    if learning_rate < PRODIGY_SMALL_LR:
+        logger.warning(
+            "--learning_rate %g scales prodigy's own step size down as much: give 1 unless that is meant",
+            learning_rate,
+        )
+    return optional_module("prodigyopt", "--optimizer prodigy", "prodigyopt").Prodigy(
+        params,
+        **adam_settings_from_args(args, learning_rate),
+        beta3=args.beta3,  # None: sqrt(beta2)
+        decouple=args.prodigy_decouple,
+        use_bias_correction=args.prodigy_use_bias_correction,
+        safeguard_warmup=args.prodigy_safeguard_warmup,
+    )
+
+
+def make_low_bit_adam_from_args(args, params: list[torch.nn.Parameter], learning_rate: float):
+    """Adam or AdamW with states of 8 or 4 bits; tensors under 4,096 elements keep fp32 states."""
+    settings = adam_settings_from_args(args, learning_rate)
+    if args.use_8bit and not args.use_torchao:
+        return make_bitsandbytes_adam(params, args.optimizer == "adamw", settings)
+    device = params[0].device
+    if args.use_fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise UsageError(
+            f"--use_fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer, this one has {capability}; "
+            "use --use_8bit"
+        )
+    torchao = optional_module("torchao.optim", "--use_4bit, --use_fp8 and --use_torchao", "torchao")
+    adams = (
+        (args.use_8bit, torchao.Adam8bit, torchao.AdamW8bit),
+        (args.use_4bit, torchao.Adam4bit, torchao.AdamW4bit),
+        (args.use_fp8, torchao.AdamFp8, torchao.AdamWFp8),
+    )
+    adam, adamw = next(classes for asked_for, *classes in adams if asked_for)
+    logger.info("torchao compiles its step at the first update: once per shape of weight, some seconds each")
+    return (adamw if args.optimizer == "adamw" else adam)(params, **settings)
+
+
+def make_bitsandbytes_adam(params: list[torch.nn.Parameter], is_adamw: bool, settings: dict):
+    """bitsandbytes' AdamW, or Adam made of it: its own Adam decays the weights themselves, as AdamW does."""
+    optim = optional_module("bitsandbytes", "--use_8bit", "bitsandbytes").optim
+    if is_adamw:
+        return optim.AdamW8bit(params, **settings)
+    optimizer = optim.Adam8bit(params, **settings | {"weight_decay": 0.0})
+    if settings["weight_decay"]:
+        optimizer.register_step_pre_hook(lambda *_: add_decay(params, settings["weight_decay"]))
+    return optimizer
+
+
+@torch.no_grad()
+def add_decay(params: list[torch.nn.Parameter], weight_decay: float) -> None:
+    """Adam's weight decay: to the gradient, after clipping."""
+    for param in params:
+        if param.grad is not None:
+            param.grad.add_(param, alpha=weight_decay)
+
+
+def optional_module(name: str, asked_for_by: str, package: str):
+    """A module that not every run needs; without it, the line that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{asked_for_by}: needs {package} ({error}); pip install {package}") from error
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def make_lr_scheduler_from_args(args, optimizer: torch.optim.Optimizer, num_steps: int):
+    """diffusers' schedule over `num_steps` optimizer updates, stepped once per update."""
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        # A polynomial divides by what follows the warm-up
+        num_training_steps=max(num_steps, args.lr_warmup_steps + 1),
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    # torchao's learning rate is a tensor, which its compiled step reads; torch's schedules fill it. What they multiply
+    # is kept as a number, so that a resumed run multiplies in the same precision.
+    lr_scheduler.base_lrs = [float(lr) for lr in lr_scheduler.base_lrs]
+    for group in optimizer.param_groups:
+        group["initial_lr"] = float(group["initial_lr"])
+    return lr_scheduler
+
+
+def schedule_state(lr_scheduler) -> dict:
+    """The schedule's state_dict as JSON."""
+    state = lr_scheduler.state_dict()
+    return state | {name: [float(lr) for lr in state[name]] for name in ("base_lrs", "_last_lr")}
+
+
+# ---------------------------------------------------------------- states in files
+
+
+def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors by "<index>.<name>", the rest as JSON) of an optimizer's state_dict.
+
+    A low-bit state is its inner tensors, "<index>.<name>.<part>", and in the rest what it takes to wrap them again.
+    """
+    tensors, values, wrapped, groups = {}, {}, {}, []
+    for index, entry in optimizer_state["state"].items():
+        for name, value in state_items(entry):
+            key = f"{index}.{name}"
+            if not isinstance(value, torch.Tensor):
+                values[key] = value
+            elif is_traceable_wrapper_subclass(value):
+                parts, context = value.__tensor_flatten__()
+                tensors |= {f"{key}.{part}": getattr(value, part) for part in parts}
+                wrapped[key] = {"class": type(value).__name__, "parts": parts, "context": to_json(context)}
+            else:
+                tensors[key] = value
+    for number, group in enumerate(optimizer_state["param_groups"]):
+        in_group = {name: value for name, value in group.items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"group{number}.{name}": value for name, value in in_group.items()}
+        groups.append({name: value for name, value in group.items() if name not in in_group})
+    return separate(tensors), {"values": values, "wrapped": wrapped, "param_groups": groups}
+
+
+def state_items(entry: dict) -> Iterator[tuple[str, object]]:
+    """Items of one weight's state; bitsandbytes nests the tensors in a dict more, and loads them without it too."""
+    for name, value in entry.items():
+        yield from value.items() if isinstance(value, dict) else [(name, value)]
+
+
+def separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous, and none twice the same memory, which safetensors refuses: bitsandbytes' maps are shared."""
+    seen, separated = set(), {}
+    for key, tensor in tensors.items():
+        place = tensor.data_ptr()
+        separated[key] = tensor.clone() if place in seen else tensor.contiguous()
+        seen.add(place)
+    return separated
+
+
+def join_tensors(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
+    """The inverse of `split_tensors`."""
+    found = {**tensors, **rest["values"]}
+    for key, entry in rest["wrapped"].items():
+        parts = {part: found.pop(f"{key}.{part}") for part in entry["parts"]}
+        found[key] = low_bit_class(entry["class"]).__tensor_unflatten__(parts, from_json(entry["context"]))
+    groups = [dict(group) for group in rest["param_groups"]]
+    state: dict[int, dict] = {}
+    for key, value in found.items():
+        index, name = key.split(".", 1)
+        if index.startswith("group"):
+            groups[int(index.removeprefix("group"))][name] = value
+        else:
+            state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}
+
+
+def low_bit_class(name: str) -> type:
+    """torchao's class of that name; no other text of a file becomes a class."""
+    from torchao.optim.subclass_4bit import OptimState4bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+    from torchao.optim.subclass_fp8 import OptimStateFp8
+
+    return {known.__name__: known for known in (OptimState4bit, OptimState8bit, OptimStateFp8)}[name]
+
+
+def to_json(context: list) -> list:
+    """Of a low-bit state: signedness, shape, and the dtype it stands for, always fp32 here."""
+    return [str(value) if isinstance(value, torch.dtype) else value for value in context]
+
+
+def from_json(context: list) -> list:
+    plain = [torch.float32 if value == str(torch.float32) else value for value in context]
+    return [tuple(value) if isinstance(value, list) else value for value in plain]

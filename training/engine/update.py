@@ -1,0 +1,186 @@
+"""One optimizer update: backward, agreement of all ranks, clipping, step, schedule."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+
+from engine.deepspeed_zero import ZeroOptimizer
+from engine.master_weights import HostMasters, Masters, group_by_bytes
+
+
+REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory
+
+
+FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # torch.amp.GradScaler's; powers of two, so that scaling rounds nothing
+
+
+@dataclass
+class LossScaler:
+    """fp16 gradients underflow: the loss is scaled up and the fp32 gradients down again, as far as they stay finite.
+
+    Not torch.amp.GradScaler, which copies its scale from the GPU without waiting, so that gradients in host memory may
+    be multiplied before it is there.
+    """
+
+    scale: float = FIRST_SCALE
+    growth_tracker: int = 0  # finite updates in a row
+
+    def unscale(self, params: list[torch.nn.Parameter]) -> None:
+        torch._foreach_mul_([param.grad for param in params if param.grad is not None], 1 / self.scale)
+
+    def adapt(self, finite: bool) -> None:
+        """Halve the scale after a bad update, double it after many good ones."""
+        self.growth_tracker = self.growth_tracker + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.growth_tracker == GROWTH_INTERVAL:
+            self.scale, self.growth_tracker = self.scale * 2, 0
+
+    def state_dict(self) -> dict:
+        return vars(self).copy()
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.scale, self.growth_tracker = saved["scale"], saved["growth_tracker"]
+
+
+@dataclass
+class TrainingState:
+    """What an update changes; also what a checkpoint must hold."""
+
+    params: list[torch.nn.Parameter]  # fp32
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: LossScaler | None = None  # fp16 only
+    masters: Masters | None = None  # params and the model's copies of them, where the model does not hold params
+    ema: object | None = None  # diffusers' EMAModel of params
+
+    def gather(self) -> None:
+        """Bring to this rank what ranks share, before a checkpoint is written. All ranks must call it."""
+        if self.masters:
+            self.masters.gather()
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.gather()
+
+
+class Update(NamedTuple):
+    """`stepped`: an update is complete; `skipped`: it was not applied, its gradients were not finite.
+
+    `searching`: the loss scaler of fp16 had room to lower its scale, which is how it finds it: nothing is wrong.
+    `skipped` and `grad_norm` are tensors [] where only the device knows them yet.
+    """
+
+    stepped: bool
+    skipped: bool | torch.Tensor = False
+    searching: bool = False
+    grad_norm: float | torch.Tensor = math.nan  # before clipping
+    lr: float = math.nan  # that this update was made with
+
+
+def make_scaler(dtype: torch.dtype) -> LossScaler | None:
+    """A scaler where the compute dtype needs one."""
+    return LossScaler() if dtype == torch.float16 else None
+
+
+def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_grad_norm: float) -> Update:
+    """Accumulate the gradient of `loss` and, at the last micro-step, apply it: the only norm is the clipping's.
+
+    `loss` is already divided by the number of micro-steps. Ranks talk once per update, never between micro-steps. The
+    host waits for the device only where `skips_on_device` says no.
+    """
+    # Times 1, or NaN: a loss that is not finite spoils every gradient, also where those would have been finite
+    loss = loss * (1 + 0 * loss.detach())
+    if isinstance(state.optimizer, ZeroOptimizer):
+        return zero_update(loss, state, last_micro_step)
+    (loss * state.scaler.scale if state.scaler else loss).backward()
+    if not last_micro_step:
+        return Update(stepped=False)
+
+    masters = state.masters
+    average_gradients(masters.gradients() if masters else [p.grad for p in state.params if p.grad is not None])
+    if masters:
+        masters.deliver_gradients()
+    if state.scaler:
+        state.scaler.unscale(state.params)
+    # After averaging, a non-finite gradient of one rank is non-finite on all: they agree without another message
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm)
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    if skips_on_device(state):
+        result = Update(stepped=True, skipped=step_if_finite(state, grad_norm), grad_norm=grad_norm, lr=lr)
+    else:
+        result = Update(stepped=True, **decide_on_host(state, float(grad_norm)), lr=lr)
+    state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
+    state.optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def skips_on_device(state: TrainingState) -> bool:
+    """True where the optimizer itself leaves weights and states alone if the device says so: torch's fused Adam, for
+    torch.amp.GradScaler.
+
+    All others need the answer on the host, which then waits once an update: other optimizers, DeepSpeed, masters in
+    host memory, and what is to change with the weights alone: the moving average, fp16's scale.
+    """
+    skips = getattr(state.optimizer, "_step_supports_amp_scaling", False)
+    return skips and not (state.scaler or state.ema or isinstance(state.masters, HostMasters))
+
+
+def step_if_finite(state: TrainingState, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Step where `grad_norm` [] is finite; returns whether it was skipped, as a bool [] on the device."""
+    skipped = ~grad_norm.isfinite()
+    state.optimizer.found_inf = skipped.float()
+    apply_gradients(state)
+    del state.optimizer.found_inf  # another step, without it, is not conditional
+    return skipped
+
+
+def decide_on_host(state: TrainingState, grad_norm: float) -> dict:
+    """Step where `grad_norm` is finite; what Update says of it."""
+    skipped = not math.isfinite(grad_norm)
+    searching = skipped and state.scaler is not None and state.scaler.scale > 1
+    if not skipped:
+        apply_gradients(state)
+    if state.scaler:
+        state.scaler.adapt(finite=not skipped)
+    return {"skipped": skipped, "searching": searching, "grad_norm": grad_norm}
+
+
+def zero_update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool) -> Update:
+    """The same under DeepSpeed, which averages, clips and skips by itself."""
+    state.optimizer.backward(loss, last_micro_step)
+    if not last_micro_step:
+        return Update(stepped=False)
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    grad_norm = state.optimizer.step()
+    state.lr_scheduler.step()
+    return Update(stepped=True, skipped=not math.isfinite(grad_norm), grad_norm=grad_norm, lr=lr)
+
+
+def apply_gradients(state: TrainingState) -> None:
+    """Step the optimizer, and what follows its weights."""
+    state.optimizer.step()
+    if state.masters:
+        state.masters.write_copies()
+    if state.ema:
+        state.ema.step(state.params)
+
+
+def average_gradients(grads: list[torch.Tensor]) -> None:
+    """Replace every gradient by its mean over the ranks. Some parameters never get one, the same on every rank."""
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return
+    for group in group_by_bytes(grads, REDUCE_BYTES):
+        device = reduce_device(group[0])
+        flat = torch.cat([grad.flatten().to(device, non_blocking=True) for grad in group])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        means = flat.split([grad.numel() for grad in group])
+        torch._foreach_copy_(group, [mean.view_as(grad) for grad, mean in zip(group, means, strict=True)])
+
+
+def reduce_device(grad: torch.Tensor) -> torch.device:
+    """Where ranks can add: NCCL on their GPUs only, so that gradients in host memory pass through those."""
+    on_gpu = "nccl" in torch.distributed.get_backend()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else grad.device

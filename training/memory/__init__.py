@@ -1,0 +1,1 @@
+"""What a block keeps, in how many bits and where it lies: each technique on a plain nn.Module."""

@@ -1,0 +1,327 @@
+"""Frozen weights in fewer bits, for LoRA training: fp8 (faster on Ada and newer), int8 and nf4 (arXiv 2305.14314; smaller).
+
+Quantised are the linear layers of attention and feed-forward in the blocks, which meet every token. adaLN, embeddings
+and the output layer act on one vector or once a step: 14 % of a 5b's weights and 21 % of a 2b's stay as they are.
+Axes: M tokens, K input features, N output features.
+"""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional as F
+
+from base.errors import UsageError
+
+
+logger = logging.getLogger(__name__)
+
+BASE_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
+FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
+FP8_CAPABILITY = (8, 9)  # Ada: the first cards that multiply it
+SMALLEST_AMAX = 1e-30  # below any gradient in bf16; rows of zeros need a divisor
+INT8_MAX = 127
+NF4_BLOCK, NF4_STATISTICS_BLOCK = 64, 256  # weights a scale, scales a scale of their own
+
+
+# ---------------------------------------------------------------- the model
+
+
+def quantize_base(transformer: nn.Module, precision: str, device: torch.device | None = None) -> None:
+    """Replace the frozen linear layers of all blocks, plain ones and those under a LoRA, by ones of `precision`.
+
+    One at a time, computed on `device` and left where the weights lie: two whole copies never exist. Adapters are added
+    before: peft would not know how to adapt these.
+    """
+    kind = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}[precision]
+    blocks, before, after, total = transformer.transformer_blocks, 0, 0, num_bytes(transformer)
+    # Names, not modules: these would keep the weights that were replaced
+    for name in [name for name, _ in blocks.named_modules() if name.endswith(BASE_LINEARS)]:
+        name = f"{name}.base_layer" if isinstance(blocks.get_submodule(name), LoraLayer) else name
+        linear = blocks.get_submodule(name)
+        before += num_bytes(linear)
+        place = linear.weight.device
+        small = kind(linear.to(device or place)).to(place)
+        after += num_bytes(small)
+        parent, _, own_name = name.rpartition(".")
+        setattr(blocks.get_submodule(parent), own_name, small)
+    logger.info(
+        "--base_precision %s: frozen weights take %.2f GiB instead of %.2f; the layers that meet one vector, %.0f %% of "
+        "all, keep theirs",
+        precision,
+        (total - before + after) / 2**30,
+        total / 2**30,
+        100 * (total - before) / total,
+    )
+
+
+def num_bytes(module: nn.Module) -> int:
+    """Of the frozen parameters."""
+    return sum(param.nbytes for param in module.parameters() if not param.requires_grad)
+
+
+def bytes_unquantized(transformer: nn.Module) -> int:
+    """Of all parameters, quantised layers counted as they came."""
+    num_bytes = sum(param.nbytes for param in transformer.parameters())
+    for layer in transformer.modules():
+        if isinstance(layer, FrozenLinear):
+            num_bytes += layer.in_features * layer.out_features * layer.compute_dtype.itemsize
+            num_bytes -= sum(part.nbytes for part in layer.stored())
+    return num_bytes
+
+
+def check_base_precision(precision: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what this machine cannot compute; called before anything is loaded."""
+    if precision == "fp8":
+        check_fp8(dtype, device)
+    if precision == "nf4":
+        import_bitsandbytes()
+
+
+def check_fp8(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type != "cuda":
+        logger.warning("--base_precision fp8: only a GPU computes in it; here its rounding is imitated, in fp32")
+        return
+    if dtype != torch.bfloat16:
+        raise UsageError("--base_precision fp8: its products come in bf16 alone; give --mixed_precision bf16")
+    if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise UsageError(
+            f"--base_precision fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer, this one has "
+            f"{capability}; use int8 or nf4"
+        )
+
+
+def import_bitsandbytes():
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UsageError(f"--base_precision nf4: needs bitsandbytes ({error}); pip install bitsandbytes") from error
+    return bitsandbytes
+
+
+# ---------------------------------------------------------------- layers
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer that is not trained; subclasses store its weight [N, K] and make it again.
+
+    `qweight` and `compute_dtype` are the names by which peft finds device and dtype for further adapters. There is no
+    `weight`: peft would merge an adapter into it, and the sum would be lost.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.compute_dtype = linear.weight.dtype
+        self.bias = linear.bias
+
+    def store(self, **tensors: torch.Tensor) -> None:
+        """As parameters, so that they are moved, streamed and counted like any weight."""
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return frozen_linears(x, [self])[0]
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight [N, K] that is computed with."""
+        return self.unpack(self.compute_dtype, *self.stored())
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class Fp8Linear(FrozenLinear):
+    """e4m3 with a scale a row; inputs and gradients are rounded to e4m3 too, with a scale a token."""
+
+    @torch.no_grad()
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        qweight, scale = round_rows(linear.weight)
+        self.store(qweight=qweight, scale=scale)  # [N, K], [N, 1]
+
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        return self.qweight, self.scale
+
+    @staticmethod
+    def unpack(dtype: torch.dtype, qweight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return (qweight.float() * scale).to(dtype)
+
+
+class Int8Linear(FrozenLinear):
+    """int8 with a scale a row."""
+
+    @torch.no_grad()
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        weight = linear.weight.float()
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_AMAX) / INT8_MAX
+        self.store(qweight=(weight / scale).round().to(torch.int8), scale=scale)  # [N, K], [N, 1]
+
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        return self.qweight, self.scale
+
+    @staticmethod
+    def unpack(dtype: torch.dtype, qweight: torch.Tensor, scale: torch.Tensor, again: bool = False) -> torch.Tensor:
+        return (scale * qweight if again else qweight * scale).to(dtype)
+
+
+class Nf4Linear(FrozenLinear):
+    """bitsandbytes' 4-bit NormalFloat in blocks of 64, whose scales are of 8 bits: 0.516 bytes a weight."""
+
+    @torch.no_grad()
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        functional = import_bitsandbytes().functional
+        packed, state = functional.quantize_4bit(
+            linear.weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
+        )
+        self.store(
+            qweight=packed.view(self.out_features, -1),  # [N, K / 2]
+            statistics=state.absmax,  # uint8, an index into `code`, a block
+            code=state.state2.code.clone(),  # [256]; bitsandbytes keeps one for all
+            statistics_scale=state.state2.absmax,  # of 256 statistics
+            statistics_mean=state.offset,  # []
+        )
+
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        return self.qweight, self.statistics, self.code, self.statistics_scale, self.statistics_mean
+
+    @staticmethod
+    def unpack(dtype: torch.dtype, qweight, statistics, code, scale, mean, again: bool = False) -> torch.Tensor:
+        shape = (qweight.shape[0], 2 * qweight.shape[1])
+        scales = scale.repeat_interleave(NF4_STATISTICS_BLOCK)[: len(statistics)]
+        absmax = code[statistics.int()] * scales + mean
+        asked = (1, shape[0] * shape[1]) if again else shape
+        weight = torch.ops.bitsandbytes.dequantize_4bit(qweight, absmax, NF4_BLOCK, "nf4", asked, dtype)
+        return weight.view(shape)
+
+
+# ---------------------------------------------------------------- products
+
+
+def frozen_linears(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """The output [..., N] of each of `layers` for one input [..., K], with what can be shared between them shared."""
+    products = frozen_products(x, layers)
+    if len(products) == len(layers):
+        return products
+    return list(products[0].split([layer.out_features for layer in layers], dim=-1))
+
+
+def frozen_products(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
+    """The output of each of `layers`, or a list of one that holds all of them side by side, where one product gives it.
+
+    Plain linear layers take part as well, frozen ones in one product. Nothing but the stored weights is kept for the
+    backward pass, which gives the gradient of `x` alone.
+    """
+    kind = type(layers[0])
+    if any(type(layer) is not kind for layer in layers):
+        return [layer(x) for layer in layers]
+    if kind is Fp8Linear:
+        stored = [tensor for layer in layers for tensor in (layer.qweight, layer.scale, layer.bias)]
+        return list(Fp8Products.apply(x, *stored))
+    if issubclass(kind, FrozenLinear):
+        stored = [tensor for layer in layers for tensor in (layer.bias, *layer.stored())]
+        return [WeightOnlyProduct.apply(x, kind.unpack, len(layers), *stored)]
+    if kind is not nn.Linear or any(layer.weight.requires_grad for layer in layers):
+        return [layer(x) for layer in layers]
+    stored = [tensor for layer in layers for tensor in (layer.bias, layer.weight)]
+    return [WeightOnlyProduct.apply(x, as_it_is, len(layers), *stored)]
+
+
+def as_it_is(dtype: torch.dtype, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
+    return weight
+
+
+class WeightOnlyProduct(torch.autograd.Function):
+    """x W^T + b of layers of one kind side by side, as one product; W in x's dtype is made in each pass and kept in none.
+
+    Inputs: x, `unpack`, the number of layers; for each of them bias, or None, and what `unpack` takes. The backward pass
+    makes W `again`: in other words than the forward pass, for a compiler that finds the same twice keeps the first, 2
+    bytes a weight.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):  # by one name: dynamo takes as many names as there are inputs for a forward without ctx
+        x, unpack, num_layers, *stored = inputs
+        ctx.save_for_backward(*stored)
+        ctx.unpack, ctx.num_layers = unpack, num_layers
+        biases, parts = by_layer(stored, num_layers)
+        weights = [unpack(x.dtype, *tensors) for tensors in parts]
+        bias = None if biases[0] is None else join(biases)
+        return F.linear(x, join(weights), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        stored = ctx.saved_tensors  # read once: checkpointing refuses a second time
+        _, parts = by_layer(stored, ctx.num_layers)
+        weights = [ctx.unpack(grad.dtype, *tensors, again=True) for tensors in parts]
+        # One after the other: other words for joining them
+        joined = functools.reduce(lambda first, second: torch.cat([first, second]), weights)
+        return grad @ joined, None, None, *[None] * len(stored)
+
+
+def by_layer(stored: Sequence, num_layers: int) -> tuple[list, list]:
+    """(the first of each layer's tensors, the others of each layer)."""
+    size = len(stored) // num_layers
+    parts = [stored[start : start + size] for start in range(0, len(stored), size)]
+    return [part[0] for part in parts], [part[1:] for part in parts]
+
+
+def join(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+class Fp8Products(torch.autograd.Function):
+    """x W^T + b of each layer in fp8; inputs: x, and for each layer qweight, scale and bias, or None.
+
+    Written as plain operations, which the compiler joins with what makes x and the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        x, *stored = inputs
+        qweights, scales, biases = stored[0::3], stored[1::3], stored[2::3]
+        ctx.save_for_backward(*qweights, *scales)
+        rows, row_scales = round_rows(x.flatten(0, -2))  # once, for all layers
+        return tuple(
+            scaled_matmul(rows, row_scales, qweight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+            for qweight, scale, bias in zip(qweights, scales, biases, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """One product: the weights' scales go to the gradients' columns, before those are rounded."""
+        stored, num_layers = ctx.saved_tensors, len(grads)
+        qweights, scales = stored[:num_layers], stored[num_layers:]
+        rows, row_scales = round_rows(*(grad.flatten(0, -2) * s.t() for grad, s in zip(grads, scales, strict=True)))
+        # fp8 kernels want the second operand along the sum, here over N: a copy, 1 % of the product's time
+        turned = join(qweights).t().contiguous()  # [K, N]
+        ones = torch.ones(len(turned), 1, dtype=torch.float32, device=turned.device)
+        grad = scaled_matmul(rows, row_scales, turned, ones, None, grads[0].dtype)
+        return grad.view(*grads[0].shape[:-1], -1), *[None] * 3 * num_layers
+
+
+def round_rows(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values / scale in e4m3, side by side, scale [M, 1] in fp32); the largest of a row becomes e4m3's largest.
+
+    What follows from NaN is NaN. Joined after rounding: in fp32 the gradients of q, k, v would be written and read again.
+    """
+    largest = [part.abs().amax(dim=-1, keepdim=True).float() for part in values]
+    scale = functools.reduce(torch.maximum, largest).clamp_min(SMALLEST_AMAX) / FP8_MAX
+    return join([(part.float() / scale).to(FP8) for part in values], dim=-1).contiguous(), scale
+
+
+def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype) -> torch.Tensor:
+    """(a * a_scale) (b * b_scale)^T + bias [M, N] in `dtype`, of e4m3 a [M, K], b [N, K]; scales [M, 1] and [N, 1].
+
+    M is any number; K and N are multiples of 16. On the CPU the same rounded values are multiplied in fp32.
+    """
+    if a.is_cuda:
+        return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True)
+    bias = None if bias is None else bias.float()
+    return F.linear(a.float() * a_scale, b.float() * b_scale, bias).to(dtype)

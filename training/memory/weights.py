@@ -1,0 +1,261 @@
+"""`stream_weights`: frozen weights lie in host memory and come block by block, in the order of either pass.
+
+It acts on a list of blocks that are called one after the other, compiled or not. A video's 17,776 tokens use every
+weight so often that the copies take a fifth of the time of the compute.
+"""
+
+import functools
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed
+from safetensors import safe_open
+from torch import nn
+
+from base.errors import UsageError
+from base.ranks import gather_objects
+from memory.host import (
+    NUM_SLOTS,
+    Copies,
+    after_backward,
+    aligned,
+    before_backward,
+    page_locked,
+    storage_bytes,
+    wait,
+    watch,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+class WeightRing:
+    """Frozen weights and buffers of blocks in host memory, one flat piece a block; a few slots on the GPU take turns.
+
+    Block i always comes to slot i % slots, so that each tensor has one address on the GPU: what autograd or compiled
+    code holds of it in the forward pass is right again in the backward pass. Outside of its block's pass every tensor
+    is in host memory, so that state dicts and adapters see the weights as they are.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, device: torch.device, num_slots: int):
+        self.tensors = [[tensor for *_, tensor in streamed_tensors(block)] for block in blocks]
+        self.host = [host_home(tensors, device) for tensors in self.tensors]
+        self.copies = Copies(device)
+        size = max(home.nbytes for home in self.host)
+        num_slots = min(num_slots, len(blocks))
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+        self.host_views = [[tensor.data for tensor in tensors] for tensors in self.tensors]
+        self.slot_views = [
+            [
+                view_in(self.slots[index % num_slots], byte_offset(tensor) - home.storage_offset(), tensor)
+                for tensor in tensors
+            ]
+            for index, (tensors, home) in enumerate(zip(self.tensors, self.host, strict=True))
+        ]
+        self.holds: list[int | None] = [None] * num_slots  # number of the block that is there or on its way
+        self.free = [self.copies.mark() for _ in self.slots]
+        self.ready = list(self.free)
+        self.inside: int | None = None  # the block whose tensors are on the GPU
+
+    def forward(self, index: int, call: Callable, *args, **kwargs):
+        self.enter(index)
+        try:
+            outputs = call(*args, **kwargs)
+        finally:
+            self.leave()
+        following = index + len(self.slots)
+        if following < len(self.host):
+            self.fetch(following)
+        elif not torch.is_grad_enabled():  # the next pass starts anew; a backward pass starts with what is here
+            self.fetch(index % len(self.slots))
+        before_backward(outputs, functools.partial(self.enter_backward, index))
+        return outputs
+
+    def enter_backward(self, index: int) -> None:
+        left = self.inside
+        if left is None:
+            after_backward(self.finish_backward)
+        self.enter(index)
+        if left is not None and left >= len(self.slots):
+            self.fetch(left - len(self.slots))
+
+    def finish_backward(self) -> None:
+        self.leave()
+        for index in range(len(self.slots)):  # what the next pass starts with: mostly there
+            self.fetch(index)
+
+    def enter(self, index: int) -> None:
+        """The tensors of block `index` on the GPU; those of any other in host memory."""
+        self.leave()
+        self.fetch(index)
+        wait(self.ready[index % len(self.slots)])
+        self.inside = index
+        set_data(self.tensors[index], self.slot_views[index])
+
+    def leave(self) -> None:
+        if self.inside is None:
+            return
+        set_data(self.tensors[self.inside], self.host_views[self.inside])
+        self.free[self.inside % len(self.slots)] = self.copies.mark()
+        self.inside = None
+
+    def fetch(self, index: int) -> None:
+        """Start the copy of block `index` to its slot, unless it is there."""
+        place = index % len(self.slots)
+        if self.holds[place] == index:
+            return
+        home = self.host[index]
+        self.ready[place] = self.copies.start([(self.slots[place][: home.nbytes], home)], after=[self.free[place]])
+        self.holds[place] = index
+
+
+def stream_weights(blocks: nn.ModuleList, device: torch.device, num_slots: int = NUM_SLOTS) -> WeightRing:
+    """Keep the frozen weights of `blocks` in host memory, exact, and at most `num_slots` blocks of them on `device`.
+
+    What is trainable is left alone, and all that `.to()` moves.
+    """
+    ring = WeightRing(blocks, device, num_slots)
+    for block in blocks:
+        block._apply = functools.partial(apply_to_rest, block, list(streamed_tensors(block)))
+    watch(blocks, ring)
+    return ring
+
+
+def streamed_tensors(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
+    """(dictionary of its module, name there, tensor) of each frozen weight and buffer, in a fixed order."""
+    seen = set()
+    for module in block.modules():
+        for owner in (module._parameters, module._buffers):
+            for name, tensor in owner.items():
+                if tensor is None or tensor.requires_grad or id(tensor) in seen:
+                    continue
+                if type(tensor) not in (nn.Parameter, torch.Tensor):
+                    raise UsageError(f"--memory stream: weights of type {type(tensor).__name__} cannot be streamed")
+                seen.add(id(tensor))
+                yield owner, name, tensor
+
+
+def apply_to_rest(block: nn.Module, streamed: list, function: Callable, recurse: bool = True) -> nn.Module:
+    """nn.Module._apply, which `.to()` and its like use, on all but the streamed tensors."""
+    for owner, name, _ in streamed:
+        owner[name] = None
+    try:
+        return type(block)._apply(block, function, recurse)
+    finally:
+        for owner, name, tensor in streamed:
+            owner[name] = tensor
+
+
+def host_home(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The flat piece of host memory that holds `tensors` one after the other; unless one does, they move into a new one."""
+    if not is_home(tensors, device):
+        flat = page_locked(flat_bytes(tensors), device)
+        for tensor, view in zip(tensors, views_in(flat, tensors), strict=True):
+            view.copy_(tensor.data)
+            tensor.data = view
+    start = byte_offset(tensors[0])
+    return storage_bytes(tensors[0])[start : start + flat_bytes(tensors)]
+
+
+def is_home(tensors: list[torch.Tensor], device: torch.device) -> bool:
+    if tensors[0].device.type != "cpu" or (device.type == "cuda" and not tensors[0].is_pinned()):
+        return False
+    addresses = [tensor.data_ptr() for tensor in views_in(storage_bytes(tensors[0]), tensors, byte_offset(tensors[0]))]
+    return addresses == [tensor.data_ptr() for tensor in tensors]
+
+
+def set_data(tensors: list[torch.Tensor], views: list[torch.Tensor]) -> None:
+    for tensor, view in zip(tensors, views, strict=True):
+        tensor.data = view
+
+
+def byte_offset(tensor: torch.Tensor) -> int:
+    return tensor.storage_offset() * tensor.element_size()
+
+
+def extent_bytes(tensor: torch.Tensor) -> int:
+    """From a tensor's first element to its last, whatever its strides."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def flat_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(aligned(extent_bytes(tensor)) for tensor in tensors)
+
+
+def view_in(flat: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
+    """A view of `flat` from byte `offset` on, with the dtype, shape and strides of `like`."""
+    piece = flat[offset : offset + extent_bytes(like)].view(like.dtype)
+    return piece.as_strided(like.shape, like.stride())
+
+
+def views_in(flat: torch.Tensor, tensors: list[torch.Tensor], offset: int = 0) -> Iterator[torch.Tensor]:
+    """One after the other, from byte `offset` on, as far as there is room."""
+    for tensor in tensors:
+        if offset + extent_bytes(tensor) > flat.nbytes:
+            return
+        yield view_in(flat, offset, tensor)
+        offset += aligned(extent_bytes(tensor))
+
+
+def load_blocks(
+    blocks: nn.ModuleList, prefix: str, files: list[Path], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Fill `blocks`, built on the meta device, from safetensors `files`, whose keys start with `prefix`, in `dtype`.
+
+    Straight into the memory that `stream_weights` uses for `device`: never twice in host memory, never on the GPU. The
+    ranks of one machine share it, and one of them reads the files.
+    """
+    places = [place for block in blocks.to(dtype).requires_grad_(False) for place in streamed_tensors(block)]
+    tensors = [tensor for *_, tensor in places]
+    file, fills = memory_file(flat_bytes(tensors))
+    views = views_in(page_locked(flat_bytes(tensors), device, file), tensors)
+    if file >= 0:
+        os.close(file)  # the memory stays as long as somebody has it mapped
+    for (owner, name, tensor), view in zip(places, views, strict=True):
+        owner[name] = nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+    wanted = {f"{prefix}{name}": tensor for name, tensor in [*blocks.named_parameters(), *blocks.named_buffers()]}
+    for path in files:
+        with safe_open(path, framework="pt") as weights:
+            for key in sorted(wanted.keys() & set(weights.keys())):
+                target, shape = wanted.pop(key), weights.get_slice(key).get_shape()
+                if shape != list(target.shape):
+                    raise UsageError(f"{path}: {key} is {shape}, and the configuration says {list(target.shape)}")
+                if fills:
+                    target.copy_(weights.get_tensor(key))
+    if wanted:
+        raise UsageError(f"{files[0].parent}: lacks {min(wanted)}; download the model again")
+    gather_objects(None)  # not before the memory is filled
+
+
+def memory_file(num_bytes: int) -> tuple[int, bool]:
+    """(a file in memory, whether this rank is to fill it): one for all ranks of a machine, where the system lets them.
+
+    Not in /dev/shm, which containers make small. It goes with the last process that has it. -1 for a single process.
+    """
+    if not torch.distributed.is_initialized():
+        return -1, True
+    name = f"weights-{secrets.token_hex(8)}"
+    own = os.memfd_create(name)
+    os.ftruncate(own, max(num_bytes, 1))
+    offers = gather_objects((socket.gethostname(), f"/proc/{os.getpid()}/fd/{own}", name))
+    path, name_there = next(offer[1:] for offer in offers if offer[0] == socket.gethostname())
+    shared = own
+    try:
+        # Containers may share a host's name and not its processes: only the file itself says which it is
+        if name_there != name and name_there in os.readlink(path):
+            shared = os.open(path, os.O_RDWR)
+    except OSError as error:
+        logger.warning("this process holds frozen weights of its own, those of %s are out of reach (%s)", path, error)
+    gather_objects(None)  # who offers keeps the file open until here
+    if shared != own:
+        os.close(own)
+    return shared, shared == own

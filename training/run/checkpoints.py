@@ -1,0 +1,187 @@
+"""Checkpoints that continue exactly where the data stood.
+
+A checkpoint is the result's file or folder beside `optimizer.safetensors`, `state.json` and `manifest.json`, which
+holds every file's size and hash, and the trained weights where the result's differ; nothing is pickled.
+Random state need not be kept: every draw is a function of the seed and of the sample's position in the run.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from base.errors import Interrupted, NumbersError, UsageError
+from base.files import damage, remove, write_json, written_folder
+from base.ranks import on_main_process
+from base.signals import INTERRUPTION
+from engine.optimizers import join_tensors, schedule_state, split_tensors
+from engine.update import TrainingState
+from run.output_dir import (
+    checkpoint_dirs,
+    is_complete,
+    named_checkpoint,
+    refuse_other_content,
+    refuse_other_run,
+    step_of,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- save
+
+
+def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, facts: dict) -> Path:
+    """Write `checkpoint-<step>/`: what has that name is complete, an earlier one of that name included."""
+    tensors, optimizer = split_tensors(state.optimizer.state_dict())
+    refuse_bad_numbers([*engine.params, *tensors.values()])
+    target = output_dir / f"checkpoint-{step}"
+    with written_folder(target) as folder:
+        engine.save_state(folder)
+        save_file(tensors, folder / "optimizer.safetensors")
+        content = {
+            **facts,
+            "step": step,
+            "optimizer": optimizer,
+            "lr_scheduler": schedule_state(state.lr_scheduler),
+            "scaler": state.scaler.state_dict() if state.scaler else None,
+        }
+        write_json(folder / "state.json", content)
+    return target
+
+
+def refuse_bad_numbers(tensors: list[torch.Tensor]) -> None:
+    """NumbersError if a value is not finite: such weights are written nowhere."""
+    checked = [
+        torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1
+    ]
+    if not all(torch.stack([flag.cpu() for flag in checked]) if checked else ()):
+        raise NumbersError(
+            "weights or optimizer states are no longer finite, so that nothing is written; lower --learning_rate, and "
+            "name the last checkpoint with --resume_from_checkpoint"
+        )
+
+
+def save_checkpoint_from_args(args, accelerator, step: int, engine, state: TrainingState, facts: dict) -> None:
+    """A checkpoint by the main process, the oldest removed after it is complete; the other ranks wait."""
+    output_dir = Path(args.output_dir)
+    state.gather()
+    if accelerator.is_main_process:
+        save_checkpoint(output_dir, step, engine, state, facts)
+        prune_checkpoints(output_dir, args.checkpoints_total_limit, step)
+    accelerator.wait_for_everyone()
+
+
+def leave_if_interrupted_from_args(
+    args, accelerator, first_step: int, step: int, num_steps: int, engine, state: TrainingState, facts: dict
+) -> None:
+    """After the loop: where it ended early, all ranks leave with a checkpoint of the last update, exit code 75."""
+    if step == num_steps:
+        return
+    if step > first_step and step % args.checkpointing_steps:
+        save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
+    reason = INTERRUPTION.reason or "a signal to another process"
+    raise Interrupted(f"stopped by {reason} after step {step} of {num_steps}; the same command continues from there")
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None, newest: int) -> None:
+    """Remove the oldest checkpoints over `limit`; called after the one of step `newest` is complete.
+
+    Later ones do not count: damaged, or left by a run that an older checkpoint was named to replace.
+    """
+    if limit is not None:
+        for directory in [path for path in checkpoint_dirs(output_dir) if step_of(path) <= newest][:-limit]:
+            remove(directory)
+
+
+# ---------------------------------------------------------------- load
+
+
+def find_checkpoint_from_args(args, accelerator, num_steps: int, content: dict) -> Path | None:
+    """The checkpoint to go on from: a path as written, a name or step in output_dir, or the newest whole one there.
+
+    None: start at step 0, because there is none. The main process looks, and hashes, for all.
+    """
+    return on_main_process(accelerator, lambda: choose_checkpoint_from_args(args, num_steps, content))
+
+
+def choose_checkpoint_from_args(args, num_steps: int, content: dict) -> Path | None:
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    if wanted in (None, "latest"):
+        newest = newest_whole(output_dir)
+        if newest is None and (wanted or is_complete(output_dir)):
+            logger.info("%s holds no checkpoint: starting at step 0", output_dir)
+        if newest:
+            refuse_later_step(newest, step_of(newest), num_steps)
+        return newest
+    path = named_checkpoint(output_dir, wanted)
+    if reason := damage(path):
+        raise UsageError(
+            f"--resume_from_checkpoint {wanted}: {reason}; name another, or latest for the newest whole one"
+        )
+    folder = path.resolve().parent
+    if folder != output_dir.resolve():
+        advice = "give the same, or name a checkpoint of a run like this"
+        refuse_other_run(args, folder, advice)
+        refuse_other_content(args, folder, content, advice)
+    refuse_later_step(path, json.loads((path / "state.json").read_text(encoding="utf-8"))["step"], num_steps)
+    return path
+
+
+def refuse_later_step(checkpoint: Path, step: int, num_steps: int) -> None:
+    """UsageError for a checkpoint that the run would have to go back from."""
+    if step > num_steps:
+        raise UsageError(
+            f"{checkpoint}: already beyond the {num_steps} updates of this run; name an older checkpoint with "
+            "--resume_from_checkpoint, or raise --max_train_steps or --num_train_epochs"
+        )
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is as it was written, a line for each newer one that is not; None without any.
+
+    UsageError if there are some, but none is whole: starting anew is for the user to say.
+    """
+    directories = checkpoint_dirs(output_dir)[::-1]
+    for directory in directories:
+        reason = damage(directory)
+        if reason is None:
+            return directory
+        logger.warning("%s cannot be used: %s", directory, reason)
+    if directories:
+        raise UsageError(
+            f"{output_dir}: none of its {len(directories)} checkpoints is whole (the newest: {reason}); restore one, or "
+            "pass --overwrite to move the folder aside and start anew"
+        )
+    return None
+
+
+def load_checkpoint(path: Path, engine, state: TrainingState, facts: dict) -> int:
+    """Restore weights, optimizer, schedule and scaler of a whole checkpoint; returns the step.
+
+    `facts` must equal those saved, but for the rule of draws about clips.
+    """
+    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if facts.get("draws") and "draws" not in saved:
+        logger.warning(
+            "%s: made when starts, crops, flips, first frames and the noise on held-out clips were drawn by a clip's place "
+            "in the list; from here on they are drawn by its path, so that they differ from those before",
+            path,
+        )
+    if "data_as_written" in facts and saved.get("data") == facts["data_as_written"]:  # of an earlier version
+        saved["data"] = facts["data"]
+    for name, value in facts.items():
+        if name not in ("draws", "data_as_written") and saved.get(name) != value:
+            raise UsageError(
+                f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
+            )
+    engine.load_state(path)
+    state.optimizer.load_state_dict(join_tensors(load_file(path / "optimizer.safetensors"), saved["optimizer"]))
+    state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+    if state.scaler:
+        state.scaler.load_state_dict(saved["scaler"])
+    logger.info("continuing from %s at step %d", path, saved["step"])
+    return saved["step"]

@@ -1,0 +1,185 @@
+"""How a run ends: every error that a user can mend is one line and an exit code, also in status.json."""
+
+import contextlib
+import errno
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from base.console import beside_bars, dump_kept
+from base.errors import ERROR_LOG, MemoryFullError, StorageError, UserError, first_line
+from base.files import free_bytes, keep, nearest_folder, take_back
+from base.ranks import meet
+from base.signals import INTERRUPTION, caught_signals
+from base.status import REFUSED, RUN, is_of_this_run, note_refusal, read_status, write_status
+from data.buckets import Bucket
+from engine.deepspeed_zero import uses_deepspeed
+from memory.allocator import uses_expandable_segments
+from run.launch import launch_id
+from run.meter import memory_report
+
+
+INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
+FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+STORAGE_ERRORS = FULL_DISK | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+GO_ON = "the same command continues from the last checkpoint"
+
+
+# ---------------------------------------------------------------- asked to stop, or out of memory
+
+
+def stop_is_due(accelerator: Accelerator, step: int) -> bool:
+    """True on all ranks after the same `step` if any was asked to stop. Ranks meet on the host: no GPU is waited for."""
+    asked = INTERRUPTION.reason is not None
+    if accelerator.num_processes == 1:
+        return asked
+    asked_of_ranks = meet(f"stop-{step}", "asked" if asked else "")
+    # All have come here, so that none still reads what was said a step ago
+    torch.distributed.distributed_c10d._get_default_store().delete_key(f"stop-{step - 1}/{accelerator.process_index}")
+    return any(asked_of_ranks)
+
+
+@contextlib.contextmanager
+def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket], level: str | None, is_lora: bool):
+    """Within, a GPU whose memory is full is one line: peak, largest batch, and the flags that would make it fit.
+
+    `level`: of memory that the run has, whichever --memory auto chose.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        largest = max(buckets, key=math.prod)
+        peak = memory_report(device).get("peak_allocated_gib")
+        raise MemoryFullError(
+            f"the GPU's memory is full{f' (peak {peak:.1f} GiB)' if peak else ''}: batches of {args.train_batch_size} "
+            f"with up to {largest.frames} frames of {largest.height}x{largest.width} (height x width). To make it fit, "
+            f"the cheapest first: {'; '.join(memory_savers_from_args(args, level, is_lora))}. {oom_line(error)}"
+        ) from error
+
+
+def oom_line(error: torch.cuda.OutOfMemoryError) -> str:
+    """What torch says, but for its advice of expandable segments where they are in use."""
+    line = first_line(error)
+    return line.partition(" If reserved but unallocated")[0] if uses_expandable_segments() else line
+
+
+def memory_savers_from_args(args, level: str | None, is_lora: bool) -> list[str]:
+    """Flags not in use that lower the peak of a run at `level`, by what they cost in speed and quality."""
+    is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
+    batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    streams = is_lora and not uses_deepspeed()  # whose time hardly differs from that of the other levels
+    instead = " in place of --gradient_checkpointing" if args.gradient_checkpointing else ""
+    savers = {
+        f"--memory stream{instead}, with host memory for the weights": streams and level != "stream",
+        "--memory balanced": not streams and level == "speed",
+        "--gradient_checkpointing": not (streams or level or args.gradient_checkpointing),
+        "--mixed_precision bf16": args.mixed_precision == "no",
+        "--load_tensors on data of prepare_dataset.py, which needs no VAE here": not args.load_tensors,
+        "--enable_slicing --enable_tiling": not (args.load_tensors or args.enable_tiling),
+        f"--train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}": batch > 1,
+        "--use_8bit": args.optimizer in ("adam", "adamw") and not (is_low_bit or args.use_cpu_offload_optimizer),
+        "--use_cpu_offload_optimizer": not (is_low_bit or args.use_cpu_offload_optimizer),
+        "--offload_gradients": args.use_cpu_offload_optimizer and not args.offload_gradients,
+        "smaller --frame_buckets, --height_buckets, --width_buckets": True,
+    }
+    return [flags for flags, helps in savers.items() if helps]
+
+
+# ---------------------------------------------------------------- finish
+
+
+def run_script(main: Callable[[], None], output_dir: str | Path, go_on: str = GO_ON) -> None:
+    """Run `main` and leave: every error that a user can mend is one line, its exit code also in status.json.
+
+    Any other error is a defect: exit code 70 too, after its traceback. A signal is 75, see base/signals.py. `go_on` says
+    what the same command does then.
+    """
+    output_dir = Path(output_dir)
+    os.environ[ERROR_LOG] = str(output_dir.absolute() / "errors.log")
+    RUN.__init__(launch_id())
+    keep()  # what a process before this one, or a run before in it, did
+    with caught_signals(lambda: note_failure(output_dir, INTERRUPTED, f"stopped at once; {go_on}")):
+        try:
+            main()
+            return
+        except UserError as error:
+            code, line = error.exit_code, str(error)
+            if code == REFUSED:
+                take_back()
+        except KeyboardInterrupt:
+            code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {go_on}"
+        except torch.cuda.OutOfMemoryError as error:
+            code, line = INTERNAL, f"the GPU's memory is full: {oom_line(error)}"
+        except Exception as error:  # the outermost place: with its traceback, unless a user can mend it
+            code, line = explain(error, output_dir, go_on)
+            if code == INTERNAL:
+                dump_kept()
+                traceback.print_exc()
+            note_failure(output_dir, code, line)
+            raise SystemExit(code) from error
+        note_failure(output_dir, code, line)
+    sys.exit(code)  # at once: the other ranks may wait in a collective that will never come
+
+
+def explain(error: Exception, output_dir: Path, go_on: str) -> tuple[int, str]:
+    """(exit code, line) of an error of a library."""
+    if is_storage_error(error):
+        return STORAGE, storage_line(error, output_dir)
+    if "DataLoader worker" in str(error):  # torch raises it at any place, as soon as the worker has died
+        return INTERRUPTED, f"a data worker was killed, most likely for lack of memory; {go_on}"
+    return INTERNAL, repr(error)
+
+
+def is_storage_error(error: Exception) -> bool:
+    """True for a full, read-only or failing disk; safetensors hides the error number in its text."""
+    in_text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    number = int(in_text[1]) if in_text else getattr(error, "errno", None)
+    return number in STORAGE_ERRORS
+
+
+def storage_line(error: Exception, output_dir: str | Path) -> str:
+    if getattr(error, "errno", None) not in (None, *FULL_DISK):
+        return f"cannot read or write: {error}; when that is mended the same command continues"
+    folder = nearest_folder(output_dir)
+    free = free_bytes(folder) / 2**30
+    return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"
+
+
+def note_failure(output_dir: Path, code: int, line: str) -> None:
+    """One line on stderr, and status.json unless another rank of this run has spoken there.
+
+    Any rank may be the one that fails; what the others say after that is only that it is gone.
+    """
+    with beside_bars():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    # Before the run has begun a rank may be asked to stop because another was refused, which leaves no trace by hand
+    may_be_refused = code == INTERRUPTED and not RUN.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        earlier = read_status(output_dir)
+        if code == REFUSED:
+            note_refusal(output_dir, line)
+        elif may_be_refused or is_of_this_run(earlier):
+            return
+        elif not RUN.has_begun and earlier.get("state") == "complete":
+            note_refusal(output_dir, line, code)  # a finished run stays one, whatever a later command lacked
+        else:
+            state = "interrupted" if code == INTERRUPTED else "failed"
+            write_status(output_dir, state, code, message=line, step=last_step(output_dir))
+    except (OSError, StorageError) as error:
+        if code != STORAGE:  # which says already that the disk cannot be written
+            print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
+
+
+def last_step(output_dir: Path) -> int:
+    """The newest checkpoint's step, 0 without one."""
+    steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)

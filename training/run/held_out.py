@@ -1,0 +1,109 @@
+"""The loss on clips that are not trained on: it tells learning from luck, and shows when a run begins to memorise.
+
+Every clip at ten timesteps, with noise and latents that follow its path and never change: numbers of two validations,
+or of two runs with the same seed, differ by the weights alone.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import Dataset
+
+from base.draws import draw_seed
+from data.buckets import Bucket
+from data.dataset import build_dataset_from_args
+from data.loader import collate
+from engine.objective import draw_normal
+
+
+DRAW_RULE = "source, window, repeat"
+NUM_BINS = 10  # of timesteps; the loss is taken at the centre of each
+
+
+@dataclass
+class HeldOutClips:
+    """The first clips of --validation_data_root; without the flag none."""
+
+    dataset: Dataset | None
+    bucket_of: list[Bucket]
+    prompts: list[str]
+
+
+@dataclass
+class HeldOut:
+    """What this rank evaluates: its clips, encoded once, since their draws are fixed too."""
+
+    clips: dict[
+        str, list[torch.Tensor]
+    ]  # place of clip_lists.draw_places -> what `losses_of` takes, on the CPU, latents first
+    num_clips: int  # of all ranks
+    losses_of: Callable
+    seed: int
+    num_timesteps: int  # of the noise schedule
+    device: torch.device
+
+
+def build_held_out_from_args(
+    args, default_fps: float, seed: int, scaling_factor: float, image_to_video: bool = False
+) -> HeldOutClips:
+    """Read like the training data, but never flipped, dropped or cut at random."""
+    if args.validation_data_root is None:
+        return HeldOutClips(None, [], [])
+    table = args.dataset_file and str(Path(args.validation_data_root, Path(args.dataset_file).name))
+    changes = {
+        "data_root": args.validation_data_root,
+        "dataset_file": table,
+        "random_flip": None,
+        "text_dropout": 0.0,
+        "video_reshape_mode": "none" if args.video_reshape_mode == "none" else "center",
+    }
+    flags = argparse.Namespace(**vars(args) | changes)
+    dataset = build_dataset_from_args(flags, default_fps, seed, scaling_factor, image_to_video)
+    count = args.validation_num_clips
+    return HeldOutClips(dataset, dataset.bucket_of[:count], dataset.prompts[:count])
+
+
+def data_facts(dataset: Dataset, held_out_clips: HeldOutClips) -> dict:
+    """What checkpoints record of the data, and by which rule a run draws about clips: None where it draws nothing."""
+    is_drawn = bool(held_out_clips.prompts) or dataset.is_drawn()
+    hashes = {"data": dataset.fingerprint(), "data_as_written": dataset.fingerprint(as_written=True)}
+    return {**hashes, "draws": DRAW_RULE if is_drawn else None}
+
+
+def encode_held_out(
+    accelerator, clips: HeldOutClips, encode: Callable, losses_of: Callable, seed: int, num_timesteps: int
+) -> HeldOut:
+    """`encode(batch, seed, positions)` gives what `losses_of(*inputs, noise, timesteps) -> [B]` takes, latents first."""
+    own_seed, device = draw_seed(seed, "held_out"), accelerator.device
+    encoded = {}
+    for index in range(accelerator.process_index, len(clips.prompts), accelerator.num_processes):
+        batch, place = send_to_device(collate([clips.dataset[index]]), device), clips.dataset.places[index]
+        encoded[place] = [tensor.cpu() for tensor in encode(batch, own_seed, [place])]
+    return HeldOut(encoded, len(clips.prompts), losses_of, own_seed, num_timesteps, device)
+
+
+def sum_losses(held_out: HeldOut) -> torch.Tensor:
+    """Sum [NUM_BINS] of the loss over this rank's clips; called within the engine's inference()."""
+    sums = torch.zeros(NUM_BINS, dtype=torch.float64, device=held_out.device)
+    width = held_out.num_timesteps / NUM_BINS
+    for place, inputs in held_out.clips.items():
+        inputs = [tensor.to(held_out.device) for tensor in inputs]
+        for number in range(NUM_BINS):
+            noise = draw_normal(held_out.seed, f"noise/{number}", [place], inputs[0].shape[1:]).to(held_out.device)
+            timesteps = torch.tensor([int((number + 0.5) * width)], device=held_out.device)
+            sums[number] += held_out.losses_of(*inputs, noise, timesteps)[0]
+    return sums
+
+
+def mean_losses(accelerator, held_out: HeldOut, sums: torch.Tensor) -> dict:
+    """{"loss": mean, "bins": {"0-99": mean, ...}} over the clips of all ranks."""
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums, reduction="sum")
+    means = (sums / held_out.num_clips).tolist()
+    edges = [held_out.num_timesteps * place // NUM_BINS for place in range(NUM_BINS + 1)]
+    bins = {f"{first}-{last - 1}": mean for first, last, mean in zip(edges, edges[1:], means, strict=False)}
+    return {"loss": sum(means) / NUM_BINS, "bins": bins}

@@ -1,0 +1,165 @@
+"""The start of a process: launcher, ranks, device, precision, seed."""
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from base.console import capture_prints, log_errors_only, log_to_stderr
+from base.errors import UsageError
+from base.status import RUN
+from engine.deepspeed_zero import check_deepspeed_from_args, uses_deepspeed
+from memory.allocator import expand_segments
+from memory.quantization import check_base_precision
+from run.tracking import tracking_options_from_args
+
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
+# What the launcher exports of its config, where that sets it
+LAUNCHER_VARIABLES = {
+    "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
+}
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+
+
+class Start:
+    """Seconds from the launch to the first update, by part."""
+
+    def __init__(self):
+        self.parts: dict[str, float] = {}
+        self.since = launch_time()
+
+    def mark(self, part: str) -> None:
+        """What was done since the last mark is `part`."""
+        now = time.time()
+        self.parts[part] = round(self.parts.get(part, 0.0) + now - self.since, 2)
+        self.since = now
+
+
+def find_launcher() -> psutil.Process | None:
+    """The launcher that started this process."""
+    with contextlib.suppress(psutil.Error):  # the parent of another user, or gone
+        parent = psutil.Process().parent()
+        if parent and LAUNCHERS & {Path(word).name for word in parent.cmdline()[:4]}:
+            return parent
+    return None
+
+
+def launch_time() -> float:
+    """When this process was started, or the launcher that started it."""
+    return (find_launcher() or psutil.Process()).create_time()
+
+
+def launch_id() -> str | None:
+    """An id of what the launcher has started, the same in all its processes; None without one."""
+    launcher = find_launcher()
+    return f"{socket.gethostname()}-{launcher.pid}-{launcher.create_time()}" if launcher else None
+
+
+def agree_on_run() -> None:
+    """All ranks take the id of the first: several machines have a launcher each, and mpirun is none of those known."""
+    if torch.distributed.is_initialized():
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if torch.distributed.get_rank() == 0:
+            store.set("run", RUN.id)
+        RUN.id = store.get("run").decode()
+
+
+START = Start()  # of this process
+
+
+def init_accelerator_from_args(args) -> Accelerator:
+    """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
+    START.parts.clear()
+    START.mark("imports")
+    log_to_stderr()
+    check_launcher_from_args(args)
+    check_deepspeed_from_args(args)
+    # No backend named: accelerate takes nccl on GPUs and gloo on CPUs, and fails on one process with one named
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
+    cpu = not torch.cuda.is_available() and not uses_deepspeed()  # accelerate would leave DeepSpeed out
+    options = tracking_options_from_args(args)
+    if uses_deepspeed():
+        import deepspeed  # noqa: F401 - its logger takes stdout as it is at the import, which accelerate makes below
+    with capture_prints():  # DeepSpeed's, which builds an operator here
+        accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
+    agree_on_run()
+    if not accelerator.is_main_process:
+        log_errors_only()
+    expand_segments(accelerator.device)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def shared_seed_from_args(args) -> int:
+    """--seed, or one drawn by rank 0 for all."""
+    if args.seed is not None:
+        return args.seed
+    seed = [secrets.randbits(31)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seed, src=0)
+    return seed[0]
+
+
+def compute_dtype_from_args(args, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """--mixed_precision, else what the launcher's configuration says, else bf16 on CUDA and fp32 on a CPU.
+
+    The launcher exports "no" both for "no" and for nothing said; so that "no" decides nothing.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision and launcher not in ("no", args.mixed_precision):
+        raise UsageError(
+            f"--mixed_precision {args.mixed_precision} disagrees with mixed_precision: {launcher} of the accelerate "
+            "config; remove it from one of the two"
+        )
+    name = (
+        args.mixed_precision or (launcher if launcher != "no" else None) or ("bf16" if device.type == "cuda" else "no")
+    )
+    if name == "fp16" and device.type != "cuda":
+        raise UsageError("fp16 trains on CUDA only; use --mixed_precision no or bf16 here")
+    if name == "fp16" and stored == torch.bfloat16:
+        raise UsageError("this checkpoint is stored in bf16 and overflows in fp16; use --mixed_precision bf16")
+    if DTYPES.get(name) is None:
+        raise UsageError(f"mixed_precision: {name} of the accelerate config is not supported; use no, fp16 or bf16")
+    check_base_precision(args.base_precision, DTYPES[name], device)
+    if stored != DTYPES[name]:
+        logger.info("weights stored in %s are converted once and computed in %s", stored, DTYPES[name])
+    return DTYPES[name]
+
+
+def check_launcher_from_args(args) -> None:
+    """Refuse an accelerate config whose accumulation or clipping is not the flags': each has one source of truth."""
+    for dest, variable in LAUNCHER_VARIABLES.items():
+        text = os.environ.get(variable, "auto")
+        if text in ("auto", "none"):
+            continue
+        if float(text) != getattr(args, dest):
+            name = variable.removeprefix("ACCELERATE_").lower()
+            raise UsageError(
+                f"--{dest} {getattr(args, dest)} disagrees with {name}: {text} of the accelerate config; remove it "
+                "from the config, or give the same"
+            )
+
+
+def check_device_from_args(args, num_parameters: float, device: torch.device) -> None:
+    """Refuse a model of real size without a GPU, unless --allow_cpu."""
+    if device.type == "cpu" and num_parameters > REAL_SIZE and not args.allow_cpu:
+        raise UsageError(
+            f"no GPU found and the model has {num_parameters / 1e9:.1f} billion parameters: a step would take many "
+            "minutes; pass --allow_cpu to try all the same"
+        )

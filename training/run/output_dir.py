@@ -1,0 +1,237 @@
+"""The folder of a run: whose it is, whether this command goes on there, and args.json."""
+
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from base.errors import UsageError
+from base.files import REPLACED, clean_up, keep, lock_folder, make_folder, rename, undo, write_json
+from base.flag_parser import recorded_flags
+from base.ranks import on_main_process
+from base.status import read_status
+from engine.lora import hash_lora
+
+
+logger = logging.getLogger(__name__)
+
+# Flags that do not touch what is trained: they may differ when a run goes on
+FREE_FLAGS = {
+    "allow_cpu", "allow_outside_root", "cache_dir", "checkpointing_steps", "checkpoints_total_limit",
+    "dataloader_num_workers",
+    "enable_model_cpu_offload", "export", "guidance_scale", "height", "hub_model_id", "hub_public", "log_every",
+    "logging_dir", "max_bad_steps", "nccl_timeout", "no_first_validation", "num_inference_steps",
+    "num_validation_videos", "output_dir", "overwrite", "pin_memory", "push_to_hub", "report_to",
+    "resume_from_checkpoint", "tracker_name", "use_dynamic_cfg",
+    "validation_attention", "validation_data_root", "validation_epochs", "validation_images", "validation_num_clips",
+    "validation_prompt", "validation_prompt_separator", "validation_steps", "width",
+}  # fmt: skip
+# These change memory and time, not what is computed: what ran out of memory may go on with them
+MEMORY_FLAGS = {
+    "gradient_checkpointing", "memory", "compile_blocks", "no_compile_blocks", "attention", "enable_slicing",
+    "offload_gradients",
+}  # fmt: skip
+LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
+# What these name may lie elsewhere when a run goes on: what they hold is compared, see content_from_args
+DATA_FLAGS = ("data_root", "dataset_file", "video_column", "caption_column")
+MODEL_FLAGS = ("pretrained_model_name_or_path", "revision", "variant", "init_transformer")
+CONTENT_FLAGS = {*DATA_FLAGS, *MODEL_FLAGS, "init_lora"}
+CONTENT = {  # name in args.json -> (what it is, the flags that name it)
+    "data": ("the list of clips, captions and sizes", DATA_FLAGS),
+    "files": ("the files of the clips", DATA_FLAGS),
+    "transformer": ("the transformer's weights", MODEL_FLAGS),
+    "others": ("the model's settings, VAE or text encoder", MODEL_FLAGS),
+    "init_lora": ("the LoRA that it started from", ("init_lora",)),
+}
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+CONSTANT_SCHEDULES = {"constant", "constant_with_warmup"}
+
+
+def open_output_dir_from_args(args, accelerator) -> int | None:
+    """Make or re-open `output_dir`. Returns the seed that a run to go on with there had drawn, else None.
+
+    Refuses, with UsageError on all ranks, a folder that another process writes, or that holds another run, unless
+    --overwrite moves it aside. Where the command is refused, here or until `record_run_from_args`, all stays as it was.
+    """
+    return on_main_process(accelerator, lambda: claim_output_dir_from_args(args))
+
+
+def claim_output_dir_from_args(args) -> int | None:
+    output_dir = Path(args.output_dir)
+    keep()  # of a run before it in this process
+    make_folder(output_dir)
+    lock_folder(output_dir)
+    if args.overwrite:
+        refuse_own_checkpoint(args, output_dir)
+    if args.overwrite and any(path.name != ".lock" for path in output_dir.iterdir()):
+        move_aside(output_dir)
+        make_folder(output_dir)
+        lock_folder(output_dir)
+    unfinished = list(output_dir.glob(f"{REPLACED}checkpoint-*"))
+    is_new = not (checkpoint_dirs(output_dir) or unfinished or is_complete(output_dir))
+    if not (args.overwrite or is_new):
+        refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
+    clean_up(output_dir)
+    return None if args.overwrite or is_new or args.seed is not None else read_record(output_dir)["seed"]
+
+
+def refuse_own_checkpoint(args, output_dir: Path) -> None:
+    """UsageError if the checkpoint to go on from would be moved aside with the folder."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return
+    if wanted == "latest" or named_checkpoint(output_dir, wanted).resolve().parent == output_dir.resolve():
+        raise UsageError(
+            f"--overwrite and --resume_from_checkpoint {wanted}: the checkpoint would be moved aside with {output_dir}; "
+            "leave out one of them"
+        )
+
+
+def move_aside(output_dir: Path) -> None:
+    """Rename the folder: the time in its new name, and a number where that is taken."""
+    whole = output_dir.resolve()
+    name = f"{whole.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    number = next(n for n in itertools.count(1) if not whole.with_name(f"{name}.{n}").exists())
+    aside = whole.with_name(f"{name}.{number}")
+    rename(whole, aside)
+    undo.append(lambda: aside.rename(whole))
+    logger.info("the old %s is now %s", output_dir, aside)
+
+
+def read_record(output_dir: Path) -> dict:
+    """args.json of the run whose checkpoints lie in `output_dir`."""
+    record = output_dir / "args.json"
+    if not record.exists():
+        raise UsageError(f"{record}: missing, so that nothing tells which run made the checkpoints beside it")
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
+def refuse_other_run(args, output_dir: Path, advice: str) -> None:
+    """UsageError, ending in `advice`, unless the run in `output_dir` had the same flags, save those that do not touch
+    what was trained and those whose content is compared.
+    """
+    record, flags = read_record(output_dir), recorded_flags(args)
+    earlier = record["flags"]
+    if earlier.get("seed") is None and flags["seed"] == record["seed"]:
+        earlier = earlier | {"seed": record["seed"]}  # the seed it drew, now named
+    # Flags that are new since then count as they are now, unless they were given
+    earlier = {name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)} | earlier
+    names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
+    may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or not is_complete(output_dir)
+    free = FREE_FLAGS | MEMORY_FLAGS | CONTENT_FLAGS | (LENGTH_FLAGS if may_extend else set())
+    refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
+    if refused:
+        raise UsageError(f"{output_dir}: holds a run with other flags ({', '.join(refused)}); {advice}")
+    if changed := [name for name in names if name in LENGTH_FLAGS]:
+        logger.info("continuing with changed %s", ", ".join(f"--{name} {flags.get(name)}" for name in changed))
+
+
+def holds_run(output_dir: Path) -> bool:
+    return bool(checkpoint_dirs(output_dir)) or is_complete(output_dir)
+
+
+def content_from_args(args, accelerator, dataset, hash_model: Callable[[], dict]) -> dict[str, str | None]:
+    """Hashes of all that a run is trained on, see CONTENT; UsageError on all ranks where output_dir holds a run on
+    something else. The main process reads for all.
+    """
+
+    def read() -> dict:
+        content = {
+            "data": dataset.fingerprint(),
+            "data_as_written": dataset.fingerprint(as_written=True),
+            "files": dataset.content(),
+            **hash_model(),
+            **hash_lora(args.init_lora),
+        }
+        if holds_run(Path(args.output_dir)):
+            advice = "choose another --output_dir, or pass --overwrite to move it aside"
+            refuse_other_content(args, Path(args.output_dir), content, advice)
+        return content
+
+    return on_main_process(accelerator, read)
+
+
+def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> None:
+    """UsageError, ending in `advice`, unless the run in `output_dir` was trained on the same. What moved is said in one
+    line, and so is what cannot be compared.
+    """
+    earlier, flags, known = read_record(output_dir)["flags"], recorded_flags(args), recorded_content(output_dir)
+    if args.init_transformer and "transformer" not in known:  # of a version that had no such start
+        known["transformer"] = None
+    if "data" in known and known["data"] == content.get(
+        "data_as_written"
+    ):  # of a version that hashed absolute paths as such
+        known["data"] = content.get("data")
+    names = [name for name in sorted(CONTENT_FLAGS) if earlier.get(name) != flags[name]]
+    changes = {name: f"--{name} {earlier.get(name)} -> {flags[name]}" for name in names}
+    both = [name for name in CONTENT if name in known and name in content]
+    if differing := [name for name in both if known[name] != content[name]]:
+        what = " and ".join(CONTENT[name][0] for name in differing)
+        flags_of_these = {flag for name in differing for flag in CONTENT[name][1]}
+        named = ", ".join(changes[flag] for flag in names if flag in flags_of_these)
+        raise UsageError(f"{output_dir}: holds a run with other content: {what}{named and f' ({named})'}; {advice}")
+    if changes:
+        logger.info("%s goes on, with the same content at other places: %s", output_dir, ", ".join(changes.values()))
+    if unknown := [what for name, (what, _) in CONTENT.items() if name not in both]:
+        logger.warning(
+            "%s goes on, though it cannot be compared whether these are the same: %s", output_dir, "; ".join(unknown)
+        )
+
+
+def recorded_content(output_dir: Path) -> dict:
+    """What args.json says of the content. Of earlier versions the data's hash, in a checkpoint, and what they had not."""
+    record = read_record(output_dir)
+    if "content" in record:
+        return record["content"]
+    content = {} if record["flags"].get("init_lora") else {"init_lora": None}
+    for directory in checkpoint_dirs(output_dir):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged ones are named later
+            content["data"] = json.loads((directory / "state.json").read_text(encoding="utf-8"))["data"]
+    return content
+
+
+def is_complete(output_dir: Path) -> bool:
+    return read_status(output_dir).get("state") == "complete"
+
+
+def is_complete_from_args(args, num_steps: int) -> bool:
+    """True if the output folder holds the result of these very steps: the same command again has nothing to do."""
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint not in (None, "latest") or not is_complete(output_dir):
+        return False
+    step = read_status(output_dir)["step"]
+    if step >= num_steps:
+        logger.info("%s is complete at step %d: nothing to do", output_dir, step)
+    return step >= num_steps
+
+
+def write_record_from_args(args, seed: int, content: dict) -> None:
+    """args.json: the flags as given, which of them were given, the seed in force, hashes of `content`, the packages."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    record = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "content": content}
+    write_json(Path(args.output_dir) / "args.json", record | {"versions": versions})
+
+
+def checkpoint_dirs(output_dir: Path) -> list[Path]:
+    """Folders named checkpoint-<step>, oldest first, whole or not; others are ignored."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def named_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The folder that --resume_from_checkpoint names; UsageError if there is none."""
+    for path in (Path(wanted), output_dir / wanted, output_dir / f"checkpoint-{wanted}"):
+        if (path / "state.json").exists() or (path / "manifest.json").exists():
+            return path
+    raise UsageError(
+        f"--resume_from_checkpoint {wanted}: no checkpoint there (no state.json); give a path, a name, a step or latest"
+    )

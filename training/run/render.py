@@ -1,0 +1,213 @@
+"""Sample videos of the model that is being trained, in as much memory as is left.
+
+Weights, train mode, devices and random state are afterwards as before. Sizes are (frames, height, width) in pixels.
+"""
+
+import contextlib
+import logging
+import random
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from attention.kernels import sage_attention
+from base.bars import LOG_SECONDS, tracked
+from base.files import write_text
+from data.artifacts import write_video
+from data.buckets import Bucket
+from engine.objective import draw_generator
+
+
+logger = logging.getLogger(__name__)
+
+# Of small tiles: side, of diffusers' tiles; overlap; and pixels of five latents, so that a fifth is whole ones, as
+# diffusers' blending needs
+SMALL, SMALLEST = 2 / 3, 1 / 2
+TILE_OVERLAP, TILE_STEP = 1 / 5, 40
+
+
+@dataclass
+class Samples:
+    """What every validation renders, made once before training; without prompts nothing."""
+
+    prompts: list[str]
+    images: list[Image.Image]  # first frames; none in text-to-video
+    size: Bucket
+    fps: int
+    seed: int
+    embeds: dict[str, torch.Tensor]  # [S, D] of each prompt and of the empty one, on the CPU
+    make_pipeline: Callable[[nn.Module], object]  # of a transformer
+
+
+def one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def keep_random_state(device: torch.device):
+    """The generators of torch, Python and numpy as they were before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def render_from_args(args, accelerator, engine, samples: Samples, directory: Path) -> None:
+    """Write this rank's share of the videos, each with its prompt beside it: <prompt>_<video>.mp4 and .txt."""
+    transformer, is_thrifty = engine.transformer, engine.level in ("offload", "stream")
+    jobs = [(number, video) for number in range(len(samples.prompts)) for video in range(args.num_validation_videos)]
+    own_jobs = jobs[accelerator.process_index :: accelerator.num_processes]
+    if not own_jobs:
+        return
+    pipe = samples.make_pipeline(transformer)
+    shows_bar = accelerator.is_main_process and sys.stderr.isatty()
+    pipe.set_progress_bar_config(disable=not shows_bar, leave=False, desc="validation")
+    sage = args.validation_attention == "sage"
+    offload, device = args.enable_model_cpu_offload, accelerator.device
+    if is_thrifty:
+        logger.info("at --memory %s videos are rendered in small pieces", engine.level)
+    tiles = SMALLEST if is_thrifty else SMALL  # of the second attempt
+    with sage_attention(transformer) if sage else contextlib.nullcontext():
+        try:
+            with in_small_pieces(pipe, SMALL) if is_thrifty else contextlib.nullcontext():
+                render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
+            return
+        except torch.cuda.OutOfMemoryError as error:
+            logger.warning(
+                "validation: %s; tried again in small pieces, with one model at a time on the GPU", one_line(error)
+            )
+        with in_small_pieces(pipe, tiles):
+            offload = offload or device.type == "cuda"
+            render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
+
+
+def render_jobs_from_args(
+    args, pipe, samples: Samples, device: torch.device, directory: Path, jobs: list[tuple[int, int]], offload: bool
+) -> None:
+    with placed(pipe, device, offload):
+        # On a terminal the pipeline shows a bar of its own
+        for number, video in tracked(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
+            frames = render_one_from_args(args, pipe, samples, device, number, video)
+            path = directory / f"{number}_{video}.mp4"
+            write_video(path, frames, samples.fps)
+            write_text(path.with_suffix(".txt"), samples.prompts[number] + "\n")
+
+
+@contextlib.contextmanager
+def in_small_pieces(pipe, tiles: float):
+    """Guidance's two samples pass through the transformer one by one, and the VAE works on SMALL or SMALLEST tiles."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with one_sample_at_a_time(pipe.transformer), in_small_tiles(pipe.vae, tiles):
+        yield
+
+
+@contextlib.contextmanager
+def one_sample_at_a_time(transformer):
+    """A transformer that takes the batch of a pipeline's call in parts: a block's activations are of one sample.
+
+    `ofs` and RoPE are the same for all. Streamed weights pass once for each sample.
+    """
+    forward, own = transformer.forward, vars(transformer).get("forward")
+
+    def forward_each(hidden_states, encoder_hidden_states, timestep, return_dict=False, **shared):
+        velocities = []
+        for sample in zip(*(x.split(1) for x in (hidden_states, encoder_hidden_states, timestep)), strict=True):
+            velocities += forward(*sample, return_dict=False, **shared)
+        return (torch.cat(velocities),)
+
+    transformer.forward = forward_each
+    try:
+        yield
+    finally:
+        del transformer.forward
+        if own is not None:
+            transformer.forward = own
+
+
+@contextlib.contextmanager
+def in_small_tiles(vae, tiles: float):
+    """A VAE that works on small tiles, as it was again afterwards: training may encode with it.
+
+    SMALL are 160x240 for 480x720, less than half of the memory of diffusers' tiles, SMALLEST 120x160, a quarter. Group
+    norms are of a tile, so that brightness may differ between tiles.
+    """
+    names = [name for name in vars(vae) if name.startswith("tile_") or name in ("use_slicing", "use_tiling")]
+    before = {name: getattr(vae, name) for name in names}
+    sides = (vae.tile_sample_min_height, vae.tile_sample_min_width)
+    height, width = (max(TILE_STEP, int(side * tiles) // TILE_STEP * TILE_STEP) for side in sides)
+    vae.enable_slicing()
+    vae.enable_tiling(height, width, TILE_OVERLAP, TILE_OVERLAP)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
+
+
+def render_one_from_args(args, pipe, samples: Samples, device: torch.device, number: int, video: int) -> np.ndarray:
+    """uint8 frames [F', h, w, 3]. The noise depends on seed, prompt and video alone: validations can be compared."""
+    num_frames, height, width = samples.size
+    more = {}
+    if samples.images:  # brought to size as clips are: covering it, cut at the middle
+        more["image"] = ImageOps.fit(samples.images[number], (width, height), Image.Resampling.LANCZOS)
+    frames = pipe(
+        prompt_embeds=samples.embeds[samples.prompts[number]][None].to(device),
+        negative_prompt_embeds=samples.embeds[""][None].to(device),
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        use_dynamic_cfg=args.use_dynamic_cfg,
+        generator=draw_generator(samples.seed, "validation", number, video),
+        output_type="np",
+        **more,
+    ).frames[0]
+    if not np.isfinite(frames).all():
+        raise ValueError(f"the frames of {number}_{video} are not finite")
+    return (frames * 255).round().astype(np.uint8)
+
+
+@contextlib.contextmanager
+def placed(pipe, device: torch.device, offload: bool):
+    """The VAE on `device`, or with `offload` each model only while it works; all where they were afterwards."""
+    vae_home = pipe.vae.device
+    if offload and not may_move(pipe.transformer):
+        logger.warning(
+            "validation: the transformer stays on the GPU, because the optimizer holds its weights in one piece"
+        )
+        offload = False
+    try:
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)  # no .to() after this: it would load all at once again
+        else:
+            pipe.vae.to(device)
+        yield
+    except Exception as error:
+        # What the pipeline held would still be there when the weights come back
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        if offload:
+            pipe.remove_all_hooks()
+        pipe.vae.to(vae_home)
+        if offload:
+            nn.Module.to(pipe.transformer, device)  # the parameters stay the same objects: the optimizer holds them
+
+
+def may_move(model: nn.Module) -> bool:
+    """False if trained weights are parts of a buffer, as DeepSpeed makes them: elsewhere they would be copies of it."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    return all(param.untyped_storage().nbytes() == param.nbytes for param in trained)

@@ -1,0 +1,108 @@
+"""How many updates and epochs a run has, and the batches of each."""
+
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from data.loader import BucketSampler, make_loader
+
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules
+
+
+class StepPlan(NamedTuple):
+    """Counts of a run: a step is one optimizer update of `accumulation` micro-steps; epochs flow into one another."""
+
+    num_steps: int
+    num_epochs: int
+    num_micro_steps: int
+    accumulation: int
+
+    def micro_steps_in(self, step: int) -> int:
+        """Micro-steps of the update after `step` updates; only the run's last may have fewer."""
+        return min(self.accumulation, self.num_micro_steps - step * self.accumulation)
+
+    def is_last_of_update(self, micro_step: int) -> bool:
+        """True where the accumulated gradient is due."""
+        return (micro_step + 1) % self.accumulation == 0 or micro_step + 1 == self.num_micro_steps
+
+
+def plan_steps(batches_per_epoch: int, accumulation: int, num_epochs: int, max_steps: int | None = None) -> StepPlan:
+    """How many updates, epochs and micro-steps a run has. `max_steps` given: it rules over `num_epochs`."""
+    if max_steps is None:
+        num_micro_steps = batches_per_epoch * num_epochs
+        return StepPlan(math.ceil(num_micro_steps / accumulation), num_epochs, num_micro_steps, accumulation)
+    num_micro_steps = max_steps * accumulation
+    return StepPlan(max_steps, math.ceil(num_micro_steps / batches_per_epoch), num_micro_steps, accumulation)
+
+
+def plan_steps_from_args(args, batches_per_epoch: int, num_ranks: int) -> StepPlan:
+    """The flags' plan; what it leaves no room for is said."""
+    plan = plan_steps(batches_per_epoch, args.gradient_accumulation_steps, args.num_train_epochs, args.max_train_steps)
+    tell_what_never_comes_from_args(args, plan.num_steps, learning_rate_from_args(args, num_ranks))
+    return plan
+
+
+def tell_what_never_comes_from_args(args, num_steps: int, learning_rate: float) -> None:
+    """A line each, before the run: the whole learning rate, a checkpoint, a validation."""
+    warmup = args.lr_warmup_steps
+    if args.lr_scheduler not in WITHOUT_WARMUP and warmup >= num_steps:
+        logger.warning(
+            "--lr_warmup_steps %d: the run has %d updates, so the learning rate reaches %.3g and never %.3g; "
+            "give a smaller one",
+            warmup, num_steps, learning_rate * (num_steps - 1) / warmup, learning_rate,
+        )  # fmt: skip
+    if args.checkpointing_steps > num_steps:
+        logger.info(
+            "no checkpoint before the end: --checkpointing_steps %d, and the run has %d updates",
+            args.checkpointing_steps, num_steps,
+        )  # fmt: skip
+    if args.validation_steps and args.validation_steps >= num_steps:
+        logger.info(
+            "no validation between the first and the last: --validation_steps %d, and the run has %d updates",
+            args.validation_steps, num_steps,
+        )  # fmt: skip
+
+
+def sample_positions(micro_step: int, micro_batch: int, num_ranks: int, rank: int, size: int) -> list[int]:
+    """Positions in the run of a rank's `size` samples: what every random draw of training depends on.
+
+    `micro_batch` is the full batch of one rank. Accumulation, batch size and ranks only cut the same sequence
+    differently, so that they change nothing but rounding.
+    """
+    first = micro_step * micro_batch * num_ranks + rank * size
+    return list(range(first, first + size))
+
+
+def learning_rate_from_args(args, num_ranks: int) -> float:
+    """--learning_rate, times the global batch with --scale_lr."""
+    factor = args.gradient_accumulation_steps * args.train_batch_size * num_ranks if args.scale_lr else 1
+    return args.learning_rate * factor
+
+
+def make_loader_from_args(
+    args, accelerator: Accelerator, dataset: Dataset, plan: StepPlan, seed: int, first_step: int
+) -> tuple[range, DataLoader]:
+    """(micro-steps that follow `first_step` updates, a loader of this rank's batches for them)."""
+    ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
+    sampler = BucketSampler(dataset.bucket_of, args.train_batch_size, **ranks, seed=seed, num_epochs=plan.num_epochs)
+    micro_steps = range(first_step * plan.accumulation, plan.num_micro_steps)
+    sampler.set_epoch(*divmod(micro_steps.start, sampler.per_epoch))
+    return micro_steps, make_loader(dataset, sampler, args.dataloader_num_workers, args.pin_memory)
+
+
+def to_device(values, device: torch.device):
+    """A tensor, or the tensors of a batch, on `device`: from page-locked memory, so that the host waits for no GPU."""
+    if isinstance(values, dict):
+        return {name: to_device(value, device) for name, value in values.items()}
+    if not torch.is_tensor(values):
+        return values
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()  # kept by torch until the copy is made, then used again
+    return values.to(device, non_blocking=True)

@@ -1,0 +1,227 @@
+"""Trackers: what metrics.jsonl holds, sent to wandb, tensorboard or trackio through accelerate.
+
+A tracker that fails never ends a run: it is named in a warning and left, and metrics.jsonl stays complete. The run's name
+and id at the trackers lie in `trackers.json` of the output folder, so that a run that goes on is one run there too.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import secrets
+import shlex
+import sys
+from pathlib import Path
+
+import av
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from accelerate.utils import ProjectConfiguration
+
+from base.console import capture_prints
+from base.errors import UsageError, first_line
+from base.files import written_beside
+from base.flag_parser import recorded_flags
+
+
+logger = logging.getLogger(__name__)
+
+INSTALL = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}  # tracker -> package
+MODULES = INSTALL | {"tensorboard": "torch.utils.tensorboard"}  # tracker -> what accelerate imports to start it
+RUN_NAME = "trackers.json"
+
+
+def tracker_names_from_args(args) -> list[str]:
+    """The trackers of --report_to; UsageError for one that is not installed. `all` is those that are."""
+    wanted = (args.report_to or "none").split(",")
+    if wanted == ["none"]:
+        return []
+    if wanted == ["all"]:
+        return [name for name in INSTALL if importlib.util.find_spec(name)]
+    for name in wanted:
+        if not importlib.util.find_spec(name):
+            raise UsageError(f"--report_to {name}: not installed; pip install {INSTALL[name]}")
+    return list(dict.fromkeys(wanted))
+
+
+def tracking_options_from_args(args) -> dict:
+    """What the Accelerator must know of trackers when it is made; UsageError for one that is not installed."""
+    tracker_names_from_args(args)
+    folder = Path(args.output_dir)
+    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir))
+    return {"project_config": project}
+
+
+def start_trackers_from_args(args, accelerator: Accelerator, project: str, first_step: int) -> None:
+    """Open a run at every tracker, with the flags as its configuration; `project` unless --tracker_name is given.
+
+    A run that goes on after `first_step` goes on at the trackers too. The main process alone has trackers.
+    """
+    output_dir, names = Path(args.output_dir).resolve(), tracker_names_from_args(args)
+    if not (names and accelerator.is_main_process):
+        return
+    project = args.tracker_name or project
+    earlier = read_run(output_dir, project) if first_step else {}
+    run = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
+    try:
+        with written_beside(output_dir / RUN_NAME) as temporary:
+            temporary.write_text(json.dumps(run) + "\n", encoding="utf-8")
+        logging_dir = Path(accelerator.logging_dir).resolve()
+        logging_dir.mkdir(parents=True, exist_ok=True)
+        config = config_from_args(args)
+        for name in names:
+            continues = name in earlier.get("trackers", ())
+            tracker = make_tracker(name, run, output_dir, logging_dir, first_step)
+            # Of tensorboard the repeated steps are purged; the others would show them twice
+            tracker.known_step = last_update(output_dir) if continues and name != "tensorboard" else -1
+            start_quietly(tracker)
+            accelerator.trackers.append(tracker)
+            if place := place_of(tracker, project):
+                logger.info("%s: %s", name, place)
+            if not (continues and name == "tensorboard"):  # where it would look like one more run
+                tracker.store_init_configuration(config)
+    except Exception as error:  # a tracker's own, of any kind
+        leave(accelerator, error)
+
+
+def make_tracker(name: str, run: dict, output_dir: Path, logging_dir: Path, first_step: int) -> GeneralTracker:
+    """The tracker, not started; where it knows the run already it goes on with it."""
+    project, unique = run["project"], f"{run['name']}-{run['id']}"
+    if name == "wandb":  # its own folder would else lie in the working directory
+        shown = os.environ.get("WANDB_NAME", run["name"])
+        return WandBTracker(project, dir=str(logging_dir), id=run["id"], name=shown, resume="allow")
+    if name == "trackio":  # which knows runs by their names
+        return TrackioTracker(project, name=unique, resume="allow")
+    # A folder of several runs' logs: they must not be read as one
+    folder = project if logging_dir.is_relative_to(output_dir) else f"{project}/{unique}"
+    is_used = any((logging_dir / folder).glob("events.out.tfevents.*"))
+    purge = {"purge_step": first_step + 1 if first_step else 0} if is_used else {}
+    return TensorBoardTracker(folder, str(logging_dir), **purge)
+
+
+def start_quietly(tracker: GeneralTracker) -> None:
+    """Import it first: wandb records the console by the streams that it finds at its import."""
+    importlib.import_module(MODULES[tracker.name])
+    may_ask = tracker.name == "wandb" and sys.stderr.isatty()  # for the user's key
+    with contextlib.nullcontext() if may_ask else capture_prints():
+        tracker.start()
+
+
+def place_of(tracker: GeneralTracker, project: str) -> str:
+    """Where its user finds the run: an address, else the command that leads to it; empty where nothing is recorded."""
+    if tracker.name == "wandb":
+        offline = f"offline; wandb sync {shlex.quote(str(Path(tracker.run.dir).parent))}"
+        return "" if tracker.run.disabled else tracker.run.url or offline
+    if tracker.name == "trackio":
+        return f"trackio show --project {shlex.quote(project)}"
+    return f"tensorboard --logdir {shlex.quote(tracker.logging_dir)}"
+
+
+def new_id() -> str:
+    """wandb's own variable names the run where a sweep or a scheduler has chosen it."""
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
+def read_run(output_dir: Path, project: str) -> dict:
+    """The run that this folder has at the trackers; empty if there is none in `project`."""
+    try:
+        run = json.loads((output_dir / RUN_NAME).read_text(encoding="utf-8"))
+        return run if run["project"] == project and run["name"] and run["id"] else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s: not readable (%r); trackers start a new run", output_dir / RUN_NAME, error)
+        return {}
+
+
+def last_update(output_dir: Path) -> int:
+    """The last update in metrics.jsonl, before a run that goes on cuts it; -1 without any."""
+    path = output_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return max((row["step"] for row in rows if "event" not in row), default=-1)
+
+
+def config_from_args(args) -> dict:
+    """The flags; as strings where they are no plain values, because tensorboard takes no lists."""
+    flags = recorded_flags(args)
+    return {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flags.items()}
+
+
+def log_values(accelerator: Accelerator, values: dict, step: int) -> None:
+    """Send numbers of a validation after update `step`."""
+    send(accelerator, accelerator.trackers, values, step)
+
+
+def log_update(accelerator: Accelerator, values: dict, step: int) -> None:
+    """Send numbers of update `step`, but to trackers that have them from before an interruption."""
+    send(accelerator, [tracker for tracker in accelerator.trackers if step > tracker.known_step], values, step)
+
+
+def send(accelerator: Accelerator, trackers: list[GeneralTracker], values: dict, step: int) -> None:
+    try:
+        for tracker in trackers:
+            tracker.log(values, step=step)
+    except Exception as error:  # a server that is down, a full disk
+        leave(accelerator, error)
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Close the run at every tracker, whatever becomes of it at another."""
+    for tracker in accelerator.trackers:
+        try:
+            with capture_prints():
+                tracker.finish()
+        except Exception as error:  # a tracker's own, of any kind
+            logger.warning("%s was not closed, metrics.jsonl is complete: %s", tracker.name, first_line(error))
+    accelerator.trackers = []
+
+
+def leave(accelerator: Accelerator, error: Exception) -> None:
+    """Go on without trackers."""
+    logger.warning("tracking stops, metrics.jsonl goes on: %s", first_line(error))
+    accelerator.trackers = []
+
+
+GIF_SIDE = 320  # pixels: longest side of the pictures that tensorboard gets
+
+
+def log_videos(accelerator, directory: Path, step: int) -> None:
+    """Send a step's videos and their prompts to the trackers that show videos. The main process calls it."""
+    paths = sorted(directory.glob("*.mp4"))
+    prompts = [path.with_suffix(".txt").read_text(encoding="utf-8").rstrip("\n") for path in paths]
+    videos = {f"validation/{path.stem}": (path, prompt) for path, prompt in zip(paths, prompts, strict=True)}
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({key: wandb.Video(str(path), caption=text) for key, (path, text) in videos.items()}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log(
+                {key: trackio.Video(str(path), caption=text) for key, (path, text) in videos.items()}, step=step
+            )
+        elif tracker.name == "tensorboard":
+            for key, (path, text) in videos.items():
+                add_gif(tracker.writer, key, path, step)
+                tracker.writer.add_text(f"{key}/prompt", text, step)
+
+
+def add_gif(writer, tag: str, path: Path, step: int) -> None:
+    """An animated picture, shown as such by tensorboard; its own add_video needs moviepy."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with av.open(str(path)) as container:
+        fps = float(container.streams.video[0].average_rate)
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    for frame in frames:
+        frame.thumbnail((GIF_SIDE, GIF_SIDE))
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+    width, height = frames[0].size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

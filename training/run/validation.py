@@ -1,0 +1,176 @@
+"""Validation: sample videos of fixed prompts and noise, and the held-out loss, at set steps of a run.
+
+Training never notices: weights, train mode, devices and random state are as before, and a failure is one warning.
+"""
+
+import http.client
+import io
+import logging
+import re
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from attention.kernels import check_sage
+from base.errors import UsageError
+from base.ranks import meet
+from base.signals import INTERRUPTION
+from data.buckets import Bucket
+from run.held_out import HeldOut, mean_losses, sum_losses
+from run.meter import StepMeter, report_memory
+from run.render import Samples, keep_random_state, one_line, render_from_args
+from run.steps import StepPlan
+from run.tracking import log_values, log_videos
+
+
+logger = logging.getLogger(__name__)
+
+FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # the most that an image's URL may give and take
+
+
+# ---------------------------------------------------------------- before training
+
+
+def read_prompts_from_args(args, image_to_video: bool) -> tuple[list[str], list[Image.Image]]:
+    """--validation_prompt and --validation_images, split, checked and opened; nothing without a prompt."""
+    if args.validation_prompt is None:
+        return [], []
+    prompts = split(args.validation_prompt, args.validation_prompt_separator)
+    if "" in prompts:
+        raise UsageError(f"--validation_prompt: prompt {prompts.index('') + 1} of {len(prompts)} is empty")
+    if not image_to_video:
+        return prompts, []
+    if args.validation_images is None:
+        raise UsageError(
+            "--validation_prompt: this model starts from an image; give --validation_images, one a prompt"
+        )
+    sources = split(args.validation_images, args.validation_prompt_separator)
+    if len(sources) != len(prompts):
+        raise UsageError(
+            f"--validation_images: {len(sources)} for {len(prompts)} prompts, split at "
+            f"{args.validation_prompt_separator}; give one for each"
+        )
+    return prompts, [open_image(source) for source in sources]
+
+
+def split(text: str, separator: str) -> list[str]:
+    return [part.strip() for part in text.split(separator)]
+
+
+def open_image(source: str) -> Image.Image:
+    """An RGB image, turned as its EXIF data says, from a path or an http(s) URL."""
+    protocol = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
+    if protocol and protocol[1].lower() not in ("http", "https"):
+        raise UsageError(f"--validation_images {source}: only paths and http(s) URLs are read")
+    try:
+        with Image.open(io.BytesIO(fetch(source)) if protocol else source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, http.client.HTTPException, Image.DecompressionBombError) as error:
+        raise UsageError(f"--validation_images {source}: cannot be read ({one_line(error)})") from error
+
+
+def fetch(url: str) -> bytes:
+    """The content of an http(s) URL; redirects stay within these protocols. OSError if it is too large or too slow."""
+    opener, deadline, content = urllib.request.OpenerDirector(), time.monotonic() + FETCH_SECONDS, bytearray()
+    for name in (
+        "ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPRedirectHandler", "HTTPDefaultErrorHandler",
+        "HTTPErrorProcessor", "UnknownHandler",
+    ):  # fmt: skip
+        opener.add_handler(getattr(urllib.request, name)())
+    with opener.open(url, timeout=FETCH_SECONDS / 2) as response:
+        while piece := response.read1(2**20):
+            content += piece
+            if len(content) > FETCH_BYTES:
+                raise OSError(f"larger than {FETCH_BYTES // 2**20} MiB")
+            if time.monotonic() > deadline:
+                raise OSError(f"not complete after {FETCH_SECONDS} s")
+    return bytes(content)
+
+
+def sample_size_from_args(args, bucket_of: list[Bucket]) -> Bucket:
+    """--max_num_frames, --height and --width where given, else those of the bucket that most clips use."""
+    counts = Counter(bucket_of)
+    usual = max(counts, key=lambda bucket: (counts[bucket], bucket))
+    given = {"frames": "max_num_frames", "height": "height", "width": "width"}
+    size = usual._replace(**{name: getattr(args, flag) for name, flag in given.items() if flag in args.given})
+    return size._replace(frames=(size.frames - 1) // 4 * 4 + 1)  # what the pipelines make of other counts
+
+
+def check_attention_from_args(args, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse --validation_attention where it cannot run."""
+    if args.validation_prompt is not None and args.validation_attention == "sage":
+        check_sage(dtype, device)
+
+
+# ---------------------------------------------------------------- a validation
+
+
+def is_due_from_args(args, plan: StepPlan, batches_per_epoch: int, step: int) -> bool:
+    """True after the updates that --validation_steps or --validation_epochs name. An epoch is over with the first update
+    at or after its last batch. The run's last update is left to the test after training.
+    """
+    if step == plan.num_steps:
+        return False
+    if args.validation_steps:
+        return step % args.validation_steps == 0
+    before, now = ((step - back) * plan.accumulation // batches_per_epoch for back in (1, 0))
+    return before // args.validation_epochs != now // args.validation_epochs
+
+
+def validate_from_args(
+    args, accelerator, meter: StepMeter, engine, samples: Samples, held_out: HeldOut, step: int
+) -> None:
+    """Held-out loss and sample videos of the weights after `step` updates; all ranks take part."""
+    if not (samples.prompts or held_out.num_clips):
+        return
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()  # what training holds and does not use is no part of validation's peak
+    report_memory(meter, step, "before_validation")
+    directory = Path(args.output_dir, "samples", f"step_{step}")
+    with keep_random_state(accelerator.device), engine.inference():
+        sums, loss_problem = attempt(lambda: sum_losses(held_out))
+        _, render_problem = attempt(lambda: render_from_args(args, accelerator, engine, samples, directory))
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    # Ranks finish at different times; what follows may wait for all of them in a collective
+    loss_problems = meet(f"held-out-{step}", loss_problem)
+    warn_of(step, "the held-out loss", loss_problems)
+    warn_of(step, "validation videos", meet(f"rendered-{step}", render_problem))
+    if held_out.num_clips and not any(loss_problems):
+        log_held_out(accelerator, meter, step, mean_losses(accelerator, held_out, sums))
+    if accelerator.is_main_process and samples.prompts:
+        warn_of(step, "sending videos to the trackers", [attempt(lambda: log_videos(accelerator, directory, step))[1]])
+    report_memory(meter, step, "after_validation")
+
+
+def attempt(work: Callable) -> tuple:
+    """(what it returned, "") or (None, why it failed, in one line): a sample is never worth a run.
+
+    A signal ends it: the ranks leave together, which is for the loop to do.
+    """
+    try:
+        with INTERRUPTION.ending_body():
+            if INTERRUPTION.reason is None:
+                return work(), ""
+        return None, f"ended by {INTERRUPTION.reason}"
+    except Exception as error:  # of models, codecs or disks; warn_of names it
+        return None, one_line(error)
+
+
+def warn_of(step: int, what: str, problems: list[str]) -> None:
+    """One line for all ranks; those other than the main process are silent."""
+    named = [f"{problem} (process {rank})" if rank else problem for rank, problem in enumerate(problems) if problem]
+    if named:
+        logger.warning("step %d: %s failed, training goes on: %s", step, what, "; ".join(named))
+
+
+def log_held_out(accelerator, meter: StepMeter, step: int, losses: dict) -> None:
+    meter.write_event(step, "held_out_loss", **losses)
+    values = {f"validation/loss_{name}": value for name, value in losses["bins"].items()}
+    log_values(accelerator, {"validation/loss": losses["loss"], **values}, step)
+    logger.info("step %d: held-out loss %.4f", step, losses["loss"])
