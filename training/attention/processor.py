@@ -3,7 +3,6 @@
 Tensors are [B, S, heads, head_dim] throughout, S the text tokens followed by the video's.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -21,12 +20,10 @@ class JointAttention:
 
     attend(query, key, value): [B, S, heads, head_dim] from three of them.
     project(states, layers): one [B, S, D] for each layer; called with those of q, k and v together, then with the last.
-    make_heads(attn, states, rotary, num_text): the three, in place of `heads_by_torch`.
     """
 
-    def __init__(self, attend: Callable, project: Callable = project_each, make_heads: Callable | None = None):
+    def __init__(self, attend: Callable, project: Callable = project_each):
         self.attend, self.project = attend, project
-        self.make_heads = make_heads or functools.partial(heads_by_torch, project=project)
 
     def __call__(
         self,
@@ -41,13 +38,13 @@ class JointAttention:
             raise ValueError("joint attention takes no mask")
         num_text = encoder_hidden_states.shape[1]
         states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = self.make_heads(attn, states, image_rotary_emb, num_text)
+        query, key, value = make_heads(attn, states, image_rotary_emb, num_text, self.project)
         [states] = self.project(self.attend(query, key, value).flatten(2), [attn.to_out[0]])
         states = attn.to_out[1](states)
         return states[:, num_text:], states[:, :num_text]
 
 
-def heads_by_torch(
+def make_heads(
     attn: Attention, states: Tensor, rotary: tuple[Tensor, Tensor] | None, num_text: int, project: Callable
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of `states` [B, S, D]: projection, norm of query and key over each head, RoPE of the video."""

@@ -20,7 +20,6 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from attention.kernels import SAVED_OPS, make_attend
-from attention.norm_rope import can_fuse, norm_and_rotate
 from attention.processor import JointAttention
 from attention.trial import pick_attention
 from base.errors import UsageError
@@ -29,10 +28,8 @@ from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_d
 from engine.lora import (
     add_lora,
     check_saved_lora,
-    is_plain,
     load_lora,
     project,
-    project_apart,
     save_lora,
     save_unscaled,
     start_from_lora,
@@ -51,7 +48,7 @@ from engine.sft import (
 )
 from memory.activations import offload_activations
 from memory.host import free_on_gpu
-from memory.quantization import frozen_linears, frozen_products, quantize_base
+from memory.quantization import frozen_linears, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks
 from memory.weights import load_blocks, stream_weights
 
@@ -247,10 +244,7 @@ def set_attention(transformer: nn.Module, attend: Callable, device: torch.device
     attentions = [block.attn1 for block in transformer.transformer_blocks]
     processor = JointAttention(attend)
     if device.type == "cuda":
-        adapted = [is_plain(layer) for attn in attentions for layer in (attn.to_q, attn.to_k, attn.to_v)]
-        fuse = uses_triton(device) and all(adapted) and all(can_fuse(attn.norm_q, attn.norm_k) for attn in attentions)
-        projection = functools.partial(project, linears=frozen_linears)
-        processor = JointAttention(attend, projection, fused_heads if fuse else None)
+        processor = JointAttention(attend, functools.partial(project, linears=frozen_linears))
     for attn in attentions:
         attn.processor = processor
 
@@ -264,12 +258,6 @@ def uses_triton(device: torch.device) -> bool:
     if lack:
         logger.warning("steps are slower than they could be, without compiled kernels: %s", lack)
     return lack is None
-
-
-def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`heads_by_torch` of adapted layers, in one pass over memory after the products."""
-    bases, deltas = project_apart(states, [attn.to_q, attn.to_k, attn.to_v], frozen_products)
-    return norm_and_rotate(bases, deltas, attn.norm_q, attn.norm_k, rotary, num_text)
 
 
 def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, device: torch.device) -> None:
