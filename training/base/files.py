@@ -76,16 +76,9 @@ def written_folder(target: Path):
             del noted[folder]
 
 
-def has_manifest(path: Path) -> bool:
-    """True if a manifest will want the hash of this file."""
-    return any(folder in path.parents for folder in noted)
-
-
-def note_hash(path: Path, digest: str) -> None:
-    """Spare the manifest the reading of a file that is complete."""
-    for folder in noted:
-        if folder in path.parents:
-            noted[folder][identity(path)] = digest
+def hashes_for_manifest(path: Path) -> dict | None:
+    """Where the writer of a file leaves its hash, by `identity`, so that nobody reads it again; None: nobody asks."""
+    return next((hashes for folder, hashes in noted.items() if folder in path.parents), None)
 
 
 def identity(path: Path) -> tuple:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from base.files import has_manifest, note_hash
+from base.files import hashes_for_manifest, identity
 
 
 # By safetensors' names, narrow ones first. The library lays tensors out from the end of this list to its start, so that
@@ -48,7 +48,7 @@ def write_as_library(
     """The same of tensors that are made one by one."""
     names = sorted(sizes, key=lambda name: (-WIDTH[CODES[sizes[name][0]]], name))
     ordered = {name: sizes[name] for name in names}
-    write_tensors(path, encoded(describe(ordered, metadata)), ordered, tensor_of)
+    write_file(path, encoded(describe(ordered, metadata)), ordered, tensor_of)
 
 
 def describe(sizes: Sizes, metadata: dict[str, str] | None) -> dict:
@@ -67,8 +67,8 @@ def encoded(header: dict, alignment: int = 8, sort_keys: bool = False) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(path: Path, header: bytes, names: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> None:
-    """The header, then the tensors, asked for one by one: never two of them in memory."""
+def write_file(path: Path, header: bytes, names: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> None:
+    """The header, then the tensors, asked for one by one: two are never in memory."""
     with written_pieces(path) as write:
         write(header)
         for name in names:
@@ -81,21 +81,21 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 @contextmanager
 def written_pieces(path: Path):
-    """A function that appends to the new file. Where a manifest will want its hash, a thread hashes what is written."""
-    with open(path, "wb") as file:
-        if not has_manifest(path):
+    """A function that appends to the new file. Where a manifest will want its hash, a thread hashes beside the writing."""
+    hashes, digest = hashes_for_manifest(path), hashlib.sha256()
+    if hashes is None:
+        with open(path, "wb") as file:
             yield file.write
-            return
-        digest = hashlib.sha256()
-        with ThreadPoolExecutor(1) as pool:
+        return
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
 
-            def write(piece) -> None:
-                hashing = pool.submit(digest.update, piece)
-                file.write(piece)
-                hashing.result()
+        def write(piece) -> None:
+            hashing = pool.submit(digest.update, piece)
+            file.write(piece)
+            hashing.result()
 
-            yield write
-    note_hash(path, digest.hexdigest())
+        yield write
+    hashes[identity(path)] = digest.hexdigest()
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:

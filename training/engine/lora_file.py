@@ -195,4 +195,4 @@ def write_tensors(
     """A safetensors file of tensors of these dtypes and shapes, asked for one by one; equal content, equal bytes."""
     header = tensor_file.encoded(tensor_file.describe(sizes, metadata), ALIGNMENT, sort_keys=True)
     with written_beside(path, durable=True) as temporary:
-        tensor_file.write_tensors(temporary, header, sizes, tensor_of)
+        tensor_file.write_file(temporary, header, sizes, tensor_of)
