@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from args import parse_training_args
 from base import files as files_module
+from base import tensor_file
 from base.errors import NumbersError, StorageError, UsageError
 from base.files import damage, release_locks, write_manifest, written_folder
 from run.checkpoints import find_checkpoint_from_args, load_checkpoint, save_checkpoint, save_checkpoint_from_args
@@ -96,6 +97,7 @@ def in_child(function) -> int:
 OPERATIONS = [
     (os, "open"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "fsync"),
     (os, "write"), (os, "ftruncate"), (builtins, "open"), (io, "open"), (safetensors.torch, "serialize_file"),
+    (tensor_file, "bytes_of"),
 ]  # fmt: skip
 
 
@@ -156,7 +158,9 @@ def test_a_save_killed_at_every_file_operation_loses_nothing(number, run, out, t
 
     folder = copy()
     operations = count_operations(save, tmp_path)
-    assert len(operations) > 30 and {"fsync", "rename", "mkdir", "serialize_file", "rmdir"} <= set(operations)
+    assert len(operations) > 30 and {"fsync", "rename", "mkdir", "serialize_file", "bytes_of", "rmdir"} <= set(
+        operations
+    )
     reached = set()
     for last in range(1, len(operations) + 1):
         folder = copy()

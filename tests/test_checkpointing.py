@@ -154,7 +154,7 @@ def test_a_gradient_scaler_is_kept(run, tmp_path):
 # ---------------------------------------------------------------- whole or not there
 
 
-@pytest.mark.parametrize("place", ["save_state", "split_tensors", "save_file", "write_json", "rename"])
+@pytest.mark.parametrize("place", ["save_state", "split_tensors", "save_tensors", "write_json", "rename"])
 def test_an_error_in_a_save_leaves_the_checkpoints_before(place, run, tmp_path, monkeypatch):
     engine, state = run
     save_checkpoint(tmp_path, 1, engine, state, FACTS)

@@ -344,7 +344,7 @@ def axes_of(tmp_path, monkeypatch):
 
     def draw(window=2, **runs):
         figures = []
-        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+        monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: (figures.append(figure), path.touch()))
         for name, rows in runs.items():
             (tmp_path / name).mkdir()
             write_metrics(tmp_path / name, rows)

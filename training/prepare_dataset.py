@@ -26,7 +26,7 @@ import torch.distributed
 from base.bars import progress, tracked
 from base.console import log_errors_only, log_to_stderr
 from base.errors import DataError, Interrupted, UsageError
-from base.files import TEMPORARY, keep, lock_folder, make_folder
+from base.files import keep, lock_folder, make_folder, remove_unfinished
 from base.hashes import Hashes
 from base.ranks import on_main_process
 from base.signals import INTERRUPTION
@@ -99,7 +99,8 @@ def main(args) -> None:
     keep()
     if rank == 0:
         warn_of_unnamed_from_args(args, output_dir, plan)
-        remove_unfinished(output_dir)
+        for folder in (output_dir, *filter(Path.is_dir, output_dir.iterdir())):
+            remove_unfinished(folder)
     gather([], num_ranks)  # nobody writes before that
     begin_run(output_dir, rank == 0)
     if todo and rank == 0:
@@ -156,12 +157,6 @@ def output_dir_from_args(args) -> Path:
     make_folder(output_dir)
     lock_folder(output_dir)
     return output_dir
-
-
-def remove_unfinished(output_dir: Path) -> None:
-    """What killed processes left half written."""
-    for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
-        left.unlink()
 
 
 def tell_fps_from_args(args, checkpoint_fps: int) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from attention.kernels import make_attend
 from base.errors import UsageError, first_line
+from base.files import write_shared
 
 
 logger = logging.getLogger(__name__)
@@ -207,11 +208,8 @@ def is_timing(times, names: list[str]) -> bool:
 
 
 def write_choices(path: Path, choices: dict) -> None:
-    """The file is whole at every moment; that it cannot be written stops nothing."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    """That it cannot be written stops nothing."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(choices, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_shared(path, json.dumps(choices, indent=2) + "\n")
     except OSError as error:
         logger.warning("%s cannot be written (%s): attention is timed again next time", path, error.strerror)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from base.errors import DataError, UsageError
+from base.files import file_hash, write_shared
 
 
 logger = logging.getLogger(__name__)
@@ -83,13 +84,6 @@ def stamp_of(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def file_hash(path: Path, algorithm: str = "blake2b") -> str:
-    """Read in pieces: memory does not grow with the file."""
-    make = (lambda: hashlib.blake2b(digest_size=16)) if algorithm == "blake2b" else algorithm
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, make).hexdigest()
-
-
 def short_hash(name: str) -> str:
     """8 hex digits that tell names apart."""
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
@@ -151,13 +145,9 @@ def read_entries(folder: Path) -> dict:
 
 
 def write_entries(folder: Path, entries: dict) -> None:
-    """The file is whole at every moment. Of processes that write at once one wins; the others' files are read again."""
+    """Of processes that write at once one wins; the others' files are read again."""
     try:
-        path = memory_path(folder)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         present = {name: entry for name, entry in entries.items() if (folder / name).exists()}
-        temporary.write_text(json.dumps(present), encoding="utf-8")
-        temporary.replace(path)
+        write_shared(memory_path(folder), json.dumps(present))
     except (OSError, RuntimeError) as error:
         logger.warning("hashes of the files in %s cannot be kept (%s): every run reads them again", folder, error)

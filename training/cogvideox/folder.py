@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from base.bars import download_bar
 from base.errors import UsageError, first_line
 from base.file_kinds import stand_in
 from base.hashes import Hashes
+from base.tensor_file import weight_files
 from cogvideox.config import (
     CONFIGS,
     VaeConfig,
@@ -248,17 +248,6 @@ def hash_json(content) -> str:
 
 
 # ---------------------------------------------------------------- files
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors files of a model that diffusers saved, one or several."""
-    single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if variant:
-        single, index = (path.with_suffix(f".{variant}{path.suffix}") for path in (single, index))
-    if not index.exists():
-        return [single]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(shards))]
 
 
 def files_that_load(folder: Path, variant: str | None) -> list[Path]:

@@ -11,13 +11,13 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import AutoTokenizer, T5EncoderModel
 
 from base.errors import UsageError
+from base.tensor_file import weight_files
 from cogvideox.config import CONFIGS, attention_shape, default_fps, takes_image
 from cogvideox.folder import (
     read_configs_from_args,
     resolve_model_dir,
     stored_dtype,
     transformer_folder,
-    weight_files,
     weights_from_args,
 )
 

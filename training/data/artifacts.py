@@ -11,10 +11,10 @@ import av
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 
 from base.errors import NumbersError
 from base.files import written_beside
+from base.tensor_file import bytes_of, save_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
 
 
@@ -60,17 +60,14 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             advice = (
                 "the model's files are damaged" if tensor.dtype == torch.float32 else "run again with --dtype fp32"
             )
             raise NumbersError(f"{path}: {name} is not finite in {tensor.dtype}; {advice}")
-    # One entry: the library writes several in random order, and equal files are to be equal bytes
-    content = serialize(tensors, metadata={"key": f"{key}\n{tensors_hash(tensors)}"})
     with written_beside(path) as temporary:
-        temporary.write_bytes(content)  # not save_file, which makes files that only their owner can read
+        save_tensors(temporary, tensors, {"key": f"{key}\n{tensors_hash(tensors)}"})
 
 
 def write_image(path: Path, pixels, key: str) -> None:

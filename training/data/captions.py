@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -21,13 +20,13 @@ from base.errors import StorageError, first_few
 from base.files import TEMPORARY, flush, free_bytes, rename, undo
 from base.hashes import stamp_of
 from base.ranks import meet
+from base.tensor_file import describe, encoded
 from data.artifacts import recorded_key
 
 
 logger = logging.getLogger(__name__)
 
 STEM, TENSOR = "caption_embeds", "prompt_embeds"  # of the file, and in it
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
 SPACE = "\u2581"  # sentencepiece's, which stands before a word
 SHOWN = 40  # characters of a prompt that has no clip
 
@@ -178,11 +177,8 @@ def embeds_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 
 
 def file_header(key: str, shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:
-    """What a safetensors file of one tensor begins with: by hand, because its rows are written one by one."""
-    entry = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [0, embeds_bytes(shape, dtype)]}
-    text = json.dumps({"__metadata__": {"key": key}, TENSOR: entry}).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensor is aligned
-    return struct.pack("<Q", len(text)) + text
+    """What a safetensors file of one tensor begins with, whose rows are written one by one."""
+    return encoded(describe({TENSOR: (dtype, shape)}, {"key": key}))
 
 
 def write_rows(path: Path, start: int, rows: range, embeds: Iterator[torch.Tensor]) -> None:

@@ -10,12 +10,13 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from base.errors import Interrupted, NumbersError, UsageError
 from base.files import damage, remove, write_json, written_folder
 from base.ranks import on_main_process
 from base.signals import INTERRUPTION
+from base.tensor_file import save_tensors
 from engine.optimizers import join_tensors, schedule_state, split_tensors
 from engine.update import TrainingState
 from run.output_dir import (
@@ -41,7 +42,7 @@ def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, f
     target = output_dir / f"checkpoint-{step}"
     with written_folder(target) as folder:
         engine.save_state(folder)
-        save_file(tensors, folder / "optimizer.safetensors")
+        save_tensors(folder / "optimizer.safetensors", tensors)
         content = {
             **facts,
             "step": step,

@@ -11,8 +11,6 @@ are joined until diffusers' model has a module of that name; added in fp32 with 
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +19,10 @@ import torch
 from safetensors import safe_open
 
 from base.errors import UsageError
-from base.files import TEMPORARY, rename, write_json
+from base.files import replaced_folder, write_json
+from base.tensor_file import DTYPES, INDEX_NAME, weight_files
 from engine.lora_file import (
     COMFYUI_PREFIX,
-    DTYPES,
     WEIGHTS_NAME,
     comfyui_module,
     kohya_module,
@@ -40,7 +38,6 @@ from engine.sft import SUBFOLDER
 
 COMFYUI_NAME = "pytorch_lora_weights_comfyui.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
-BASE_NAME = "diffusion_pytorch_model"  # diffusers' name of a model's weight files
 
 
 class LoraWeights(NamedTuple):
@@ -107,19 +104,12 @@ def export_up_down(lora_path: Path, target: Path, name_of: Callable[[str], str])
 def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | None = None) -> None:
     """Write the folder `target`: the model of `base_dir` with the LoRA added, every weight in the dtype it is stored in.
 
-    Sums are made in fp32 of the stored weights and rounded once. Written beside and renamed.
+    Sums are made in fp32 of the stored weights and rounded once.
     """
     layers, facts, _ = read_layers(lora_path)
-    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        merge_files(layers, base_dir, temporary, variant, dropped_weights(facts))
-        write_config(base_dir, temporary, facts)
-        shutil.rmtree(target, ignore_errors=True)
-        rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replaced_folder(target) as folder:
+        merge_files(layers, base_dir, folder, variant, dropped_weights(facts))
+        write_config(base_dir, folder, facts)
 
 
 def merge_files(
@@ -127,7 +117,7 @@ def merge_files(
 ) -> None:
     """The weight files, named and divided as the base's are, and the index of several."""
     missing, weight_map, total = set(layers), {}, 0
-    for source in base_files(base_dir, variant):
+    for source in weight_files(base_dir, variant):
         name = source.name.replace(f".{variant}", "") if variant else source.name
         with safe_open(source, framework="pt") as base:
             names = sorted(set(base.keys()) - dropped)
@@ -145,7 +135,7 @@ def merge_files(
         raise RuntimeError(f"{base_dir}: holds no weight for {sorted(missing)[0]}, which the LoRA changes")
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(target / f"{BASE_NAME}.safetensors.index.json", index)
+        write_json(target / INDEX_NAME, index)
 
 
 def merged_weight(weight: torch.Tensor, layer: LoraWeights) -> torch.Tensor:
@@ -156,16 +146,6 @@ def merged_weight(weight: torch.Tensor, layer: LoraWeights) -> torch.Tensor:
     norm = torch.linalg.norm(weight.flatten(1), dim=1)  # [out]
     scale = layer.magnitude.float().flatten() / norm
     return weight * scale.view(-1, *[1] * (weight.dim() - 1))
-
-
-def base_files(base_dir: Path, variant: str | None) -> list[Path]:
-    """The weight files of a diffusers model, of `variant` where one is named."""
-    suffix = f".{variant}" if variant else ""
-    index = base_dir / f"{BASE_NAME}.safetensors.index{suffix}.json"
-    if not index.exists():
-        return [base_dir / f"{BASE_NAME}{suffix}.safetensors"]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [base_dir / name for name in sorted(set(names))]
 
 
 def dropped_weights(facts: dict) -> set[str]:

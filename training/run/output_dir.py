@@ -11,7 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from base.errors import UsageError
-from base.files import REPLACED, clean_up, keep, lock_folder, make_folder, rename, undo, write_json
+from base.files import (
+    REPLACED,
+    clean_up,
+    keep,
+    lock_folder,
+    make_folder,
+    remove_unfinished,
+    rename,
+    undo,
+    write_json,
+)
 from base.flag_parser import recorded_flags
 from base.ranks import on_main_process
 from base.status import read_status
@@ -77,6 +87,8 @@ def claim_output_dir_from_args(args) -> int | None:
     if not (args.overwrite or is_new):
         refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
     clean_up(output_dir)
+    for folder in output_dir.glob("samples/*"):
+        remove_unfinished(folder)
     return None if args.overwrite or is_new or args.seed is not None else read_record(output_dir)["seed"]
 
 

@@ -1,18 +1,17 @@
 """The end of a run, rehearsed before its first step: room on the disk, the result, what lies beside it, the upload."""
 
 import logging
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from base.errors import StorageError, first_line
-from base.files import TEMPORARY, damage, free_bytes, keep, write_json, written_folder
+from base.files import damage, free_bytes, keep, scratch_folder, write_json, written_folder
 from base.ranks import on_main_process
 from base.status import begin_run, forget_refusal, read_status, write_status
+from base.tensor_file import save_tensors
 from data.captions import remove_caption_embeds
 from engine.optimizers import state_bytes_from_args
 from memory.quantization import bytes_unquantized
@@ -50,26 +49,24 @@ def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, 
 
 def rehearse_checkpoint(output_dir: Path) -> None:
     """Write a small checkpoint and one in its place, read it back and remove it: StorageError for a disk that cannot."""
-    folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsed-checkpoint"
-    target, tensors = folder / "checkpoint-0", {"step": torch.arange(2)}
+    tensors = {"step": torch.arange(2)}
     try:
-        folder.mkdir()
-        for step in (1, 2):
-            with written_folder(target) as unfinished:
-                save_file(tensors, unfinished / "optimizer.safetensors")
-                for _ in range(2):  # a file in place of another
-                    write_json(unfinished / "state.json", {"step": step})
-        if reason := damage(target):
-            raise StorageError(
-                f"{output_dir}: gives back other files than were written ({reason}); choose another disk"
-            )
-        load_file(target / "optimizer.safetensors")
+        with scratch_folder(output_dir / "rehearsed-checkpoint") as folder:
+            target = folder / "checkpoint-0"
+            for step in (1, 2):
+                with written_folder(target) as unfinished:
+                    save_tensors(unfinished / "optimizer.safetensors", tensors)
+                    for _ in range(2):  # a file in place of another
+                        write_json(unfinished / "state.json", {"step": step})
+            if reason := damage(target):
+                raise StorageError(
+                    f"{output_dir}: gives back other files than were written ({reason}); choose another disk"
+                )
+            load_file(target / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{output_dir}: cannot hold checkpoints ({first_line(error)}); choose another disk"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rehearse_end_from_args(args, accelerator, engine) -> None:
@@ -84,13 +81,9 @@ def rehearse_end_from_args(args, accelerator, engine) -> None:
         )
     engine.gather()
     if accelerator.is_main_process:
-        folder = Path(args.output_dir) / f"{TEMPORARY}{os.getpid()}-rehearsal"
-        folder.mkdir(exist_ok=True)
-        try:
+        with scratch_folder(Path(args.output_dir, "rehearsal")) as folder:
             engine.save(folder)
             engine.check(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -197,5 +190,5 @@ def draw_loss(output_dir: Path) -> None:
     try:
         if draw_losses({name: output_dir / "metrics.jsonl"}, output_dir / LOSS_NAME):
             logger.info("no update had a finite loss: %s is not drawn", LOSS_NAME)
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, StorageError, ValueError, KeyError, RuntimeError) as error:
         logger.warning("%s not drawn: %r", output_dir / LOSS_NAME, error)
