@@ -17,7 +17,12 @@ ROOMS = {
 }
 BELOW = ROOMS | {"args": {"base"}, "scripts": {*ROOMS, "args"}}
 # What base/ has of others besides the standard library: little, and where it is needed alone.
-OTHERS_IN_BASE = {("base.ranks", "torch"), ("base.bars", "tqdm"), ("base.bars", "huggingface_hub")}
+OTHERS_IN_BASE = {
+    ("base.dtypes", "torch"),
+    ("base.ranks", "torch"),
+    ("base.bars", "tqdm"),
+    ("base.bars", "huggingface_hub"),
+}
 
 
 def files() -> dict[str, Path]:

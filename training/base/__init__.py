@@ -1,1 +1,1 @@
-"""What everything else stands on: hardly more than the standard library; torch.distributed in ranks.py alone."""
+"""What everything else stands on: hardly more than the standard library; torch in dtypes.py and ranks.py alone."""

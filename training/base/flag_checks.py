@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from base.flag_parser import NO_MEANING, FlagParser
+from base.levels import HOST_LEVELS, LEVELS
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
@@ -23,8 +24,7 @@ REFUSED_INITS = {
     "eva": NEEDS_PASS,
     "mica": "it trains only half of the LoRA",
 }
-MEMORY_LEVELS = ("speed", "balanced", "offload", "stream", "auto", "plan")
-LORA_LEVELS = ("offload", "stream")  # they rely on weights that do not change
+MEMORY_LEVELS = (*LEVELS, "auto", "plan")
 BASE_PRECISIONS = ("bf16", "fp8", "int8", "nf4")
 TRACKERS = ("wandb", "tensorboard", "trackio", "all", "none")
 # Flags that do nothing without another one: (what they need, is it there, flags). Said in one warning, because the
@@ -152,7 +152,7 @@ def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
         )
     if args.compile_blocks and args.no_compile_blocks:
         parser.error("--compile_blocks and --no_compile_blocks: give one of them")
-    if args.memory in LORA_LEVELS and script.endswith("sft"):
+    if args.memory in HOST_LEVELS and script.endswith("sft"):
         parser.error(
             f"--memory {args.memory}: moves frozen weights, and full fine-tuning has none; use --memory balanced with "
             "--use_cpu_offload_optimizer --offload_gradients"

@@ -11,7 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from base.errors import StorageError, print_to_pipe
+from base.errors import REFUSED, StorageError, print_to_pipe
 
 
 SCRIPTS = {
@@ -98,7 +98,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Leaves with exit code 2."""
-        from base.status import REFUSED, note_refusal  # only here: --help is quick
+        from base.status import note_refusal  # only here: --help is quick
 
         self.say("error", message)
         output_dir = named_value(self.argv, "--output_dir")

@@ -12,6 +12,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from base.bars import download_bar
+from base.dtypes import HEADER_DTYPES
 from base.errors import UsageError, first_line
 from base.file_kinds import stand_in
 from base.hashes import Hashes
@@ -29,7 +30,6 @@ from cogvideox.config import (
 
 WEIGHT_NAME = re.compile(r"\.(safetensors|bin)$|\.index\.(\w+\.)?json$")  # files of weights, and indices of several
 SETTINGS_SUFFIXES = {".json", ".model", ".txt"}
-SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def resolve_model_dir(model: str, components: list[str], revision: str | None = None, cache_dir: str | None = None):
@@ -95,7 +95,7 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
     try:
         with safe_open(files[0], framework="pt") as weights:
             name = next(iter(weights.keys()))
-            return SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()]
+            return HEADER_DTYPES[weights.get_slice(name).get_dtype()]
     except (SafetensorError, KeyError) as error:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from base.dtypes import HEADER_DTYPES
 from base.errors import StorageError, first_few
 from base.files import TEMPORARY, flush, free_bytes, rename, undo
 from base.hashes import stamp_of
@@ -27,7 +28,6 @@ from data.artifacts import recorded_key
 logger = logging.getLogger(__name__)
 
 STEM, TENSOR = "caption_embeds", "prompt_embeds"  # of the file, and in it
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
 SPACE = "\u2581"  # sentencepiece's, which stands before a word
 SHOWN = 40  # characters of a prompt that has no clip
 
@@ -179,7 +179,8 @@ def embeds_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 
 def file_header(key: str, shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:
     """What a safetensors file of one tensor begins with: by hand, because its rows are written one by one."""
-    entry = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [0, embeds_bytes(shape, dtype)]}
+    [name] = [name for name, known in HEADER_DTYPES.items() if known == dtype]
+    entry = {"dtype": name, "shape": shape, "data_offsets": [0, embeds_bytes(shape, dtype)]}
     text = json.dumps({"__metadata__": {"key": key}, TENSOR: entry}).encode()
     text += b" " * (-len(text) % 8)  # so that the tensor is aligned
     return struct.pack("<Q", len(text)) + text

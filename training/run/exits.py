@@ -16,11 +16,21 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from base.console import beside_bars, dump_kept
-from base.errors import ERROR_LOG, MemoryFullError, StorageError, UserError, first_line
+from base.errors import (
+    ERROR_LOG,
+    INTERNAL,
+    INTERRUPTED,
+    REFUSED,
+    STORAGE,
+    MemoryFullError,
+    StorageError,
+    UserError,
+    first_line,
+)
 from base.files import free_bytes, keep, nearest_folder, take_back
 from base.ranks import meet
 from base.signals import INTERRUPTION, caught_signals
-from base.status import REFUSED, RUN, is_of_this_run, note_refusal, read_status, write_status
+from base.status import RUN, is_of_this_run, note_refusal, read_status, write_status
 from data.buckets import Bucket
 from engine.deepspeed_zero import uses_deepspeed
 from memory.allocator import uses_expandable_segments
@@ -28,7 +38,6 @@ from run.launch import launch_id
 from run.meter import memory_report
 
 
-INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
 FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 STORAGE_ERRORS = FULL_DISK | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 GO_ON = "the same command continues from the last checkpoint"

@@ -224,4 +224,4 @@ def add_gif(writer, tag: str, path: Path, step: int) -> None:
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     width, height = frames[0].size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -17,13 +17,13 @@ import torch
 from PIL import Image, ImageOps
 
 from attention.kernels import check_sage
-from base.errors import UsageError
+from base.errors import UsageError, named_line
 from base.ranks import meet
 from base.signals import INTERRUPTION
 from data.buckets import Bucket
 from run.held_out import HeldOut, mean_losses, sum_losses
 from run.meter import StepMeter, report_memory
-from run.render import Samples, keep_random_state, one_line, render_from_args
+from run.render import Samples, keep_random_state, render_from_args
 from run.steps import StepPlan
 from run.tracking import log_values, log_videos
 
@@ -71,7 +71,7 @@ def open_image(source: str) -> Image.Image:
         with Image.open(io.BytesIO(fetch(source)) if protocol else source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, http.client.HTTPException, Image.DecompressionBombError) as error:
-        raise UsageError(f"--validation_images {source}: cannot be read ({one_line(error)})") from error
+        raise UsageError(f"--validation_images {source}: cannot be read ({named_line(error)})") from error
 
 
 def fetch(url: str) -> bytes:
@@ -159,7 +159,7 @@ def attempt(work: Callable) -> tuple:
                 return work(), ""
         return None, f"ended by {INTERRUPTION.reason}"
     except Exception as error:  # of models, codecs or disks; warn_of names it
-        return None, one_line(error)
+        return None, named_line(error)
 
 
 def warn_of(step: int, what: str, problems: list[str]) -> None:
