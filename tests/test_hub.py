@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import av
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_session
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from args import parse_prepare_args, parse_training_args
 from base.errors import UsageError
 from cogvideox.config import describe_model, read_config
+from cogvideox.folder import resolve_model_dir
 from run import curves, hub, model_card
 from run import result as result_module
 from run.exits import run_script
@@ -542,16 +543,31 @@ def test_without_the_flag_nothing_asks_the_hub(train, fake_hub):
     assert fake_hub.tokens == [] and (folder / "README.md").exists()
 
 
+CLIENT = importlib.import_module(type(get_session()).__module__.partition(".")[0])  # httpx or httpx2
+# The second is what a cut line raises; it is no OSError
+REFUSALS = [OSError("403 Forbidden\nrequest id abc"), CLIENT.ReadError("403 Forbidden\nrequest id abc")]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["response", "cut"])
 @pytest.mark.parametrize("call", ["whoami", "create_repo", "auth_check"])
-def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, stops, fake_hub, monkeypatch, tmp_path):
+def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, refusal, stops, fake_hub, monkeypatch, tmp_path):
     monkeypatch.setattr("cogvideox.folder.resolve_model_dir", lambda *given: pytest.fail("too late"))
     monkeypatch.setattr("cogvideox.loading.resolve_model_dir", lambda *given: pytest.fail("too late"))
-    fake_hub.errors[call] = OSError("403 Forbidden\nrequest id abc")
+    fake_hub.errors[call] = refusal
     line = stops(2, "t2v_lora", "--push_to_hub", "--hub_token", "hf_canary")
     assert line.startswith(
         "error: --push_to_hub: my-run cannot be written (403 Forbidden); log in with `hf auth login`"
     )
     assert not (tmp_path / "my-run").exists() and "hf_canary" not in line
+
+
+def test_a_line_that_is_cut_during_a_download_is_one_line(monkeypatch):
+    def cut(*given, **options):
+        raise CLIENT.ReadError("the line is cut")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cut)
+    with pytest.raises(UsageError, match=r"^me/model: neither .* \(the line is cut\); where it cannot be reached"):
+        resolve_model_dir("me/model", ["vae"])
 
 
 def test_a_refusal_on_the_main_process_ends_the_others_alike(monkeypatch):

@@ -71,13 +71,13 @@ def check_model_files(paths: list[Path]) -> None:
 
 def download_model(model: str, components: list[str], revision: str | None, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["model_index.json", *(name if name.endswith(".json") else f"{name}/*" for name in components)]
     try:
         options = {"revision": revision, "cache_dir": cache_dir, "tqdm_class": download_bar(model)}
         return Path(snapshot_download(model, allow_patterns=patterns, **options))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
             f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
             "reached, name a mirror by HF_ENDPOINT=https://..., or give the folder of a downloaded model"
