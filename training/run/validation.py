@@ -164,7 +164,7 @@ def attempt(work: Callable) -> tuple:
             if INTERRUPTION.reason is None:
                 return work(), ""
         return None, f"ended by {INTERRUPTION.reason}"
-    except Exception as error:  # of models, codecs or disks; warn_of names it
+    except Exception as error:  # noqa: BLE001 - of models, codecs or disks; warn_of names it
         return None, named_line(error)
 
 
