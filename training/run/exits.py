@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
@@ -28,7 +27,7 @@ from base.errors import (
     first_line,
 )
 from base.files import free_bytes, keep, nearest_folder, take_back
-from base.ranks import meet
+from base.ranks import group_store, meet
 from base.signals import INTERRUPTION, caught_signals
 from base.status import RUN, is_of_this_run, note_refusal, read_status, write_status
 from data.buckets import Bucket
@@ -53,7 +52,7 @@ def stop_is_due(accelerator: Accelerator, step: int) -> bool:
         return asked
     asked_of_ranks = meet(f"stop-{step}", "asked" if asked else "")
     # All have come here, so that none still reads what was said a step ago
-    torch.distributed.distributed_c10d._get_default_store().delete_key(f"stop-{step - 1}/{accelerator.process_index}")
+    group_store().delete_key(f"stop-{step - 1}/{accelerator.process_index}")
     return any(asked_of_ranks)
 
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from base.console import capture_prints, log_errors_only, log_to_stderr
 from base.dtypes import DTYPES
 from base.errors import UsageError
+from base.ranks import group_store
 from base.status import RUN
 from engine.deepspeed_zero import check_deepspeed_from_args, uses_deepspeed
 from memory.allocator import expand_segments
@@ -73,7 +74,7 @@ def launch_id() -> str | None:
 def agree_on_run() -> None:
     """All ranks take the id of the first: several machines have a launcher each, and mpirun is none of those known."""
     if torch.distributed.is_initialized():
-        store = torch.distributed.distributed_c10d._get_default_store()
+        store = group_store()
         if torch.distributed.get_rank() == 0:
             store.set("run", RUN.id)
         RUN.id = store.get("run").decode()
