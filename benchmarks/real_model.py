@@ -54,6 +54,7 @@ from cogvideox.config import (
 )
 from cogvideox.folder import resolve_model_dir
 from cogvideox.inputs import pad_frames, rotary_embeddings, sample_image_latents, sample_latents
+from run.output_dir import PACKAGES
 from test_lora_inference import load_pipeline
 from test_lora_inference import parse_args as inference_args
 
@@ -72,7 +73,6 @@ MOST_DIFFERENCE = {
     "rotary positions": 0.03,
     "scale of the image": 0.3,
 }
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 class FirstCall(Exception):

@@ -66,7 +66,7 @@ class StepClock:
         if self.has_clocks and self.torch.cuda.is_initialized():
             try:
                 self.clocks.append(self.torch.cuda.clock_rate())
-            except Exception:  # no such package, or a driver or container that does not tell: the column stays empty
+            except Exception:  # noqa: BLE001 - no such package, or a driver or container that does not tell: the column stays empty
                 self.has_clocks = False
 
     def note_peaks(self):
@@ -114,7 +114,7 @@ def run_script(command):
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception:
+    except Exception:  # noqa: BLE001 - of the script that is measured
         traceback.print_exc()
         return 1
     return 0

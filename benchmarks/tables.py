@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from base import console
 from bench import LEVELS, MODELS, parse_row, rows_in
 from memory_rows import MOMENTS, ORIGINAL_OPTIMIZERS, ORIGINAL_ROWS, side_by_side
-from step_time import ROOT
+from step_time import PACKAGES, ROOT
 
 
 NAMES = {"2b": "2b", "5b": "5b", "5b-i2v": "5b-I2V", "1.5-5b": "1.5-5B", "1.5-5b-i2v": "1.5-5B-I2V"}  # CogVideoX-...
@@ -46,7 +46,6 @@ OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradi
 VERSIONS = {"measurements.md": "Versions: {}.", "measurements_zh.md": "版本：{}。"}
 WORDS = {"measurements.md": {"yes": "yes", "no": "no", "minutes": "min", "tiny": "tiny"}}
 WORDS["measurements_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟", "tiny": "微型"}
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-attn-4")
 
 
 # ---------------------------------------------------------------- cells

@@ -88,7 +88,7 @@ def in_child(function) -> int:
         try:
             function()
             os._exit(0)
-        except BaseException as error:  # nothing of pytest may go on in the child
+        except BaseException as error:  # noqa: BLE001 - nothing of pytest may go on in the child
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

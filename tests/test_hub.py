@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import av
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_session
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from args import parse_prepare_args, parse_training_args
 from base.errors import UsageError
 from cogvideox.config import describe_model, read_config
+from cogvideox.folder import resolve_model_dir
 from run import curves, hub, model_card
 from run import result as result_module
 from run.exits import run_script
@@ -166,11 +167,9 @@ def test_the_example_drops_learned_positions_as_training_did(train, run_snippet)
     assert not run_snippet(folder, "5b-i2v")["pipe"].transformer.config.use_learned_positional_embeddings
 
 
-@pytest.mark.parametrize("script", ["i2v_lora", "i2v_sft"])
-def test_the_example_leaves_raw_first_frames_alone(script, train, run_snippet):
+def assert_first_frames_are_raw(pipe):
+    """What `pipe` makes of a first frame is the VAE's latents, which the stock pipeline scales."""
     from diffusers import CogVideoXImageToVideoPipeline
-
-    pipe = run_snippet(train(script, "--image_latent_scale", "raw"), "5b-i2v")["pipe"]
 
     def image_latents(pipeline_class):
         image = torch.linspace(-1, 1, 3 * 64 * 96).view(1, 3, 64, 96)
@@ -179,8 +178,14 @@ def test_the_example_leaves_raw_first_frames_alone(script, train, run_snippet):
         return pipeline_class.prepare_latents(pipe, *inputs, generator=generator)[1]
 
     stock = image_latents(CogVideoXImageToVideoPipeline)
-    torch.testing.assert_close(image_latents(type(pipe)) * pipe.vae.config.scaling_factor, stock)
     assert stock.abs().max() > 0.1
+    torch.testing.assert_close(image_latents(type(pipe)) * pipe.vae.config.scaling_factor, stock)
+
+
+@pytest.mark.parametrize("script", ["i2v_lora", "i2v_sft"])
+def test_the_example_leaves_raw_first_frames_alone(script, train, run_snippet):
+    pipe = run_snippet(train(script, "--image_latent_scale", "raw"), "5b-i2v")["pipe"]
+    assert_first_frames_are_raw(pipe)
 
 
 def test_both_facts_at_once_run_too(train, run_snippet):
@@ -542,16 +547,31 @@ def test_without_the_flag_nothing_asks_the_hub(train, fake_hub):
     assert fake_hub.tokens == [] and (folder / "README.md").exists()
 
 
+CLIENT = importlib.import_module(type(get_session()).__module__.partition(".")[0])  # httpx or httpx2
+# The second is what a cut line raises; it is no OSError
+REFUSALS = [OSError("403 Forbidden\nrequest id abc"), CLIENT.ReadError("403 Forbidden\nrequest id abc")]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["response", "cut"])
 @pytest.mark.parametrize("call", ["whoami", "create_repo", "auth_check"])
-def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, stops, fake_hub, monkeypatch, tmp_path):
+def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, refusal, stops, fake_hub, monkeypatch, tmp_path):
     monkeypatch.setattr("cogvideox.folder.resolve_model_dir", lambda *given: pytest.fail("too late"))
     monkeypatch.setattr("cogvideox.loading.resolve_model_dir", lambda *given: pytest.fail("too late"))
-    fake_hub.errors[call] = OSError("403 Forbidden\nrequest id abc")
+    fake_hub.errors[call] = refusal
     line = stops(2, "t2v_lora", "--push_to_hub", "--hub_token", "hf_canary")
     assert line.startswith(
         "error: --push_to_hub: my-run cannot be written (403 Forbidden); log in with `hf auth login`"
     )
     assert not (tmp_path / "my-run").exists() and "hf_canary" not in line
+
+
+def test_a_line_that_is_cut_during_a_download_is_one_line(monkeypatch):
+    def cut(*given, **options):
+        raise CLIENT.ReadError("the line is cut")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cut)
+    with pytest.raises(UsageError, match=r"^me/model: neither .* \(the line is cut\); where it cannot be reached"):
+        resolve_model_dir("me/model", ["vae"])
 
 
 def test_a_refusal_on_the_main_process_ends_the_others_alike(monkeypatch):

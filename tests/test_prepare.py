@@ -30,14 +30,13 @@ from data import artifacts, decode
 from data.buckets import Bucket, frame_times, make_buckets
 from data.clip_lists import read_clips, read_text_rows
 from data.decode import read_frames
-from data.headers import probe
 from data.latents import LatentDataset
 from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 from engine.objective import draw_generator
 from run import exits
 from run.exits import run_script
 from script_runs import run_ranks
-from synthetic_clips import draw_case, write_case, write_clip
+from synthetic_clips import draw_case, probe, write_case, write_clip
 from tiny_pipeline import make_tiny_pipeline
 
 

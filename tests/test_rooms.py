@@ -18,6 +18,7 @@ ROOMS = {
 BELOW = ROOMS | {"args": {"base"}, "scripts": {*ROOMS, "args"}}
 # What base/ has of others besides the standard library: little, and where it is needed alone.
 OTHERS_IN_BASE = {
+    ("base.dtypes", "torch"),
     ("base.ranks", "torch"),
     ("base.tensor_file", "torch"),
     ("base.bars", "tqdm"),

@@ -17,10 +17,10 @@ from conftest import write_clip
 from data.clip_lists import read_clips
 from data.dataset import build_dataset_from_args, build_videos_from_args
 from data.decode import read_frames
-from data.headers import probe
 from data.latents import LatentDataset
 from run.checkpoints import find_checkpoint_from_args, load_checkpoint, save_checkpoint
 from run.output_dir import open_output_dir_from_args
+from synthetic_clips import probe
 from test_atomic_save import FolderEngine, flags
 from test_checkpointing import FACTS, MAIN, make_run
 

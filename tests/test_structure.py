@@ -26,26 +26,13 @@ def is_script(module: str) -> bool:
 
 SCRIPTS = {module for module in MODULES if is_script(module)}
 
-MAX_FUNCTION_LINES, MAX_SCRIPT_MAIN_LINES = 60, 130
-
 
 @functools.cache
 def parse(module: str) -> ast.Module:
     return ast.parse((ROOT / "training" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
 
 
-# ---------------------------------------------------------------- layers
-
-
-def imported_modules(tree: ast.Module) -> set[str]:
-    """Top-level names of everything imported, inside functions too."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
-    return names
+# ---------------------------------------------------------------- names
 
 
 def test_module_names_hide_no_package():
@@ -59,7 +46,7 @@ def test_module_names_hide_no_package():
 
 
 # ---------------------------------------------------------------- rules
-# Each takes the tree of a module and returns the lines that break it.
+# What ruff cannot say. Each takes the tree of a module and returns the lines that break it.
 
 
 def dotted(node: ast.AST) -> str:
@@ -106,47 +93,11 @@ def reassigned_args(tree: ast.Module) -> list[int]:
 
 
 def unsafe_loads(tree: ast.Module) -> list[int]:
-    """torch.load runs code from the file unless weights_only=True; so does numpy with allow_pickle."""
+    """torch.load runs code from the file unless weights_only=True; so does numpy with allow_pickle, and a hub's model."""
     loads = [call for call in calls(tree) if dotted(call.func) == "torch.load"]
     lines = [call.lineno for call in loads if not is_true(keyword(call, "weights_only"))]
-    return lines + [call.lineno for call in calls(tree) if keyword(call, "allow_pickle") is not None]
-
-
-def other_ways_to_run_data(tree: ast.Module) -> list[int]:
-    """Loaders of other libraries that build objects, and model code taken from the hub."""
-    forbidden = {"yaml.load", "yaml.unsafe_load", "joblib.load", "pandas.read_pickle", "torch.hub.load", "os.execv"}
-    lines = [call.lineno for call in calls(tree) if dotted(call.func) in forbidden]
+    lines += [call.lineno for call in calls(tree) if keyword(call, "allow_pickle") is not None]
     return lines + [call.lineno for call in calls(tree) if is_true(keyword(call, "trust_remote_code"))]
-
-
-def code_from_text(tree: ast.Module) -> list[int]:
-    """No text becomes code or a shell command."""
-    forbidden = {"eval", "exec", "compile", "os.system", "os.popen", "subprocess.getoutput"}
-    lines = [call.lineno for call in calls(tree) if dotted(call.func) in forbidden]
-    lines += [call.lineno for call in calls(tree) if is_true(keyword(call, "shell"))]
-    unsafe = {"cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
-    return lines + pickle_uses(tree) + ([1] if imported_modules(tree) & unsafe else [])
-
-
-def pickle_uses(tree: ast.Module) -> list[int]:
-    """All of pickle but its errors, which torch.load raises."""
-    nodes = list(ast.walk(tree))
-    modules = [node for node in nodes if isinstance(node, ast.Import) and any(a.name == "pickle" for a in node.names)]
-    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "pickle"]
-    named = [node for node in imports if {alias.name for alias in node.names} - {"UnpicklingError", "PickleError"}]
-    return [node.lineno for node in modules + named]
-
-
-def swallowed_errors(tree: ast.Module) -> list[int]:
-    """Handlers name the errors they expect; one for everything ends by raising the error again or by reporting it."""
-    lines = []
-    for handler in (node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)):
-        names = re.findall(r"\w+", ast.unparse(handler.type)) if handler.type else ["BaseException"]
-        is_broad = {"Exception", "BaseException"} & set(names)
-        reports = [call for call in calls(handler.body[-1]) if handler.name in map(ast.unparse, call.args)]
-        if is_broad and not reports and not isinstance(handler.body[-1], ast.Raise):
-            lines.append(handler.lineno)
-    return lines
 
 
 def family_names(tree: ast.Module) -> list[int]:
@@ -172,15 +123,6 @@ def loads_without_dtype(tree: ast.Module) -> list[int]:
     ]
 
 
-def long_functions(tree: ast.Module) -> list[int]:
-    """Functions of more than 60 lines; a script's main may have 130."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    limits = {"main": MAX_SCRIPT_MAIN_LINES}
-    return [
-        node.lineno for node in functions if node.end_lineno - node.lineno >= limits.get(node.name, MAX_FUNCTION_LINES)
-    ]
-
-
 class Examples(NamedTuple):
     """Where a rule holds, and sources that it forbids and lets pass."""
 
@@ -202,24 +144,11 @@ RULES = {
     reassigned_args: Examples([module for module in MODULES if module not in ("args", "base.flag_parser")], ["args = parse()\nargs = other(args)"], ["args = parse()"]),
     unsafe_loads: Examples(
         EVERYWHERE,
-        ["torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path, allow_pickle=True)"],
-        ["torch.load(path, weights_only=True)"],
-    ),
-    other_ways_to_run_data: Examples(
-        EVERYWHERE, ["yaml.load(text)", "f(trust_remote_code=True)", "torch.hub.load(name)"], ["yaml.safe_load(text)"]
-    ),
-    code_from_text: Examples(
-        EVERYWHERE,
         [
-            "eval(text)", "os.system(text)", "subprocess.run(text, shell=True)", "def f():\n    import pickle",
-            "from pickle import loads",
+            "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path, allow_pickle=True)",
+            "f(trust_remote_code=True)",
         ],
-        ["model.eval()", "from pickle import UnpicklingError"],
-    ),
-    swallowed_errors: Examples(
-        EVERYWHERE,
-        ["try:\n    f()\nexcept:\n    pass", "try:\n    f()\nexcept (OSError, Exception):\n    g()"],
-        ["try:\n    f()\nexcept Exception:\n    g()\n    raise"],
+        ["torch.load(path, weights_only=True)"],
     ),
     family_names: Examples(
         [module for module in MODULES if not module.startswith("cogvideox.") and module not in SCRIPTS],
@@ -230,11 +159,6 @@ RULES = {
         EVERYWHERE,
         ["T5EncoderModel.from_pretrained(path)", "pipeline_class.from_pretrained(path, **options)"],
         ["Model.from_pretrained(path, dtype=dtype)\nAutoTokenizer.from_pretrained(path)"],
-    ),
-    long_functions: Examples(
-        EVERYWHERE,
-        ["def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES],
-        ["def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1)],
     ),
 }  # fmt: skip
 by_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

@@ -18,6 +18,7 @@ from args import parse_prepare_args, parse_training_args
 from base.files import release_locks
 from engine.lora_file import METADATA_KEY, WEIGHTS_NAME
 from judge import accuracy, colour_errors, judge
+from test_closed_loop import predict_noise
 from test_tiny_model import SHIPPED
 
 
@@ -149,13 +150,6 @@ def do_not_scale(monkeypatch, module):
         return sample_latents(moments, noise, vae_config) / vae_config.scaling_factor
 
     monkeypatch.setattr(module, "sample_latents", unscaled)
-
-
-def predict_noise(monkeypatch, module):
-    def loss(prediction, latents, noise, timesteps, alphas_cumprod):
-        return (prediction - noise).square().flatten(1).mean(1)
-
-    monkeypatch.setattr(module, "v_prediction_loss", loss)
 
 
 def predict_the_opposite(monkeypatch, module):

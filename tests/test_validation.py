@@ -369,6 +369,10 @@ class Pages(http.server.BaseHTTPRequestHandler):
         content = io.BytesIO()
         Image.new("RGB", (8, 6), (1, 2, 3)).save(content, "PNG")
         with contextlib.suppress(ConnectionError):
+            if self.path in ("/trickles", "/stalls"):
+                for _ in range(20):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1 if self.path == "/trickles" else 1)
             self.wfile.write(b"x" * 5000 if self.path == "/large" else content.getvalue())
 
     def log_message(self, *values):
@@ -387,15 +391,27 @@ def server():
 def test_images_are_fetched_from_urls(server, monkeypatch):
     for path in ("/image.png", "/to/image"):
         assert validation.open_image(server + path).getpixel((7, 5)) == (1, 2, 3)
-    for path, reason in (("/missing", "404"), ("/to/file", "file:///etc/passwd"), ("/to/ftp", "ftp")):
+    for path, reason in (("/missing", "404"), ("/to/file", "'file://'"), ("/to/ftp", "'ftp://'")):
         with pytest.raises(UsageError, match=reason) as caught:
             validation.open_image(server + path)
         assert len(str(caught.value).splitlines()) == 1
-    monkeypatch.setattr(validation, "FETCH_BYTES", 4000)
-    with pytest.raises(UsageError, match="larger than"):
+    for url, reason in (
+        ("http://127.0.0.1:9/image.png", "refused"),
+        ("http://a:b/c", "Invalid port"),
+        ("https:///x", "https"),
+    ):
+        with pytest.raises(UsageError, match=rf"cannot be read \(.*{reason}"):
+            validation.open_image(url)
+
+
+def test_what_is_fetched_has_a_largest_size_and_a_longest_time(server, monkeypatch):
+    with monkeypatch.context() as patches, pytest.raises(UsageError, match="larger than"):
+        patches.setattr(validation, "FETCH_BYTES", 4000)
         validation.open_image(server + "/large")
-    with pytest.raises(UsageError, match="refused"):
-        validation.open_image("http://127.0.0.1:9/image.png")
+    monkeypatch.setattr(validation, "FETCH_SECONDS", 0.4)
+    for path, reason in (("/trickles", "not complete after"), ("/stalls", "timed out")):
+        with pytest.raises(UsageError, match=reason):
+            validation.open_image(server + path)
 
 
 @only_i2v_lora

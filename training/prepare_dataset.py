@@ -25,10 +25,11 @@ import torch.distributed
 
 from base.bars import progress, tracked
 from base.console import log_errors_only, log_to_stderr
+from base.dtypes import DTYPES
 from base.errors import DataError, Interrupted, UsageError
 from base.files import keep, lock_folder, make_folder, remove_unfinished
 from base.hashes import Hashes
-from base.ranks import on_main_process
+from base.ranks import gather_objects, on_main_process
 from base.signals import INTERRUPTION
 from base.status import begin_run, write_status
 from cogvideox.config import CONFIGS, default_fps, load_vae_config, read_config, text_length
@@ -74,7 +75,6 @@ from run.launch import agree_on_run, check_device_from_args
 logger = logging.getLogger(__name__)
 
 GO_ON = "the same command does what is missing"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(args) -> None:
@@ -86,11 +86,9 @@ def main(args) -> None:
     config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
         check_device_from_args(args, num_parameters(config), device)
-    fps = args.target_fps if "target_fps" in args.given else default_fps(config)
 
     # ---------------------------------------------------------------- clips, read and hashed by one for all
-    videos = on_main_process(ranks, lambda: build_videos_from_args(args, fps))
-    tell_fps_from_args(args, default_fps(config))
+    videos = on_main_process(ranks, lambda: build_videos_from_args(args, default_fps(config)))
     # Gigabytes, for data that is there
     model_dir = resolve_model_dir(args.model_id, components_from_args(args), *source)
     plan, empty, kept, problems = on_main_process(ranks, lambda: plan_from_args(args, output_dir, model_dir, videos))
@@ -101,7 +99,7 @@ def main(args) -> None:
         warn_of_unnamed_from_args(args, output_dir, plan)
         for folder in (output_dir, *filter(Path.is_dir, output_dir.iterdir())):
             remove_unfinished(folder)
-    gather([], num_ranks)  # nobody writes before that
+    gather_objects(None)  # nobody writes before that
     begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
@@ -116,7 +114,7 @@ def main(args) -> None:
     unreadable = write_pixels_from_args(args, output_dir, model_dir, videos, mine, device, rank)
 
     # ---------------------------------------------------------------- manifest
-    problems += gather(unreadable, num_ranks)
+    problems += [line for lines in gather_objects(unreadable) for line in lines]
     if rank > 0:
         return  # rank 0 reports: the launcher ends all processes as soon as one fails
     made = {item["index"] for item in todo if is_made(output_dir, item)}
@@ -159,29 +157,9 @@ def output_dir_from_args(args) -> Path:
     return output_dir
 
 
-def tell_fps_from_args(args, checkpoint_fps: int) -> None:
-    """At which rate clips are sampled: that of --target_fps, else the one that the checkpoint was made for."""
-    if "target_fps" not in args.given:
-        logger.info(
-            "clips are sampled at %d frames per second (this checkpoint's rate; --target_fps changes it)",
-            checkpoint_fps,
-        )
-    elif args.target_fps != checkpoint_fps:
-        logger.warning("--target_fps %d: this checkpoint was made for %d", args.target_fps, checkpoint_fps)
-
-
 def components_from_args(args) -> list[str]:
     weights = ["vae", "text_encoder", "tokenizer"] if args.save_latents_and_embeddings else []
     return [*CONFIGS, *weights]
-
-
-def gather(lines: list[str], num_ranks: int) -> list[str]:
-    """All ranks' lines; also a barrier."""
-    if num_ranks == 1:
-        return lines
-    everybody = [None] * num_ranks
-    torch.distributed.all_gather_object(everybody, lines)
-    return [line for lines in everybody for line in lines]
 
 
 # ---------------------------------------------------------------- what a clip needs, and what is there

@@ -120,7 +120,7 @@ def attempt(name: str, inputs: list[Tensor]) -> list[Tensor] | str:
         finite = all(torch.isfinite(result).all() for result in results)  # waits: errors of the device come up here
     except torch.AcceleratorError:  # the device itself: whatever ran on it next would fail too, and be blamed
         raise
-    except Exception as error:  # kernels that are compiled on the spot raise anything; the caller logs it
+    except Exception as error:  # noqa: BLE001 - kernels that are compiled on the spot raise anything; the caller logs it
         return first_line(error)
     return results if finite else "its output or gradients are not finite"
 

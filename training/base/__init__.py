@@ -1,1 +1,1 @@
-"""What everything else stands on: hardly more than the standard library; torch in ranks.py and tensor_file.py alone."""
+"""What everything else stands on: hardly more than the standard library; torch in three files alone."""

@@ -8,55 +8,63 @@ import traceback
 from pathlib import Path
 
 
+# Exit codes, where it has one those of sysexits.h; 0 is done
+REFUSED, BAD_DATA, INTERNAL, STORAGE, INTERRUPTED = 2, 65, 70, 74, 75
 ERROR_LOG = "COGVIDEOX_ERROR_LOG"  # where `keep_trace` writes: in the environment, so that data workers know it too
 
 
 class UserError(Exception):
     """A problem that the user can mend. `str(error)` is the whole line shown: file, row, what is wrong, what to do."""
 
-    exit_code = 70
+    exit_code = INTERNAL
 
 
 class UsageError(UserError):
     """Flags that contradict one another, the machine, or what lies in the output folder."""
 
-    exit_code = 2
+    exit_code = REFUSED
 
 
 class DataError(UserError):
     """Bad input data: a missing video, a corrupt clip, captions that do not match."""
 
-    exit_code = 65
+    exit_code = BAD_DATA
 
 
 class NumbersError(UserError):
     """Training left the finite numbers."""
 
-    exit_code = 70
+    exit_code = INTERNAL
 
 
 class MemoryFullError(UserError):
     """The GPU's memory does not hold the run."""
 
-    exit_code = 70
+    exit_code = INTERNAL
 
 
 class StorageError(UserError):
     """The disk is full or cannot be written."""
 
-    exit_code = 74
+    exit_code = STORAGE
 
 
 class Interrupted(UserError):
     """Asked to stop, and stopped where the same command continues."""
 
-    exit_code = 75
+    exit_code = INTERRUPTED
 
 
 def first_line(error: Exception) -> str:
     """What an error of a library says, for a line of ours."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def named_line(error: Exception) -> str:
+    """The same with the error's kind, where any kind may come: `KeyError: 'x'`."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind else f"{kind}: {line}"
 
 
 NAMED = 5  # items that an error lists before it only counts

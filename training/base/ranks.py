@@ -34,11 +34,12 @@ def meet(name: str, message: str = "") -> list[str]:
     """Wait until every rank has come to `name`, a name used once a run; returns their messages, in order.
 
     Through the process group's store: a collective would wait for the GPU, and end the run where one rank takes longer
-    than --nccl_timeout.
+    than --nccl_timeout. One of a gloo group of our own would not, but within it the first Ctrl-C is not heard until the
+    other ranks have come, and a process that is left while one is under way does not end before they do.
     """
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return [message]
-    store = torch.distributed.distributed_c10d._get_default_store()
+    store = group_store()
     keys = [f"{name}/{rank}" for rank in range(torch.distributed.get_world_size())]
     store.set(keys[torch.distributed.get_rank()], message)
     deadline, pause = time.monotonic() + MEETING_SECONDS, 0.001
@@ -48,6 +49,11 @@ def meet(name: str, message: str = "") -> list[str]:
         time.sleep(pause)  # in slices, so that Ctrl-C is heard
         pause = min(1.2 * pause, 0.1)
     return [message.decode() for message in store.multi_get(keys)]
+
+
+def group_store() -> torch.distributed.Store:
+    """The key-value store that the ranks share: on the host, whatever the backend."""
+    return torch.distributed.group.WORLD.get_group_store()
 
 
 def gather_objects(value) -> list:

@@ -13,9 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from base.errors import INTERRUPTED
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-EXIT_CODE = 75  # interrupted, can be resumed
 ECHO = 0.3  # seconds; torchrun passes on the Ctrl-C that the terminal has sent to every process already
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -107,7 +108,7 @@ def abandon_on_second(heard: int, before_abandoning: Callable[[], None]) -> None
                 continue
             if first is not None and time.monotonic() - first > ECHO:
                 before_abandoning()
-                os._exit(EXIT_CODE)
+                os._exit(INTERRUPTED)
             first = first or time.monotonic()
 
 

@@ -9,12 +9,11 @@ import os
 import secrets
 from pathlib import Path
 
-from base.errors import StorageError
+from base.errors import REFUSED, StorageError
 from base.files import to_json, write_json
 
 
 RUN_ID_VARIABLE = "COGVIDEOX_RUN_ID"  # set by a wrapper for each run that it starts
-REFUSED = 2  # exit code
 
 
 class Run:

@@ -14,18 +14,14 @@ from pathlib import Path
 
 import torch
 
+from base.dtypes import FILE_DTYPES
 from base.files import hashes_for_manifest, identity
 
 
-# By safetensors' names, narrow ones first. The library lays tensors out from the end of this list to its start, so that
-# each is aligned; so does `save_tensors`, and its bytes are the library's.
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
-    "F64": torch.float64, "I64": torch.int64,
-}  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-WIDTH = {code: number for number, code in enumerate(DTYPES)}
+# The library lays tensors out from the widest dtype to the narrowest, so that each is aligned; so does `save_tensors`,
+# and its bytes are the library's.
+CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
+WIDTH = {code: number for number, code in enumerate(FILE_DTYPES)}
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a model
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"  # and for the list of several such files
 

@@ -11,6 +11,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
 from base.bars import download_bar
+from base.dtypes import WEIGHT_DTYPES
 from base.errors import UsageError, first_line
 from base.file_kinds import stand_in
 from base.hashes import Hashes
@@ -29,7 +30,6 @@ from cogvideox.config import (
 
 WEIGHT_NAME = re.compile(r"\.(safetensors|bin)$|\.index\.(\w+\.)?json$")  # files of weights, and indices of several
 SETTINGS_SUFFIXES = {".json", ".model", ".txt"}
-SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def resolve_model_dir(model: str, components: list[str], revision: str | None = None, cache_dir: str | None = None):
@@ -71,13 +71,13 @@ def check_model_files(paths: list[Path]) -> None:
 
 def download_model(model: str, components: list[str], revision: str | None, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["model_index.json", *(name if name.endswith(".json") else f"{name}/*" for name in components)]
     try:
         options = {"revision": revision, "cache_dir": cache_dir, "tqdm_class": download_bar(model)}
         return Path(snapshot_download(model, allow_patterns=patterns, **options))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
             f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
             "reached, name a mirror by HF_ENDPOINT=https://..., or give the folder of a downloaded model"
@@ -95,7 +95,7 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
     try:
         with safe_open(files[0], framework="pt") as weights:
             name = next(iter(weights.keys()))
-            return SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()]
+            return WEIGHT_DTYPES[weights.get_slice(name).get_dtype()]
     except (SafetensorError, KeyError) as error:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
 

@@ -42,7 +42,7 @@ def build_dataset_from_args(
     return make_videos_from_args(
         args,
         clips,
-        fps=fps_from_args(args, default_fps),
+        fps=choose_fps("--fps", args.fps if "fps" in args.given else None, default_fps),
         seed=seed,
         skip_frames_start=args.skip_frames_start,
         skip_frames_end=args.skip_frames_end,
@@ -55,9 +55,10 @@ def read_clips_from_args(args) -> list[Clip]:
     return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 
-def build_videos_from_args(args, fps: float) -> VideoDataset:
+def build_videos_from_args(args, default_fps: float) -> VideoDataset:
     """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
     clips = read_clips_from_args(args)
+    fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
     return make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
         fps_flag="--target_fps",
@@ -80,13 +81,13 @@ def buckets_from_args(args) -> list[Bucket]:
     return make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets)
 
 
-def fps_from_args(args, default_fps: float) -> float:
-    """--fps where given, else the rate that the checkpoint was made for."""
-    if "fps" not in args.given:
+def choose_fps(flag: str, given: int | None, default_fps: float) -> float:
+    """What the flag says, else the rate that the checkpoint was made for."""
+    if given is None:
         logger.info(
-            "clips are sampled at %g frames per second (this checkpoint's rate; --fps changes it)", default_fps
+            "clips are sampled at %g frames per second (this checkpoint's rate; %s changes it)", default_fps, flag
         )
         return default_fps
-    if args.fps != default_fps:
-        logger.warning("--fps %d: this checkpoint was made for %g", args.fps, default_fps)
-    return args.fps
+    if given != default_fps:
+        logger.warning("%s %d: this checkpoint was made for %g", flag, given, default_fps)
+    return given

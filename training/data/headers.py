@@ -17,7 +17,7 @@ import av
 from av.codec.context import Flags
 from av.stream import Disposition
 
-from base.errors import DataError, UserError, first_line, keep_trace
+from base.errors import DataError, UserError, keep_trace, named_line
 from base.file_kinds import beginning, other_content
 from data.containers import file_boxes
 from data.picture import Picture, color_cautions, describe
@@ -56,11 +56,6 @@ class Header(NamedTuple):
     picture: Picture
 
 
-def probe(path) -> VideoInfo:
-    """Frame count, rate and displayed size; DataError for what is no readable video."""
-    return read_header(path).info
-
-
 @contextlib.contextmanager
 def one_clip(path, log: bool = True):
     """Whatever the libraries raise within is a DataError of this clip: one line, what nobody foresaw with its traceback
@@ -78,7 +73,7 @@ def one_clip(path, log: bool = True):
         raise DataError(f"{path}: cannot be read ({error.strerror}); download or export it again") from error
     except Exception as error:  # decoders are many and fed with anything: the other clips go on
         trace = f"; traceback in {keep_trace()}" if log else ""
-        reason = f"{type(error).__name__}: {first_line(error)}{trace}"
+        reason = f"{named_line(error)}{trace}"
         raise DataError(f"{path}: cannot be read ({reason}); convert it to H.264") from error
 
 

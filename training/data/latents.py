@@ -48,7 +48,7 @@ class LatentDataset(Dataset):
     `image_moments` are given if every clip has them, unless `with_images` is off: one of the K variants, drawn per epoch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword, one a flag
         self,
         root,
         *,

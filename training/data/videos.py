@@ -37,7 +37,7 @@ class VideoDataset(Dataset):
     on_problem="collect" are left out and described in `problems`, a line each.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword, one a flag
         self,
         clips: Sequence[Clip],
         buckets: Sequence[Bucket],

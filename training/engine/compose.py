@@ -22,7 +22,9 @@ from torch import nn
 from attention.kernels import SAVED_OPS, make_attend
 from attention.processor import JointAttention
 from attention.trial import pick_attention
+from base.dtypes import DTYPES
 from base.errors import UsageError
+from base.levels import HOST_LEVELS
 from base.toolchain import missing_for_triton
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 from engine.lora import (
@@ -56,7 +58,6 @@ from memory.weights import load_blocks, stream_weights
 logger = logging.getLogger(__name__)
 
 TRITON_CAPABILITY = (8, 0)  # Ampere: what Triton supports
-SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -216,7 +217,7 @@ def build_sft_engine_from_args(
     ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
     if ema:
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
-    save_dtype = SAVE_DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
+    save_dtype = DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
     return SftEngine(transformer, params, inference_facts_from_args(args), level, save_dtype, masters, ema)
 
 
@@ -267,13 +268,13 @@ def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, 
     """
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # outside of the compiled blocks
-    elif level in ("balanced", "offload", "stream"):
+    elif level in ("balanced", *HOST_LEVELS):
         checkpoint_blocks(transformer.transformer_blocks, SAVED_OPS)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     by_level = level and not args.no_compile_blocks and uses_triton(device)
     if args.compile_blocks or by_level or backend != "no":
         compile_blocks(transformer.transformer_blocks, "inductor" if backend == "no" else backend)
-    if level in ("offload", "stream"):
+    if level in HOST_LEVELS:
         offload_activations(transformer.transformer_blocks, device)
     if level == "stream":
         stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves them in host memory

@@ -17,11 +17,12 @@ from torch import nn
 
 from base.console import capture_prints
 from base.errors import UsageError
+from base.levels import HOST_LEVELS
+from engine.optimizers import ADAMS, adam_settings_from_args
 
 
 OLDEST = "0.19"  # before it a backward pass without DeepSpeed's own forward counts as the first micro-step
 SUPPORTED_STAGES = (1, 2)
-TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, the one optimizer that is run here
 
 
@@ -110,11 +111,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def load_moments(self, state: dict[int, dict]) -> None:
         """Adam's, as torch keeps them by the number of the weight."""
         step, zero = state[0]["step"], self.engine.optimizer
+        is_torchs = isinstance(zero.optimizer, tuple(ADAMS.values()))
         for group in self.param_groups:
             for piece in group["params"]:
                 entry = {name: torch.zeros_like(piece) for name in MOMENTS}
                 # DeepSpeedCPUAdam counts in a number, torch's Adam in a tensor
-                entry["step"] = torch.tensor(float(step)) if isinstance(zero.optimizer, TORCH_ADAMS) else int(step)
+                entry["step"] = torch.tensor(float(step)) if is_torchs else int(step)
                 zero.optimizer.state[piece] = entry
         zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed does after its first step
         for index, weight in enumerate(self.weights):
@@ -154,18 +156,12 @@ def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_rank
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     config = deepspeed_config_from_args(args, config, masters.copies[0].dtype, num_ranks)
-    settings = {
-        "lr": learning_rate,
-        "betas": (args.beta1, args.beta2),
-        "eps": args.epsilon,
-        "weight_decay": args.weight_decay,
-    }
+    settings = adam_settings_from_args(args, learning_rate)
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         with capture_prints():  # how long it took to build, and with what
             optimizer = DeepSpeedCPUAdam(masters.copies, **settings, adamw_mode=args.optimizer == "adamw")
     else:
-        optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-        optimizer = optimizer_class(masters.copies, **settings)
+        optimizer = ADAMS[args.optimizer](masters.copies, **settings)
     weights = nn.ParameterList(masters.copies)
     with capture_prints():
         engine = deepspeed.initialize(model=weights, optimizer=optimizer, config=config)[0]
@@ -233,7 +229,7 @@ def check_deepspeed_from_args(args) -> None:
             "give one of them",
         ),
         (
-            [f"--memory {args.memory}"] if args.memory in ("offload", "stream") else [],
+            [f"--memory {args.memory}"] if args.memory in HOST_LEVELS else [],
             "DeepSpeed runs backward passes that weights and activations in host memory cannot follow",
             "use --memory balanced",
         ),

@@ -9,6 +9,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from base.errors import UsageError
+from memory.quantization import FP8_CAPABILITY
 
 
 logger = logging.getLogger(__name__)
@@ -16,13 +17,8 @@ logger = logging.getLogger(__name__)
 CAME_BETA3 = 0.9999  # of the paper, arXiv 2307.02047
 CAME_EPSILONS = (1e-30, 1e-16)  # likewise: of the squared gradient, and of the instability
 PRODIGY_SMALL_LR = 0.1  # prodigy's learning rate is a factor of its own estimate: 1, or near it
-STATE_BYTES = {
-    "adam": 8,
-    "adamw": 8,
-    "prodigy": 16,
-    "came": 4,
-}  # per weight; came's first moment is the one not factored
-FP8_CAPABILITY = (8, 9)  # Ada; the kernels that torch makes for fp8 need it
+ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+STATE_BYTES = {"adam": 8, "adamw": 8, "prodigy": 16, "came": 4}  # per weight; of came the first moment is not factored
 
 
 # ---------------------------------------------------------------- optimizers
@@ -44,9 +40,8 @@ def make_optimizer_from_args(args, params: Iterable[torch.nn.Parameter], learnin
             betas=(args.beta1, args.beta2, beta3),
             weight_decay=args.weight_decay,
         )
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     # One kernel, and no list of temporaries as large as the weights; also on the CPU, where masters may lie
-    return optimizer_class(params, **adam_settings_from_args(args, learning_rate), fused=True)
+    return ADAMS[args.optimizer](params, **adam_settings_from_args(args, learning_rate), fused=True)
 
 
 def state_bytes_from_args(args) -> int:

@@ -7,11 +7,12 @@ Calibrated on the peaks of benchmarks/*.csv, which the tests hold it to within 1
 import math
 from typing import NamedTuple
 
+from base.levels import HOST_LEVELS, LEVELS
+from memory.host import NUM_SLOTS
+
 
 GIB = 2**30
-FASTEST_FIRST = ("speed", "balanced", "offload", "stream")
 CHECKPOINTING = "checkpointing"  # --gradient_checkpointing without a level
-RING_SLOTS = 3  # blocks of weights on the GPU in `stream`
 RETURN_SLOTS = 2  # blocks of saved activations that come back, in `offload` and `stream`
 # In u: what one block's backward pass takes at most, beside what is saved
 TRANSIENT = {"speed": 8.0, "balanced": 16.1, CHECKPOINTING: 20.7, "offload": 16.1, "stream": 16.1}
@@ -85,7 +86,7 @@ class Need(NamedTuple):
 
 
 def need(run: Run, level: str, roomy: bool = False) -> Need:
-    """What `run` takes at `level`, a name of FASTEST_FIRST or CHECKPOINTING.
+    """What `run` takes at `level`, a name of LEVELS or CHECKPOINTING.
 
     `roomy`: where there is more than that, T5 encodes on the GPU, torch keeps what rendering no longer uses, and the
     system the pages of T5's file.
@@ -107,7 +108,7 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused_bytes(run, eager)
-    thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are rendered in small pieces
+    thrifty = level in HOST_LEVELS
     returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # their memory stays
     coding = coding_bytes(run, resident + returning, roomy, thrifty)
     if coding:
@@ -158,7 +159,7 @@ def weights_on_gpu(run: Run, level: str) -> float:
     if level != "stream":
         return weights
     blocks = run.num_block_weights * run.item_bytes - quantised_bytes(run)
-    return weights - blocks + min(RING_SLOTS, run.num_blocks) * blocks / run.num_blocks
+    return weights - blocks + min(NUM_SLOTS, run.num_blocks) * blocks / run.num_blocks
 
 
 def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float:
@@ -196,7 +197,7 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
     full = run.num_weights * run.item_bytes
     weights, travelling, shared = full - quantised_bytes(run), 0, 0
     loading = LOADING + full * (1 if run.converted or run.base_precision != "bf16" else MAPPED)
-    if level in ("offload", "stream"):
+    if level in HOST_LEVELS:
         travelling = (run.num_blocks - 1) * kept_bytes(run)
     if level == "stream":
         shared = weights
@@ -221,7 +222,7 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
 def text_encoder_on_host(run: Run, level: str, roomy: bool) -> float:
     """While captions are encoded. Weights that go from their file to the GPU as they are leave hardly a trace."""
     # --enable_model_cpu_offload is among them as measured, 21.6 GiB for 5b; why, was not found out
-    copied = run.converted or run.offloads_models or level in ("offload", "stream")
+    copied = run.converted or run.offloads_models or level in HOST_LEVELS
     if not copied:
         return MAPPED * T5_XXL
     return T5_HOST if roomy else T5_XXL
@@ -248,7 +249,7 @@ def states_bytes(run: Run) -> int:
 
 def levels_of(run: Run) -> tuple[str, ...]:
     """Those that the task can have, the fastest first."""
-    return FASTEST_FIRST if run.is_lora and not run.deepspeed else ("speed", "balanced")
+    return LEVELS if run.is_lora and not run.deepspeed else ("speed", "balanced")
 
 
 def fits(needed: Need, gpu_bytes: float, host_bytes: float) -> bool:

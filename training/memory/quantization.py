@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 BASE_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
-FP8_CAPABILITY = (8, 9)  # Ada: the first cards that multiply it
+FP8_CAPABILITY = (8, 9)  # Ada: the first cards that multiply it, and that torch compiles fp8 kernels for
 SMALLEST_AMAX = 1e-30  # below any gradient in bf16; rows of zeros need a divisor
 INT8_MAX = 127
 NF4_BLOCK, NF4_STATISTICS_BLOCK = 64, 256  # weights a scale, scales a scale of their own
@@ -126,10 +126,6 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return frozen_linears(x, [self])[0]
-
-    def dequantized(self) -> torch.Tensor:
-        """The weight [N, K] that is computed with."""
-        return self.unpack(self.compute_dtype, *self.stored())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

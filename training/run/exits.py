@@ -11,16 +11,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from base.console import beside_bars, dump_kept
-from base.errors import ERROR_LOG, MemoryFullError, StorageError, UserError, first_line
+from base.errors import (
+    ERROR_LOG,
+    INTERNAL,
+    INTERRUPTED,
+    REFUSED,
+    STORAGE,
+    MemoryFullError,
+    StorageError,
+    UserError,
+    first_line,
+)
 from base.files import free_bytes, keep, nearest_folder, take_back
-from base.ranks import meet
+from base.ranks import group_store, meet
 from base.signals import INTERRUPTION, caught_signals
-from base.status import REFUSED, RUN, is_of_this_run, note_refusal, read_status, write_status
+from base.status import RUN, is_of_this_run, note_refusal, read_status, write_status
 from data.buckets import Bucket
 from engine.deepspeed_zero import uses_deepspeed
 from memory.allocator import uses_expandable_segments
@@ -28,7 +37,6 @@ from run.launch import launch_id
 from run.meter import memory_report
 
 
-INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
 FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 STORAGE_ERRORS = FULL_DISK | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 GO_ON = "the same command continues from the last checkpoint"
@@ -44,7 +52,7 @@ def stop_is_due(accelerator: Accelerator, step: int) -> bool:
         return asked
     asked_of_ranks = meet(f"stop-{step}", "asked" if asked else "")
     # All have come here, so that none still reads what was said a step ago
-    torch.distributed.distributed_c10d._get_default_store().delete_key(f"stop-{step - 1}/{accelerator.process_index}")
+    group_store().delete_key(f"stop-{step - 1}/{accelerator.process_index}")
     return any(asked_of_ranks)
 
 

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
+from base.dtypes import FILE_DTYPES
 from base.errors import UsageError
 from base.files import replaced_folder, write_json
-from base.tensor_file import DTYPES, INDEX_NAME, weight_files
+from base.tensor_file import INDEX_NAME, weight_files
 from engine.lora_file import (
     COMFYUI_PREFIX,
     WEIGHTS_NAME,
@@ -121,7 +122,9 @@ def merge_files(
         name = source.name.replace(f".{variant}", "") if variant else source.name
         with safe_open(source, framework="pt") as base:
             names = sorted(set(base.keys()) - dropped)
-            sizes = {key: (DTYPES[base.get_slice(key).get_dtype()], base.get_slice(key).get_shape()) for key in names}
+            sizes = {
+                key: (FILE_DTYPES[base.get_slice(key).get_dtype()], base.get_slice(key).get_shape()) for key in names
+            }
 
             def tensor_of(key: str, base=base) -> torch.Tensor:
                 weight, layer = base.get_tensor(key), layers.get(key.removesuffix(".weight"))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
 from torch.utils.data import Dataset
 
 from base.draws import draw_seed
@@ -18,6 +17,7 @@ from data.buckets import Bucket
 from data.dataset import build_dataset_from_args
 from data.loader import collate
 from engine.objective import draw_normal
+from run.steps import to_device
 
 
 DRAW_RULE = "source, window, repeat"
@@ -81,7 +81,7 @@ def encode_held_out(
     own_seed, device = draw_seed(seed, "held_out"), accelerator.device
     encoded = {}
     for index in range(accelerator.process_index, len(clips.prompts), accelerator.num_processes):
-        batch, place = send_to_device(collate([clips.dataset[index]]), device), clips.dataset.places[index]
+        batch, place = to_device(collate([clips.dataset[index]]), device), clips.dataset.places[index]
         encoded[place] = [tensor.cpu() for tensor in encode(batch, own_seed, [place])]
     return HeldOut(encoded, len(clips.prompts), losses_of, own_seed, num_timesteps, device)
 

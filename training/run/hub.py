@@ -5,8 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # of httpx, or since its version 2 of httpx2
 
 from base.errors import StorageError, UsageError, first_line
 from base.hashes import short_hash
@@ -18,7 +18,7 @@ from run.model_card import CARD_NAME, LOSS_NAME
 logger = logging.getLogger(__name__)
 
 # Of the client: refusals and disks, names that are none, its own transfer of large files, the line
-HUB_ERRORS = (OSError, ValueError, RuntimeError, httpx.HTTPError)
+HUB_ERRORS = (OSError, ValueError, RuntimeError, HTTPError)
 # All that is ever uploaded: no args.json, which may name local paths, no checkpoints, logs or optimizer states
 UPLOADED = (
     CARD_NAME, LOSS_NAME, "pytorch_lora_weights*.safetensors", f"{SUBFOLDER}/*", "samples/*.mp4", "samples/*.txt",

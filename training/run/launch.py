@@ -15,7 +15,9 @@ import torch.distributed
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from base.console import capture_prints, log_errors_only, log_to_stderr
+from base.dtypes import DTYPES
 from base.errors import UsageError
+from base.ranks import group_store
 from base.status import RUN
 from engine.deepspeed_zero import check_deepspeed_from_args, uses_deepspeed
 from memory.allocator import expand_segments
@@ -25,7 +27,7 @@ from run.tracking import tracking_options_from_args
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"no": DTYPES["fp32"], "fp16": DTYPES["fp16"], "bf16": DTYPES["bf16"]}  # as --mixed_precision says
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
 # What the launcher exports of its config, where that sets it
 LAUNCHER_VARIABLES = {
@@ -72,7 +74,7 @@ def launch_id() -> str | None:
 def agree_on_run() -> None:
     """All ranks take the id of the first: several machines have a launcher each, and mpirun is none of those known."""
     if torch.distributed.is_initialized():
-        store = torch.distributed.distributed_c10d._get_default_store()
+        store = group_store()
         if torch.distributed.get_rank() == 0:
             store.set("run", RUN.id)
         RUN.id = store.get("run").decode()
@@ -134,12 +136,12 @@ def compute_dtype_from_args(args, stored: torch.dtype, device: torch.device) -> 
         raise UsageError("fp16 trains on CUDA only; use --mixed_precision no or bf16 here")
     if name == "fp16" and stored == torch.bfloat16:
         raise UsageError("this checkpoint is stored in bf16 and overflows in fp16; use --mixed_precision bf16")
-    if DTYPES.get(name) is None:
+    if PRECISIONS.get(name) is None:
         raise UsageError(f"mixed_precision: {name} of the accelerate config is not supported; use no, fp16 or bf16")
-    check_base_precision(args.base_precision, DTYPES[name], device)
-    if stored != DTYPES[name]:
-        logger.info("weights stored in %s are converted once and computed in %s", stored, DTYPES[name])
-    return DTYPES[name]
+    check_base_precision(args.base_precision, PRECISIONS[name], device)
+    if stored != PRECISIONS[name]:
+        logger.info("weights stored in %s are converted once and computed in %s", stored, PRECISIONS[name])
+    return PRECISIONS[name]
 
 
 def check_launcher_from_args(args) -> None:

@@ -20,7 +20,7 @@ from memory.allocator import expand_segments, uses_expandable_segments
 from memory.estimate import GIB, Run, closest, fastest_that_fits, table
 from memory.host import free_on_gpu
 from memory.quantization import BASE_LINEARS
-from run.launch import DTYPES
+from run.launch import PRECISIONS
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def print_plan_from_args(args, outline, is_lora: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     expand_segments(device)  # as the run would, before the estimates
     reading = (args, outline.fps, args.seed or 0, outline.scaling_factor, outline.image_to_video)
-    dataset, dtype = build_dataset_from_args(*reading), DTYPES[args.mixed_precision or "bf16"]
+    dataset, dtype = build_dataset_from_args(*reading), PRECISIONS[args.mixed_precision or "bf16"]
     run = run_from_args(args, outline, dataset.bucket_of, dtype, is_lora)
     free = free_on_gpu(device) if device.type == "cuda" else None
     lines = [table(run, free, psutil.virtual_memory().available)]

@@ -23,7 +23,7 @@ MODEL_LICENCE = {
     "license_name": "cogvideox-license",
     "license_link": "https://huggingface.co/zai-org/CogVideoX-5b/blob/main/LICENSE",
 }
-PACKAGES = ("torch", "diffusers", "transformers", "peft")
+PACKAGES = ("torch", "diffusers", "transformers", "peft")  # to use the result; args.json says what made it
 NO_PROMPT = "A lighthouse stands in the rain."  # of the example, where the run had none
 
 

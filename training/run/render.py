@@ -19,7 +19,9 @@ from torch import nn
 
 from attention.kernels import sage_attention
 from base.bars import LOG_SECONDS, tracked
+from base.errors import named_line
 from base.files import write_text
+from base.levels import HOST_LEVELS
 from data.artifacts import write_video
 from data.buckets import Bucket
 from engine.objective import draw_generator
@@ -46,11 +48,6 @@ class Samples:
     make_pipeline: Callable[[nn.Module], object]  # of a transformer
 
 
-def one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
 @contextlib.contextmanager
 def keep_random_state(device: torch.device):
     """The generators of torch, Python and numpy as they were before."""
@@ -65,7 +62,7 @@ def keep_random_state(device: torch.device):
 
 def render_from_args(args, accelerator, engine, samples: Samples, directory: Path) -> None:
     """Write this rank's share of the videos, each with its prompt beside it: <prompt>_<video>.mp4 and .txt."""
-    transformer, is_thrifty = engine.transformer, engine.level in ("offload", "stream")
+    transformer, is_thrifty = engine.transformer, engine.level in HOST_LEVELS
     jobs = [(number, video) for number in range(len(samples.prompts)) for video in range(args.num_validation_videos)]
     own_jobs = jobs[accelerator.process_index :: accelerator.num_processes]
     if not own_jobs:
@@ -85,7 +82,7 @@ def render_from_args(args, accelerator, engine, samples: Samples, directory: Pat
             return
         except torch.cuda.OutOfMemoryError as error:
             logger.warning(
-                "validation: %s; tried again in small pieces, with one model at a time on the GPU", one_line(error)
+                "validation: %s; tried again in small pieces, with one model at a time on the GPU", named_line(error)
             )
         with in_small_pieces(pipe, tiles):
             offload = offload or device.type == "cuda"

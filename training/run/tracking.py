@@ -83,7 +83,7 @@ def start_trackers_from_args(args, accelerator: Accelerator, project: str, first
                 logger.info("%s: %s", name, place)
             if not (continues and name == "tensorboard"):  # where it would look like one more run
                 tracker.store_init_configuration(config)
-    except Exception as error:  # a tracker's own, of any kind
+    except Exception as error:  # noqa: BLE001 - a tracker's own, of any kind
         leave(accelerator, error)
 
 
@@ -165,7 +165,7 @@ def send(accelerator: Accelerator, trackers: list[GeneralTracker], values: dict,
     try:
         for tracker in trackers:
             tracker.log(values, step=step)
-    except Exception as error:  # a server that is down, a full disk
+    except Exception as error:  # noqa: BLE001 - a server that is down, a full disk
         leave(accelerator, error)
 
 
@@ -175,7 +175,7 @@ def finish_trackers(accelerator: Accelerator) -> None:
         try:
             with capture_prints():
                 tracker.finish()
-        except Exception as error:  # a tracker's own, of any kind
+        except Exception as error:  # noqa: BLE001 - a tracker's own, of any kind
             logger.warning("%s was not closed, metrics.jsonl is complete: %s", tracker.name, first_line(error))
     accelerator.trackers = []
 
@@ -224,4 +224,4 @@ def add_gif(writer, tag: str, path: Path, step: int) -> None:
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     width, height = frames[0].size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -3,27 +3,26 @@
 Training never notices: weights, train mode, devices and random state are as before, and a failure is one warning.
 """
 
-import http.client
 import io
 import logging
 import re
+import ssl
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 
 from attention.kernels import check_sage
-from base.errors import UsageError
+from base.errors import UsageError, first_line, named_line
 from base.ranks import meet
 from base.signals import INTERRUPTION
 from data.buckets import Bucket
 from run.held_out import HeldOut, mean_losses, sum_losses
 from run.meter import StepMeter, report_memory
-from run.render import Samples, keep_random_state, one_line, render_from_args
+from run.render import Samples, keep_random_state, render_from_args
 from run.steps import StepPlan
 from run.tracking import log_values, log_videos
 
@@ -70,25 +69,32 @@ def open_image(source: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(fetch(source)) if protocol else source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, http.client.HTTPException, Image.DecompressionBombError) as error:
-        raise UsageError(f"--validation_images {source}: cannot be read ({one_line(error)})") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"--validation_images {source}: cannot be read ({named_line(error)})") from error
 
 
 def fetch(url: str) -> bytes:
-    """The content of an http(s) URL; redirects stay within these protocols. OSError if it is too large or too slow."""
-    opener, deadline, content = urllib.request.OpenerDirector(), time.monotonic() + FETCH_SECONDS, bytearray()
-    for name in (
-        "ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPRedirectHandler", "HTTPDefaultErrorHandler",
-        "HTTPErrorProcessor", "UnknownHandler",
-    ):  # fmt: skip
-        opener.add_handler(getattr(urllib.request, name)())
-    with opener.open(url, timeout=FETCH_SECONDS / 2) as response:
-        while piece := response.read1(2**20):
-            content += piece
-            if len(content) > FETCH_BYTES:
-                raise OSError(f"larger than {FETCH_BYTES // 2**20} MiB")
-            if time.monotonic() > deadline:
-                raise OSError(f"not complete after {FETCH_SECONDS} s")
+    """The content of an http(s) URL; redirects stay within these protocols. OSError if it fails, is too large or slow."""
+    import httpx  # here: most runs fetch nothing
+
+    deadline = time.monotonic() + FETCH_SECONDS
+    options = {"timeout": FETCH_SECONDS / 2, "verify": ssl.create_default_context()}  # this machine's certificates
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, **options) as response:
+            response.raise_for_status()
+            return join_pieces(response.iter_bytes(), deadline)
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:  # a SOCKS proxy needs a package more
+        raise OSError(first_line(error)) from error
+
+
+def join_pieces(pieces: Iterable[bytes], deadline: float) -> bytes:
+    content = bytearray()
+    for piece in pieces:
+        content += piece
+        if len(content) > FETCH_BYTES:
+            raise OSError(f"larger than {FETCH_BYTES // 2**20} MiB")
+        if time.monotonic() > deadline:
+            raise OSError(f"not complete after {FETCH_SECONDS} s")
     return bytes(content)
 
 
@@ -158,8 +164,8 @@ def attempt(work: Callable) -> tuple:
             if INTERRUPTION.reason is None:
                 return work(), ""
         return None, f"ended by {INTERRUPTION.reason}"
-    except Exception as error:  # of models, codecs or disks; warn_of names it
-        return None, one_line(error)
+    except Exception as error:  # noqa: BLE001 - of models, codecs or disks; warn_of names it
+        return None, named_line(error)
 
 
 def warn_of(step: int, what: str, problems: list[str]) -> None:
