@@ -20,10 +20,10 @@ from args import parse_training_args
 from base import files as files_module
 from base.errors import NumbersError, StorageError, UsageError
 from base.files import damage, release_locks, write_manifest, written_folder
-from run.checkpoints import find_checkpoint_from_args, load_checkpoint, save_checkpoint, save_checkpoint_from_args
+from run.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint, write_checkpoint
 from run.exits import run_script
-from run.output_dir import checkpoint_dirs, open_output_dir_from_args, write_record_from_args
-from run.result import check_disk_from_args
+from run.output_dir import checkpoint_dirs, open_output_dir, write_record
+from run.result import check_disk
 from test_checkpointing import FACTS, MAIN, OneTensorEngine, make_run, step
 
 
@@ -57,18 +57,18 @@ def run():
 def out(run, tmp_path):
     """The folder of a run killed after its checkpoints 1 and 2."""
     folder = tmp_path / "out"
-    open_output_dir_from_args(flags(folder), MAIN)
-    write_record_from_args(flags(folder), 5, {})
+    open_output_dir(flags(folder), MAIN)
+    write_record(flags(folder), 5, {})
     for number in (1, 2):
-        save_checkpoint(folder, number, *run, FACTS)
+        write_checkpoint(folder, number, *run, FACTS)
     release_locks()
     return folder
 
 
 def continued(out, *more):
     """The checkpoint that the same command goes on from."""
-    open_output_dir_from_args(flags(out, *more), MAIN)
-    path = find_checkpoint_from_args(flags(out, *more), MAIN, 100, {})
+    open_output_dir(flags(out, *more), MAIN)
+    path = find_checkpoint(flags(out, *more), MAIN, 100, {})
     release_locks()
     return path
 
@@ -148,7 +148,7 @@ def test_a_save_killed_at_every_file_operation_loses_nothing(number, run, out, t
     args = Namespace(output_dir=str(tmp_path / "copy"), checkpoints_total_limit=2)
 
     def save():
-        save_checkpoint_from_args(args, MAIN, number, *run, FACTS)
+        save_checkpoint(args, MAIN, number, *run, FACTS)
 
     def copy():
         shutil.rmtree(args.output_dir, ignore_errors=True)
@@ -179,7 +179,7 @@ def test_everything_is_on_the_disk_before_the_rename(run, tmp_path, monkeypatch)
     )
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
-    path = save_checkpoint(tmp_path, 3, *run, FACTS)
+    path = write_checkpoint(tmp_path, 3, *run, FACTS)
     place = events.index("rename", len(events) - 2)
     flushed = [event.name for event in events[:place]]
     files = {file.name for file in path.rglob("*") if file.is_file()}
@@ -244,12 +244,12 @@ def test_a_file_beside_those_of_the_checkpoint_does_no_harm(out):
 
 def test_a_damaged_later_checkpoint_does_not_push_out_the_good_ones(run, out):
     """After a fall back the next saves are older than the damaged one: with a limit of 1 it must not be what is kept."""
-    save_checkpoint(out, 20, *run, FACTS)
+    write_checkpoint(out, 20, *run, FACTS)
     flip(out / "checkpoint-20/weight.safetensors")
     args = Namespace(output_dir=str(out), checkpoints_total_limit=1)
-    save_checkpoint_from_args(args, MAIN, 3, *run, FACTS)
+    save_checkpoint(args, MAIN, 3, *run, FACTS)
     assert continued(out) == out / "checkpoint-3"
-    save_checkpoint_from_args(args, MAIN, 20, *run, FACTS)
+    save_checkpoint(args, MAIN, 20, *run, FACTS)
     assert [path.name for path in checkpoint_dirs(out)] == ["checkpoint-20"] and not partial(out)
 
 
@@ -260,7 +260,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(run, out, monkeypatch,
     args = Namespace(output_dir=str(out), checkpoints_total_limit=1)
     with monkeypatch.context() as patches:
         patches.setattr(files_module.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail())
-        save_checkpoint_from_args(args, MAIN, 3, *run, FACTS)
+        save_checkpoint(args, MAIN, 3, *run, FACTS)
     assert "checkpoint-1: cannot be removed (Permission denied)" in caplog.text
     assert continued(out) == out / "checkpoint-3"
 
@@ -275,7 +275,7 @@ def test_numbers_that_are_not_finite_are_written_nowhere(place, value, run, out)
     tensor = engine.weight.data if place == "weight" else state.optimizer.state[engine.weight]["exp_avg"]
     tensor[2] = value
     with pytest.raises(NumbersError, match="weights or optimizer states are no longer finite"):
-        save_checkpoint(out, 3, *run, FACTS)
+        write_checkpoint(out, 3, *run, FACTS)
     assert [path.name for path in checkpoint_dirs(out)] == ["checkpoint-1", "checkpoint-2"]
     assert not list(out.glob(".tmp-*"))
 
@@ -289,7 +289,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(limit, run, out, capsys):
     def save():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            save_checkpoint_from_args(Namespace(output_dir=str(out), checkpoints_total_limit=1), MAIN, 3, *run, FACTS)
+            save_checkpoint(Namespace(output_dir=str(out), checkpoints_total_limit=1), MAIN, 3, *run, FACTS)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -304,9 +304,9 @@ def test_a_full_disk_leaves_the_checkpoints_before(limit, run, out, capsys):
 def test_the_merged_model_counts_too(tmp_path, monkeypatch):
     engine = Namespace(params=[torch.zeros(8)], transformer=torch.nn.Linear(1000, 1000))  # 4 MB
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=3e6))
-    check_disk_from_args(flags(tmp_path), engine, 0, 5)
+    check_disk(flags(tmp_path), engine, 0, 5)
     with pytest.raises(StorageError, match="GiB are free"):
-        check_disk_from_args(flags(tmp_path, "--export", "merged"), engine, 0, 5)
+        check_disk(flags(tmp_path, "--export", "merged"), engine, 0, 5)
 
 
 @pytest.mark.parametrize(
@@ -328,9 +328,9 @@ def test_the_disk_is_measured_before_the_first_step(weights, more, free, expecte
     args = flags(tmp_path, *more)
     if expected == "error":
         with pytest.raises(StorageError, match=r"checkpoints of .* need .* GiB are free"):
-            check_disk_from_args(args, engine, 0, args.max_train_steps or 50)
+            check_disk(args, engine, 0, args.max_train_steps or 50)
         return
-    check_disk_from_args(args, engine, 0, args.max_train_steps or 50)
+    check_disk(args, engine, 0, args.max_train_steps or 50)
     assert ("--checkpoints_total_limit keeps fewer" in caplog.text) == (expected == "warning")
 
 
@@ -338,12 +338,12 @@ def test_the_disk_is_measured_before_the_first_step(weights, more, free, expecte
 
 
 def test_a_second_run_in_the_same_folder_is_refused_with_the_firsts_pid(out):
-    open_output_dir_from_args(flags(out), MAIN)
+    open_output_dir(flags(out), MAIN)
     before = sorted(out.iterdir())
 
     def second(*more):
         with pytest.raises(UsageError, match=f"process {os.getppid()} is writing there"):
-            open_output_dir_from_args(flags(out, *more), MAIN)
+            open_output_dir(flags(out, *more), MAIN)
 
     assert in_child(second) == 0
     assert in_child(lambda: second("--overwrite")) == 0  # nor is a running run moved aside
@@ -352,7 +352,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_firsts_pid(out):
 
 def test_the_lock_of_a_killed_run_does_not_count(out):
     def killed():
-        open_output_dir_from_args(flags(out), MAIN)
+        open_output_dir(flags(out), MAIN)
         os.kill(os.getpid(), 9)
 
     assert in_child(killed) == -9
@@ -364,7 +364,7 @@ def test_a_forked_worker_does_not_keep_the_lock(out):
     read, write = os.pipe()
 
     def run_with_worker():
-        open_output_dir_from_args(flags(out), MAIN)
+        open_output_dir(flags(out), MAIN)
         if os.fork() == 0:
             os.read(read, 1)
             os._exit(0)

@@ -14,7 +14,7 @@ from base.errors import NumbersError
 from data.buckets import pack_batches
 from engine.update import Update, update
 from run.exits import run_script
-from run.meter import BadSteps
+from run.metrics import BadSteps
 from script_runs import (
     SCRIPTS,
     checkpoints,

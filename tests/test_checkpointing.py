@@ -19,13 +19,13 @@ from engine.optimizers import join_tensors, split_tensors
 from engine.update import TrainingState, update
 from run import checkpoints, output_dir, result
 from run.checkpoints import (
-    find_checkpoint_from_args,
+    find_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    save_checkpoint_from_args,
+    write_checkpoint,
 )
-from run.output_dir import checkpoint_dirs, open_output_dir_from_args, write_record_from_args
+from run.output_dir import checkpoint_dirs, open_output_dir, write_record
 
 
 MAIN = Namespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)  # what is used of Accelerator
@@ -84,10 +84,10 @@ def flags(tmp_path):
 def out(flags, run, tmp_path):
     """An output folder as a run of `flags()` left it: seed 5 drawn, checkpoints 2 and 10."""
     args = flags()
-    assert open_output_dir_from_args(args, MAIN) is None
-    write_record_from_args(args, 5, CONTENT)
+    assert open_output_dir(args, MAIN) is None
+    write_record(args, 5, CONTENT)
     for number in (2, 10):
-        save_checkpoint(tmp_path / "out", number, *run, FACTS)
+        write_checkpoint(tmp_path / "out", number, *run, FACTS)
     return tmp_path / "out"
 
 
@@ -103,7 +103,7 @@ def contents(folder):
 def test_continuing_is_bit_exact(name, tmp_path):
     engine, state = make_run(name)
     step(engine, state, 3)
-    path = save_checkpoint(tmp_path, 3, engine, state, FACTS)
+    path = write_checkpoint(tmp_path, 3, engine, state, FACTS)
     step(engine, state, 2)
 
     other, other_state = make_run(name)
@@ -144,7 +144,7 @@ def test_a_gradient_scaler_is_kept(run, tmp_path):
     engine, state = run
     state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     state.scaler.scale(torch.ones(()))  # the scale exists from its first use
-    path = save_checkpoint(tmp_path, 1, engine, state, FACTS)
+    path = write_checkpoint(tmp_path, 1, engine, state, FACTS)
     other, other_state = make_run()
     other_state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     load_checkpoint(path, other, other_state, FACTS)
@@ -157,7 +157,7 @@ def test_a_gradient_scaler_is_kept(run, tmp_path):
 @pytest.mark.parametrize("place", ["save_state", "split_tensors", "save_file", "write_json", "rename"])
 def test_an_error_in_a_save_leaves_the_checkpoints_before(place, run, tmp_path, monkeypatch):
     engine, state = run
-    save_checkpoint(tmp_path, 1, engine, state, FACTS)
+    write_checkpoint(tmp_path, 1, engine, state, FACTS)
     before = contents(tmp_path)
 
     def fail(*arguments, **options):
@@ -167,9 +167,9 @@ def test_an_error_in_a_save_leaves_the_checkpoints_before(place, run, tmp_path, 
         owner = {"save_state": engine, "rename": Path}.get(place, checkpoints)
         patches.setattr(owner, place, fail)
         with pytest.raises(OSError, match="No space"):
-            save_checkpoint(tmp_path, 2, engine, state, FACTS)
+            write_checkpoint(tmp_path, 2, engine, state, FACTS)
     assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert save_checkpoint(tmp_path, 2, engine, state, FACTS).name == "checkpoint-2"
+    assert write_checkpoint(tmp_path, 2, engine, state, FACTS).name == "checkpoint-2"
 
 
 def test_what_a_killed_save_left_is_removed(out, flags):
@@ -177,20 +177,20 @@ def test_what_a_killed_save_left_is_removed(out, flags):
     shutil.copytree(out / "checkpoint-2", out / ".tmp-123-checkpoint-4")
     (out / ".tmp-123-status.json").write_text("{")
     (out / "transformer").mkdir()
-    assert open_output_dir_from_args(flags(), MAIN) == 5
+    assert open_output_dir(flags(), MAIN) == 5
     assert contents(out) == before and not list(out.glob(".tmp-*")) and (out / "transformer").is_dir()
 
 
 def test_the_number_orders_checkpoints_not_the_name(run, tmp_path):
     for number in (10, 9, 100):
-        save_checkpoint(tmp_path, number, *run, FACTS)
+        write_checkpoint(tmp_path, number, *run, FACTS)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
 
 
 def test_pruning_keeps_the_newest_and_everything_else(run, tmp_path):
     (tmp_path / "checkpoint-mine").mkdir()
     for number in (8, 9, 10):
-        save_checkpoint(tmp_path, number, *run, FACTS)
+        write_checkpoint(tmp_path, number, *run, FACTS)
     prune_checkpoints(tmp_path, None, 10)
     assert len(checkpoint_dirs(tmp_path)) == 3
     prune_checkpoints(tmp_path, 2, 10)
@@ -199,7 +199,7 @@ def test_pruning_keeps_the_newest_and_everything_else(run, tmp_path):
 
 def test_the_old_one_goes_only_when_the_new_one_is_there(run, tmp_path, monkeypatch):
     args = Namespace(output_dir=str(tmp_path), checkpoints_total_limit=1)
-    save_checkpoint_from_args(args, MAIN, 1, *run, FACTS)
+    save_checkpoint(args, MAIN, 1, *run, FACTS)
 
     def fail(*arguments):
         raise OSError(28, "No space left on device")
@@ -209,9 +209,9 @@ def test_the_old_one_goes_only_when_the_new_one_is_there(run, tmp_path, monkeypa
         patches.setattr(output_dir, "write_json", fail)
         patches.setattr(result, "write_json", fail)
         with pytest.raises(OSError, match="No space"):
-            save_checkpoint_from_args(args, MAIN, 2, *run, FACTS)
+            save_checkpoint(args, MAIN, 2, *run, FACTS)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-1"]
-    save_checkpoint_from_args(args, MAIN, 2, *run, FACTS)
+    save_checkpoint(args, MAIN, 2, *run, FACTS)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-2"]
 
 
@@ -219,7 +219,7 @@ def test_only_the_main_process_writes(run, tmp_path):
     waited = []
     accelerator = Namespace(is_main_process=False, wait_for_everyone=lambda: waited.append(True))
     args = Namespace(output_dir=str(tmp_path), checkpoints_total_limit=1)
-    save_checkpoint_from_args(args, accelerator, 1, *run, FACTS)
+    save_checkpoint(args, accelerator, 1, *run, FACTS)
     assert waited and not list(tmp_path.iterdir())
 
 
@@ -228,7 +228,7 @@ def test_only_the_main_process_writes(run, tmp_path):
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_a_checkpoint_of_other_facts_is_refused(fact, run, tmp_path):
-    path = save_checkpoint(tmp_path, 3, *run, FACTS)
+    path = write_checkpoint(tmp_path, 3, *run, FACTS)
     engine, state = make_run()
     before = engine.weight.clone()
     with pytest.raises(UsageError, match=f"its {fact} was {FACTS[fact]}, now it is other"):
@@ -237,11 +237,11 @@ def test_a_checkpoint_of_other_facts_is_refused(fact, run, tmp_path):
 
 
 def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
-    assert open_output_dir_from_args(flags(), MAIN) == 5
-    assert find_checkpoint_from_args(flags(), MAIN, 100, CONTENT).name == "checkpoint-10"
-    assert open_output_dir_from_args(flags("--seed", "5"), MAIN) is None  # the flag gives it
+    assert open_output_dir(flags(), MAIN) == 5
+    assert find_checkpoint(flags(), MAIN, 100, CONTENT).name == "checkpoint-10"
+    assert open_output_dir(flags("--seed", "5"), MAIN) is None  # the flag gives it
     with pytest.raises(UsageError, match="--seed None -> 6"):
-        open_output_dir_from_args(flags("--seed", "6"), MAIN)
+        open_output_dir(flags("--seed", "6"), MAIN)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
 )
 def test_flags_that_train_nothing_may_change(out, flags, more):
     more = [text.format(out=out) for text in more]
-    assert open_output_dir_from_args(flags(*more), MAIN) == (None if "--config" in more else 5)  # which names the seed
+    assert open_output_dir(flags(*more), MAIN) == (None if "--config" in more else 5)  # which names the seed
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_flags_that_train_nothing_may_change(out, flags, more):
 def test_flags_that_train_are_named(out, flags, more):
     before = contents(out)
     with pytest.raises(UsageError, match=f"{more[0]} .* -> ") as caught:
-        open_output_dir_from_args(flags(*more), MAIN)
+        open_output_dir(flags(*more), MAIN)
     assert str(out) in str(caught.value) and "--overwrite" in str(caught.value)
     assert str(caught.value).count(" -> ") == 1 and contents(out) == before
 
@@ -282,47 +282,47 @@ def test_a_flag_that_the_run_did_not_know_yet_may_have_its_default(out, flags):
     record = json.loads((out / "args.json").read_text())
     del record["flags"]["base_precision"]
     (out / "args.json").write_text(json.dumps(record))
-    assert open_output_dir_from_args(flags(), MAIN) == 5
+    assert open_output_dir(flags(), MAIN) == 5
     with pytest.raises(UsageError, match="--base_precision None -> nf4"):
-        open_output_dir_from_args(flags("--base_precision", "nf4"), MAIN)
+        open_output_dir(flags("--base_precision", "nf4"), MAIN)
 
 
 def test_without_a_checkpoint_anything_may_start(out, flags):
     for path in checkpoint_dirs(out):
         shutil.rmtree(path)
-    assert open_output_dir_from_args(flags("--rank", "8", "--seed", "3"), MAIN) is None
-    assert find_checkpoint_from_args(flags(), MAIN, 100, CONTENT) is None
+    assert open_output_dir(flags("--rank", "8", "--seed", "3"), MAIN) is None
+    assert find_checkpoint(flags(), MAIN, 100, CONTENT) is None
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(out, flags):
     (out / "args.json").unlink()
     with pytest.raises(UsageError, match=r"args\.json: missing"):
-        open_output_dir_from_args(flags(), MAIN)
+        open_output_dir(flags(), MAIN)
 
 
 @pytest.mark.parametrize(("state", "refused"), [("complete", True), ("interrupted", False), (None, False)])
 def test_a_decaying_schedule_is_stretched_only_if_it_did_not_end(state, refused, flags, run, tmp_path):
     out, args = tmp_path / "out", flags("--lr_scheduler", "cosine", "--max_train_steps", "10")
-    open_output_dir_from_args(args, MAIN)
-    write_record_from_args(args, 5, CONTENT)
-    save_checkpoint(out, 10, *run, FACTS)
+    open_output_dir(args, MAIN)
+    write_record(args, 5, CONTENT)
+    write_checkpoint(out, 10, *run, FACTS)
     if state:
         write_status(out, state, 0)
     longer = flags("--lr_scheduler", "cosine", "--max_train_steps", "20")
     if refused:
         with pytest.raises(UsageError, match="--max_train_steps 10 -> 20"):
-            open_output_dir_from_args(longer, MAIN)
+            open_output_dir(longer, MAIN)
     else:
-        assert open_output_dir_from_args(longer, MAIN) == 5
+        assert open_output_dir(longer, MAIN) == 5
 
 
 def test_overwrite_moves_everything_aside_and_nothing_is_lost(out, flags, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "now")  # twice within a second
     before = contents(out)
-    assert open_output_dir_from_args(flags("--overwrite"), MAIN) is None
+    assert open_output_dir(flags("--overwrite"), MAIN) is None
     assert [path.name for path in out.iterdir()] == [".lock"] and contents(out.with_name("out.now.1")) == before
     (out / "file").write_text("second")
-    open_output_dir_from_args(flags("--overwrite"), MAIN)
+    open_output_dir(flags("--overwrite"), MAIN)
     assert (out.with_name("out.now.2") / "file").read_text() == "second"
 
 
@@ -330,30 +330,30 @@ def test_overwrite_moves_everything_aside_and_nothing_is_lost(out, flags, monkey
 def test_overwrite_does_not_move_the_checkpoint_that_is_named(wanted, out, flags, tmp_path):
     before, wanted = contents(out), wanted.format(out=out)
     with pytest.raises(UsageError, match="leave out one of them"):
-        open_output_dir_from_args(flags("--overwrite", "--resume_from_checkpoint", wanted), MAIN)
+        open_output_dir(flags("--overwrite", "--resume_from_checkpoint", wanted), MAIN)
     assert contents(out) == before and not list(tmp_path.glob("out.*"))
     elsewhere = flags("--overwrite", "--resume_from_checkpoint", wanted, "--output_dir", str(tmp_path / "new"))
     if "/" in wanted:
-        assert open_output_dir_from_args(elsewhere, MAIN) is None
+        assert open_output_dir(elsewhere, MAIN) is None
 
 
 @pytest.mark.parametrize("below", ["", "/run"])
 def test_an_output_folder_that_is_a_file_is_refused(below, flags, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="is a file; give a folder"):
-        open_output_dir_from_args(flags("--output_dir", f"{tmp_path}/file{below}"), MAIN)
+        open_output_dir(flags("--output_dir", f"{tmp_path}/file{below}"), MAIN)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_only_the_main_process_moves_it(out, flags):
     before = contents(out)
-    open_output_dir_from_args(flags("--overwrite"), Namespace(is_main_process=False, num_processes=1))
+    open_output_dir(flags("--overwrite"), Namespace(is_main_process=False, num_processes=1))
     assert contents(out) == before
 
 
 def test_a_named_checkpoint_is_a_path_a_name_or_a_step(out, flags, tmp_path, monkeypatch):
     def find(name):
-        return find_checkpoint_from_args(flags("--resume_from_checkpoint", name), MAIN, 100, CONTENT)
+        return find_checkpoint(flags("--resume_from_checkpoint", name), MAIN, 100, CONTENT)
 
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoint-2", "checkpoint-2/", "2", f"{out}/checkpoint-2/", os.path.join("out", "checkpoint-2")):
@@ -368,27 +368,27 @@ def test_stray_folders_are_no_checkpoints(out, flags):
         shutil.copytree(out / "checkpoint-2", out / name)
     (out / "checkpoint-99").write_text("a file")
     assert (
-        find_checkpoint_from_args(flags("--resume_from_checkpoint", "latest"), MAIN, 100, CONTENT)
+        find_checkpoint(flags("--resume_from_checkpoint", "latest"), MAIN, 100, CONTENT)
         == out / "checkpoint-10"
     )
 
 
 def test_a_checkpoint_of_another_folder_must_be_of_such_a_run(out, flags, tmp_path):
     path = ["--resume_from_checkpoint", str(out / "checkpoint-2"), "--output_dir", str(tmp_path / "new")]
-    assert find_checkpoint_from_args(flags(*path), MAIN, 100, CONTENT) == out / "checkpoint-2"
+    assert find_checkpoint(flags(*path), MAIN, 100, CONTENT) == out / "checkpoint-2"
     with pytest.raises(UsageError, match="--lora_alpha 64 -> 1"):
-        find_checkpoint_from_args(flags(*path, "--lora_alpha", "1"), MAIN, 100, CONTENT)
+        find_checkpoint(flags(*path, "--lora_alpha", "1"), MAIN, 100, CONTENT)
 
 
 def test_a_run_does_not_end_before_its_checkpoint(out, flags):
     for more in ([], ["--resume_from_checkpoint", "10"]):
         with pytest.raises(UsageError, match="checkpoint-10: already beyond the 9 updates of this run"):
-            find_checkpoint_from_args(flags(*more), MAIN, 9, CONTENT)
-        assert find_checkpoint_from_args(flags(*more), MAIN, 10, CONTENT).name == "checkpoint-10"
+            find_checkpoint(flags(*more), MAIN, 9, CONTENT)
+        assert find_checkpoint(flags(*more), MAIN, 10, CONTENT).name == "checkpoint-10"
 
 
 def test_the_record_holds_the_flags_and_no_token(out, flags):
-    write_record_from_args(flags("--hub_token", "hf_canary", "--rank", "8"), 5, CONTENT)
+    write_record(flags("--hub_token", "hf_canary", "--rank", "8"), 5, CONTENT)
     text = (out / "args.json").read_text()
     record = json.loads(text)
     assert "hf_canary" not in text and record["seed"] == 5 and record["flags"]["rank"] == 8

@@ -247,7 +247,7 @@ def test_deepspeed_logs_to_the_console_it_finds(quiet, monkeypatch, tmp_path):
     monkeypatch.setattr(steps, "Accelerator", make)
     flags = args.parse_training_args("t2v_lora", [*TRAIN, "--output_dir", str(tmp_path / "run")])
     with pytest.raises(InterruptedError):
-        launch.init_accelerator_from_args(flags)
+        launch.init_accelerator(flags)
     assert len(found) == 2 and console.KEPT not in found
 
 

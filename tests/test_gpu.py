@@ -16,7 +16,7 @@ from engine.lora_file import WEIGHTS_NAME
 from engine.master_weights import HostMasters, Masters
 from engine.update import average_gradients
 from random_dataset import write_dataset
-from run.checkpoints import load_checkpoint, save_checkpoint
+from run.checkpoints import load_checkpoint, write_checkpoint
 from run.steps import to_device
 from script_runs import make_loss_nan
 from test_optimizers import COMBINATIONS, FACTS, PLAIN, ROWS, TinyEngine, grid_loss, make_run, states_of
@@ -92,11 +92,11 @@ def test_fp16_scales_its_gradients_and_keeps_fp32_adapters(train, tmp_path):
 
 def test_full_fine_tuning_that_cannot_fit_is_refused():
     from base.errors import UsageError
-    from engine.compose import check_sft_fits_from_args
+    from engine.compose import check_sft_fits
 
     args = parse_training_args("t2v_sft", ["--pretrained_model_name_or_path", "m", "--data_root", "d"])
     with pytest.raises(UsageError, match="needs .* GiB for fp32 weights"):
-        check_sft_fits_from_args(args, 1e12, torch.bfloat16, torch.device("cuda"))
+        check_sft_fits(args, 1e12, torch.bfloat16, torch.device("cuda"))
 
 
 # ---------------------------------------------------------------- the host runs ahead
@@ -192,7 +192,7 @@ def test_every_optimizer_trains_and_resumes_on_the_gpu(row, place, tmp_path):
     with torch.no_grad():
         before = grid_loss(engine.transformer)
     first = train_tiny(engine, state, 0, 2)
-    path = save_checkpoint(tmp_path, 2, TinyEngine(engine), state, FACTS)
+    path = write_checkpoint(tmp_path, 2, TinyEngine(engine), state, FACTS)
     unbroken = train_tiny(engine, state, 2, 4)
 
     other, other_state = make_run(row, place, torch.bfloat16, CUDA)
@@ -327,7 +327,7 @@ def test_validation_leaves_the_models_where_they_were(script, train, tmp_path, m
 
     def watched(args, accelerator, meter, engine, samples, *rest):
         params = list(engine.transformer.parameters())
-        validation.validate_from_args(args, accelerator, meter, engine, samples, *rest)
+        validation.validate(args, accelerator, meter, engine, samples, *rest)
         assert all(a is b for a, b in zip(params, engine.transformer.parameters(), strict=True))
         assert not [part for part in engine.transformer.modules() if hasattr(part, "_hf_hook")]
         vae = samples.make_pipeline(engine.transformer).vae
@@ -338,7 +338,7 @@ def test_validation_leaves_the_models_where_they_were(script, train, tmp_path, m
     flags += ["--validation_images", str(tmp_path / "first.png")] if script.startswith("i2v") else []
     plain = train(script, "--mixed_precision", "bf16", name="plain")
     task, form = script.split("_")
-    monkeypatch.setattr(importlib.import_module(f"{MODULES[task]}_{form}"), "validate_from_args", watched)
+    monkeypatch.setattr(importlib.import_module(f"{MODULES[task]}_{form}"), "validate", watched)
     for name, offload in OFFLOADS.items():
         assert train(script, "--mixed_precision", "bf16", *flags, *offload, name=name) == pytest.approx(
             plain, rel=1e-3

@@ -564,7 +564,7 @@ def test_a_refusal_on_the_main_process_ends_the_others_alike(monkeypatch):
     argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--push_to_hub"]
     other = SimpleNamespace(is_main_process=False, num_processes=2)
     with pytest.raises(UsageError, match="no such team"):
-        hub.check_hub_from_args(parse_training_args("t2v_lora", argv), other)
+        hub.check_hub(parse_training_args("t2v_lora", argv), other)
 
 
 def test_without_a_network_the_real_client_is_refused_in_one_line(stops, monkeypatch):

@@ -90,14 +90,14 @@ OFFLOAD = ["--enable_model_cpu_offload"]
 
 def train_in_small_pieces(train, monkeypatch, *flags):
     """Without a level, its videos rendered as at `offload` and `stream`."""
-    render = render_module.render_jobs_from_args
+    render = render_module.render_jobs
 
     def in_small_pieces(args, pipe, *rest):
         with render_module.in_small_pieces(pipe, render_module.SMALL):
             return render(args, pipe, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(render_module, "render_jobs_from_args", in_small_pieces)
+        patched.setattr(render_module, "render_jobs", in_small_pieces)
         return train("small", *flags)
 
 

@@ -20,8 +20,8 @@ from memory.allocator import VARIABLES
 from memory.estimate import CHECKPOINTING, GIB, fastest_that_fits, levels_of, need, table
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
-from run import memory_level
-from run.memory_level import plan_memory_from_args, run_from_args
+from run import levels
+from run.levels import choose_level, workload
 from tiny_pipeline import kind_transformer
 
 
@@ -42,7 +42,7 @@ def real_outline(kind):
 def make_run(kind, *flags, size=SIZE_1_0, task="t2v_lora", data=("--load_tensors",)):
     args = parse_training_args(task, [*REQUIRED, *data, "--train_batch_size", "1", *flags])
     dtype = torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16
-    return run_from_args(args, real_outline(kind), [size], dtype, is_lora=task.endswith("lora"))
+    return workload(args, real_outline(kind), [size], dtype, is_lora=task.endswith("lora"))
 
 
 def calibration():
@@ -224,11 +224,11 @@ def test_the_table_names_every_level_and_what_is_short():
 
 
 def choose(monkeypatch, gpu_gib, host_gib=64, kind="5b", task="t2v_lora", flags=("--memory", "auto"), device=CUDA):
-    monkeypatch.setattr(memory_level, "free_on_gpu", lambda device: gpu_gib * GIB)
-    monkeypatch.setattr(memory_level.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
+    monkeypatch.setattr(levels, "free_on_gpu", lambda device: gpu_gib * GIB)
+    monkeypatch.setattr(levels.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
     args = parse_training_args(task, [*REQUIRED, "--load_tensors", "--train_batch_size", "1", *flags])
     planned = (args, real_outline(kind), [SIZE_1_0], torch.bfloat16, device)
-    level, shape, fill = plan_memory_from_args(*planned, is_lora=task.endswith("lora"))
+    level, shape, fill = choose_level(*planned, is_lora=task.endswith("lora"))
     assert shape[1] == 226 + 13 * 30 * 45
     return level, fill
 
@@ -300,6 +300,6 @@ def test_auto_trains_what_a_run_without_trains_and_another_level_goes_on_with_it
 def test_a_share_of_the_card_is_all_that_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 0.25, 0: 0.25}[index])
-    assert memory_level.free_on_gpu(CUDA) == 20 * GIB
+    assert levels.free_on_gpu(CUDA) == 20 * GIB
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 1.0, 0: 1.0}[index])
-    assert memory_level.free_on_gpu(CUDA) == 70 * GIB
+    assert levels.free_on_gpu(CUDA) == 70 * GIB

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from base.errors import NumbersError
 from engine.update import Update
 from run.launch import Start
-from run.meter import BadSteps, StepMeter, report_memory
+from run.metrics import BadSteps, StepMeter, report_memory
 
 
 def rows_of(path):

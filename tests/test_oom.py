@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from args import parse_training_args
-from run.exits import memory_savers_from_args
+from run.exits import memory_savers
 from script_runs import checkpoints, status
 
 
@@ -84,7 +84,7 @@ def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops,
     ],
 )  # fmt: skip
 def test_only_flags_not_in_use_and_that_go_together_are_named(more, level, expected):
-    savers = memory_savers_from_args(parse_training_args("t2v_sft", [*ARGV, *more]), level, is_lora=False)
+    savers = memory_savers(parse_training_args("t2v_sft", [*ARGV, *more]), level, is_lora=False)
     assert len(savers) == len(expected)
     assert all(saver.startswith(start) for saver, start in zip(savers, expected, strict=True)), savers
 
@@ -103,7 +103,7 @@ def test_frozen_weights_may_leave_the_gpu(more, level, deepspeed, expected, monk
     monkeypatch.setattr("run.exits.uses_deepspeed", lambda: deepspeed)
     monkeypatch.setattr("run.launch.uses_deepspeed", lambda: deepspeed)
     argv = [*ARGV, "--load_tensors", "--train_batch_size", "1", "--use_8bit", *more]
-    savers = memory_savers_from_args(parse_training_args("t2v_lora", argv), level, is_lora=True)
+    savers = memory_savers(parse_training_args("t2v_lora", argv), level, is_lora=True)
     assert len(savers) == len(expected)
     assert all(saver.startswith(start) for saver, start in zip(savers, expected, strict=True)), savers
 
@@ -113,7 +113,7 @@ def test_every_flag_named_exists():
     named = [
         word
         for is_lora in (True, False)
-        for saver in memory_savers_from_args(args, None, is_lora)
+        for saver in memory_savers(args, None, is_lora)
         for word in saver.replace(",", "").split()
         if "--" in word
     ]

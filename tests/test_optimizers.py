@@ -17,7 +17,7 @@ from base.errors import UsageError
 from engine.compose import build_sft_engine_from_args
 from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, schedule_state
 from engine.update import TrainingState, update
-from run.checkpoints import load_checkpoint, save_checkpoint
+from run.checkpoints import load_checkpoint, write_checkpoint
 
 
 MICRO_STEPS, MAX_NORM = 3, 0.5
@@ -194,7 +194,7 @@ def test_masters_in_host_memory_change_nothing(row, place):
 def test_four_updates_equal_two_and_a_resumed_two(row, place, eager, tmp_path):
     engine, state = make_run(row, place)
     train(engine, state, 0, 2)
-    path = save_checkpoint(tmp_path, 2, TinyEngine(engine), state, FACTS)
+    path = write_checkpoint(tmp_path, 2, TinyEngine(engine), state, FACTS)
     unbroken = train(engine, state, 2, 4)
 
     other, other_state = make_run(row, place)
@@ -203,8 +203,8 @@ def test_four_updates_equal_two_and_a_resumed_two(row, place, eager, tmp_path):
     for ours, theirs in zip(engine.params, other.params, strict=True):
         assert torch.equal(ours, theirs)
     assert states_of(other_state.optimizer) == {ROWS[row].state}
-    first = save_checkpoint(tmp_path, 3, TinyEngine(engine), state, FACTS)
-    second = save_checkpoint(tmp_path, 4, TinyEngine(other), other_state, FACTS)
+    first = write_checkpoint(tmp_path, 3, TinyEngine(engine), state, FACTS)
+    second = write_checkpoint(tmp_path, 4, TinyEngine(other), other_state, FACTS)
     ours, theirs = (load_file(path / "optimizer.safetensors") for path in (first, second))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = (json.loads((path / "state.json").read_text()) for path in (first, second))
@@ -385,7 +385,7 @@ def test_the_compiled_step_follows_the_schedule(row, tmp_path):
         with set_stance(stance):
             engine, state = make_run(row)
             train(engine, state, 0, 10)
-            path = save_checkpoint(tmp_path, 10 if stance == "default" else 11, TinyEngine(engine), state, FACTS)
+            path = write_checkpoint(tmp_path, 10 if stance == "default" else 11, TinyEngine(engine), state, FACTS)
             train(engine, state, 10, 20)
             resumed, resumed_state = make_run(row)
             load_checkpoint(path, TinyEngine(resumed), resumed_state, FACTS)

@@ -19,8 +19,8 @@ from data.dataset import build_dataset_from_args, build_videos_from_args
 from data.decode import read_frames
 from data.headers import probe
 from data.latents import LatentDataset
-from run.checkpoints import find_checkpoint_from_args, load_checkpoint, save_checkpoint
-from run.output_dir import open_output_dir_from_args
+from run.checkpoints import find_checkpoint, load_checkpoint, write_checkpoint
+from run.output_dir import open_output_dir
 from test_atomic_save import FolderEngine, flags
 from test_checkpointing import FACTS, MAIN, make_run
 
@@ -89,7 +89,7 @@ def test_traps_in_a_checkpoint_are_not_sprung(hashed, tmp_path, canary):
     """Beside its files, and in their place, with a manifest that says all is well."""
     engine, state = make_run()
     engine.__class__ = FolderEngine
-    path = save_checkpoint(tmp_path / "out", 3, engine, state, FACTS) if (tmp_path / "out").mkdir() is None else None
+    path = write_checkpoint(tmp_path / "out", 3, engine, state, FACTS) if (tmp_path / "out").mkdir() is None else None
     shutil.copy(path / "manifest.json", tmp_path / "manifest.json")
     for name in ("optimizer.bin", "optimizer.pt", "random_states_0.pkl", "scheduler.bin", "training_args.bin"):
         torch.save(Trap(canary), path / name)
@@ -101,7 +101,7 @@ def test_traps_in_a_checkpoint_are_not_sprung(hashed, tmp_path, canary):
     with pytest.raises((UserError, Exception), match=r"whole|header|HeaderTooLarge"):
         args = flags(tmp_path / "out")
         shutil.copy(path / "state.json", tmp_path / "out/args.json")  # any JSON: the checkpoint is what is tried
-        load_checkpoint(find_checkpoint_from_args(args, MAIN, 100, {}), engine, state, FACTS)
+        load_checkpoint(find_checkpoint(args, MAIN, 100, {}), engine, state, FACTS)
 
 
 # ---------------------------------------------------------------- out of the folder
@@ -265,5 +265,5 @@ def test_a_run_resumes_nothing_from_a_folder_without_a_manifest(tmp_path):
     torch.save({"step": 5}, tmp_path / "out/checkpoint-5/state.json")
     (tmp_path / "out/args.json").write_text(json.dumps({"flags": vars(flags(tmp_path / "out")), "seed": 1}))
     with pytest.raises(UserError):
-        open_output_dir_from_args(flags(tmp_path / "out"), MAIN)
-        find_checkpoint_from_args(flags(tmp_path / "out"), MAIN, 100, {})
+        open_output_dir(flags(tmp_path / "out"), MAIN)
+        find_checkpoint(flags(tmp_path / "out"), MAIN, 100, {})

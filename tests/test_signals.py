@@ -91,7 +91,7 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(script,
 def test_signals_in_a_save_and_at_the_last_update_do_not_cut_them_short(train, stops, module, monkeypatch):
     unbroken = train("unbroken", "--max_train_steps", "3")
     with monkeypatch.context() as patches:
-        send_at(patches, module, 2, signal.SIGTERM, "save_checkpoint_from_args")
+        send_at(patches, module, 2, signal.SIGTERM, "save_checkpoint")
         stops(75, "broken", "--max_train_steps", "3")
     broken = unbroken.with_name("broken")
     assert checkpoints(broken) == [1, 2]

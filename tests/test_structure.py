@@ -263,7 +263,7 @@ def flags_read(tree: ast.Module) -> set[str]:
     return {node.attr for node in attributes if ast.unparse(node.value) == "args"}
 
 
-# By args.py itself, which takes over another run's flags and sets up the console; by getattr, in validation.sample_size_from_args
+# By args.py itself, which takes over another run's flags and sets up the console; by getattr, in validation.sample_size
 READ_OTHERWISE = {"config", "height", "verbose", "width"}
 PARSERS = {"args", "base.flag_parser", "base.flag_checks"}
 
@@ -275,7 +275,7 @@ def test_every_flag_is_read_outside_of_the_parser(make_parser):
 
     is_prepare = make_parser == "make_prepare_parser"
     parser = args.make_prepare_parser() if is_prepare else args.make_training_parser("t2v_lora")
-    of_prepare = {"prepare_dataset", "data.preparing"}
+    of_prepare = {"prepare_dataset", "run.preparing"}
     readers = of_prepare | {"data.dataset", "run.launch"} if is_prepare else set(MODULES) - of_prepare - PARSERS
     read = set().union(*(flags_read(parse(module)) for module in readers)) | READ_OTHERWISE
     unread = {action.dest for action in parser._actions} - {"help"} - read
@@ -292,7 +292,7 @@ TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox
 # What a task does in its own way, or oftener than another: which engine and pipeline, whether all of it fits,
 # image-to-video's first frame, and draws with what they need.
 OWN_NAMES = {
-    "build_lora_engine_from_args", "build_sft_engine_from_args", "check_sft_fits_from_args", "num_parameters",
+    "build_lora_engine_from_args", "build_sft_engine_from_args", "check_sft_fits", "num_parameters",
     "IMAGE_TO_VIDEO_PIPELINE", "TEXT_TO_VIDEO_PIPELINE", "IMAGE_NOISE_MEAN", "IMAGE_NOISE_STD",
     "encode_images", "sample_image_latents", "condition_on_first_frame", "ofs_input", "to_device",
     "draw_normal", "draw_uniform", "latent_shape",

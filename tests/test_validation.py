@@ -72,7 +72,7 @@ def sampling(script, image):
 @pytest.fixture
 def black(monkeypatch):
     """Nothing is computed where only the moment of a validation matters: its videos are black."""
-    monkeypatch.setattr(render_module, "render_one_from_args", lambda *given: np.zeros((*SIZE, 3), np.uint8))
+    monkeypatch.setattr(render_module, "render_one", lambda *given: np.zeros((*SIZE, 3), np.uint8))
 
 
 def events(folder, name):
@@ -130,7 +130,7 @@ def due(plan, batches_per_epoch, **flags):
     args = types.SimpleNamespace(validation_steps=None, validation_epochs=50, **{})
     vars(args).update(flags)
     steps = range(1, plan.num_steps + 1)
-    return [step for step in steps if validation.is_due_from_args(args, plan, batches_per_epoch, step)]
+    return [step for step in steps if validation.is_due(args, plan, batches_per_epoch, step)]
 
 
 def test_epochs_are_over_at_the_first_update_at_or_after_their_last_batch():
@@ -170,7 +170,7 @@ def test_training_does_not_notice(train, module, sampling, prepared, script, mon
 
     def watched(args, accelerator, meter, engine, *rest):
         before, objects = state_of_the_process(), list(engine.transformer.parameters())
-        validation.validate_from_args(args, accelerator, meter, engine, *rest)
+        validation.validate(args, accelerator, meter, engine, *rest)
         assert state_of_the_process() == before
         assert all(a is b for a, b in zip(objects, engine.transformer.parameters(), strict=True))
         seen.append(engine.transformer.training)
@@ -179,11 +179,11 @@ def test_training_does_not_notice(train, module, sampling, prepared, script, mon
         torch.rand(1), random.random(), np.random.rand()
         return render_one(*arguments)
 
-    render_one = render_module.render_one_from_args
+    render_one = render_module.render_one
     flags = ["--max_train_steps", "3", "--text_dropout", "0.5"]
     plain = train("plain", *flags)
-    monkeypatch.setattr(module, "validate_from_args", watched)
-    monkeypatch.setattr(render_module, "render_one_from_args", noisy)
+    monkeypatch.setattr(module, "validate", watched)
+    monkeypatch.setattr(render_module, "render_one", noisy)
     held_out_flags = ["--validation_data_root", str(prepared(script.kind)), "--validation_num_clips", "2"]
     out = train("validated", *flags, *sampling(), *held_out_flags, "--validation_steps", "1")
     assert seen == [True] * 4 and len(sampled(out)) == 4
@@ -272,7 +272,7 @@ def test_the_size_is_what_was_given_else_the_most_used(argv, expected):
     base = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--load_tensors"]
     args = parse_training_args("t2v_lora", [*base, *argv])
     buckets = [Bucket(9, 128, 128), *[Bucket(9, 64, 96)] * 3, Bucket(17, 64, 96)]
-    assert validation.sample_size_from_args(args, buckets) == expected
+    assert validation.sample_size(args, buckets) == expected
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_size_that_cannot_be_rendered_stops_the_run_before_weights_are_read(st
 def read(*argv, image_to_video=True):
     base = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--load_tensors"]
     args = parse_training_args("i2v_lora", [*base, *argv])
-    return validation.read_prompts_from_args(args, image_to_video)
+    return validation.read_prompts(args, image_to_video)
 
 
 @pytest.mark.parametrize(
@@ -501,11 +501,11 @@ def test_cpu_offload_leaves_no_hook(train, module, sampling, monkeypatch):
     moved = []
 
     def watched(args, accelerator, meter, engine, *rest):
-        validation.validate_from_args(args, accelerator, meter, engine, *rest)
+        validation.validate(args, accelerator, meter, engine, *rest)
         moved.append([name for name, part in engine.transformer.named_modules() if hasattr(part, "_hf_hook")])
 
     plain = train("plain", *sampling(), "--max_train_steps", "1")
-    monkeypatch.setattr(module, "validate_from_args", watched)
+    monkeypatch.setattr(module, "validate", watched)
     out = train("out", *sampling(), "--max_train_steps", "1", "--enable_model_cpu_offload")
     assert moved == [[], []] and result_hash(out) == result_hash(plain)
     assert video_bytes(out, 1) == video_bytes(plain, 1)
@@ -621,7 +621,7 @@ def test_a_failing_validation_is_one_warning(error, train, sampling, monkeypatch
         raise error
 
     plain = train("plain", "--max_train_steps", "2")
-    monkeypatch.setattr(render_module, "render_one_from_args", fail)
+    monkeypatch.setattr(render_module, "render_one", fail)
     caplog.clear()
     out = train("out", *sampling(*PROMPTS), "--max_train_steps", "2", "--validation_steps", "1")
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -635,7 +635,7 @@ def test_a_failing_validation_is_one_warning(error, train, sampling, monkeypatch
 @only_t2v_lora
 def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampling, script, tmp_path, monkeypatch):
     """The second rank is slow, longer than collectives may take, then fails: the first waits and both train on."""
-    render_one, slept = render_module.render_one_from_args, []
+    render_one, slept = render_module.render_one, []
 
     def slow(args, pipe, samples, device, number, video):
         if (number, video) == (0, 1) and not slept:
@@ -645,7 +645,7 @@ def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampl
             raise ValueError("no such luck")
         return render_one(args, pipe, samples, device, number, video)
 
-    monkeypatch.setattr(render_module, "render_one_from_args", slow)
+    monkeypatch.setattr(render_module, "render_one", slow)
     flags = ["--max_train_steps", "2", "--nccl_timeout", "2", "--num_validation_videos", "2"]
     argv = command("out", *sampling(*PROMPTS), *flags)
 
@@ -745,7 +745,7 @@ def test_a_csv_of_held_out_clips_has_the_name_of_the_training_one(sample_data, t
     argv = ["--pretrained_model_name_or_path", "m", "--dataset_file", str(sample_data / "metadata.csv")]
     argv += ["--caption_column", "caption", "--video_column", "video", "--validation_data_root", str(tmp_path / "own")]
     argv += ["--height_buckets", "64", "--width_buckets", "64", "--frame_buckets", "9", "--validation_num_clips", "2"]
-    clips = held_out_module.build_held_out_from_args(parse_training_args("t2v_lora", argv), 8, 0, 0.7)
+    clips = held_out_module.read_held_out(parse_training_args("t2v_lora", argv), 8, 0, 0.7)
     assert len(clips.prompts) == 2 and clips.dataset.clips[0].video.is_relative_to(tmp_path / "own")
 
 
