@@ -54,7 +54,7 @@ def main(args) -> None:
     model = models.fetch_from_args(args, model, needs_encoders)
     dtype = launch.compute_dtype(args, model.stored_dtype, device)
     validation.check_attention(args, dtype, device)
-    scheduler = loading.load_scheduler(model.folder)
+    scheduler = model.load_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     content = output_dir.check_content(args, run, clips, lambda: models.hash_from_args(args, model))
     summary = result.RunSummary(run, model, content, clips.bucket_of, sample_size, dtype, plan, is_lora=True)

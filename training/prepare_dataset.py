@@ -33,7 +33,7 @@ from base.hashes import Hashes
 from base.ranks import on_main_process
 from base.signals import INTERRUPTION
 from base.status import begin_run, write_status
-from cogvideox.config import CONFIGS, default_fps, load_vae_config, read_config, text_length
+from cogvideox.config import CONFIGS, default_fps, load_vae_config, num_parameters, read_config, text_length
 from cogvideox.encoding import (
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
@@ -45,7 +45,7 @@ from cogvideox.encoding import (
     place_text_encoder,
 )
 from cogvideox.folder import files_that_load, resolve_model_dir
-from cogvideox.loading import load_text_encoder, load_vae, num_parameters
+from cogvideox.loading import load_text_encoder, load_vae
 from data.artifacts import Writer, write_tensors
 from data.captions import warn_of_texts_from_args
 from data.clip_lists import unique_stems

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
 from cogvideox.config import (
     CONFIGS,
@@ -18,6 +18,7 @@ from cogvideox.config import (
     check_task,
     default_fps,
     empty_transformer,
+    load_scheduler,
     load_vae_config,
     num_parameters,
     read_config,
@@ -90,6 +91,10 @@ class Model(NamedTuple):
     def empty_transformer(self) -> CogVideoXTransformer3DModel:
         """The transformer without memory for its weights, to count and to name them."""
         return empty_transformer(self.config)
+
+    def load_scheduler(self) -> CogVideoXDPMScheduler | CogVideoXDDIMScheduler:
+        """The checkpoint's own noise schedule; its `alphas_cumprod` [1000] is in fp32 or fp64."""
+        return load_scheduler(self.folder)
 
     def attention_shape(self, buckets, batch_size: int) -> tuple[int, int, int, int]:
         """[B, S, heads, head_dim] of attention for the largest of `buckets` (frames, height, width in pixels)."""
