@@ -8,7 +8,7 @@ import torch
 import prepare_dataset
 from args import parse_prepare_args, parse_training_args
 from base import files
-from cogvideox.loading import read_outline_from_args
+from cogvideox import models
 from memory import allocator
 from memory.allocator import VARIABLES, configure, expand_segments, uses_expandable_segments
 from run import launch, levels
@@ -120,10 +120,10 @@ def test_a_run_and_its_plan_set_it_before_they_estimate_and_load(tiny, prepared_
     args = parse_training_args("t2v_lora", flags)
     accelerator = launch.init_accelerator(args)
     assert order == [str(accelerator.device)]
-    outline = read_outline_from_args(args, image_to_video=False)
+    model = models.open_from_args(args, image_to_video=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(levels, "free_on_gpu", lambda device: 2**34)
-    levels.print_plan(args, outline, is_lora=True)
+    levels.print_plan(args, model, is_lora=True)
     assert order[1:] == ["cuda", "workload"]
 
 

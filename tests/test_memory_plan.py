@@ -14,14 +14,15 @@ import torch
 
 from args import parse_training_args
 from base.errors import UsageError
-from cogvideox.loading import outline_of
+from cogvideox.config import empty_transformer
+from cogvideox.models import Model, Weights
 from memory import estimate
 from memory.allocator import VARIABLES
 from memory.estimate import CHECKPOINTING, GIB, fastest_that_fits, levels_of, need, table
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
 from run import levels
-from run.levels import choose_level, workload
+from run.levels import workload
 from tiny_pipeline import kind_transformer
 
 
@@ -32,17 +33,33 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
 
 
+class RealSize(Model):
+    """A model of real size, of which there are no weights."""
+
+    @property
+    def stored_dtype(self):
+        return torch.float16 if self.has_apache_licence else torch.bfloat16
+
+    def empty_transformer(self):
+        return transformer_of(self.folder.name)
+
+
+def real_model(kind):
+    config = {**kind_transformer(kind), **real_sizes(kind)["transformer"]}
+    return RealSize(Path(kind), config, None, Weights(Path(kind), None))
+
+
 @functools.cache
-def real_outline(kind):
+def transformer_of(kind):
     """Half a second to build; read-only."""
-    stored = torch.float16 if kind == "2b" else torch.bfloat16
-    return outline_of({**kind_transformer(kind), **real_sizes(kind)["transformer"]}, stored)
+    return empty_transformer(real_model(kind).config)
 
 
 def make_run(kind, *flags, size=SIZE_1_0, task="t2v_lora", data=("--load_tensors",)):
     args = parse_training_args(task, [*REQUIRED, *data, "--train_batch_size", "1", *flags])
     dtype = torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16
-    return workload(args, real_outline(kind), [size], dtype, is_lora=task.endswith("lora"))
+    model = real_model(kind)
+    return workload(args, model, model.stored_dtype, [size], dtype, is_lora=task.endswith("lora"))
 
 
 def calibration():
@@ -227,18 +244,14 @@ def choose(monkeypatch, gpu_gib, host_gib=64, kind="5b", task="t2v_lora", flags=
     monkeypatch.setattr(levels, "free_on_gpu", lambda device: gpu_gib * GIB)
     monkeypatch.setattr(levels.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
     args = parse_training_args(task, [*REQUIRED, "--load_tensors", "--train_batch_size", "1", *flags])
-    planned = (args, real_outline(kind), [SIZE_1_0], torch.bfloat16, device)
-    level, shape, fill = choose_level(*planned, is_lora=task.endswith("lora"))
-    assert shape[1] == 226 + 13 * 30 * 45
-    return level, fill
+    return levels.choose(args, real_model(kind), [SIZE_1_0], torch.bfloat16, device, is_lora=task.endswith("lora"))
 
 
 def test_auto_says_what_it_compares_and_chooses(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    assert choose(monkeypatch, 23)[0] == "offload"
+    assert choose(monkeypatch, 23) == "offload"
     assert "GPU, reserved" in caplog.text and "--memory auto: offload" in caplog.text
-    level, fill = choose(monkeypatch, 8)
-    assert level == "stream" and fill is not None
+    assert choose(monkeypatch, 8) == "stream"
 
 
 def test_auto_refuses_in_one_line_what_fits_nowhere(monkeypatch):
@@ -267,7 +280,7 @@ def test_plan_prints_and_ends_before_anything_is_loaded_or_written(task, tiny, t
 
 def test_auto_on_a_cpu_keeps_everything(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    assert choose(monkeypatch, 0, host_gib=1, device=CPU) == ("speed", None)
+    assert choose(monkeypatch, 0, host_gib=1, device=CPU) == "speed"
     assert "--memory auto: speed, as there is no GPU" in caplog.text
 
 

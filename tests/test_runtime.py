@@ -18,6 +18,7 @@ from args import parse_training_args
 from base.errors import DataError, NumbersError, StorageError, UsageError, UserError
 from base.files import write_json
 from base.status import RUN, RUN_ID_VARIABLE, begin_run
+from data.buckets import Bucket
 from engine.optimizers import make_lr_scheduler_from_args
 from run import launch
 from run.exits import run_script
@@ -103,17 +104,23 @@ def test_a_real_model_on_a_cpu_needs_the_flag():
 # ---------------------------------------------------------------- plan
 
 
+def clips(count):
+    """The buckets of as many clips, all of one size."""
+    return [Bucket(9, 64, 96)] * count
+
+
 def test_the_plan_of_the_flags():
-    args = flags("--num_train_epochs", "3", "--gradient_accumulation_steps", "4")
-    assert make_plan(args, 10, 1) == (8, 3, 30, 4)
-    args = flags("--num_train_epochs", "3", "--gradient_accumulation_steps", "4", "--max_train_steps", "5")
-    assert make_plan(args, 10, 1) == (5, 2, 20, 4)
+    args = flags("--train_batch_size", "1", "--num_train_epochs", "3", "--gradient_accumulation_steps", "4")
+    assert make_plan(args, clips(10), 1) == (8, 3, 30, 4, 10)
+    args = flags("--train_batch_size", "1", "--num_train_epochs", "3", "--gradient_accumulation_steps", "4", "--max_train_steps", "5")
+    assert make_plan(args, clips(10), 1) == (5, 2, 20, 4, 10)
 
 
 def warnings_of(caplog, *more):
     """Of a plan for two processes and four batches an epoch."""
     caplog.clear()
-    make_plan(flags(*more), 4, 2)
+    args = flags(*more)
+    make_plan(args, clips(4 * 2 * args.train_batch_size), 2)
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -140,7 +147,7 @@ def test_the_rate_that_is_told_is_the_schedules(caplog):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    make_plan(args, 4, 1)
+    make_plan(args, clips(4 * args.train_batch_size), 1)
     assert f"reaches {max(rates):.3g} and never" in caplog.text
 
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from args import parse_training_args
 from base.errors import UsageError
 from cogvideox.loading import load_transformer
-from engine.compose import build_sft_engine_from_args, check_sft_fits
+from engine.compose import build_sft_engine_from_args
 from engine.master_weights import HostMasters, Masters
 from engine.sft import check_saved_transformer, load_weights, save_transformer, save_weights
+from run.levels import check_sft_fits
 
 
 CPU = torch.device("cpu")
