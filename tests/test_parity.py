@@ -69,9 +69,7 @@ def record_training(monkeypatch, script, model_dir, root, out, bucket, num_clips
         return draws[name]
 
     monkeypatch.setattr(objective, "draw_normal", keep)
-    monkeypatch.setattr(
-        loading, "load_transformer", lambda *given: recorder.wrap(load_transformer(*given))
-    )
+    monkeypatch.setattr(loading, "load_transformer", lambda *given: recorder.wrap(load_transformer(*given)))
     monkeypatch.setattr(objective, "draw_timesteps", lambda seed, positions, *rest: torch.full((len(positions),), 999))
     if "image" in script:  # the noise of training has no counterpart at inference
         monkeypatch.setattr(encoding, "IMAGE_NOISE_MEAN", -torch.inf)

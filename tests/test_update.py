@@ -121,7 +121,10 @@ def test_what_must_know_at_once_decides_on_the_host():
     assert not skips_on_device(replace(state, scaler=LossScaler()))
     assert not skips_on_device(replace(state, engine=engine_of(weight, ema=object())))
     masters = [kind([weight], torch.device("cpu")) for kind in (Masters, partial(HostMasters, dtype=torch.float32))]
-    assert [skips_on_device(replace(state, engine=engine_of(weight, masters=kind))) for kind in masters] == [True, False]
+    assert [skips_on_device(replace(state, engine=engine_of(weight, masters=kind))) for kind in masters] == [
+        True,
+        False,
+    ]
 
 
 def test_groups_keep_order_and_limit():

@@ -137,7 +137,8 @@ def test_epochs_are_over_at_the_first_update_at_or_after_their_last_batch():
     plan = plan_steps(batches_per_epoch=3, accumulation=1, num_epochs=1, max_steps=10)
     assert due(plan, validation_epochs=1) == [3, 6, 9]
     assert due(plan, validation_epochs=2) == [6]
-    assert due(plan_steps(5, 1, 2), validation_epochs=1) == [5]  # not after the last update: the test after training does that
+    plan = plan_steps(batches_per_epoch=5, accumulation=1, num_epochs=2)
+    assert due(plan, validation_epochs=1) == [5]  # not after the last update: the test after training does that
     plan = plan_steps(batches_per_epoch=7, accumulation=4, num_epochs=1, max_steps=5)
     assert due(plan, validation_epochs=1) == [2, 4]  # batches 7 and 14, within updates 2 and 4
     assert due(plan._replace(batches_per_epoch=2), validation_epochs=1) == [1, 2, 3, 4]  # several epochs an update
