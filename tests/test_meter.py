@@ -195,6 +195,17 @@ def test_the_start_is_told_by_part_after_the_first_update(tmp_path, caplog):
     assert f"imports {parts['imports']:.1f}, loading 0.1, validation 0.0, first update" in line
 
 
+@pytest.mark.parametrize("script", ["t2v_lora", "i2v_sft"], indirect=True)
+def test_a_run_tells_of_every_part_of_its_start(train):
+    """Each service marks its own, wherever the script calls it."""
+    rows = rows_of(train("out", "--max_train_steps", "1", raw=True) / "metrics.jsonl")
+    [start] = [row for row in rows if row.get("event") == "start"]
+    assert list(start["parts"]) == [
+        "imports", "data", "encoding", "loading", "attention", "engine", "checkpoint", "trackers", "validation",
+        "first update",
+    ]  # fmt: skip
+
+
 def test_the_launchers_start_counts(monkeypatch):
     import psutil
 

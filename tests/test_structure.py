@@ -299,10 +299,15 @@ OWN_SERVICES = {
 
 
 def services(tree: ast.Module) -> list[str]:
-    """What a script takes of the project's modules and of its meter, in the order of the source: `checkpoints.save`."""
+    """What a script uses of the project's modules and of what it makes of them, in the order of the source: `checkpoints.save`."""
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     own = [node for node in imports if node.module in MODULES or any(m.startswith(f"{node.module}.") for m in MODULES)]
-    roots = {alias.asname or alias.name for node in own for alias in node.names} | {"meter"}
+    roots = {alias.asname or alias.name for node in own for alias in node.names} | {
+        "meter",
+        "validate",
+        "encode",
+        "losses_of",
+    }
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)]
     inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     names = sorted((node.lineno, node.col_offset, dotted(node)) for node in nodes if id(node) not in inner)
