@@ -15,7 +15,6 @@ depend on the weights: take a released model, not a random one, for figures of p
 
 import argparse
 import csv
-import functools
 import shlex
 import statistics
 import sys
@@ -37,9 +36,10 @@ import cogvideox_text_to_video_lora
 from args import parse_training_args
 from base.errors import UserError
 from base.flag_checks import BASE_PRECISIONS, MEMORY_LEVELS
-from cogvideox.config import attention_shape, load_scheduler, load_vae_config, read_config, takes_image
-from cogvideox.folder import resolve_model_dir
+from cogvideox.config import Weights, load_vae_config, read_config
+from cogvideox.folder import resolve_model_dir, transformer_folder
 from cogvideox.loading import load_transformer
+from cogvideox.models import Model
 from data.latents import LatentDataset
 from data.loader import collate
 from engine.compose import build_lora_engine_from_args
@@ -63,17 +63,24 @@ class Task:
     """How a model's own script makes inputs and losses, and the noise schedule."""
 
     def __init__(self, model_dir, device):
-        parts = ["transformer", "scheduler", "vae/config.json"]
-        self.model_dir, self.device = resolve_model_dir(model_dir, parts), device
-        self.config = config = read_config(self.model_dir, "transformer")
-        scheduler, vae_config = load_scheduler(self.model_dir), load_vae_config(self.model_dir)
-        script = cogvideox_image_to_video_lora if takes_image(config) else cogvideox_text_to_video_lora
-        self.script = "i2v_lora" if takes_image(config) else "t2v_lora"
-        more = {"image_latent_scale": "pipeline"} if takes_image(config) else {}
-        given = {"vae": None, "embeds": {}, "vae_config": vae_config, "patch_size_t": config.get("patch_size_t")}
-        self.encode = functools.partial(script.encode_batch, **given, **more)
-        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-        self.losses_of = functools.partial(script.compute_losses, alphas_cumprod=self.alphas_cumprod, dtype=DTYPE)
+        folder = resolve_model_dir(model_dir, ["transformer", "scheduler", "vae/config.json"])
+        weights = Weights(transformer_folder(folder), None)
+        self.model = Model(folder, read_config(folder, "transformer"), load_vae_config(folder), weights)
+        self.key = "i2v_lora" if self.model.image_to_video else "t2v_lora"
+        self.device, self.alphas_cumprod = device, self.model.load_scheduler().alphas_cumprod.to(device)
+
+    def encode(self, *batch):
+        """(latents, prompt_embeds, and of image-to-video image_latents) of (batch, seed, positions)."""
+        given = self.model, None, {}, *batch
+        if self.model.image_to_video:
+            return cogvideox_image_to_video_lora.encode_batch(
+                argparse.Namespace(image_latent_scale="pipeline"), *given
+            )
+        return cogvideox_text_to_video_lora.encode_batch(*given)
+
+    def losses_of(self, transformer, *sample):
+        script = cogvideox_image_to_video_lora if self.model.image_to_video else cogvideox_text_to_video_lora
+        return script.compute_losses(transformer, self.alphas_cumprod, DTYPE, *sample)
 
     def samples(self, data_root, count):
         """What `losses_of` takes after the transformer, for each sample."""
@@ -84,7 +91,7 @@ class Task:
             noise = draw_normal(SEED, "noise", [place], inputs[0].shape[1:])
             timesteps = torch.tensor([int((place + 0.5) * num_timesteps / count)])
             samples.append([tensor.to(self.device) for tensor in (*inputs, noise, timesteps)])
-        self.shape = attention_shape(self.config, dataset.bucket_of, batch_size=1)
+        self.shape = self.model.attention_shape(dataset.bucket_of, batch_size=1)
         return samples
 
 
@@ -102,17 +109,17 @@ def parse_row(row):
 
 def make_transformer(task, row, rank):
     """The stock block with peft's adapter, or what the engine makes of it."""
-    transformer = load_transformer(task.model_dir, DTYPE)
+    transformer = load_transformer(task.model.weights.folder, DTYPE)
     if row == REFERENCE:
         add_lora(transformer, rank, rank, SEED)
         transformer.enable_gradient_checkpointing()
         return transformer.to(task.device).train()
     level, attention, precision = parse_row(row)
     check_base_precision(precision, DTYPE, task.device)
-    flags = ["--pretrained_model_name_or_path", str(task.model_dir), "--data_root", ".", "--load_tensors"]
+    flags = ["--pretrained_model_name_or_path", str(task.model.folder), "--data_root", ".", "--load_tensors"]
     flags += ["--gradient_checkpointing"] if level == "checkpointing" else ["--memory", level]
     flags += ["--rank", str(rank), "--lora_alpha", str(rank), "--attention", attention, "--base_precision", precision]
-    args = parse_training_args(task.script, flags)
+    args = parse_training_args(task.key, flags)
     return build_lora_engine_from_args(
         args, args.memory, transformer, None, task.shape, task.device, SEED, resumes=False
     ).transformer

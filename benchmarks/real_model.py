@@ -187,7 +187,7 @@ def clip_loss(pipe, batch: dict, vae_config, alphas_cumprod: torch.Tensor, dtype
     for level in NOISE_LEVELS:
         noise = torch.randn(latents.shape, generator=generator).to(device)
         given = (latents, batch["prompt_embeds"].to(device), *images, noise, torch.tensor([level], device=device))
-        losses.append(float(compute_losses(pipe.transformer, *given, alphas_cumprod.to(device), dtype)))
+        losses.append(float(compute_losses(pipe.transformer, alphas_cumprod.to(device), dtype, *given)))
     return sum(losses) / len(losses)
 
 

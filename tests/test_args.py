@@ -443,7 +443,6 @@ def test_given_names_the_flags_on_the_command_line():
 
 
 def test_flags_come_from_the_command_line_by_default(monkeypatch):
-    monkeypatch.setattr("base.console.set_up", lambda verbose: None)
     monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *PREPARE, "--batch_size", "3"])
     args = parse_prepare_args()
     assert args.batch_size == 3 and "batch_size" in args.given

@@ -23,8 +23,11 @@ from safetensors.torch import load_file
 
 from args import parse_prepare_args, parse_training_args
 from base.errors import UsageError
-from cogvideox.config import describe_model, read_config
+from cogvideox import loading
+from cogvideox.config import read_config
 from cogvideox.folder import resolve_model_dir
+from cogvideox.models import Model
+from data import dataset
 from run import curves, hub, model_card
 from run import result as result_module
 from run.exits import run_script
@@ -196,11 +199,9 @@ def test_both_facts_at_once_run_too(train, run_snippet):
 
 
 def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
-    module = importlib.import_module(MODULES["t2v_lora"])
-    monkeypatch.setattr("cogvideox.folder.resolve_model_dir", lambda *given: tiny("2b"))
-    monkeypatch.setattr("cogvideox.loading.resolve_model_dir", lambda *given: tiny("2b"))
+    monkeypatch.setattr("cogvideox.models.resolve_model_dir", lambda *given: tiny("2b"))
     flags = ["--pretrained_model_name_or_path", "zai-org/CogVideoX-2b", "--id_token", "BW_STYLE"]
-    monkeypatch.setattr(module, "build_dataset_from_args", without_id_token(module.build_dataset_from_args))
+    monkeypatch.setattr(dataset, "build_dataset_from_args", without_id_token(dataset.build_dataset_from_args))
     prompt = 'A "kite": {red}\\n # ```'
     size = ["--num_inference_steps", "2", "--height", "64", "--width", "80"]
     folder = train("t2v_lora", *flags, "--validation_prompt", prompt, *size)
@@ -284,8 +285,8 @@ def test_the_card_of_a_local_model_names_no_place(train, tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_2b_is_under_the_apache_licence(kind, tiny):
-    model = describe_model(read_config(tiny(kind), "transformer"))
-    assert model.apache_licence == (kind == "2b") and model.image_to_video == kind.endswith("i2v")
+    model = Model(tiny(kind), read_config(tiny(kind), "transformer"), None, None)
+    assert model.has_apache_licence == (kind == "2b") and model.image_to_video == kind.endswith("i2v")
     assert model.fps == (16 if kind.startswith("1.5") else 8)
 
 
@@ -555,8 +556,7 @@ REFUSALS = [OSError("403 Forbidden\nrequest id abc"), CLIENT.ReadError("403 Forb
 @pytest.mark.parametrize("refusal", REFUSALS, ids=["response", "cut"])
 @pytest.mark.parametrize("call", ["whoami", "create_repo", "auth_check"])
 def test_a_hub_that_refuses_is_heard_before_anything_heavy(call, refusal, stops, fake_hub, monkeypatch, tmp_path):
-    monkeypatch.setattr("cogvideox.folder.resolve_model_dir", lambda *given: pytest.fail("too late"))
-    monkeypatch.setattr("cogvideox.loading.resolve_model_dir", lambda *given: pytest.fail("too late"))
+    monkeypatch.setattr("cogvideox.models.resolve_model_dir", lambda *given: pytest.fail("too late"))
     fake_hub.errors[call] = refusal
     line = stops(2, "t2v_lora", "--push_to_hub", "--hub_token", "hf_canary")
     assert line.startswith(
@@ -584,7 +584,7 @@ def test_a_refusal_on_the_main_process_ends_the_others_alike(monkeypatch):
     argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--push_to_hub"]
     other = SimpleNamespace(is_main_process=False, num_processes=2)
     with pytest.raises(UsageError, match="no such team"):
-        hub.check_hub_from_args(parse_training_args("t2v_lora", argv), other)
+        hub.check_hub(parse_training_args("t2v_lora", argv), other)
 
 
 def test_without_a_network_the_real_client_is_refused_in_one_line(stops, monkeypatch):
@@ -607,8 +607,7 @@ def test_a_failing_upload_keeps_everything_and_is_tried_again(stops, train, fake
     before = {path: path.read_bytes() for path in folder.glob("*") if path.is_file() and path.name != "status.json"}
     assert {"pytorch_lora_weights.safetensors", "README.md", "loss.png"} <= {path.name for path in before}
 
-    module = importlib.import_module(MODULES["t2v_lora"])
-    monkeypatch.setattr(module, "load_transformer", lambda *given: pytest.fail("trains again"))
+    monkeypatch.setattr(loading, "load_transformer", lambda *given: pytest.fail("trains again"))
     assert "the line is cut" in stops(74, "t2v_lora", "--push_to_hub") and status(folder)["exit_code"] == 74
     fake_hub.errors.clear()
     train("t2v_lora", "--push_to_hub")
@@ -697,7 +696,6 @@ def test_no_two_runs_of_a_sweep_share_a_repository():
 
 
 def test_the_token_leaves_the_command_line(monkeypatch):
-    monkeypatch.setattr("base.console.set_up", lambda verbose: None)
     flags = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
     for given in (["--hub_token", "hf_canary"], ["--hub_token=hf_canary"]):
         monkeypatch.setattr(sys, "argv", ["script.py", *flags, *given, "--push_to_hub"])

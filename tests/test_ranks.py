@@ -16,6 +16,7 @@ from engine import compose
 from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from engine.update import TrainingState, update
 from test_scripts import run_ranks
+from test_update import engine_of
 
 
 NUM_RANKS = 2
@@ -76,7 +77,7 @@ def test_an_update_is_the_clipped_mean_of_all_gradients(on_two_ranks):
         optimizer = torch.optim.SGD([weight], lr=1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         gradient = torch.tensor([[6.0, 0.0], [0.0, 8.0]][rank])
-        result = update((weight * gradient).sum(), TrainingState([weight], optimizer, schedule), True, 2.5)
+        result = update((weight * gradient).sum(), TrainingState(engine_of(weight), optimizer, schedule), True, 2.5)
         return [float(result.grad_norm), *weight.tolist()]
 
     assert on_two_ranks(step) == [pytest.approx([5.0, -1.5, -2.0])] * NUM_RANKS

@@ -187,7 +187,7 @@ def flags_read(tree: ast.Module) -> set[str]:
     return {node.attr for node in attributes if ast.unparse(node.value) == "args"}
 
 
-# By args.py itself, which takes over another run's flags and sets up the console; by getattr, in validation.sample_size_from_args
+# By args.py itself, which takes over another run's flags and sets up the console; by getattr, in validation.sample_size
 READ_OTHERWISE = {"config", "height", "verbose", "width"}
 PARSERS = {"args", "base.flag_parser", "base.flag_checks"}
 
@@ -199,7 +199,7 @@ def test_every_flag_is_read_outside_of_the_parser(make_parser):
 
     is_prepare = make_parser == "make_prepare_parser"
     parser = args.make_prepare_parser() if is_prepare else args.make_training_parser("t2v_lora")
-    of_prepare = {"prepare_dataset", "data.preparing"}
+    of_prepare = {"prepare_dataset", "run.preparing"}
     readers = of_prepare | {"data.dataset", "run.launch"} if is_prepare else set(MODULES) - of_prepare - PARSERS
     read = set().union(*(flags_read(parse(module)) for module in readers)) | READ_OTHERWISE
     unread = {action.dest for action in parser._actions} - {"help"} - read
@@ -213,33 +213,36 @@ def test_the_rule_on_flags_sees_reading_alone():
 # ---------------------------------------------------------------- the four training scripts
 
 TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]
-# What a task does in its own way, or oftener than another: which engine and pipeline, whether all of it fits,
-# image-to-video's first frame, and draws with what they need.
-OWN_NAMES = {
-    "build_lora_engine_from_args", "build_sft_engine_from_args", "check_sft_fits_from_args", "num_parameters",
-    "IMAGE_TO_VIDEO_PIPELINE", "TEXT_TO_VIDEO_PIPELINE", "IMAGE_NOISE_MEAN", "IMAGE_NOISE_STD",
-    "encode_images", "sample_image_latents", "condition_on_first_frame", "ofs_input", "to_device",
-    "draw_normal", "draw_uniform", "latent_shape",
+# What a task does in its own way: which engine, whether all of it fits, image-to-video's first frame, and draws
+OWN_SERVICES = {
+    "compose.build_lora_engine_from_args", "compose.build_sft_engine_from_args", "levels.check_sft_fits",
+    "encoding.IMAGE_NOISE_MEAN", "encoding.IMAGE_NOISE_STD", "encoding.encode_images", "encoding.pixels_to_unit",
+    "inputs.sample_image_latents", "inputs.condition_on_first_frame", "inputs.ofs_input", "inputs.latent_shape",
+    "objective.draw_normal", "objective.draw_uniform",
 }  # fmt: skip
 
 
-def project_names(module: str) -> list[str]:
-    """The project's own functions and constants that the script uses, in the order of the source, wherever it does."""
-    tree = parse(module)
-    imported = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module in MODULES
-        for alias in node.names
+def services(tree: ast.Module) -> list[str]:
+    """What a script uses of the project's modules and of what it makes of them, in the order of the source: `checkpoints.save`."""
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    own = [node for node in imports if node.module in MODULES or any(m.startswith(f"{node.module}.") for m in MODULES)]
+    roots = {alias.asname or alias.name for node in own for alias in node.names} | {
+        "meter",
+        "validate",
+        "encode",
+        "losses_of",
     }
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in imported - OWN_NAMES]
-    return [node.id for node in sorted(names, key=lambda node: (node.lineno, node.col_offset))]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)]
+    inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    names = sorted((node.lineno, node.col_offset, dotted(node)) for node in nodes if id(node) not in inner)
+    return [name for *_, name in names if name.split(".")[0] in roots]
 
 
 def test_scripts_call_the_same_services_in_the_same_order():
     """Each script reads by itself, so that it can be copied; none may miss what another does."""
     assert len(TRAINING_SCRIPTS) == 4
-    reference = project_names("cogvideox_text_to_video_lora")
-    assert len(reference) > 40
+    common = {m: [s for s in services(parse(m)) if s not in OWN_SERVICES] for m in TRAINING_SCRIPTS}
+    reference = common["cogvideox_text_to_video_lora"]
+    assert len(reference) > 60 and {"checkpoints.save", "validation.validate", "update", "meter.add"} <= set(reference)
     for module in TRAINING_SCRIPTS:
-        assert list(difflib.unified_diff(reference, project_names(module), "text_to_video_lora", module)) == []
+        assert list(difflib.unified_diff(reference, common[module], "text_to_video_lora", module)) == []

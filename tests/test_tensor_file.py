@@ -24,7 +24,7 @@ from engine.lora import save_lora
 from engine.sft import save_transformer, save_weights
 from run import curves
 from run.export import merge_lora
-from run.output_dir import open_output_dir_from_args
+from run.output_dir import open_output_dir
 from test_atomic_save import KILLED, MAIN, count_operations, flags, in_child, kill_at
 from test_lora import trained_transformer
 
@@ -246,7 +246,7 @@ def test_a_killed_run_leaves_nothing_among_its_samples(tmp_path):
     left.parent.mkdir(parents=True)
     left.write_text("a b")
     (left.parent / "0_0.mp4").write_bytes(b"")
-    open_output_dir_from_args(flags(tmp_path / "out"), MAIN)
+    open_output_dir(flags(tmp_path / "out"), MAIN)
     assert [path.name for path in left.parent.iterdir()] == ["0_0.mp4"]
 
 

@@ -6,7 +6,6 @@ Standard library only: `--help` and a mistyped flag answer before torch is impor
 import argparse
 import sys
 
-from base import console
 from base.flag_checks import (
     BASE_PRECISIONS,
     LR_SCHEDULERS,
@@ -43,7 +42,6 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     if argv is None:
         hide_token(sys.argv)
         hide_token(sys.orig_argv)
-        console.set_up(args.verbose)
     refuse_meaningless(parser, args, script)
     if args.lr_scheduler not in LR_SCHEDULERS:
         parser.error(f"--lr_scheduler {args.lr_scheduler}: must be one of {', '.join(LR_SCHEDULERS)}")
@@ -82,8 +80,6 @@ def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of prepare_dataset.py, checked; a mistake exits with code 2."""
     parser = make_prepare_parser()
     args = parser.parse_flags(argv)
-    if argv is None:
-        console.set_up(args.verbose)
     check_reshape_mode(parser, args)
     check_buckets(parser, args)
     check_max_num_frames(parser, args)

@@ -17,14 +17,10 @@ from base.file_kinds import stand_in
 from base.hashes import Hashes
 from base.tensor_file import weight_files
 from cogvideox.config import (
-    CONFIGS,
-    VaeConfig,
     Weights,
     check_class,
-    check_task,
     load_scheduler,
     load_vae_config,
-    read_config,
 )
 
 
@@ -98,31 +94,6 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
             return WEIGHT_DTYPES[weights.get_slice(name).get_dtype()]
     except (SafetensorError, KeyError) as error:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
-
-
-def read_configs_from_args(args, image_to_video: bool) -> tuple[dict, VaeConfig]:
-    """The transformer's configuration and the VAE's, fetched alone: gigabytes follow for a model of the script's task
-    and for data that can be read.
-    """
-    model = args.pretrained_model_name_or_path
-    model_dir = resolve_model_dir(model, CONFIGS, args.revision, args.cache_dir)
-    config = read_config(model_dir, "transformer")
-    check_task(model, config, image_to_video)
-    if args.init_transformer is not None:
-        config = read_start_config_from_args(args, config)
-    return config, load_vae_config(model_dir)
-
-
-def resolve_model_from_args(args, with_encoders: bool) -> tuple[Path, Weights]:
-    """The model's folder with all that is needed of it, and the transformer's weights.
-
-    Of the VAE two numbers are needed, unless something is encoded; of the transformer none but --init_transformer.
-    """
-    weights = ["vae", "text_encoder", "tokenizer"] if with_encoders else ["vae/config.json"]
-    transformer = "transformer" if args.init_transformer is None else "transformer/config.json"
-    components = [transformer, "scheduler", *weights]
-    model_dir = resolve_model_dir(args.pretrained_model_name_or_path, components, args.revision, args.cache_dir)
-    return model_dir, weights_from_args(args, model_dir)
 
 
 def weights_from_args(args, model_dir: Path) -> Weights:

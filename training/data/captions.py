@@ -20,6 +20,7 @@ from base.errors import StorageError, first_few
 from base.files import TEMPORARY, flush, free_bytes, rename, undo
 from base.hashes import stamp_of
 from base.ranks import meet
+from base.startup import STARTUP
 from base.tensor_file import describe, encoded
 from data.artifacts import recorded_key
 
@@ -102,41 +103,35 @@ def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], 
 # ---------------------------------------------------------------- the file
 
 
-def encode_captions_from_args(
-    args,
-    accelerator,
-    model_dir: Path,
-    texts: dict[str, list[str]],
-    dtype: torch.dtype,
-    level: str | None,
-    text_shape: tuple[int, int],
-    encode: Callable,
+def encode_from_args(
+    args, run, model, texts: dict[str, list[str]], dtype: torch.dtype, level: str | None, encode: Callable
 ) -> CaptionEmbeds:
     """The embedding [S, D] of each of `texts`: from the file of an interrupted run where it fits, else made now.
 
     The ranks of a machine share the texts out, and read what all of them made. `encode` is encoding.encode_captions.
     """
-    prompts, max_length = list(texts), text_shape[0]
-    if accelerator.is_main_process:
-        warn_of_texts_from_args(args, model_dir, texts, max_length)
+    prompts, max_length = list(texts), model.text_shape[0]
+    if run.rank == 0:
+        warn_of_texts_from_args(args, model.folder, texts, max_length)
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    machine, place = divmod(accelerator.process_index, num_local)
+    machine, place = divmod(run.rank, num_local)
     path = Path(args.output_dir, f"{STEM}-{machine}.safetensors")
-    key = key_from_args(args, model_dir, prompts, dtype, max_length)
+    key = key_from_args(args, model.folder, prompts, dtype, max_length)
     if any(meet("captions-looked-for", "" if recorded_key(path) == key else "to be made")):
-        shape = len(prompts), *text_shape
+        shape = len(prompts), *model.text_shape
         header = file_header(key, shape, dtype)
         problem = reserve(path, header, shape, dtype) if place == 0 else ""
         if problems := [problem for problem in meet("captions-room", problem) if problem]:
             raise StorageError(problems[0])
         own = range(place, len(prompts), num_local)
-        given = (model_dir, prompts[place::num_local], dtype, accelerator.device, max_length, args.variant, level)
+        given = (model.folder, prompts[place::num_local], dtype, run.device, max_length, args.variant, level)
         write_rows(unfinished(path), len(header), own, encode(*given))
         meet("captions-written")
         if place == 0:
             flush(unfinished(path))
             rename(unfinished(path), path)
         meet("captions-in-place")
+    STARTUP.mark("encoding")
     return CaptionEmbeds(path, prompts)
 
 

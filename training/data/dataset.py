@@ -13,12 +13,10 @@ from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 logger = logging.getLogger(__name__)
 
 
-def build_dataset_from_args(
-    args, default_fps: float, seed: int, scaling_factor: float, image_to_video: bool = False
-) -> Dataset:
+def build_dataset_from_args(args, model, seed: int) -> Dataset:
     """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token.
 
-    `scaling_factor`, the VAE's, tells latents that were prepared for another model.
+    Of `model` its task, its frame rate, and the VAE's scaling factor, which tells latents prepared for another model.
     """
     if args.load_tensors:
         given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
@@ -30,11 +28,11 @@ def build_dataset_from_args(
             seed=seed,
             id_token=args.id_token,
             text_dropout=args.text_dropout > 0,
-            scaling_factor=scaling_factor,
+            scaling_factor=model.vae_config.scaling_factor,
             allow_outside=args.allow_outside_root,
-            with_images=image_to_video,
+            with_images=model.image_to_video,
         )
-        if image_to_video:
+        if model.image_to_video:
             latents.require_image_latents()
         return latents
     clips = read_clips_from_args(args)
@@ -42,7 +40,7 @@ def build_dataset_from_args(
     return make_videos_from_args(
         args,
         clips,
-        fps=choose_fps("--fps", args.fps if "fps" in args.given else None, default_fps),
+        fps=choose_fps("--fps", args.fps if "fps" in args.given else None, model.fps),
         seed=seed,
         skip_frames_start=args.skip_frames_start,
         skip_frames_end=args.skip_frames_end,

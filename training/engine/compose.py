@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed
 from diffusers.training_utils import EMAModel
@@ -23,8 +22,8 @@ from attention.kernels import SAVED_OPS, make_attend
 from attention.processor import JointAttention
 from attention.trial import pick_attention
 from base.dtypes import DTYPES
-from base.errors import UsageError
 from base.levels import HOST_LEVELS
+from base.startup import STARTUP
 from base.toolchain import missing_for_triton
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 from engine.lora import (
@@ -37,7 +36,7 @@ from engine.lora import (
     start_from_lora,
 )
 from engine.master_weights import HostMasters, Masters
-from engine.optimizers import make_optimizer_from_args, state_bytes_from_args
+from engine.optimizers import make_optimizer_from_args
 from engine.sft import (
     MASTERS_NAME,
     check_saved_transformer,
@@ -49,7 +48,6 @@ from engine.sft import (
     save_weights,
 )
 from memory.activations import offload_activations
-from memory.host import free_on_gpu
 from memory.quantization import frozen_linears, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks
 from memory.weights import load_blocks, stream_weights
@@ -184,6 +182,7 @@ def build_lora_engine_from_args(
         masters = HostMasters(params, device, torch.float32, args.offload_gradients)
     set_memory_level_from_args(args, level, transformer, device)
     transformer.to(device).train()
+    STARTUP.mark("engine")
     trained = masters.params if masters else params
     return LoraEngine(transformer, trained, inference_facts_from_args(args), level, pipeline_class, masters)
 
@@ -217,6 +216,7 @@ def build_sft_engine_from_args(
     ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
     if ema:
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
+    STARTUP.mark("engine")
     save_dtype = DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
     return SftEngine(transformer, params, inference_facts_from_args(args), level, save_dtype, masters, ema)
 
@@ -234,6 +234,7 @@ def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: tor
     name = [pick_attention(args.attention, shape, dtype, device)]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(name, src=0)
+    STARTUP.mark("attention")
     return name[0]
 
 
@@ -295,47 +296,3 @@ def inference_facts_from_args(args) -> dict:
     if args.image_latent_scale != "pipeline":
         facts["image_latent_scale"] = args.image_latent_scale
     return facts
-
-
-# ---------------------------------------------------------------- does it fit?
-
-
-def check_sft_fits_from_args(args, num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse, before anything is loaded, what GPU or host cannot hold even without activations."""
-    if device.type != "cuda" or uses_deepspeed():  # which shares out what it can
-        return
-    on_device, on_host = sft_bytes_per_weight_from_args(args, dtype)
-    size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"
-    free = free_on_gpu(device) / 2**30
-    if on_device * size > free:
-        raise UsageError(
-            f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device_from_args(args)}, and {free:.0f} GiB "
-            f"are free on the GPU; {how_to_need_less_from_args(args)}"
-        )
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, each with masters of its own
-    available = psutil.virtual_memory().available / 2**30
-    if on_host * size * processes > available:
-        raise UsageError(
-            f"--use_cpu_offload_optimizer: {weights} needs {on_host * size * processes:.0f} GiB of host memory for fp32 "
-            f"weights, gradients and optimizer states of {processes} process(es), and {available:.0f} GiB are available"
-        )
-
-
-def sft_bytes_per_weight_from_args(args, dtype: torch.dtype) -> tuple[int, int]:
-    """(on the GPU, on the host) of one trained weight, with its gradient and all that is kept for it."""
-    trained = 4 + state_bytes_from_args(args) + (4 if args.ema else 0)
-    if args.use_cpu_offload_optimizer:
-        return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4
-    return trained + 4 + (0 if dtype == torch.float32 else dtype.itemsize), 0
-
-
-def what_lies_on_device_from_args(args) -> str:
-    if not args.use_cpu_offload_optimizer:
-        return "fp32 weights, gradients and optimizer states"
-    return "the weights" if args.offload_gradients else "the weights and fp32 gradients"
-
-
-def how_to_need_less_from_args(args) -> str:
-    if not args.use_cpu_offload_optimizer:
-        return "add --use_cpu_offload_optimizer, or train a LoRA, or a smaller model"
-    return ("" if args.offload_gradients else "add --offload_gradients, or ") + "train a LoRA, or a smaller model"

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from base.draws import draw_seed
+from memory.host import to_device
+
+
+CPU = torch.device("cpu")
 
 
 def draw_generator(seed: int, name: str, *place: int | str) -> torch.Generator:
@@ -16,18 +20,25 @@ def draw_generator(seed: int, name: str, *place: int | str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(draw_seed(seed, name, *place))
 
 
-def draw_normal(seed: int, name: str, positions: Sequence[int | str], shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal [B, *shape] in fp32; row i depends on (seed, name, positions[i]) alone."""
-    return torch.stack([torch.randn(tuple(shape), generator=draw_generator(seed, name, p)) for p in positions])
+def draw_normal(
+    seed: int, name: str, positions: Sequence[int | str], shape: Sequence[int], device: torch.device = CPU
+) -> torch.Tensor:
+    """Standard normal [B, *shape] in fp32; row i depends on (seed, name, positions[i]) alone, not on the device."""
+    rows = [torch.randn(tuple(shape), generator=draw_generator(seed, name, p)) for p in positions]
+    return to_device(torch.stack(rows), device)
 
 
-def draw_uniform(seed: int, name: str, positions: Sequence[int | str]) -> torch.Tensor:
+def draw_uniform(seed: int, name: str, positions: Sequence[int | str], device: torch.device = CPU) -> torch.Tensor:
     """Uniform [B] in [0, 1)."""
-    return torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in positions])
+    return to_device(torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in positions]), device)
 
 
 def draw_timesteps(
-    seed: int, positions: Sequence[int], num_train_timesteps: int, num_strata: int | None = None
+    seed: int,
+    positions: Sequence[int],
+    num_train_timesteps: int,
+    num_strata: int | None = None,
+    device: torch.device = CPU,
 ) -> torch.Tensor:
     """Timesteps [B], uniform over 0 ... num_train_timesteps - 1.
 
@@ -37,7 +48,7 @@ def draw_timesteps(
     uniform = draw_uniform(seed, "timestep", positions)
     if num_strata:
         uniform = (torch.tensor([stratum(seed, p, num_strata) for p in positions]) + uniform) / num_strata
-    return (uniform * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    return to_device((uniform * num_train_timesteps).long().clamp(max=num_train_timesteps - 1), device)
 
 
 def stratum(seed: int, position: int, num_strata: int) -> int:

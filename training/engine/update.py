@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
+from engine.compose import Engine
 from engine.deepspeed_zero import ZeroOptimizer
-from engine.master_weights import HostMasters, Masters, group_by_bytes
+from engine.master_weights import HostMasters, group_by_bytes
 
 
 REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory
@@ -50,17 +51,14 @@ class LossScaler:
 class TrainingState:
     """What an update changes; also what a checkpoint must hold."""
 
-    params: list[torch.nn.Parameter]  # fp32
+    engine: Engine  # the weights
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: LossScaler | None = None  # fp16 only
-    masters: Masters | None = None  # params and the model's copies of them, where the model does not hold params
-    ema: object | None = None  # diffusers' EMAModel of params
 
     def gather(self) -> None:
         """Bring to this rank what ranks share, before a checkpoint is written. All ranks must call it."""
-        if self.masters:
-            self.masters.gather()
+        self.engine.gather()
         if isinstance(self.optimizer, ZeroOptimizer):
             self.optimizer.gather()
 
@@ -98,14 +96,14 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     if not last_micro_step:
         return Update(stepped=False)
 
-    masters = state.masters
-    average_gradients(masters.gradients() if masters else [p.grad for p in state.params if p.grad is not None])
+    masters = state.engine.masters
+    average_gradients(masters.gradients() if masters else [p.grad for p in state.engine.params if p.grad is not None])
     if masters:
         masters.deliver_gradients()
     if state.scaler:
-        state.scaler.unscale(state.params)
+        state.scaler.unscale(state.engine.params)
     # After averaging, a non-finite gradient of one rank is non-finite on all: they agree without another message
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.engine.params, max_grad_norm)
     lr = float(state.optimizer.param_groups[0]["lr"])
     if skips_on_device(state):
         result = Update(stepped=True, skipped=step_if_finite(state, grad_norm), grad_norm=grad_norm, lr=lr)
@@ -124,7 +122,7 @@ def skips_on_device(state: TrainingState) -> bool:
     host memory, and what is to change with the weights alone: the moving average, fp16's scale.
     """
     skips = getattr(state.optimizer, "_step_supports_amp_scaling", False)
-    return skips and not (state.scaler or state.ema or isinstance(state.masters, HostMasters))
+    return skips and not (state.scaler or state.engine.ema or isinstance(state.engine.masters, HostMasters))
 
 
 def step_if_finite(state: TrainingState, grad_norm: torch.Tensor) -> torch.Tensor:
@@ -161,10 +159,10 @@ def zero_update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool)
 def apply_gradients(state: TrainingState) -> None:
     """Step the optimizer, and what follows its weights."""
     state.optimizer.step()
-    if state.masters:
-        state.masters.write_copies()
-    if state.ema:
-        state.ema.step(state.params)
+    if state.engine.masters:
+        state.engine.masters.write_copies()
+    if state.engine.ema:
+        state.engine.ema.step(state.engine.params)
 
 
 def average_gradients(grads: list[torch.Tensor]) -> None:

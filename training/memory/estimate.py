@@ -47,7 +47,7 @@ EXPANDABLE_CODING_UNUSED = 0.55  # of that in segments that grow
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # a weight; None: as computed
 
 
-class Run(NamedTuple):
+class Workload(NamedTuple):
     """What the formula reads. Weights are counted, not measured."""
 
     shape: tuple[int, int, int, int]  # [B, S, heads, head_dim] of the largest batch
@@ -85,7 +85,7 @@ class Need(NamedTuple):
     host: float
 
 
-def need(run: Run, level: str, roomy: bool = False) -> Need:
+def need(run: Workload, level: str, roomy: bool = False) -> Need:
     """What `run` takes at `level`, a name of LEVELS or CHECKPOINTING.
 
     `roomy`: where there is more than that, T5 encodes on the GPU, torch keeps what rendering no longer uses, and the
@@ -123,18 +123,18 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
     return Need(allocated, reserved, host_peak(run, level, roomy))
 
 
-def unit_bytes(run: Run) -> int:
+def unit_bytes(run: Workload) -> int:
     batch, tokens, heads, head_dim = run.shape
     return batch * tokens * heads * head_dim * run.item_bytes
 
 
-def kept_bytes(run: Run) -> int:
+def kept_bytes(run: Workload) -> int:
     """Of a block in `balanced`: its input, the attention's output and log-sum-exp."""
     batch, tokens, heads, _ = run.shape
     return 2 * unit_bytes(run) + batch * tokens * heads * 4
 
 
-def unused_bytes(run: Run, level: str) -> float:
+def unused_bytes(run: Workload, level: str) -> float:
     """What torch holds in training and does not use."""
     unit = unit_bytes(run)
     if run.expandable:
@@ -143,7 +143,7 @@ def unused_bytes(run: Run, level: str) -> float:
     return UNUSED_AT_LEAST + max(unused - states_bytes(run) / 2, 0)
 
 
-def saved_bytes(run: Run, level: str) -> float:
+def saved_bytes(run: Workload, level: str) -> float:
     """Activations on the GPU when the backward pass begins."""
     if level == "speed":
         return run.num_blocks * (SAVED_BY_SPEED if run.compiled else SAVED_BY_SPEED_EAGER) * unit_bytes(run)
@@ -154,7 +154,7 @@ def saved_bytes(run: Run, level: str) -> float:
     return (RETURN_SLOTS + 1) * kept_bytes(run)  # the last block's stay where they are
 
 
-def weights_on_gpu(run: Run, level: str) -> float:
+def weights_on_gpu(run: Workload, level: str) -> float:
     weights = run.num_weights * run.item_bytes - quantised_bytes(run)
     if level != "stream":
         return weights
@@ -162,7 +162,7 @@ def weights_on_gpu(run: Run, level: str) -> float:
     return weights - blocks + min(NUM_SLOTS, run.num_blocks) * blocks / run.num_blocks
 
 
-def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float:
+def coding_bytes(run: Workload, resident: float, roomy: bool, thrifty: bool) -> float:
     """GPU memory while the VAE encodes or decodes, 0 if it never does. Where room is short for whole frames or large
     tiles, it decodes alone.
     """
@@ -183,7 +183,7 @@ def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float
     return coding
 
 
-def coding_unused(run: Run, roomy: bool, thrifty: bool) -> float:
+def coding_unused(run: Workload, roomy: bool, thrifty: bool) -> float:
     """What torch reserves beyond coding_bytes; what a loop that encodes holds all the time is counted by its caller."""
     if thrifty:
         return SMALL_UNUSED if roomy else SMALL_UNUSED_AT_LEAST
@@ -192,7 +192,7 @@ def coding_unused(run: Run, roomy: bool, thrifty: bool) -> float:
     return CODING_UNUSED if roomy and run.renders else 0
 
 
-def host_peak(run: Run, level: str, roomy: bool) -> float:
+def host_peak(run: Workload, level: str, roomy: bool) -> float:
     """Of all processes of this machine; ranks share the weights that are streamed."""
     full = run.num_weights * run.item_bytes
     weights, travelling, shared = full - quantised_bytes(run), 0, 0
@@ -219,7 +219,7 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
     return total
 
 
-def text_encoder_on_host(run: Run, level: str, roomy: bool) -> float:
+def text_encoder_on_host(run: Workload, level: str, roomy: bool) -> float:
     """While captions are encoded. Weights that go from their file to the GPU as they are leave hardly a trace."""
     # --enable_model_cpu_offload is among them as measured, 21.6 GiB for 5b; why, was not found out
     copied = run.converted or run.offloads_models or level in HOST_LEVELS
@@ -228,13 +228,13 @@ def text_encoder_on_host(run: Run, level: str, roomy: bool) -> float:
     return T5_HOST if roomy else T5_XXL
 
 
-def quantised_bytes(run: Run) -> float:
+def quantised_bytes(run: Workload) -> float:
     """What --base_precision saves."""
     item = PRECISION_BYTES[run.base_precision]
     return 0 if item is None else run.num_block_linears * (run.item_bytes - item)
 
 
-def trained_bytes(run: Run) -> float:
+def trained_bytes(run: Workload) -> float:
     """On the GPU for all the time: fp32 adapters, or fp32 masters beside the model's weights, and optimizer states."""
     masters = 0 if run.item_bytes == 4 and not run.is_lora else 4
     if run.host_optimizer:
@@ -242,12 +242,12 @@ def trained_bytes(run: Run) -> float:
     return run.num_trained * masters + states_bytes(run)
 
 
-def states_bytes(run: Run) -> int:
+def states_bytes(run: Workload) -> int:
     """Of the optimizer, on the GPU."""
     return 0 if run.host_optimizer else run.num_trained * run.state_bytes
 
 
-def levels_of(run: Run) -> tuple[str, ...]:
+def levels_of(run: Workload) -> tuple[str, ...]:
     """Those that the task can have, the fastest first."""
     return LEVELS if run.is_lora and not run.deepspeed else ("speed", "balanced")
 
@@ -257,19 +257,19 @@ def fits(needed: Need, gpu_bytes: float, host_bytes: float) -> bool:
     return needed.reserved * 1.05 <= gpu_bytes and needed.host * 1.05 <= host_bytes
 
 
-def fastest_that_fits(run: Run, gpu_bytes: float, host_bytes: float) -> str | None:
+def fastest_that_fits(run: Workload, gpu_bytes: float, host_bytes: float) -> str | None:
     """None if no level does."""
     return next((level for level in levels_of(run) if fits(need(run, level), gpu_bytes, host_bytes)), None)
 
 
-def closest(run: Run, gpu_bytes: float, host_bytes: float) -> tuple[str, Need]:
+def closest(run: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, Need]:
     """The level that lacks the least, and what it needs."""
     needs = {level: need(run, level) for level in levels_of(run)}
     level = min(needs, key=lambda level: max(needs[level].reserved / gpu_bytes, needs[level].host / host_bytes))
     return level, needs[level]
 
 
-def table(run: Run, gpu_bytes: float | None, host_bytes: float) -> str:
+def table(run: Workload, gpu_bytes: float | None, host_bytes: float) -> str:
     """A line for each level; `gpu_bytes` None: there is no GPU to compare with."""
     lines = [f"{'--memory':12} {'GPU, reserved':>14} {'allocated':>12} {'host':>12}  fits here"]
     for level in (CHECKPOINTING, *levels_of(run)):

@@ -81,6 +81,17 @@ class Copies:
             return self.mark()
 
 
+def to_device(values, device: torch.device):
+    """A tensor, or the tensors of a batch, on `device`: from page-locked memory, so that the host waits for no GPU."""
+    if isinstance(values, dict):
+        return {name: to_device(value, device) for name, value in values.items()}
+    if not torch.is_tensor(values):
+        return values
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()  # kept by torch until the copy is made, then used again
+    return values.to(device, non_blocking=True)
+
+
 def wait(event) -> None:
     """The compute stream goes on after `event`; the CPU does not wait."""
     event.wait()

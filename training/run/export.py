@@ -49,7 +49,7 @@ class LoraWeights(NamedTuple):
     magnitude: torch.Tensor | None = None
 
 
-def export_lora_from_args(args, base_dir: Path, variant: str | None, only_missing: bool = False) -> None:
+def export_lora(args, base_dir: Path, variant: str | None, only_missing: bool = False) -> None:
     """What --export asks for, beside the LoRA in output_dir. `base_dir` holds the transformer that it was trained on."""
     output_dir = Path(args.output_dir)
     for form, name, export in (("comfyui", COMFYUI_NAME, export_comfyui), ("kohya", KOHYA_NAME, export_kohya)):

@@ -46,7 +46,7 @@ class Model(NamedTuple):
     image_noise: tuple[float, float] | None = None  # mean and deviation of its logarithm
 
 
-def plan_clip_from_args(args, model: Model, videos, index: int, stem: str, hashes: Hashes) -> dict:
+def plan_clip(args, model: Model, videos, index: int, stem: str, hashes: Hashes) -> dict:
     """The files that a clip needs and, for each, the key of everything that decides its content."""
     clip, bucket = videos.clips[index], videos.bucket_of[index]
     earlier = {
@@ -60,11 +60,11 @@ def plan_clip_from_args(args, model: Model, videos, index: int, stem: str, hashe
     if args.save_previews or not args.save_latents_and_embeddings:
         item["files"][f"images/{stem}.png"] = file_key(now, earlier)  # written after the video: it vouches for both
     if args.save_latents_and_embeddings:
-        item["files"] |= tensor_keys_from_args(args, model, item, now, earlier)
+        item["files"] |= tensor_keys(args, model, item, now, earlier)
     return item
 
 
-def tensor_keys_from_args(args, model: Model, item: dict, now: dict, earlier: dict) -> dict:
+def tensor_keys(args, model: Model, item: dict, now: dict, earlier: dict) -> dict:
     """Keys of a clip's moments and embedding, from those of its pixels."""
     both = {"dtype": args.dtype, "tiling": args.use_tiling}
     earlier = {**earlier, **both, "vae": model.vae.earlier, "variant": args.variant}
@@ -74,11 +74,11 @@ def tensor_keys_from_args(args, model: Model, item: dict, now: dict, earlier: di
         variants = {"variants": args.num_image_variants}
         noise = {"noise": list(model.image_noise)}
         keys[image_latent(item)] = file_key({**now, **variants, **noise}, {**earlier, **variants})
-    keys[f"prompt_embeds/{item['stem']}.safetensors"] = prompt_key_from_args(args, model, item["prompt"])
+    keys[f"prompt_embeds/{item['stem']}.safetensors"] = prompt_key(args, model, item["prompt"])
     return keys
 
 
-def prompt_key_from_args(args, model: Model, prompt: str) -> Key:
+def prompt_key(args, model: Model, prompt: str) -> Key:
     both = {"prompt": prompt, "dtype": args.dtype, "tokens": args.max_sequence_length}
     now = {"version": VERSION, "text_encoder": model.text_encoder.now, "tokenizer": model.tokenizer.now}
     earlier = {
@@ -89,14 +89,14 @@ def prompt_key_from_args(args, model: Model, prompt: str) -> Key:
     return file_key({**both, **now}, {**both, **earlier})
 
 
-def plan_empty_from_args(args, model: Model) -> list[dict]:
+def plan_empty(args, model: Model) -> list[dict]:
     """The empty prompt, which text dropout trains on; nothing where no captions are embedded."""
     if not args.save_latents_and_embeddings:
         return []
-    return [{"prompt": "", "files": {EMPTY: prompt_key_from_args(args, model, "")}}]
+    return [{"prompt": "", "files": {EMPTY: prompt_key(args, model, "")}}]
 
 
-def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
+def compare(args, output_dir: Path, items: list[dict]) -> list[str]:
     """Set what each item lacks; returns the files that an earlier version prepared, by the same flags and content."""
     accepted, kept = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
     for item in items:
@@ -113,7 +113,7 @@ def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
     return kept
 
 
-def report_verified_from_args(args, output_dir: Path, old_content: dict[str, str]) -> None:
+def report_verified(args, output_dir: Path, old_content: dict[str, str]) -> None:
     """`old_content`: hashes of what an earlier version had prepared, by path."""
     if args.verify:
         kept = [path for path in old_content if (output_dir / path).exists()]
@@ -125,7 +125,7 @@ def report_verified_from_args(args, output_dir: Path, old_content: dict[str, str
         )
 
 
-def warn_of_unnamed_from_args(args, output_dir: Path, plan: list[dict]) -> None:
+def warn_of_unnamed(args, output_dir: Path, plan: list[dict]) -> None:
     unnamed = unnamed_files(output_dir, files_of(plan))
     if unnamed and not args.prune:
         logger.warning(
@@ -135,7 +135,7 @@ def warn_of_unnamed_from_args(args, output_dir: Path, plan: list[dict]) -> None:
         )  # fmt: skip
 
 
-def prune_from_args(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
+def prune_unnamed(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
     """With --prune, remove what no row names: not while clips are left out, which may be there again tomorrow."""
     if args.prune and problems:
         logger.warning("--prune: nothing is removed while %d clips are left out", len(problems))
