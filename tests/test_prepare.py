@@ -557,8 +557,9 @@ def test_a_killed_run_leaves_no_half_files_and_is_continued(prepare, prepared, t
     def fatal_after(write):
         def write_half(path, *content, **options):
             writes.append(path)
+            is_last = len(writes) == fatal  # of several threads' writes
             write(path, *content, **options)
-            if len(writes) == fatal:
+            if is_last:
                 os.truncate(path, path.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 

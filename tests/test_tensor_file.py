@@ -183,20 +183,12 @@ def writers(name, tiny, tmp_path):
     if name == "transformer":
         model = load_transformer(tiny("2b"), torch.float32)
         return lambda folder, version: write_a_transformer(folder, model, version)
-    rows = {version: json.dumps({"step": 1, "loss": float(version)}) + "\n" for version in (1, 2)}
-
-    def draw(folder, version):
-        metrics = tmp_path / f"metrics{version}.jsonl"
-        metrics.write_text(rows[version])
-        curves.draw_losses({"run": metrics}, folder / "loss.png")
-
     return {
         "prepared clip": lambda folder, version: write_prepared(
             folder / "a.safetensors", {"moments": torch.full((4,), float(version))}, "key"
         ),
         "JSON": lambda folder, version: write_json(folder / "args.json", {"version": version}),
         "cache": lambda folder, version: write_shared(folder / "hashes.json", str(version)),
-        "picture": draw,
     }[name]
 
 
@@ -204,10 +196,9 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-NAMES = ["LoRA", "transformer", "merged model", "prepared clip", "JSON", "cache", "picture"]
+NAMES = ["LoRA", "transformer", "merged model", "prepared clip", "JSON", "cache"]
 
 
-@pytest.mark.draws
 @pytest.mark.parametrize("name", NAMES)
 def test_a_writer_killed_anywhere_leaves_the_old_or_the_new_and_no_remains(name, tiny, tmp_path):
     write = writers(name, tiny, tmp_path)
@@ -238,7 +229,23 @@ def test_a_writer_killed_anywhere_leaves_the_old_or_the_new_and_no_remains(name,
         assert contents(folder) in versions, f"killed at operation {last}, {operations[last - 1]}"
         assert not list(folder.rglob(".*"))
         reached.add(versions.index(contents(folder)))
-    assert 0 in reached
+    assert reached == {0, 1} or (reached == {0} and operations[-1] in ("rename", "replace"))  # then all is done
+
+
+def test_a_picture_that_is_not_drawn_to_its_end_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "loss.png").write_bytes(b"the old one")
+
+    def killed(figure, path):
+        path.write_bytes(b"half a pict")
+        os._exit(KILLED)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", killed)
+    drawn = [{"run": tmp_path / "metrics.jsonl"}, tmp_path / "loss.png"]
+    assert in_child(lambda: curves.draw_losses(*drawn)) == KILLED
+    assert (tmp_path / "loss.png").read_bytes() == b"the old one"
+    clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
 
 
 def test_a_killed_run_leaves_nothing_among_its_samples(tmp_path):
