@@ -243,8 +243,8 @@ def test_the_card_of_a_hub_model_names_it(train, tiny, monkeypatch):
     ],
 )
 def test_the_card_claims_a_licence_only_of_the_released_models(base, apache, licence):
-    facts = SimpleNamespace(model=SimpleNamespace(apache_licence=apache))
-    data, text = model_card.licence_data(base, facts), model_card.licence_text(base, facts)
+    summary = SimpleNamespace(model=SimpleNamespace(has_apache_licence=apache))
+    data, text = model_card.licence_data(base, summary), model_card.licence_text(base, summary)
     assert data["license"] == licence
     assert ("CogVideoX LICENSE" in text) == (licence == "other") == (data.get("license_name") == "cogvideox-license")
     assert ("Apache" in text) == (licence == "apache-2.0")
