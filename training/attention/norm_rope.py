@@ -1,8 +1,7 @@
-"""Triton kernels for what torch.compile leaves in several passes over memory.
+"""Triton kernels that fuse adapter add, q/k LayerNorm and RoPE between the QKV projection and attention.
 
-Between the product that gives queries, keys and values and the attention lie: adding what the adapters gave, LayerNorm
-of queries and keys over each head, RoPE. One kernel each way passes over memory once, and hands the gradients of the
-three on as one tensor: about 1 % of a step of CogVideoX-5b on an H100.
+torch.compile makes several passes over memory there; these kernels make one in each direction, and return the gradients
+of q, k and v as one tensor. They save about 1 % of a step of CogVideoX-5b on an H100.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch for CPUs comes without
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 HEAD_DIM, ROWS = 64, 32  # a row is one head of one token
@@ -33,7 +32,7 @@ if triton is not None:
 
     @triton.jit
     def load_rotation(cos_ptr, sin_ptr, token, column, num_text, mask, HAS_ROPE: tl.constexpr):
-        """cos and sin of each value; text tokens do not turn."""
+        """cos and sin for each value; text tokens are not rotated."""
         turns = mask & (token >= num_text)
         place = (token - num_text) * 64 + column
         if HAS_ROPE:
@@ -44,7 +43,7 @@ if triton is not None:
 
     @triton.jit
     def halves(values, ROWS: tl.constexpr):
-        """The values at 2i and those at 2i + 1, which RoPE turns together."""
+        """(values at 2i, values at 2i + 1): the pairs that RoPE rotates."""
         return tl.split(tl.reshape(values, (ROWS, 32, 2)))
 
     @triton.jit
@@ -53,7 +52,7 @@ if triton is not None:
 
     @triton.jit
     def standardize(values, eps):
-        """(values with mean 0 and variance 1 over each row, 1 / standard deviation)."""
+        """(rows with mean 0 and variance 1, 1 / standard deviation)."""
         centred = values - tl.sum(values, 1, keep_dims=True) / 64
         rstd = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / 64 + eps)
         return centred * rstd, rstd
@@ -136,7 +135,7 @@ def norm_and_rotate_op(
     batch, num_tokens, width = delta_q.shape
     num_heads = width // HEAD_DIM
     num_rows = batch * num_tokens * num_heads
-    # The kernel goes from token to token by one stride, also from sample to sample
+    # The kernel uses one stride from token to token, across samples too
     bases = [base.contiguous() for base in bases]
     base_q, base_k, base_v = bases if len(bases) == 3 else bases[0].chunk(3, dim=-1)
     query, key, value, sum_q, sum_k = (delta_q.new_empty(batch, num_tokens, num_heads, HEAD_DIM) for _ in range(5))
@@ -166,7 +165,7 @@ def backward_op(
 
 
 def rotation_or(anything: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None):
-    """The kernels take tensors in their place, which they do not read."""
+    """(cos, sin), or placeholders, which the kernels do not read."""
     return (anything, anything) if cos is None else (cos.contiguous(), sin.contiguous())
 
 
@@ -181,7 +180,7 @@ def keep_for_backward(ctx, inputs, output):
 def backward(ctx, grad_q, grad_k, grad_v, *_):
     sum_q, sum_k, weight_q, weight_k, cos, sin = ctx.saved_tensors
     grad = backward_op(grad_q, grad_k, grad_v, sum_q, sum_k, weight_q, weight_k, cos, sin, ctx.num_text, ctx.eps)
-    grads = grad.chunk(3, dim=-1)  # of what is added: the same for both
+    grads = grad.chunk(3, dim=-1)  # bases and deltas are summed, so both get the same gradient
     return [grad] if ctx.num_bases == 1 else list(grads), *grads, *[None] * 8
 
 
@@ -189,11 +188,11 @@ norm_and_rotate_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
 def norm_and_rotate(bases, deltas, norm_q, norm_k, rotation, num_text):
-    """Query, key, value [B, S, heads, 64] of `bases` plus `deltas`: q/k norm and RoPE. CUDA only.
+    """Query, key, value [B, S, heads, 64] of `bases` plus `deltas`, with q/k norm and RoPE applied. CUDA only.
 
-    `bases`: 3 times [B, S, D], or one [B, S, 3D]; `deltas`: 3 times [B, S, D]. `norm_q`, `norm_k`: frozen LayerNorms over
-    64 values. `rotation`: (cos, sin), each [S - num_text, 64] in fp32, as diffusers' apply_rotary_emb takes them, or
-    None. The sum is rounded to the inputs' dtype, as peft's is; what follows is computed in fp32 and rounded once.
+    `bases`: three [B, S, D], or one [B, S, 3D]; `deltas`: three [B, S, D]. `norm_q`, `norm_k`: frozen LayerNorms over 64
+    values. `rotation`: (cos, sin), each [S - num_text, 64] in fp32, as for diffusers' apply_rotary_emb, or None. The sum
+    is rounded to the inputs' dtype, as in peft; the rest is computed in fp32 and rounded once.
     """
     cos, sin = rotation or (None, None)
     return norm_and_rotate_op(
