@@ -34,7 +34,7 @@ MAPPED = 0.16  # share of the weights, when the file is memory-mapped and copied
 RENDERING = 1.0 * GIB  # on the host: the VAE and the videos
 T5_XXL, T5_STREAMED = 8.96 * GIB, 1.4 * GIB  # on the GPU
 T5_HOST = 16.0 * GIB  # on the host: a copy, and the page cache of its file, which the system can reclaim
-DENOISING = 13.8  # u per sample: a block without gradients. Guidance doubles the batch, or runs twice if memory is short
+DENOISING = 13.8  # u per sample: a block without gradients. Guidance doubles the batch; in two passes if memory is short
 # The VAE at work on one video, 8 frames at a time: whole frames of 480x720, or tiles
 VAE = 0.4 * GIB
 DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB
