@@ -40,7 +40,7 @@ def make_attend(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def heads_first(attention: Callable) -> Callable:
-    """Adapt a kernel for [B, heads, S, head_dim] to [B, S, heads, head_dim], by views: it must accept strided inputs."""
+    """Adapt a kernel for [B, heads, S, head_dim] to [B, S, heads, head_dim] by views; it must take strided inputs."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
@@ -109,8 +109,8 @@ fa4_forward.register_autograd(differentiate_fa4, setup_context=keep_for_backward
 
 # ---------------------------------------------------------------- checkpointing
 
-# Operators whose outputs checkpointing saves; the rest of a block is recomputed. math is absent: it decomposes into plain
-# matmuls, and saving those would save S x S values per head.
+# Operators whose outputs checkpointing saves; the rest of a block is recomputed. math is absent: it decomposes into
+# plain matmuls, and saving those would save S x S values per head.
 SAVED_OPS = frozenset(
     {
         aten._scaled_dot_product_cudnn_attention.default,

@@ -1,7 +1,7 @@
 """Triton kernels that fuse adapter add, q/k LayerNorm and RoPE between the QKV projection and attention.
 
-torch.compile makes several passes over memory there; these kernels make one in each direction, and return the gradients
-of q, k and v as one tensor. They save about 1 % of a step of CogVideoX-5b on an H100.
+torch.compile makes several passes over memory there; these kernels make one in each direction, and return the
+gradients of q, k and v as one tensor. They save about 1 % of a step of CogVideoX-5b on an H100.
 """
 
 from collections.abc import Sequence
@@ -190,9 +190,9 @@ norm_and_rotate_op.register_autograd(backward, setup_context=keep_for_backward)
 def norm_and_rotate(bases, deltas, norm_q, norm_k, rotation, num_text):
     """Query, key, value [B, S, heads, 64] of `bases` plus `deltas`, with q/k norm and RoPE applied. CUDA only.
 
-    `bases`: three [B, S, D], or one [B, S, 3D]; `deltas`: three [B, S, D]. `norm_q`, `norm_k`: frozen LayerNorms over 64
-    values. `rotation`: (cos, sin), each [S - num_text, 64] in fp32, as for diffusers' apply_rotary_emb, or None. The sum
-    is rounded to the inputs' dtype, as in peft; the rest is computed in fp32 and rounded once.
+    `bases`: three [B, S, D], or one [B, S, 3D]; `deltas`: three [B, S, D]. `norm_q`, `norm_k`: frozen LayerNorms over
+    64 values. `rotation`: (cos, sin), each [S - num_text, 64] in fp32, as for diffusers' apply_rotary_emb, or None.
+    The sum is rounded to the inputs' dtype, as in peft; the rest is computed in fp32 and rounded once.
     """
     cos, sin = rotation or (None, None)
     return norm_and_rotate_op(

@@ -72,7 +72,7 @@ def still_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Te
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Interleaved RoPE on [B, S, heads, head_dim], computed in fp32 or higher, as diffusers' `apply_rotary_emb` does."""
+    """Interleaved RoPE on [B, S, heads, head_dim], computed in fp32 or higher, as in diffusers' `apply_rotary_emb`."""
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
     real, imaginary = exact.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)

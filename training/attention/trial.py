@@ -29,8 +29,8 @@ ROUNDS = 5  # timings per kernel; the median counts
 def pick_attention(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> str:
     """Resolve --attention `name` (auto included) to a name for make_attend; UsageError if it cannot run here.
 
-    `shape` is the run's largest [B, S, heads, head_dim]. Call it before the model is on the GPU: it briefly takes about
-    20 times the size of a query, 2 GiB for 5b's 17,776 tokens.
+    `shape` is the run's largest [B, S, heads, head_dim]. Call it before the model is on the GPU: it briefly takes
+    about 20 times the size of a query, 2 GiB for 5b's 17,776 tokens.
     """
     fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":

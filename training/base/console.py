@@ -158,7 +158,7 @@ def is_always_shown(record: logging.LogRecord) -> bool:
         return False
     try:
         message = record.getMessage()
-    except (TypeError, ValueError, KeyError):  # a library's bad format arguments; logging itself would not raise either
+    except (TypeError, ValueError, KeyError):  # a library's bad format arguments, which logging itself survives
         message = str(record.msg)
     return any(phrase in message for phrase in ALWAYS_SHOWN)
 
@@ -177,7 +177,7 @@ def capture_prints() -> Iterator[None]:
 
 
 def release_handlers() -> None:
-    """Point handlers that libraries created on the captured streams back to stderr, or later errors would be hidden."""
+    """Point handlers that libraries created on the captured streams to stderr, or later errors would be hidden."""
     for handler in [handler for logger in all_loggers() for handler in logger.handlers]:
         if getattr(handler, "stream", None) is KEPT:
             handler.setStream(sys.stderr)

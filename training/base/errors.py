@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 
-ERROR_LOG = "COGVIDEOX_ERROR_LOG"  # names `keep_trace`'s file; an environment variable, so that data workers inherit it
+ERROR_LOG = "COGVIDEOX_ERROR_LOG"  # path for `keep_trace`; an environment variable, so data workers inherit it
 
 
 class UserError(Exception):

@@ -1,7 +1,7 @@
 """File hashes, cached by size and times so that gigabytes are read once.
 
-The cache is one JSON file per folder, in the user's cache folder. If it is damaged, missing or read-only, files are just
-read again.
+The cache is one JSON file per folder, in the user's cache folder. If it is damaged, missing or read-only, files are
+just read again.
 """
 
 import hashlib

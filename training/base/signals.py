@@ -60,7 +60,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def ending_body(self) -> Iterator[None]:
-        """For a body that may be cut short, such as validation: a signal ends the body, with `reason` set afterwards."""
+        """For a body that may be cut short, such as validation: a signal ends it, and `reason` is set afterwards."""
         before = self.at_once
         try:
             self.at_once = True
@@ -125,8 +125,8 @@ def signal_at_parents_death(number: int) -> None:
 
 
 def shield_worker(worker: int = 0) -> None:
-    """In a data worker: ignore signals sent to the whole process group, since the training process needs its workers to
-    finish the step. Only the parent's SIGTERM ends a worker, and it dies with its parent.
+    """In a data worker: ignore signals sent to the whole process group, since the training process needs its workers
+    to finish the step. Only the parent's SIGTERM ends a worker, and it dies with its parent.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

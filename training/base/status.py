@@ -1,7 +1,7 @@
 """`status.json`: the id of the last run in an output folder, and how it ended.
 
-`accelerate launch` and torchrun turn every exit code into 1, so wrappers read the real one here. Runs are identified by
-id, not by file times: a file server's clock may differ from this machine's.
+`accelerate launch` and torchrun turn every exit code into 1, so wrappers read the real one here. Runs are identified
+by id, not by file times: a file server's clock may differ from this machine's.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The data set that the flags describe."""
+"""Builds the dataset from the flags."""
 
 import logging
 
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 def build_dataset_from_args(
     args, default_fps: float, seed: int, scaling_factor: float, image_to_video: bool = False
 ) -> Dataset:
-    """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token.
+    """The training dataset: videos, or prepared latents with --load_tensors; captions include the id token.
 
-    `scaling_factor`, the VAE's, tells latents that were prepared for another model.
+    `scaling_factor`: the VAE's, to detect latents that were prepared for another model.
     """
     if args.load_tensors:
         given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
@@ -56,7 +56,7 @@ def read_clips_from_args(args) -> list[Clip]:
 
 
 def build_videos_from_args(args, fps: float) -> VideoDataset:
-    """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
+    """The dataset for prepare_dataset.py: captions as written; bad clips are left out and listed in `problems`."""
     clips = read_clips_from_args(args)
     return make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
@@ -81,7 +81,7 @@ def buckets_from_args(args) -> list[Bucket]:
 
 
 def fps_from_args(args, default_fps: float) -> float:
-    """--fps where given, else the rate that the checkpoint was made for."""
+    """--fps if given, else the rate that the checkpoint was trained at."""
     if "fps" not in args.given:
         logger.info(
             "clips are sampled at %g frames per second (this checkpoint's rate; --fps changes it)", default_fps

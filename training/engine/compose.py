@@ -1,4 +1,4 @@
-"""Builds the LoRA and SFT engines; the one place where trainable weights, precision and memory techniques are combined.
+"""Builds the LoRA and SFT engines; the one place where weights, precision and memory techniques are combined.
 
 Both engines share an interface: `params` (fp32, for the optimizer), `masters` (`params` and the model's low-precision
 copies of them, if these differ), `ema` (moving average of `params`, if enabled), `save` and `check` (the result),
@@ -240,7 +240,7 @@ def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: tor
 
 
 def set_attention(transformer: nn.Module, attend: Callable, device: torch.device) -> None:
-    """Set one attention processor on all blocks; on a GPU it fuses projections, and q/k norm with RoPE, where possible.
+    """Set one attention processor on all blocks; on a GPU it fuses projections, and q/k norm with RoPE, if possible.
 
     On a CPU each layer computes by itself, bit-equal to the stock processor.
     """

@@ -76,7 +76,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, closure=None) -> float:
-        """Average over the ranks, clip and apply. Returns the norm before clipping; infinite if the step was skipped."""
+        """Average over the ranks, clip and apply. Returns the norm before clipping, infinite for a skipped step."""
         self.engine.step()
         return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 

@@ -78,8 +78,8 @@ def add_lora(
 ) -> list[nn.Parameter]:
     """Add a trainable fp32 adapter to all linear layers whose names end in `target_modules`; returns its parameters.
 
-    Initialized on the CPU from (seed, "lora_init"), parameters in a fixed order. The model's output is unchanged before
-    the first update: B is zero; with `init` "orthogonal", B A is zero up to rounding.
+    Initialized on the CPU from (seed, "lora_init"), parameters in a fixed order. The model's output is unchanged
+    before the first update: B is zero; with `init` "orthogonal", B A is zero up to rounding.
     """
     check_target_modules(transformer, target_modules)
     config = LoraConfig(
@@ -264,7 +264,7 @@ def check_part(name: str, layer: LoraLayer, part: str, check: str) -> None:
 
 
 def start_from_lora(transformer: nn.Module, path: Path) -> None:
-    """Initialize the new adapter from a LoRA file, or the one in a folder, in diffusers', peft's, kohya's or ComfyUI's keys.
+    """Initialize the new adapter from a LoRA file or folder, in diffusers', peft's, kohya's or ComfyUI's keys.
 
     The flags must match those it was trained with; otherwise one UsageError lists the flags to give.
     """
@@ -287,7 +287,7 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
 
 
 def hash_lora(start: str | None) -> dict[str, str | None]:
-    """{"init_lora": hash of its tensors, or None without one}; empty if the file is gone, which a resumed run allows."""
+    """{"init_lora": hash of its tensors, or None without one}; empty if the file is gone, fine for a resumed run."""
     path = find_file(Path(start)) if start else None
     if path and not path.is_file():
         return {}
@@ -295,7 +295,7 @@ def hash_lora(start: str | None) -> dict[str, str | None]:
 
 
 def flags_of_file(file: LoraFile, path: Path) -> dict:
-    """The flags it was trained with, as far as the file tells. A fractional alpha is left out: --lora_alpha is an integer."""
+    """The flags it was trained with, as far as the file tells; without a fractional alpha, which no flag can give."""
     rank, alpha = rank_and_alpha(file, path)
     flags = {
         "rank": rank,

@@ -1,8 +1,8 @@
 """fp32 master weights (arXiv 1710.03740) for the optimizer, while the model computes with low-precision copies.
 
-In bf16, an update of 1e-5 is rounded away for every weight above 0.004; on an fp32 master it is not. Masters are on the
-device or in host memory. In host memory, the optimizer steps there and keeps its states there; the GPU then holds only
-the copies, and the gradients unless they are offloaded too.
+In bf16, an update of 1e-5 is rounded away for every weight above 0.004; on an fp32 master it is not. Masters are on
+the device or in host memory. In host memory, the optimizer steps there and keeps its states there; the GPU then holds
+only the copies, and the gradients unless they are offloaded too.
 """
 
 import contextlib
@@ -61,9 +61,9 @@ def move_gradient(copy: nn.Parameter, master: nn.Parameter) -> None:
 class HostMasters(Masters):
     """fp32 masters in pinned host memory; `copies` move to `device` in `dtype`, one by one to keep peak memory low.
 
-    Gradients accumulate in fp32 on the device and are copied to the host once per update. With `offload_gradients` each
-    is copied as soon as backward has computed it, overlapping with the rest of backward; further micro-steps add on the
-    device to the value fetched from the host, so the sums are the same.
+    Gradients accumulate in fp32 on the device and are copied to the host once per update. With `offload_gradients`
+    each is copied as soon as backward has computed it, overlapping with the rest of backward; further micro-steps add
+    on the device to the value fetched from the host, so the sums are the same.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class HostMasters(Masters):
     def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
         """Rounds on the device: a direct copy would round on the host, far slower.
 
-        Needs no synchronization: the host changes its weights only after the gradients of a later forward have arrived.
+        Needs no synchronization: the host changes its weights only after the gradients of a later forward arrived.
         """
         for copy, weight in zip(self.copies, self.params if weights is None else weights, strict=True):
             copy.copy_(weight.to(self.device, non_blocking=True))

@@ -31,8 +31,8 @@ def draw_timesteps(
 ) -> torch.Tensor:
     """Timesteps [B], uniform over 0 ... num_train_timesteps - 1.
 
-    With `num_strata`, the global batch size, each sample of a batch draws from its own interval of the timesteps: still
-    uniform per sample, but every update covers all noise levels.
+    With `num_strata`, the global batch size, each sample of a batch draws from its own interval of the timesteps:
+    still uniform per sample, but every update covers all noise levels.
     """
     uniform = draw_uniform(seed, "timestep", positions)
     if num_strata:
@@ -67,8 +67,8 @@ def v_prediction_loss(
 ) -> torch.Tensor:
     """Loss [B] in fp32: mean squared error against the velocity sqrt(abar) noise - sqrt(1 - abar) x0.
 
-    Equal to the 1/(1 - abar)-weighted error of the x0 that the velocity implies (arXiv 2202.00512, appendix D), without
-    the division by almost zero at small timesteps.
+    Equal to the 1/(1 - abar)-weighted error of the x0 that the velocity implies (arXiv 2202.00512, appendix D),
+    without the division by almost zero at small timesteps.
     """
     signal, sigma = noise_coefficients(alphas_cumprod, timesteps, latents.ndim)
     target = signal * noise.float() - sigma * latents.float()

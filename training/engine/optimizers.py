@@ -188,7 +188,7 @@ def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]
 
 
 def state_items(entry: dict) -> Iterator[tuple[str, object]]:
-    """Items of one weight's state, flattened: bitsandbytes nests its tensors in another dict, but loads them without."""
+    """Items of one weight's state, flattened: bitsandbytes nests tensors in another dict, but loads them without."""
     for name, value in entry.items():
         yield from value.items() if isinstance(value, dict) else [(name, value)]
 

@@ -68,8 +68,8 @@ class TrainingState:
 class Update(NamedTuple):
     """`stepped`: an update is complete; `skipped`: it was not applied because its gradients were not finite.
 
-    `searching`: skipped, but only because fp16's loss scale is still being lowered to a working value, which is normal.
-    `skipped` and `grad_norm` are tensors [] while only the device knows their values.
+    `searching`: skipped, but only because fp16's loss scale is still being lowered to a working value, which is
+    normal. `skipped` and `grad_norm` are tensors [] while only the device knows their values.
     """
 
     stepped: bool
@@ -117,7 +117,7 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
 
 
 def skips_on_device(state: TrainingState) -> bool:
-    """True if the optimizer can skip a step by a flag on the device, as torch's fused Adam does for torch.amp.GradScaler.
+    """True if the optimizer can skip a step by a flag on the device, as fused Adam does for torch.amp.GradScaler.
 
     Otherwise the host must know, and waits once per update: other optimizers, DeepSpeed, masters in host memory, and
     whatever must not change in a skipped update: the moving average and fp16's loss scale.

@@ -1,6 +1,7 @@
 """Offloads the tensors that autograd saves per block to host memory and prefetches them for the backward pass.
 
-`offload_activations` takes a list of blocks that are called in order, compiled or not. Apply it before `stream_weights`.
+`offload_activations` takes a list of blocks that are called in order, compiled or not. Apply it before
+`stream_weights`.
 """
 
 import functools
@@ -217,7 +218,7 @@ def fixed_storages(block: nn.Module, inputs, outputs) -> set[int]:
 
 
 def offload_activations(blocks: nn.ModuleList, device: torch.device, min_bytes: int = MIN_BYTES) -> HostActivations:
-    """Offload what autograd saves for `blocks`, tensors of at least `min_bytes`. Losses and gradients are bit-equal."""
+    """Offload tensors of at least `min_bytes` that autograd saves for `blocks`; losses and gradients stay bit-equal."""
     activations = HostActivations(blocks, device, min_bytes)
     watch(blocks, activations)
     return activations

@@ -19,8 +19,8 @@ SAVED_BY_SPEED = 13.1  # u per compiled block
 # u of one sample: learned and sinusoidal positions in fp32, and the temporaries of adding them to the hidden states
 POSITIONS, ADDING_POSITIONS = 2.0, 2.6
 FP8_TRANSIENT = 4.6  # additional u: rounded copies of activations and gradients
-# Fragmentation, what torch's allocator reserves beyond what is allocated: a minimum, plus u, of which optimizer states,
-# allocated at the first update, can reuse up to half their own size
+# Fragmentation, what torch's allocator reserves beyond what is allocated: a minimum, plus u, of which optimizer
+# states, allocated at the first update, can reuse up to half their own size
 UNUSED_AT_LEAST = 0.4 * GIB
 UNUSED = {"speed": 6.0, "balanced": 6.0, CHECKPOINTING: 9.0, "offload": 6.0, "stream": 6.0}
 FP8_UNUSED = 3.5
@@ -34,7 +34,7 @@ MAPPED = 0.16  # share of the weights, when the file is memory-mapped and copied
 RENDERING = 1.0 * GIB  # on the host: the VAE and the videos
 T5_XXL, T5_STREAMED = 8.96 * GIB, 1.4 * GIB  # on the GPU
 T5_HOST = 16.0 * GIB  # on the host: a copy, and the page cache of its file, which the system can reclaim
-DENOISING = 13.8  # u per sample: a block without gradients. Guidance doubles the batch; in two passes if memory is short
+DENOISING = 13.8  # u per sample: a block without gradients. Guidance doubles the batch, or takes two passes
 # The VAE at work on one video, 8 frames at a time: whole frames of 480x720, or tiles
 VAE = 0.4 * GIB
 DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB
@@ -162,7 +162,7 @@ def weights_on_gpu(run: Run, level: str) -> float:
 
 
 def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float:
-    """GPU memory while the VAE encodes or decodes, 0 if it never does. If memory is short it decodes alone on the GPU."""
+    """GPU memory while the VAE encodes or decodes, 0 if it never does. If memory is short, it decodes alone."""
     scale = run.area / (480 * 720)
     coding = 0
     if run.renders:
@@ -217,7 +217,7 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
 
 
 def text_encoder_on_host(run: Run, level: str, roomy: bool) -> float:
-    """T5 while captions are encoded. Weights copied from their file to the GPU unconverted take hardly any host memory."""
+    """T5 while captions are encoded. Weights that go to the GPU unconverted take hardly any host memory."""
     # --enable_model_cpu_offload belongs here by measurement, 21.6 GiB for 5b; the cause is unknown
     copied = run.converted or run.offloads_models or level in ("offload", "stream")
     if not copied:

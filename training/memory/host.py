@@ -45,7 +45,7 @@ class PageLocked(mmap.mmap):
 
 
 def page_locked(num_bytes: int, device: torch.device, file: int = -1) -> torch.Tensor:
-    """uint8 [num_bytes] of host memory, pinned if `device` is a GPU. `file`: descriptor to map instead of new memory."""
+    """uint8 [num_bytes] in host memory, pinned if `device` is a GPU; `file`: descriptor to map, else new memory."""
     memory = PageLocked(file, max(num_bytes, 1))
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     if device.type == "cuda":
@@ -73,7 +73,7 @@ class Copies:
         return event
 
     def start(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: list):
-        """Queue a copy for each (target, source), after the events `after`. Returns an event for the end of the copies."""
+        """Queue a copy for each (target, source), after the events `after`; returns an event for their completion."""
         with self.api.stream(self.stream):
             for event in after:
                 event.wait()

@@ -1,8 +1,8 @@
 """Quantized frozen weights for LoRA training: fp8 (faster on Ada and newer), int8 and nf4 (arXiv 2305.14314; smaller).
 
 Quantizes the linear layers of attention and feed-forward in the blocks, which are applied to every token. adaLN,
-embeddings and the output layer act on one vector per sample or run once per step: they stay as they are, 14 % of a 5b's
-weights and 21 % of a 2b's. Axes: M tokens, K input features, N output features.
+embeddings and the output layer act on one vector per sample or run once per step: they stay as they are, 14 % of a
+5b's weights and 21 % of a 2b's. Axes: M tokens, K input features, N output features.
 """
 
 import functools
@@ -215,8 +215,8 @@ def frozen_linears(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.T
 def frozen_products(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
     """One output per layer; or a single one with all of them concatenated, if one matmul computes them.
 
-    Plain frozen linear layers are fused as well. Only the stored weights are saved for the backward pass, which returns
-    the gradient of `x` alone.
+    Plain frozen linear layers are fused as well. Only the stored weights are saved for the backward pass, which
+    returns the gradient of `x` alone.
     """
     kind = type(layers[0])
     if any(type(layer) is not kind for layer in layers):
@@ -309,7 +309,7 @@ class Fp8Products(torch.autograd.Function):
 def round_rows(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(values / scale in e4m3, concatenated; scale [M, 1] in fp32). The largest value of a row maps to e4m3's maximum.
 
-    NaN stays NaN. Concatenated after rounding: in fp32, the gradients of q, k, v would make another round trip to memory.
+    NaN stays NaN. Concatenated after rounding: in fp32, q, k, v gradients would make another round trip to memory.
     """
     largest = [part.abs().amax(dim=-1, keepdim=True).float() for part in values]
     scale = functools.reduce(torch.maximum, largest).clamp_min(SMALLEST_AMAX) / FP8_MAX

@@ -1,7 +1,7 @@
 """Selective activation checkpointing and torch.compile, per transformer block.
 
-Checkpointing happens inside the block, so torch.compile sees forward and recompute as one graph, drops what no gradient
-needs (in a frozen block, the last feed-forward matmul) and fuses the rest.
+Checkpointing happens inside the block, so torch.compile sees forward and recompute as one graph, drops what no
+gradient needs (in a frozen block, the last feed-forward matmul) and fuses the rest.
 """
 
 import contextlib
@@ -40,7 +40,8 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], saved_ops: list) -> None:
 def selective_contexts(*names: str):
     """`context_fn` for torch's `checkpoint` that keeps the outputs of the operators `names` ("aten.mm.default").
 
-    Names, because operators cannot be pickled, and a policy that cannot be pickled is recompiled at every start (13 s).
+    Names, because operators cannot be pickled, and a policy that cannot be pickled is recompiled at every start (13
+    s).
     """
     operators = [functools.reduce(getattr, name.split("."), torch.ops) for name in names]
     return create_selective_checkpoint_contexts(operators)

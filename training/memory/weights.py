@@ -1,7 +1,7 @@
 """Keeps frozen weights in host memory and streams them to the GPU block by block, in both passes.
 
-`stream_weights` takes a list of blocks that are called in order, compiled or not. With 17,776 tokens per video, copying
-a block takes a fifth of the time of computing it.
+`stream_weights` takes a list of blocks that are called in order, compiled or not. With 17,776 tokens per video,
+copying a block takes a fifth of the time of computing it.
 """
 
 import functools
@@ -116,7 +116,7 @@ class WeightRing:
 
 
 def stream_weights(blocks: nn.ModuleList, device: torch.device, num_slots: int = NUM_SLOTS) -> WeightRing:
-    """Keep the frozen weights of `blocks` in host memory, unrounded, and at most `num_slots` blocks of them on `device`.
+    """Keep the frozen weights of `blocks` in host memory, unrounded, with at most `num_slots` blocks on `device`.
 
     Trainable parameters are not streamed; `.to()` still moves them, and leaves streamed tensors alone.
     """
@@ -153,7 +153,7 @@ def apply_to_rest(block: nn.Module, streamed: list, function: Callable, recurse:
 
 
 def host_home(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The flat host buffer that holds `tensors` back to back. Unless they share one already, they move to a new one."""
+    """The flat host buffer that holds `tensors` back to back; moves them to a new one if they do not share one."""
     if not is_home(tensors, device):
         flat = page_locked(flat_bytes(tensors), device)
         for tensor, view in zip(tensors, views_in(flat, tensors), strict=True):
@@ -209,7 +209,7 @@ def views_in(flat: torch.Tensor, tensors: list[torch.Tensor], offset: int = 0) -
 def load_blocks(
     blocks: nn.ModuleList, prefix: str, files: list[Path], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Load `blocks`, built on the meta device, from safetensors `files` with keys that start with `prefix`, as `dtype`.
+    """Load `blocks`, built on the meta device, in `dtype`, from safetensors `files` whose keys start with `prefix`.
 
     Loads straight into the memory that `stream_weights` uses for `device`: no second copy in host memory, none on the
     GPU. The ranks of a machine share that memory; one of them reads the files.
@@ -237,7 +237,7 @@ def load_blocks(
 
 
 def memory_file(num_bytes: int) -> tuple[int, bool]:
-    """(memfd, whether this rank fills it): one file for all ranks of a machine where the system allows it, else one each.
+    """(memfd, whether this rank fills it): one file for all ranks of a machine if the system allows it, else one each.
 
     A memfd, not /dev/shm, which is small in containers; freed with the last process that maps it. -1 without ranks.
     """
