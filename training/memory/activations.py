@@ -218,7 +218,7 @@ def fixed_storages(block: nn.Module, inputs, outputs) -> set[int]:
 
 
 def offload_activations(blocks: nn.ModuleList, device: torch.device, min_bytes: int = MIN_BYTES) -> HostActivations:
-    """Offload tensors of at least `min_bytes` that autograd saves for `blocks`; losses and gradients stay bit-equal."""
+    """Offload tensors of `min_bytes` or more that autograd saves for `blocks`; losses and gradients stay bit-equal."""
     activations = HostActivations(blocks, device, min_bytes)
     watch(blocks, activations)
     return activations
