@@ -4,10 +4,10 @@
     make real MODEL=zai-org/CogVideoX-2b
     python benchmarks/real_model.py --model zai-org/CogVideoX-5b --out outputs/real
 
-Draws a clip, prepares it, trains a LoRA on it with the wrappers, and writes report.md with - the difference between
-the transformer's inputs in training and in the stock pipeline, - the base model's loss on the clip: above 0.5, the
-latents, positions or noise are not what the model was trained with, - the loss with the LoRA, and how close a sample
-is to the clip before and after.
+Draws a clip, prepares it, trains a LoRA on it with the wrappers, and writes report.md with
+- the difference between the transformer's inputs in training and in the stock pipeline,
+- the base model's loss on the clip: above 0.5, latents, positions or noise are not what it was trained with,
+- the loss with the LoRA, and how close a sample is to the clip before and after.
 
 Exit code 1 if an input differs or the loss does not fall. Axes: B batch, F latent frames, C latent channels.
 """
