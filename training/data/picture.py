@@ -56,7 +56,7 @@ class Caution(NamedTuple):
 
 
 INTERLACED = Caution("interlaced, so that moving edges are read with combing", "bwdif")
-TRANSPARENT = Caution("partly transparent, and read as if they were opaque", ON_WHITE)
+TRANSPARENT = Caution("transparent in part, and read as if opaque", ON_WHITE)
 SPHERICAL = Caution("360-degree pictures", "v360=equirect:flat")
 
 
@@ -265,7 +265,7 @@ def turn_cautions(matrix: tuple[int, int, int, int]) -> Iterator[Caution]:
     a, b, *_ = map(abs, matrix)
     if min(a, b) > QUARTER_TURN * max(a, b):
         # "null": ffmpeg applies the rotation by itself
-        yield Caution("rotated by an angle that is not a quarter turn; the nearest quarter turn is used", "null")
+        yield Caution("rotated by other than quarter turns; the nearest quarter turn is used", "null")
 
 
 def frame_cautions(frame: av.VideoFrame) -> Iterator[Caution]:
