@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""What a memory level, an attention kernel or a precision of frozen weights changes: losses and LoRA gradients against
-those of the stock block under full checkpointing.
+"""Measure how memory levels, attention kernels and base precisions change losses and LoRA gradients, compared with the
+stock block under full checkpointing.
 
     python benchmarks/random_dataset.py data/random --num_clips 8
     python benchmarks/exactness.py models/5b --data data/random --label 5b --csv benchmarks/exactness.csv \\
         --rows balanced@fa4 speed balanced+fp8
 
-A row is LEVEL[@ATTENTION][+PRECISION], of --memory, --attention and --base_precision; "checkpointing" is
---gradient_checkpointing. Clip, latent, noise and timestep of each sample are the same in every row; timesteps are spread
-evenly. First the gradient of the samples' mean loss is compared, then the losses of --steps updates on them in turn.
-B of the LoRA is drawn at random: where training starts it is zero, and with it the gradient of A. Losses and gradients
-depend on the weights: take a released model, not a random one, for figures of precision to quote.
+A row is LEVEL[@ATTENTION][+PRECISION], values of --memory, --attention and --base_precision; "checkpointing" stands
+for --gradient_checkpointing. Clip, latent, noise and timestep of each sample are the same in every row; timesteps are
+evenly spaced. First the gradients of the mean loss are compared, then the losses of --steps updates, cycling through
+the samples. B of the LoRA is random: with the usual zero, the gradient of A would be zero too. Losses and gradients
+depend on the weights: to quote precision figures, use a released model, not a random one.
 """
 
 import argparse
@@ -54,13 +54,13 @@ REFERENCE = "reference"
 LEVELS = ("checkpointing", *(level for level in MEMORY_LEVELS if level not in ("auto", "plan")))
 DTYPE, LEARNING_RATE = torch.bfloat16, 1e-4
 SEED = 0
-LORA_B_STD = 0.01  # with A's as peft draws it, the adapter changes a layer's output by about 4 %
+LORA_B_STD = 0.01  # with peft's initialization of A, the adapter changes a layer's output by about 4 %
 FIELDS = ["label", "row", "samples", "loss", "loss_change", "largest_loss_change", "cosine_min", "cosine_median"]
 FIELDS += ["norm_ratio", "steps", "largest_step_change", "weights_gib", "card", *package_versions(), "command"]
 
 
 class Task:
-    """How a model's own script makes inputs and losses, and the noise schedule."""
+    """A model with its training script's functions for inputs and losses, and the noise schedule."""
 
     def __init__(self, model_dir, device):
         folder = resolve_model_dir(model_dir, ["transformer", "scheduler", "vae/config.json"])
@@ -83,7 +83,7 @@ class Task:
         return script.compute_losses(transformer, self.alphas_cumprod, DTYPE, *sample)
 
     def samples(self, data_root, count):
-        """What `losses_of` takes after the transformer, for each sample."""
+        """The arguments of `losses_of` after the transformer, for each sample."""
         dataset, num_timesteps, samples = LatentDataset(data_root, seed=SEED), len(self.alphas_cumprod), []
         for place in range(count):
             batch = collate([dataset[place % len(dataset)]])
@@ -108,7 +108,7 @@ def parse_row(row):
 
 
 def make_transformer(task, row, rank):
-    """The stock block with peft's adapter, or what the engine makes of it."""
+    """The stock model with peft's adapter for the reference row, otherwise as the engine builds it."""
     transformer = load_transformer(task.model.weights.folder, DTYPE)
     if row == REFERENCE:
         add_lora(transformer, rank, rank, SEED)
@@ -126,7 +126,7 @@ def make_transformer(task, row, rank):
 
 
 def measure(task, row, samples, rank, num_steps):
-    """(losses, gradients by name on the CPU, losses of updates, bytes of frozen weights)."""
+    """(losses, {name: gradient} on the CPU, losses of the updates, bytes of frozen weights)."""
     torch.compiler.reset()
     transformer = make_transformer(task, row, rank)
     trained = {name: param for name, param in transformer.named_parameters() if param.requires_grad}
@@ -152,7 +152,7 @@ def measure(task, row, samples, rank, num_steps):
 
 
 def compare(measured, reference):
-    """The figures of a row."""
+    """A row's figures, relative to the reference."""
     (losses, grads, step_losses, size), (true_losses, true_grads, true_step_losses, _) = measured, reference
     pairs = [(grads[name].flatten(), true.flatten()) for name, true in true_grads.items()]
     cosines = [torch.cosine_similarity(ours, true, dim=0).item() for ours, true in pairs]

@@ -87,7 +87,7 @@ def test_a_driver_that_maps_no_pages_is_a_warning(settings, monkeypatch, caplog)
     with caplog.at_level(logging.WARNING):
         expand_segments(CUDA)
     assert settings[-1] == "expandable_segments:False" and not uses_expandable_segments()
-    assert caplog.messages == [f"GPU memory cannot grow by pages here, so that more of it is needed: {message}"]
+    assert caplog.messages == [f"expandable segments do not work here, so more GPU memory is needed: {message}"]
 
 
 def test_a_gpu_that_cannot_be_used_is_no_matter_of_segments(settings, monkeypatch, caplog):

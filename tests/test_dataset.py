@@ -598,8 +598,8 @@ def test_ranks_share_each_batch_and_repeats_are_logged_once(caplog):
         assert len(first) == len(second) and bucket_of[first[0]] == bucket_of[second[0]]
     assert {key for batches in ranks for batch in batches for key in batch} == set(range(8))
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 8 clips are used twice an epoch, to fill 2 processes",
-        "a bucket holds 3 clips, less than a batch of 4: its batches are that small, none is left out",
+        "2 of 8 clips are used twice per epoch, to fill 2 processes",
+        "a bucket holds 3 clips, fewer than a batch of 4: its batches are smaller, no clip is left out",
     ]
 
 

@@ -482,7 +482,7 @@ def test_fp8_is_refused_where_it_cannot_be_computed(monkeypatch, caplog):
             check_base_precision("fp8", dtype, cuda)
     assert not caplog.records
     check_base_precision("fp8", torch.float32, torch.device("cpu"))
-    assert "imitated" in caplog.text
+    assert "emulated" in caplog.text
 
 
 def test_nf4_without_bitsandbytes_names_the_package(monkeypatch):

@@ -1,6 +1,6 @@
-"""Joint attention over text and video tokens: one processor for every block.
+"""Attention processor for joint attention over text and video tokens.
 
-Tensors are [B, S, heads, head_dim] throughout, S the text tokens followed by the video's.
+Tensors are [B, S, heads, head_dim] throughout; S is the text tokens followed by the video tokens.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 
 def project_each(states: Tensor, layers: list[nn.Module]) -> list[Tensor]:
-    """[B, S, D] of each layer; what fuses them takes the place of this."""
+    """One [B, S, D] per layer, one matmul each; the fused projections replace this."""
     return [layer(states) for layer in layers]
 
 
 class JointAttention:
-    """What diffusers' own processor of these transformers computes, in a layout that compiles without copies.
+    """Computes the same as diffusers' CogVideoX processor, in a layout that compiles without copies.
 
-    attend(query, key, value): [B, S, heads, head_dim] from three of them.
-    project(states, layers): one [B, S, D] for each layer; called with those of q, k and v together, then with the last.
+    attend(query, key, value): the kernel; all [B, S, heads, head_dim].
+    project(states, layers): one [B, S, D] per layer; called once with to_q, to_k and to_v, once with to_out.
     """
 
     def __init__(self, attend: Callable, project: Callable = project_each):
@@ -47,7 +47,7 @@ class JointAttention:
 def make_heads(
     attn: Attention, states: Tensor, rotary: tuple[Tensor, Tensor] | None, num_text: int, project: Callable
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of `states` [B, S, D]: projection, norm of query and key over each head, RoPE of the video."""
+    """Query, key and value of `states` [B, S, D]: projection, q/k norm over each head, RoPE on the video tokens."""
     projected = project(states, [attn.to_q, attn.to_k, attn.to_v])
     query, key, value = [part.unflatten(-1, (attn.heads, -1)) for part in projected]
     query = query if attn.norm_q is None else attn.norm_q(query)
@@ -59,9 +59,9 @@ def make_heads(
 
 
 def still_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [S, head_dim] of the whole sequence: text is turned by nothing.
+    """(cos, sin) [S, head_dim] for the whole sequence: text tokens get the identity rotation.
 
-    Turning the video's part alone, in place, would cut the compiled block in pieces and copy in the backward pass.
+    Rotating only the video tokens, in place, would split the compiled block's kernels and copy in the backward pass.
     """
     cos, sin = rotary
     shape = (num_text, cos.shape[-1])
@@ -69,7 +69,7 @@ def still_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Te
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of [B, S, heads, head_dim] on pairs of neighbours, computed in fp32 or finer, as `apply_rotary_emb` does."""
+    """Interleaved RoPE on [B, S, heads, head_dim], computed in fp32 or higher, as in diffusers' `apply_rotary_emb`."""
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
     real, imaginary = exact.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)

@@ -1,7 +1,7 @@
-"""T5's embeddings of a run's captions, in one file that all ranks of a machine map, and what T5 makes of the texts.
+"""Encodes a run's captions with T5 into one file that all ranks of a machine memory-map; warns about unreadable texts.
 
-T5-XXL gives 1.8 MiB a caption in bf16, 36 GiB for 20,000. From a mapped file a row is read when it is used, and what
-was read is the system's to drop where memory is short. Axes: N captions, S text tokens, D text width.
+T5-XXL gives 1.8 MiB per caption in bf16, 36 GiB for 20,000. Rows of a mapped file are read on use, and the system can
+drop them again when memory is short. Axes: N captions, S text tokens, D text width.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ from data.artifacts import recorded_key
 
 logger = logging.getLogger(__name__)
 
-STEM, TENSOR = "caption_embeds", "prompt_embeds"  # of the file, and in it
-SPACE = "\u2581"  # sentencepiece's, which stands before a word
-SHOWN = 40  # characters of a prompt that has no clip
+STEM, TENSOR = "caption_embeds", "prompt_embeds"  # names of the file and of the tensor in it
+SPACE = "\u2581"  # sentencepiece's marker at the start of a word
+SHOWN = 40  # characters of a validation prompt shown in warnings
 
 
 class CaptionEmbeds(Mapping):
-    """Prompt -> its embedding [S, D], in the mapped file."""
+    """{prompt: embedding [S, D]}, views into the memory-mapped file."""
 
     def __init__(self, path: Path, prompts: list[str]):
         self.rows = {prompt: row for row, prompt in enumerate(prompts)}
         with safe_open(path, framework="pt") as tensors:
-            self.table = tensors.get_tensor(TENSOR)  # [N, S, D], mapped, not read
+            self.table = tensors.get_tensor(TENSOR)  # [N, S, D], memory-mapped
 
     def __getitem__(self, prompt: str) -> torch.Tensor:
         return self.table[self.rows[prompt]]
@@ -54,12 +54,12 @@ class CaptionEmbeds(Mapping):
 
 
 def read_texts_from_args(args, dataset, held_out_clips, prompts: list[str]) -> dict[str, list[str]]:
-    """Each different text that a run encodes, the empty one among them, and the clips or flags that it belongs to."""
+    """{text: the clips or flags that use it} of every distinct text that a run encodes, the empty one included."""
     texts = {"": []}
     if not args.load_tensors:
         held_out_sources = held_out_clips.dataset.sources if held_out_clips.dataset else []
         clips = [*zip(dataset.prompts, dataset.sources, strict=True)]
-        clips += zip(held_out_clips.prompts, held_out_sources, strict=False)  # of a longer list the first
+        clips += zip(held_out_clips.prompts, held_out_sources, strict=False)  # sources may be a longer list
         for caption, source in clips:
             texts.setdefault(caption, []).append(source)
     for prompt in prompts:
@@ -72,7 +72,7 @@ def shortened(text: str) -> str:
 
 
 def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], max_length: int) -> None:
-    """Say what T5 cannot read, and what is cut: a line each, naming the first of what `texts` holds."""
+    """Warn about texts with characters unknown to T5, and about truncated ones: one line each, with the first few."""
     if args.id_token:
         texts = texts | {args.id_token: ["--id_token", *texts.get(args.id_token, [])]}
     tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
@@ -106,9 +106,9 @@ def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], 
 def encode_from_args(
     args, run, model, texts: dict[str, list[str]], dtype: torch.dtype, level: str | None, encode: Callable
 ) -> CaptionEmbeds:
-    """The embedding [S, D] of each of `texts`: from the file of an interrupted run where it fits, else made now.
+    """The embeddings of `texts`: from the file of an interrupted run if it matches, else encoded now.
 
-    The ranks of a machine share the texts out, and read what all of them made. `encode` is encoding.encode_captions.
+    The ranks of a machine split the texts between them and read the common file. `encode`: encoding.encode_captions.
     """
     prompts, max_length = list(texts), model.text_shape[0]
     if run.rank == 0:
@@ -136,7 +136,7 @@ def encode_from_args(
 
 
 def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype, max_length: int) -> str:
-    """All that decides the file's content. T5 goes by sizes and times: hashing it would cost more than is spared."""
+    """Hash of everything that determines the file's content. T5's files count by size and time: hashing takes long."""
     paths = [path for part in ("text_encoder", "tokenizer") for path in sorted((model_dir / part).iterdir())]
     parts = {
         "prompts": prompts, "encoder": [[path.name, *stamp_of(path)] for path in paths], "variant": args.variant,
@@ -146,21 +146,21 @@ def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype,
 
 
 def unfinished(path: Path) -> Path:
-    """Where all ranks write; a killed run's is removed when its folder is opened."""
+    """The temporary file that all ranks write to; a killed run's is removed when its folder is next opened."""
     return path.with_name(f"{TEMPORARY}{path.name}")
 
 
 def reserve(path: Path, header: bytes, shape: tuple[int, int, int], dtype: torch.dtype) -> str:
-    """Begin the unfinished file; returns what is in the way, in one line, before T5 is loaded for nothing."""
+    """Create the temporary file at full size, before T5 is loaded; returns one line if the disk has no room for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # of other captions
+    path.unlink(missing_ok=True)  # outdated
     needed, free = embeds_bytes(shape, dtype), free_bytes(path.parent)
     if needed > free:
         return (
             f"{path}: the embeddings of {shape[0]} captions take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
             "are free there; make room, or choose an --output_dir on another disk"
         )
-    undo.extend([path.unlink, unfinished(path).unlink])  # of a command that is refused later
+    undo.extend([path.unlink, unfinished(path).unlink])  # if the command is refused later
     with open(unfinished(path), "wb") as file:
         file.write(header)
         file.truncate(len(header) + needed)
@@ -172,12 +172,12 @@ def embeds_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 
 
 def file_header(key: str, shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:
-    """What a safetensors file of one tensor begins with, whose rows are written one by one."""
+    """Header of a safetensors file with one tensor, whose rows are written one by one."""
     return encoded(describe({TENSOR: (dtype, shape)}, {"key": key}))
 
 
 def write_rows(path: Path, start: int, rows: range, embeds: Iterator[torch.Tensor]) -> None:
-    """Put each embedding [S, D] at its row of the tensor that begins at byte `start`."""
+    """Write each embedding [S, D] to its row of the tensor that begins at byte `start`."""
     with open(path, "r+b") as file:
         for row, embedding in zip(rows, embeds, strict=True):
             file.seek(start + row * embedding.nbytes)
@@ -185,6 +185,6 @@ def write_rows(path: Path, start: int, rows: range, embeds: Iterator[torch.Tenso
 
 
 def remove_caption_embeds(output_dir: Path) -> None:
-    """At the end of a run: nothing goes on from it."""
+    """Remove the file at the end of a run, which cannot be resumed any more."""
     for path in output_dir.glob(f"{STEM}-*.safetensors"):
-        path.unlink(missing_ok=True)  # by another rank
+        path.unlink(missing_ok=True)  # another rank may have removed it

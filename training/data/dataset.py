@@ -1,4 +1,4 @@
-"""The data set that the flags describe."""
+"""Builds the dataset from the flags."""
 
 import logging
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_dataset_from_args(args, model, seed: int) -> Dataset:
-    """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token.
+    """The training dataset: videos, or prepared latents with --load_tensors; captions include the id token.
 
-    Of `model` its task, its frame rate, and the VAE's scaling factor, which tells latents prepared for another model.
+    Read from `model`: its task, its frame rate, and the VAE's scaling factor, to detect latents of another model.
     """
     if args.load_tensors:
         given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
@@ -54,7 +54,7 @@ def read_clips_from_args(args) -> list[Clip]:
 
 
 def build_videos_from_args(args, default_fps: float) -> VideoDataset:
-    """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
+    """The dataset for prepare_dataset.py: captions as written; bad clips are left out and listed in `problems`."""
     clips = read_clips_from_args(args)
     fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
     return make_videos_from_args(
@@ -80,7 +80,7 @@ def buckets_from_args(args) -> list[Bucket]:
 
 
 def choose_fps(flag: str, given: int | None, default_fps: float) -> float:
-    """What the flag says, else the rate that the checkpoint was made for."""
+    """The flag's value if given, else the rate that the checkpoint was trained at."""
     if given is None:
         logger.info(
             "clips are sampled at %g frames per second (this checkpoint's rate; %s changes it)", default_fps, flag

@@ -1,8 +1,8 @@
-"""The one place where techniques are composed: what is trained, precision, checkpointing, placement, in this order.
+"""Builds the LoRA and SFT engines; the one place where weights, precision and memory techniques are combined.
 
-Both engines answer alike: `params` (fp32, what the optimizer holds), `masters` (the same with the model's copies of
-them, where the model holds others), `ema` (their moving average, if one is kept), `save` and `check` (the result),
-`save_state` and `load_state` (what a run goes on from), `inference`.
+Both engines share an interface: `params` (fp32, for the optimizer), `masters` (`params` and the model's low-precision
+copies of them, if these differ), `ema` (moving average of `params`, if enabled), `save` and `check` (the result),
+`save_state` and `load_state` (for checkpoints), `inference`.
 """
 
 import contextlib
@@ -66,13 +66,13 @@ class Engine:
     level: str | None  # of memory
 
     def gather(self) -> None:
-        """Fill `params` in before they are written, where ranks share them. All ranks must call it."""
+        """All-gather `params` before they are written, if they are sharded. All ranks must call it."""
         if self.masters:
             self.masters.gather()
 
     @contextlib.contextmanager
     def inference(self):
-        """The transformer as a pipeline needs it; back in training mode afterwards."""
+        """The transformer in eval mode without gradients; back in training mode on exit."""
         self.transformer.eval()
         try:
             with torch.no_grad():
@@ -107,7 +107,7 @@ class LoraEngine(Engine):
 
 @dataclass
 class SftEngine(Engine):
-    """A transformer in the compute dtype whose every weight is trained on an fp32 master."""
+    """A transformer in the compute dtype with all weights trained, on fp32 masters."""
 
     save_dtype: torch.dtype
     masters: Masters | None = None
@@ -115,7 +115,7 @@ class SftEngine(Engine):
 
     @property
     def result(self) -> list[torch.Tensor]:
-        """The weights that are written and rendered."""
+        """The weights that are saved and validated: the moving average if there is one."""
         return self.ema.shadow_params if self.ema else self.params
 
     def save(self, directory: Path) -> Path:
@@ -144,7 +144,7 @@ class SftEngine(Engine):
 
     @contextlib.contextmanager
     def averaged_weights(self):
-        """The moving average in the model, and afterwards what is trained, bit for bit."""
+        """Swap the moving average into the model; on exit the trained weights are restored bit for bit."""
         if self.ema is None:
             yield
         elif self.masters is None:
@@ -161,10 +161,10 @@ class SftEngine(Engine):
 def build_lora_engine_from_args(
     args, level, transformer: nn.Module, pipeline_class, shape: tuple, device: torch.device, seed: int, resumes: bool
 ) -> LoraEngine:
-    """`transformer`, on the CPU in the compute dtype and frozen, made ready to train a LoRA on `device`.
+    """Prepare `transformer`, frozen, on the CPU and in the compute dtype, for training a LoRA on `device`.
 
-    `level`: of memory, or None; `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` has no use
-    for --init_lora.
+    `level`: memory level or None; `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` ignores
+    --init_lora.
     """
     dtype = transformer.dtype
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
@@ -196,9 +196,9 @@ def build_sft_engine_from_args(
     stored_dtype: torch.dtype,
     device: torch.device,
 ) -> SftEngine:
-    """`transformer`, on the CPU in fp32, made ready to train all its weights on `device`, computing in `dtype`.
+    """Prepare `transformer`, on the CPU in fp32, for training all its weights on `device` with compute in `dtype`.
 
-    `level` and `shape` as above. The masters start from the stored weights, not from their rounding to `dtype`.
+    `level` and `shape` as above. The masters start from the stored weights, before these are rounded to `dtype`.
     """
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
     set_attention(transformer, attend, device)
@@ -211,7 +211,7 @@ def build_sft_engine_from_args(
     elif dtype != torch.float32:
         masters = Masters(weights, device)
     set_memory_level_from_args(args, level, transformer, device)
-    nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns of modules that it has none of here
+    nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns about modules that do not exist here
     params = masters.params if masters else weights
     ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
     if ema:
@@ -222,7 +222,7 @@ def build_sft_engine_from_args(
 
 
 def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
-    """The optimizer on the engine's weights; where the accelerate config turns DeepSpeed on, DeepSpeed itself."""
+    """The optimizer for the engine's weights, or DeepSpeed if the accelerate config turns it on."""
     if not uses_deepspeed():
         return make_optimizer_from_args(args, engine.params, learning_rate)
     config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -230,7 +230,7 @@ def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: 
 
 
 def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel that --attention means here, rank 0's choice on all ranks. Called before the model fills the card."""
+    """Resolve --attention to a kernel; all ranks take rank 0's choice. Call it before the model is on the GPU."""
     name = [pick_attention(args.attention, shape, dtype, device)]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(name, src=0)
@@ -239,9 +239,9 @@ def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: tor
 
 
 def set_attention(transformer: nn.Module, attend: Callable, device: torch.device) -> None:
-    """One attention processor for all blocks, on a GPU with products and passes over memory joined where they can be.
+    """Set one attention processor on all blocks; on a GPU it fuses projections, and q/k norm with RoPE, if possible.
 
-    On a CPU each layer computes by itself, bit for bit as the stock processor does.
+    On a CPU each layer computes by itself, bit-equal to the stock processor.
     """
     attentions = [block.attn1 for block in transformer.transformer_blocks]
     processor = JointAttention(attend)
@@ -253,7 +253,7 @@ def set_attention(transformer: nn.Module, attend: Callable, device: torch.device
 
 @functools.cache  # it warns once
 def uses_triton(device: torch.device) -> bool:
-    """True where Triton's kernels can be built and run."""
+    """True if Triton kernels can be compiled and run."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
         return False
     lack = missing_for_triton()
@@ -263,12 +263,12 @@ def uses_triton(device: torch.device) -> bool:
 
 
 def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, device: torch.device) -> None:
-    """What is kept for the backward pass and where, by `level` or --gradient_checkpointing; and compiled blocks.
+    """Apply checkpointing, compilation, activation offload and weight streaming, by `level` or by their flags.
 
-    With a level on a GPU blocks are compiled; else by --compile_blocks, or by the accelerate config's dynamo_backend.
+    Blocks are compiled with a level on a GPU, with --compile_blocks, or with the accelerate config's dynamo_backend.
     """
     if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # outside of the compiled blocks
+        transformer.enable_gradient_checkpointing()  # diffusers' own, around the compiled blocks
     elif level in ("balanced", *HOST_LEVELS):
         checkpoint_blocks(transformer.transformer_blocks, SAVED_OPS)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
@@ -278,18 +278,18 @@ def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, 
     if level in HOST_LEVELS:
         offload_activations(transformer.transformer_blocks, device)
     if level == "stream":
-        stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves them in host memory
+        stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves the blocks in host memory
 
 
 def block_loader_from_args(args, level: str | None, device: torch.device) -> Callable | None:
-    """What `load_transformer` is to fill the blocks with: nothing, unless their weights stay in host memory as they are."""
+    """The block loader for `load_transformer`, if the blocks' weights stay in host memory unquantized; else None."""
     if level == "stream" and args.base_precision == "bf16":
         return functools.partial(load_blocks, device=device)
     return None
 
 
 def inference_facts_from_args(args) -> dict:
-    """Choices of image-to-video training that a stock pipeline does not know of; empty for the defaults."""
+    """Image-to-video training options that a stock pipeline does not know about; empty for the defaults."""
     facts = {}
     if args.drop_learned_positions:
         facts["drop_learned_positions"] = True

@@ -153,8 +153,8 @@ def num_adapted(transformer: nn.Module, targets: list[str], rank: int) -> int:
 
 
 def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse, before anything is loaded, what GPU or host cannot hold even without activations."""
-    if device.type != "cuda" or uses_deepspeed():  # which shares out what it can
+    """UsageError, before anything is loaded, if weights, gradients and optimizer states alone do not fit."""
+    if device.type != "cuda" or uses_deepspeed():  # DeepSpeed shards them
         return
     on_device, on_host = sft_bytes_per_weight(args, dtype)
     size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"
@@ -164,7 +164,7 @@ def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.d
             f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device(args)}, and {free:.0f} GiB "
             f"are free on the GPU; {how_to_need_less(args)}"
         )
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, each with masters of its own
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, each with its own masters
     available = psutil.virtual_memory().available / 2**30
     if on_host * size * processes > available:
         raise UsageError(
@@ -174,7 +174,7 @@ def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.d
 
 
 def sft_bytes_per_weight(args, dtype: torch.dtype) -> tuple[int, int]:
-    """(on the GPU, on the host) of one trained weight, with its gradient and all that is kept for it."""
+    """(bytes on the GPU, bytes on the host) per trained weight, with gradient and optimizer states."""
     trained = 4 + state_bytes_from_args(args) + (4 if args.ema else 0)
     if args.use_cpu_offload_optimizer:
         return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4
