@@ -91,7 +91,7 @@ class Task:
             noise = draw_normal(SEED, "noise", [place], inputs[0].shape[1:])
             timesteps = torch.tensor([int((place + 0.5) * num_timesteps / count)])
             samples.append([tensor.to(self.device) for tensor in (*inputs, noise, timesteps)])
-        self.shape = self.model.attention_shape(dataset.bucket_of, batch_size=1)
+        self.shape = self.model.attention_shape(dataset.clip_buckets, batch_size=1)
         return samples
 
 

@@ -122,7 +122,7 @@ def test_a_run_and_its_plan_set_it_before_they_estimate_and_load(tiny, prepared_
     assert order == [str(accelerator.device)]
     model = models.open_from_args(args, image_to_video=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(levels, "free_on_gpu", lambda device: 2**34)
+    monkeypatch.setattr(levels, "free_gpu_bytes", lambda device: 2**34)
     levels.print_plan(args, model, is_lora=True)
     assert order[1:] == ["cuda", "workload"]
 

@@ -119,7 +119,7 @@ class LateEvent:
             self.queue.copy_next()
 
 
-class LateCopies(host_module.Copies):
+class LateCopies(host_module.TransferStream):
     """Copies happen when their event is waited for, in order, and only from memory that somebody has kept."""
 
     def __init__(self, device):
@@ -147,8 +147,8 @@ class LateCopies(host_module.Copies):
 @pytest.fixture(params=["at once", "late"])
 def copies(request, monkeypatch):
     if request.param == "late":
-        monkeypatch.setattr(activations_module, "Copies", LateCopies)
-        monkeypatch.setattr(weights, "Copies", LateCopies)
+        monkeypatch.setattr(activations_module, "TransferStream", LateCopies)
+        monkeypatch.setattr(weights, "TransferStream", LateCopies)
     return request.param
 
 
@@ -174,8 +174,8 @@ def test_training_is_the_same_to_the_byte(level, checkpoints, copies, reference,
 
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same_and_compile_no_oftener(tmp_path, monkeypatch):
-    monkeypatch.setattr(activations_module, "Copies", LateCopies)
-    monkeypatch.setattr(weights, "Copies", LateCopies)
+    monkeypatch.setattr(activations_module, "TransferStream", LateCopies)
+    monkeypatch.setattr(weights, "TransferStream", LateCopies)
     results = {}
     for level in ["balanced", "stream"]:
         torch._dynamo.reset()

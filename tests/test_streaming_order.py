@@ -55,7 +55,7 @@ def streams(monkeypatch):
     """All copies are on record, each on its own stream."""
     record = Streams()
 
-    class Copies:
+    class TransferStream:
         def __init__(self, device):
             self.api = torch.get_device_module(device)
 
@@ -71,9 +71,9 @@ def streams(monkeypatch):
                 target.copy_(source)
             return Event(record, self)
 
-    monkeypatch.setattr(host, "Copies", Copies)
-    monkeypatch.setattr(activations, "Copies", Copies)
-    monkeypatch.setattr(weights, "Copies", Copies)
+    monkeypatch.setattr(host, "TransferStream", TransferStream)
+    monkeypatch.setattr(activations, "TransferStream", TransferStream)
+    monkeypatch.setattr(weights, "TransferStream", TransferStream)
     return record
 
 
@@ -141,7 +141,7 @@ def test_no_memory_is_filled_while_somebody_uses_it(level, num_blocks, streams):
 
 
 def test_a_race_is_seen(streams):
-    copies, memory = host.Copies(CPU), torch.zeros(4)
+    copies, memory = host.TransferStream(CPU), torch.zeros(4)
     copied = copies.start([(memory, torch.ones(4))], after=[])
     with pytest.raises(Race):
         streams.access(COMPUTE, memory, writes=False)

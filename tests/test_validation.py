@@ -452,7 +452,7 @@ def test_the_vae_is_sliced_and_tiled_as_flagged(train, sampling, monkeypatch):
 
 @pytest.mark.parametrize(
     ("tiles", "size"),
-    [(render_module.SMALL, (80, 120)), (render_module.SMALLEST, (40, 80))],
+    [(render_module.SMALL_TILES, (80, 120)), (render_module.SMALLEST_TILES, (40, 80))],
     ids=["small", "smallest"],
 )
 def test_small_tiles_lie_where_whole_frames_have_them(tiles, size):

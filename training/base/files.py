@@ -66,7 +66,7 @@ def replaced_folder(target: Path):
 
 @contextlib.contextmanager
 def written_folder(target: Path):
-    """The same with a manifest, by which `damage` tells whether it is as it was written."""
+    """The same with a manifest, by which `find_damage` tells whether it is as it was written."""
     with replaced_folder(target) as folder:
         noted[folder] = {}
         try:
@@ -90,7 +90,7 @@ def identity(path: Path) -> tuple:
 def write_manifest(folder: Path) -> None:
     """Flush every file of `folder` to the disk and, only then, write their sizes and hashes.
 
-    A hash that the writer took is of what was meant to be written: `damage` also finds what the disk made of it.
+    A hash that the writer took is of what was meant to be written: `find_damage` also finds what the disk made of it.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
@@ -105,7 +105,7 @@ def write_manifest(folder: Path) -> None:
         file.flush()
         flush_descriptor(file.fileno())
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        flush_names(directory)
+        flush_folder(directory)
 
 
 def describe(path: Path, digest: str | None = None) -> dict:
@@ -147,7 +147,7 @@ def free_bytes(folder: Path) -> float:
         return math.inf
 
 
-def flush_names(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a folder's list of names survive a power cut, where its file system can: many network mounts cannot."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -183,7 +183,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         rename(target, aside)
     rename(temporary, target)
-    flush_names(target.parent)
+    flush_folder(target.parent)
     if aside.exists():
         remove(aside)
 
@@ -274,7 +274,7 @@ def to_json(content) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a folder that `written_folder` made, one reason with the file's name; None if it is whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -301,7 +301,7 @@ def damage(folder: Path) -> str | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder and those above it; `take_back` removes them."""
+    """Make the output folder and those above it; `undo_all` removes them."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     undo.extend(path.rmdir for path in reversed(missing))
     try:
@@ -350,12 +350,12 @@ def restore_lock(path: Path, descriptor: int, before: bytes | None, times: os.st
     os.close(descriptor)
 
 
-def keep() -> None:
+def forget_undo() -> None:
     """The command is accepted: what it does from here on stays."""
     undo.clear()
 
 
-def take_back() -> None:
+def undo_all() -> None:
     """Undo what a command did before it was refused: its lock, its folders, a folder moved aside."""
     while undo:
         with contextlib.suppress(OSError):  # such as a folder that holds something by now
@@ -364,7 +364,7 @@ def take_back() -> None:
 
 def release_locks() -> None:
     """For a process that goes on after a run: tests."""
-    keep()
+    forget_undo()
     warned.clear()
     while held_locks:
         os.close(held_locks.pop())

@@ -98,13 +98,13 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Leaves with exit code 2."""
-        from base.status import note_refusal  # only here: --help is quick
+        from base.status import record_refusal  # only here: --help is quick
 
         self.say("error", message)
         output_dir = named_value(self.argv, "--output_dir")
         if output_dir:
             with contextlib.suppress(OSError, StorageError):  # the line above is what matters
-                note_refusal(Path(output_dir), message)
+                record_refusal(Path(output_dir), message)
         self.exit(REFUSED)
 
     def format_help(self) -> str:

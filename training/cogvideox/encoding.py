@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLCogVideoX, training_utils
 
-from base.bars import tracked
+from base.bars import with_progress
 from base.levels import HOST_LEVELS
 from cogvideox.loading import load_text_encoder
-from memory.host import free_on_gpu
+from memory.host import free_gpu_bytes
 from memory.weights import stream_weights
 
 
@@ -75,7 +75,7 @@ def encode_captions(
     tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
     place_text_encoder(text_encoder, device, streamed=level in HOST_LEVELS)
     # One by one: a caption's neighbours would change the last bits of its embedding
-    for prompt in tracked(prompts, "captions", delay=1):
+    for prompt in with_progress(prompts, "captions", delay=1):
         yield encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
     del text_encoder
     free_memory(device)
@@ -106,4 +106,4 @@ def fits(model: torch.nn.Module, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     needed = sum(param.nbytes for param in model.parameters()) + 2**30
-    return needed <= free_on_gpu(device)
+    return needed <= free_gpu_bytes(device)

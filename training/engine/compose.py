@@ -40,12 +40,12 @@ from engine.optimizers import make_optimizer_from_args
 from engine.sft import (
     MASTERS_NAME,
     check_saved_transformer,
-    exchanged,
     load_average,
     load_weights,
     save_average,
     save_transformer,
     save_weights,
+    swapped,
 )
 from memory.activations import offload_activations
 from memory.quantization import frozen_linears, quantize_base
@@ -62,13 +62,13 @@ TRITON_CAPABILITY = (8, 0)  # Ampere: what Triton supports
 class Engine:
     transformer: nn.Module
     params: list[nn.Parameter]
-    facts: dict  # what inference must do as training did, beyond a plain load; written beside the result
+    inference_notes: dict  # what inference must do as training did, beyond a plain load; written beside the result
     level: str | None  # of memory
 
-    def gather(self) -> None:
+    def all_gather(self) -> None:
         """All-gather `params` before they are written, if they are sharded. All ranks must call it."""
         if self.masters:
-            self.masters.gather()
+            self.masters.all_gather()
 
     @contextlib.contextmanager
     def inference(self):
@@ -90,7 +90,7 @@ class LoraEngine(Engine):
     ema = None
 
     def save(self, directory: Path) -> Path:
-        return save_lora(self.transformer, directory, self.pipeline_class, self.facts)
+        return save_lora(self.transformer, directory, self.pipeline_class, self.inference_notes)
 
     def check(self, directory: Path) -> None:
         check_saved_lora(self.transformer, directory)
@@ -102,7 +102,7 @@ class LoraEngine(Engine):
     def load_state(self, directory: Path) -> None:
         load_lora(self.transformer, directory)
         if self.masters:
-            self.masters.read_copies()
+            self.masters.read_from_model()
 
 
 @dataclass
@@ -119,7 +119,7 @@ class SftEngine(Engine):
         return self.ema.shadow_params if self.ema else self.params
 
     def save(self, directory: Path) -> Path:
-        return save_transformer(self.transformer, self.result, self.save_dtype, directory, self.facts)
+        return save_transformer(self.transformer, self.result, self.save_dtype, directory, self.inference_notes)
 
     def check(self, directory: Path) -> None:
         check_saved_transformer(self.transformer, self.result, self.save_dtype, directory)
@@ -133,7 +133,7 @@ class SftEngine(Engine):
     def load_state(self, directory: Path) -> None:
         load_weights(self.transformer, self.params, directory / MASTERS_NAME)
         if self.masters:
-            self.masters.write_copies()
+            self.masters.write_to_model()
         if self.ema:
             load_average(self.transformer, self.ema, directory)
 
@@ -148,14 +148,14 @@ class SftEngine(Engine):
         if self.ema is None:
             yield
         elif self.masters is None:
-            with exchanged(self.params, self.ema.shadow_params):
+            with swapped(self.params, self.ema.shadow_params):
                 yield
         else:
-            self.masters.write_copies(self.ema.shadow_params)
+            self.masters.write_to_model(self.ema.shadow_params)
             try:
                 yield
             finally:
-                self.masters.write_copies()
+                self.masters.write_to_model()
 
 
 def build_lora_engine_from_args(
@@ -184,7 +184,7 @@ def build_lora_engine_from_args(
     transformer.to(device).train()
     STARTUP.mark("engine")
     trained = masters.params if masters else params
-    return LoraEngine(transformer, trained, inference_facts_from_args(args), level, pipeline_class, masters)
+    return LoraEngine(transformer, trained, inference_notes_from_args(args), level, pipeline_class, masters)
 
 
 def build_sft_engine_from_args(
@@ -218,7 +218,7 @@ def build_sft_engine_from_args(
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
     STARTUP.mark("engine")
     save_dtype = DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
-    return SftEngine(transformer, params, inference_facts_from_args(args), level, save_dtype, masters, ema)
+    return SftEngine(transformer, params, inference_notes_from_args(args), level, save_dtype, masters, ema)
 
 
 def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
@@ -288,11 +288,11 @@ def block_loader_from_args(args, level: str | None, device: torch.device) -> Cal
     return None
 
 
-def inference_facts_from_args(args) -> dict:
+def inference_notes_from_args(args) -> dict:
     """Image-to-video training options that a stock pipeline does not know about; empty for the defaults."""
-    facts = {}
+    inference_notes = {}
     if args.drop_learned_positions:
-        facts["drop_learned_positions"] = True
+        inference_notes["drop_learned_positions"] = True
     if args.image_latent_scale != "pipeline":
-        facts["image_latent_scale"] = args.image_latent_scale
-    return facts
+        inference_notes["image_latent_scale"] = args.image_latent_scale
+    return inference_notes

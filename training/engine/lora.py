@@ -155,10 +155,10 @@ def name_in_block(name: str) -> str:
     return re.sub(r"^\w+\.\d+\.", "", name)
 
 
-def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: dict | None = None) -> Path:
+def save_lora(transformer: nn.Module, directory: Path, pipeline_class, inference_notes: dict | None = None) -> Path:
     """Write the adapter so that `load_lora_weights(directory)` alone restores it, at its trained strength.
 
-    `facts`, what else inference must know, goes into the metadata's "training" entry, which diffusers ignores.
+    `inference_notes`, what else inference must know, goes into the metadata's "training" entry, which diffusers ignores.
     Deterministic: equal runs write equal bytes. One tensor is copied to the host at a time.
     """
     config, prefix = transformer.peft_config[ADAPTER], f"{pipeline_class.transformer_name}."
@@ -172,7 +172,7 @@ def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: di
     path = Path(directory, WEIGHTS_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = {prefix + key: (weight.dtype, weight.shape) for key, weight in weights.items()}
-    write_tensors(path, sizes, tensor_of, lora_metadata(config, facts or {}, prefix))
+    write_tensors(path, sizes, tensor_of, lora_metadata(config, inference_notes or {}, prefix))
     return path
 
 

@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from memory.host import (
     NO_OUTER_CHECKPOINT,
-    Copies,
+    TransferStream,
     after_backward,
     aligned,
     before_backward,
-    page_locked,
+    pinned_memory,
     storage_bytes,
     wait,
-    watch,
+    wrap_blocks,
 )
 
 
@@ -66,7 +66,7 @@ class HostActivations:
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, min_bytes: int):
         self.blocks, self.device, self.min_bytes = blocks, device, min_bytes
-        self.outward, self.inward = Copies(device), Copies(device)
+        self.outward, self.inward = TransferStream(device), TransferStream(device)
         self.host: list[torch.Tensor | None] = [None] * len(blocks)
         self.slots: list[torch.Tensor | None] = [None, None]  # for blocks with an even and an odd index
         self.free = [self.inward.mark(), self.inward.mark()]
@@ -82,7 +82,7 @@ class HostActivations:
         if torch._C._autograd._top_saved_tensors_default_hooks(True):
             raise RuntimeError(f"something else keeps what autograd saves of the blocks: {NO_OUTER_CHECKPOINT}")
         if index == 0:
-            self.forget()
+            self.reset()
         self.block = self.saved[index] = SavedBlock(index)
         with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             outputs = call(*args, **kwargs)
@@ -94,7 +94,7 @@ class HostActivations:
         before_backward(outputs, functools.partial(self.enter_backward, index))
         return outputs
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Reset after a pass, which an error may have ended anywhere."""
         for block in filter(None, self.saved):
             self.release(block)
@@ -148,7 +148,7 @@ class HostActivations:
         if host is None or host.nbytes < num_bytes:
             self.outward.api.synchronize()  # before memory goes that copies may still use
             self.host[index] = host = None
-            self.host[index] = host = page_locked(num_bytes, self.device)
+            self.host[index] = host = pinned_memory(num_bytes, self.device)
         return host
 
     def release(self, block: SavedBlock) -> None:
@@ -162,7 +162,7 @@ class HostActivations:
 
     def enter_backward(self, index: int) -> None:
         if self.inside is None:
-            after_backward(self.forget)
+            after_backward(self.reset)
         else:
             self.free[self.inside % 2] = self.inward.mark()
         self.inside = index
@@ -220,5 +220,5 @@ def fixed_storages(block: nn.Module, inputs, outputs) -> set[int]:
 def offload_activations(blocks: nn.ModuleList, device: torch.device, min_bytes: int = MIN_BYTES) -> HostActivations:
     """Offload tensors of `min_bytes` or more that autograd saves for `blocks`; losses and gradients stay bit-equal."""
     activations = HostActivations(blocks, device, min_bytes)
-    watch(blocks, activations)
+    wrap_blocks(blocks, activations)
     return activations

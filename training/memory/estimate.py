@@ -22,7 +22,7 @@ POSITIONS, ADDING_POSITIONS = 2.0, 2.6
 FP8_TRANSIENT = 4.6  # additional u: rounded copies of activations and gradients
 # Fragmentation, what torch's allocator reserves beyond what is allocated: a minimum, plus u, of which optimizer
 # states, allocated at the first update, can reuse up to half their own size
-UNUSED_AT_LEAST = 0.4 * GIB
+MIN_UNUSED = 0.4 * GIB
 UNUSED = {"speed": 6.0, "balanced": 6.0, CHECKPOINTING: 9.0, "offload": 6.0, "stream": 6.0}
 FP8_UNUSED = 3.5
 EXPANDABLE_UNUSED = 4.1  # u, replaces all of the above with expandable segments
@@ -42,8 +42,8 @@ DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB
 VIDEO = 3.6 * 3  # values per pixel: overlapping tiles, rows of tiles and the video, 3 channels each
 ENCODING, ENCODING_TILED = 8.2 * GIB, 2.3 * GIB  # the second is not measured: scaled like decoding above
 # Fragmentation meanwhile: with ample memory; in small pieces with ample memory; minimum at `offload` and `stream`
-CODING_UNUSED, SMALL_UNUSED, SMALL_UNUSED_AT_LEAST = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
-EXPANDABLE_CODING_UNUSED = 0.55  # factor on these with expandable segments
+VAE_UNUSED, SMALL_UNUSED, MIN_SMALL_UNUSED = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
+EXPANDABLE_VAE_UNUSED = 0.55  # factor on these with expandable segments
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # per weight; None: the compute dtype's size
 
 
@@ -77,7 +77,7 @@ class Workload(NamedTuple):
     num_processes: int  # on this machine
 
 
-class Need(NamedTuple):
+class MemoryPeaks(NamedTuple):
     """Peaks in bytes: allocated and reserved on the GPU, and on the host for all processes."""
 
     allocated: float
@@ -85,10 +85,10 @@ class Need(NamedTuple):
     host: float
 
 
-def need(run: Workload, level: str, roomy: bool = False) -> Need:
+def memory_peaks(run: Workload, level: str, ample_memory: bool = False) -> MemoryPeaks:
     """The peaks of `run` at `level`, one of LEVELS or CHECKPOINTING.
 
-    `roomy`: what it uses if more than the minimum is free: T5 then encodes on the GPU, torch keeps cached memory after
+    `ample_memory`: what it uses if more than the minimum is free: T5 then encodes on the GPU, torch keeps cached memory after
     rendering, and the system keeps the pages of T5's file.
     """
     unit = unit_bytes(run)
@@ -108,19 +108,19 @@ def need(run: Workload, level: str, roomy: bool = False) -> Need:
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused_bytes(run, eager)
-    thrifty = level in HOST_LEVELS  # streams T5, and renders videos in small pieces
-    returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # the slots stay allocated
-    coding = coding_bytes(run, resident + returning, roomy, thrifty)
+    in_small_pieces = level in HOST_LEVELS  # streams T5, and renders videos in small pieces
+    returning = RETURN_SLOTS * kept_bytes(run) if in_small_pieces else 0  # the slots stay allocated
+    coding = vae_bytes(run, resident + returning, ample_memory, in_small_pieces)
     if coding:
-        share = EXPANDABLE_CODING_UNUSED if run.expandable else 1
-        reserved = max(reserved, coding + share * coding_unused(run, roomy, thrifty))
+        share = EXPANDABLE_VAE_UNUSED if run.expandable else 1
+        reserved = max(reserved, coding + share * vae_unused(run, ample_memory, in_small_pieces))
         # Memory cached by training is released before rendering; a loop that encodes holds both all the time
-        reserved += share * CODING_UNUSED if roomy and run.raw else 0
+        reserved += share * VAE_UNUSED if ample_memory and run.raw else 0
         allocated = max(allocated, coding)
-    if roomy and (run.raw or run.renders):
-        text = T5_STREAMED if thrifty else T5_XXL
+    if ample_memory and (run.raw or run.renders):
+        text = T5_STREAMED if in_small_pieces else T5_XXL
         allocated, reserved = max(allocated, text), max(reserved, text)
-    return Need(allocated, reserved, host_peak(run, level, roomy))
+    return MemoryPeaks(allocated, reserved, host_peak(run, level, ample_memory))
 
 
 def unit_bytes(run: Workload) -> int:
@@ -140,7 +140,7 @@ def unused_bytes(run: Workload, level: str) -> float:
     if run.expandable:
         return EXPANDABLE_UNUSED * unit
     unused = (UNUSED[level] + (FP8_UNUSED if run.base_precision == "fp8" else 0)) * unit
-    return UNUSED_AT_LEAST + max(unused - states_bytes(run) / 2, 0)
+    return MIN_UNUSED + max(unused - states_bytes(run) / 2, 0)
 
 
 def saved_bytes(run: Workload, level: str) -> float:
@@ -155,21 +155,21 @@ def saved_bytes(run: Workload, level: str) -> float:
 
 
 def weights_on_gpu(run: Workload, level: str) -> float:
-    weights = run.num_weights * run.item_bytes - quantised_bytes(run)
+    weights = run.num_weights * run.item_bytes - quantized_bytes(run)
     if level != "stream":
         return weights
-    blocks = run.num_block_weights * run.item_bytes - quantised_bytes(run)
+    blocks = run.num_block_weights * run.item_bytes - quantized_bytes(run)
     return weights - blocks + min(NUM_SLOTS, run.num_blocks) * blocks / run.num_blocks
 
 
-def coding_bytes(run: Workload, resident: float, roomy: bool, thrifty: bool) -> float:
+def vae_bytes(run: Workload, resident: float, ample_memory: bool, in_small_pieces: bool) -> float:
     """GPU memory while the VAE encodes or decodes, 0 if it never does. If memory is short, it decodes alone."""
     scale = run.area / (480 * 720)
     coding = 0
     if run.renders:
         whole = DECODING if run.tiled else scale * DECODING_UNTILED
-        vae, alone = (0 if run.raw else VAE), run.offloads_models or not (roomy or thrifty)
-        in_pieces = thrifty or not roomy
+        vae, alone = (0 if run.raw else VAE), run.offloads_models or not (ample_memory or in_small_pieces)
+        in_pieces = in_small_pieces or not ample_memory
         at_once = (1 if in_pieces else 2) * unit_bytes(run) / run.shape[0]
         denoising = resident + DENOISING * at_once + (0 if alone else vae)
         decoding = (DECODING_SMALL if in_pieces else whole) + VIDEO * run.item_bytes * run.pixels
@@ -181,19 +181,19 @@ def coding_bytes(run: Workload, resident: float, roomy: bool, thrifty: bool) -> 
     return coding
 
 
-def coding_unused(run: Workload, roomy: bool, thrifty: bool) -> float:
-    """Reserved beyond coding_bytes; the caller adds what a loop that encodes holds all the time."""
-    if thrifty:
-        return SMALL_UNUSED if roomy else SMALL_UNUSED_AT_LEAST
+def vae_unused(run: Workload, ample_memory: bool, in_small_pieces: bool) -> float:
+    """Reserved beyond vae_bytes; the caller adds what a loop that encodes holds all the time."""
+    if in_small_pieces:
+        return SMALL_UNUSED if ample_memory else MIN_SMALL_UNUSED
     if run.raw or run.offloads_models:  # the latter: the VAE reuses the transformer's memory
         return 0
-    return CODING_UNUSED if roomy and run.renders else 0
+    return VAE_UNUSED if ample_memory and run.renders else 0
 
 
-def host_peak(run: Workload, level: str, roomy: bool) -> float:
+def host_peak(run: Workload, level: str, ample_memory: bool) -> float:
     """Peak of all processes on this machine; ranks share streamed weights."""
     full = run.num_weights * run.item_bytes
-    weights, travelling, shared = full - quantised_bytes(run), 0, 0
+    weights, travelling, shared = full - quantized_bytes(run), 0, 0
     loading = LOADING + full * (1 if run.converted or run.base_precision != "bf16" else MAPPED)
     if level in HOST_LEVELS:
         travelling = (run.num_blocks - 1) * kept_bytes(run)
@@ -213,20 +213,20 @@ def host_peak(run: Workload, level: str, roomy: bool) -> float:
         peak += RENDERING
     total = shared + run.num_processes * (HOST_BASE + peak)
     if run.raw or run.renders:  # T5 is freed before the transformer is loaded
-        total = max(total, run.num_processes * (HOST_BASE + LOADING + text_encoder_on_host(run, level, roomy)))
+        total = max(total, run.num_processes * (HOST_BASE + LOADING + text_encoder_on_host(run, level, ample_memory)))
     return total
 
 
-def text_encoder_on_host(run: Workload, level: str, roomy: bool) -> float:
+def text_encoder_on_host(run: Workload, level: str, ample_memory: bool) -> float:
     """T5 while captions are encoded. Weights that go to the GPU unconverted take hardly any host memory."""
     # --enable_model_cpu_offload belongs here by measurement, 21.6 GiB for 5b; the cause is unknown
     copied = run.converted or run.offloads_models or level in HOST_LEVELS
     if not copied:
         return MAPPED * T5_XXL
-    return T5_HOST if roomy else T5_XXL
+    return T5_HOST if ample_memory else T5_XXL
 
 
-def quantised_bytes(run: Workload) -> float:
+def quantized_bytes(run: Workload) -> float:
     """Bytes that --base_precision saves."""
     item = PRECISION_BYTES[run.base_precision]
     return 0 if item is None else run.num_block_linears * (run.item_bytes - item)
@@ -250,19 +250,19 @@ def levels_of(run: Workload) -> tuple[str, ...]:
     return LEVELS if run.is_lora and not run.deepspeed else ("speed", "balanced")
 
 
-def fits(needed: Need, gpu_bytes: float, host_bytes: float) -> bool:
+def fits(needed: MemoryPeaks, gpu_bytes: float, host_bytes: float) -> bool:
     """Leaves 5 % free, since these are estimates."""
     return needed.reserved * 1.05 <= gpu_bytes and needed.host * 1.05 <= host_bytes
 
 
 def fastest_that_fits(run: Workload, gpu_bytes: float, host_bytes: float) -> str | None:
     """The fastest level that fits, or None."""
-    return next((level for level in levels_of(run) if fits(need(run, level), gpu_bytes, host_bytes)), None)
+    return next((level for level in levels_of(run) if fits(memory_peaks(run, level), gpu_bytes, host_bytes)), None)
 
 
-def closest(run: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, Need]:
+def nearest_level(run: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, MemoryPeaks]:
     """The level that is least short of memory, and what it needs."""
-    needs = {level: need(run, level) for level in levels_of(run)}
+    needs = {level: memory_peaks(run, level) for level in levels_of(run)}
     level = min(needs, key=lambda level: max(needs[level].reserved / gpu_bytes, needs[level].host / host_bytes))
     return level, needs[level]
 
@@ -271,7 +271,7 @@ def table(run: Workload, gpu_bytes: float | None, host_bytes: float) -> str:
     """One line per level; `gpu_bytes` is None without a GPU."""
     lines = [f"{'--memory':12} {'GPU, reserved':>14} {'allocated':>12} {'host':>12}  fits here"]
     for level in (CHECKPOINTING, *levels_of(run)):
-        needed = need(run, level)
+        needed = memory_peaks(run, level)
         sizes = [f"{size / GIB:.1f} GiB" for size in (needed.reserved, needed.allocated, needed.host)]
         if gpu_bytes is None:
             verdict = "no GPU"

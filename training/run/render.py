@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from attention.kernels import sage_attention
-from base.bars import LOG_SECONDS, tracked
+from base.bars import LOG_SECONDS, with_progress
 from base.errors import named_line
 from base.files import write_text
 from base.levels import HOST_LEVELS
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Of small tiles: side, of diffusers' tiles; overlap; and pixels of five latents, so that a fifth is whole ones, as
 # diffusers' blending needs
-SMALL, SMALLEST = 2 / 3, 1 / 2
+SMALL_TILES, SMALLEST_TILES = 2 / 3, 1 / 2
 TILE_OVERLAP, TILE_STEP = 1 / 5, 40
 
 
@@ -49,7 +49,7 @@ class Samples:
 
 
 @contextlib.contextmanager
-def keep_random_state(device: torch.device):
+def preserved_random_state(device: torch.device):
     """The generators of torch, Python and numpy as they were before."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -74,10 +74,10 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     offload, device = args.enable_model_cpu_offload, run.device
     if is_thrifty:
         logger.info("at --memory %s videos are rendered in small pieces", engine.level)
-    tiles = SMALLEST if is_thrifty else SMALL  # of the second attempt
+    tiles = SMALLEST_TILES if is_thrifty else SMALL_TILES  # of the second attempt
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
-            with in_small_pieces(pipe, SMALL) if is_thrifty else contextlib.nullcontext():
+            with in_small_pieces(pipe, SMALL_TILES) if is_thrifty else contextlib.nullcontext():
                 render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
             return
         except torch.cuda.OutOfMemoryError as error:
@@ -94,7 +94,7 @@ def render_jobs(
 ) -> None:
     with placed(pipe, device, offload):
         # On a terminal the pipeline shows a bar of its own
-        for number, video in tracked(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
+        for number, video in with_progress(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
             frames = render_one(args, pipe, samples, device, number, video)
             path = directory / f"{number}_{video}.mp4"
             write_video(path, frames, samples.fps)
@@ -103,7 +103,7 @@ def render_jobs(
 
 @contextlib.contextmanager
 def in_small_pieces(pipe, tiles: float):
-    """Guidance's two samples pass through the transformer one by one, and the VAE works on SMALL or SMALLEST tiles."""
+    """Guidance's two samples pass through the transformer one by one, and the VAE works on SMALL_TILES or SMALLEST_TILES tiles."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     with one_sample_at_a_time(pipe.transformer), in_small_tiles(pipe.vae, tiles):
@@ -137,7 +137,7 @@ def one_sample_at_a_time(transformer):
 def in_small_tiles(vae, tiles: float):
     """A VAE that works on small tiles, as it was again afterwards: training may encode with it.
 
-    SMALL are 160x240 for 480x720, less than half of the memory of diffusers' tiles, SMALLEST 120x160, a quarter. Group
+    SMALL_TILES are 160x240 for 480x720, less than half of the memory of diffusers' tiles, SMALLEST_TILES 120x160, a quarter. Group
     norms are of a tile, so that brightness may differ between tiles.
     """
     names = [name for name in vars(vae) if name.startswith("tile_") or name in ("use_slicing", "use_tiling")]
