@@ -52,6 +52,7 @@ class Hashes:
         digest = file_hash(real, algorithm)
         if algorithm == "sha256" and is_blob(real) and digest != real.name:
             raise UsageError(f"{real}: other bytes than were downloaded into the hub's cache; delete it and run again")
+        # Cache only if the file did not change while it was read, and not just before (see SETTLED)
         if stamp == stamp_of(real) and time.time() - stamp[2] / 1e9 > SETTLED:
             kept = entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
             entries[real.name] = {**kept, "stamp": stamp, algorithm: digest}

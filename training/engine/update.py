@@ -172,6 +172,7 @@ def average_gradients(grads: list[torch.Tensor]) -> None:
         return
     for group in group_by_bytes(grads, REDUCE_BYTES):
         device = reduce_device(group[0])
+        # One flat tensor per group: one all-reduce instead of hundreds of small ones
         flat = torch.cat([grad.flatten().to(device, non_blocking=True) for grad in group])
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()

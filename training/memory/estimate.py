@@ -103,6 +103,7 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
         transient += FP8_TRANSIENT * unit
     gradients = 0 if run.host_gradients else 4 * run.num_trained
     peak = gradients + saved + transient
+    # The larger of the start of backward (all activations, no gradients yet) and its end (all gradients)
     if not run.is_lora:  # gradients are allocated as activations are freed
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
@@ -169,7 +170,7 @@ def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float
         whole = DECODING if run.tiled else scale * DECODING_UNTILED
         vae, alone = (0 if run.raw else VAE), run.offloads_models or not (roomy or thrifty)
         in_pieces = thrifty or not roomy
-        at_once = (1 if in_pieces else 2) * unit_bytes(run) / run.shape[0]
+        at_once = (1 if in_pieces else 2) * unit_bytes(run) / run.shape[0]  # with and without the prompt, for guidance
         denoising = resident + DENOISING * at_once + (0 if alone else vae)
         decoding = (DECODING_SMALL if in_pieces else whole) + VIDEO * run.item_bytes * run.pixels
         decoding += VAE if alone else resident + vae
@@ -204,7 +205,7 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
         loading = LOADING + 4 * run.num_weights
     left = CONVERTED * full if run.converted and level == "offload" else 0
     saving = 4 * run.num_trained if run.is_lora else 0  # a copy of the adapters
-    peak = max(loading, travelling + left + saving)
+    peak = max(loading, travelling + left + saving)  # loading is over when training begins
     if run.host_optimizer:
         loaded = 0 if level == "stream" else LOADING
         peak = max(peak, loaded + travelling + saving + run.num_trained * run.host_optimizer)

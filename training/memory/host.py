@@ -107,7 +107,7 @@ class WatchedBlock:
     """
 
     def __call__(self, *args, **kwargs):
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass: recompute around the block
             raise RuntimeError(f"a block was called in the backward pass: {NO_OUTER_CHECKPOINT}")
         index, techniques = self.watched
         run = super().__call__
