@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import weakref
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -469,7 +470,9 @@ def render(transformer, folder):
         size, pipeline_class = (256, 256, 9), IMAGE_TO_VIDEO_PIPELINE
         image["image"] = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(1))
     vae, scheduler = load_vae(folder, torch.float32), load_scheduler(folder)
-    pipe = make_pipeline(pipeline_class, vae, scheduler, "pipeline", transformer).to("cpu")
+    pipe = make_pipeline(SimpleNamespace(pipeline_class=pipeline_class), vae, scheduler, "pipeline", transformer).to(
+        "cpu"
+    )
     return pipe(
         prompt_embeds=embeds,
         negative_prompt_embeds=torch.zeros_like(embeds),

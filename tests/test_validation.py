@@ -533,7 +533,7 @@ def test_weights_that_are_parts_of_a_buffer_stay_where_they_are(tiny, caplog):
     transformer = loading.load_transformer(tiny("5b"), torch.float32)
     vae = loading.load_vae(tiny("5b"), torch.float32)
     scheduler = config_module.load_scheduler(tiny("5b"))
-    pipe = pipeline.make_pipeline(config_module.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
+    pipe = pipeline.make_pipeline(model(), vae, scheduler, "pipeline", transformer)
     frozen, trained = list(transformer.parameters())[:2]
     frozen.data = torch.zeros(2 * frozen.numel())[: frozen.numel()].view_as(frozen)
     trained.requires_grad_(True)
@@ -552,7 +552,7 @@ def test_what_a_full_gpu_held_is_gone_before_weights_come_back(tiny, monkeypatch
     transformer = loading.load_transformer(tiny("5b"), torch.float32)
     vae = loading.load_vae(tiny("5b"), torch.float32)
     scheduler = config_module.load_scheduler(tiny("5b"))
-    pipe = pipeline.make_pipeline(config_module.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
+    pipe = pipeline.make_pipeline(model(), vae, scheduler, "pipeline", transformer)
     held, held_at_return, move = [], [], torch.nn.Module.to
 
     def decode():
