@@ -28,11 +28,11 @@ from engine import compose
 from engine.lora import add_lora, check_saved_lora, save_lora
 from memory import activations as activations_module
 from memory import host as host_module
-from memory import weights
+from memory import streaming
 from memory.activations import offload_activations
 from memory.quantization import quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks
-from memory.weights import load_blocks, stream_weights
+from memory.streaming import load_blocks, stream_weights
 
 
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ class LateCopies(host_module.TransferStream):
 def copies(request, monkeypatch):
     if request.param == "late":
         monkeypatch.setattr(activations_module, "TransferStream", LateCopies)
-        monkeypatch.setattr(weights, "TransferStream", LateCopies)
+        monkeypatch.setattr(streaming, "TransferStream", LateCopies)
     return request.param
 
 
@@ -176,7 +176,7 @@ def test_training_is_the_same_to_the_byte(level, checkpoints, copies, reference,
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same_and_compile_no_oftener(tmp_path, monkeypatch):
     monkeypatch.setattr(activations_module, "TransferStream", LateCopies)
-    monkeypatch.setattr(weights, "TransferStream", LateCopies)
+    monkeypatch.setattr(streaming, "TransferStream", LateCopies)
     results = {}
     for level in ["balanced", "stream"]:
         torch._dynamo.reset()

@@ -677,6 +677,13 @@ def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampl
     assert log.count("validation videos failed, training goes on: ValueError: no such luck (process 1)") == 2
 
 
+def test_a_signal_during_a_validation_is_no_promise_to_go_on(caplog):
+    validation.warn_of(3, "validation videos", ["", f"{validation.CUT_SHORT} SIGINT"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 3: validation videos incomplete: ended by SIGINT (process 1)"
+    ]
+
+
 # ---------------------------------------------------------------- held-out loss
 
 

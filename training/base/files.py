@@ -32,7 +32,7 @@ NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 held_locks: list[int] = []  # file descriptors; the system frees a lock when its process ends, however it ends
 undo: list[Callable[[], None]] = []  # what takes back the steps of a command that is not accepted yet, in their order
 warned: set[str] = set()  # lines that a run says once
-# Of each unfinished folder that will get a manifest: the SHA-256 of files whose writer took it, by `identity`
+# Of each unfinished folder that will get a manifest: the SHA-256 of files whose writer took it, by `file_identity`
 noted: dict[Path, dict[tuple, str]] = {}
 
 
@@ -77,11 +77,11 @@ def written_folder(target: Path):
 
 
 def hashes_for_manifest(path: Path) -> dict | None:
-    """Where the writer of a file leaves its hash, by `identity`, so that nobody reads it again; None: nobody asks."""
+    """Where the writer of a file leaves its hash, by `file_identity`, so that nobody reads it again; None: nobody asks."""
     return next((hashes for folder, hashes in noted.items() if folder in path.parents), None)
 
 
-def identity(path: Path) -> tuple:
+def file_identity(path: Path) -> tuple:
     """Of a file and its content, whatever it is renamed to."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -97,7 +97,7 @@ def write_manifest(folder: Path) -> None:
         flush(path)
     known = noted.get(folder, {})
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        entries = list(pool.map(lambda path: describe(path, known.get(identity(path))), paths))
+        entries = list(pool.map(lambda path: describe(path, known.get(file_identity(path))), paths))
     names = [path.relative_to(folder).as_posix() for path in paths]
     text = json.dumps({"version": 1, "files": dict(zip(names, entries, strict=True))}, indent=2) + "\n"
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:

@@ -17,7 +17,7 @@ from torch import nn
 
 from base.console import capture_prints
 from base.errors import UsageError
-from base.levels import HOST_LEVELS
+from base.memory_levels import HOST_LEVELS
 from engine.optimizers import ADAMS, adam_settings_from_args
 
 

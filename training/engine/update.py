@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
-from engine.compose import Engine
 from engine.deepspeed_zero import ZeroOptimizer
+from engine.engines import Engine
 from engine.master_weights import HostMasters, group_by_bytes
 
 

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from base.errors import MemoryFullError
 
 
-NUM_SLOTS = 3  # blocks of weights on the GPU: the one in use, and two being prefetched
 ALIGNMENT = 256  # bytes; the same as CUDA's allocator guarantees, so kernels see no difference
 NO_OUTER_CHECKPOINT = "with streaming, checkpoints are inside of the blocks, not around them"
 

@@ -20,7 +20,6 @@ from torch import nn
 from base.errors import UsageError
 from base.ranks import all_gather_objects
 from memory.host import (
-    NUM_SLOTS,
     TransferStream,
     after_backward,
     aligned,
@@ -33,6 +32,8 @@ from memory.host import (
 
 
 logger = logging.getLogger(__name__)
+
+NUM_SLOTS = 3  # blocks of weights on the GPU: the one in use, and two being prefetched
 
 
 class WeightRing:
