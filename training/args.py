@@ -91,9 +91,9 @@ def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- parsers
-# The first line of a help text is for --help: what and in which unit, about 48 characters where they are enough. It may
-# end by what holds where the flag is left out, "(default: ...)"; elsewhere that is the parsed default. A second line, of
-# whole sentences, is for assets/flags.md alone.
+# The first line of a help text is for --help: meaning and unit, in about 48 characters if possible. It may end with
+# "(default: ...)", what applies without the flag; otherwise the parsed default is shown. The second line, in whole
+# sentences, is only for assets/flags.md.
 
 
 def make_training_parser(script: str) -> FlagParser:
