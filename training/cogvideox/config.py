@@ -70,8 +70,7 @@ def takes_image(transformer_config) -> bool:
 
 
 def num_parameters(transformer_config) -> float:
-    """Approximate count, per block 12 d^2 for attention and feed-forward, 6 x 2 x d x time_embed_dim for modulation.
-    """
+    """Approximate count, per block 12 d^2 for attention and feed-forward, 6 x 2 x d x time_embed_dim for modulation."""
     width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
     per_block = 12 * width**2 + 12 * width * transformer_config.get("time_embed_dim", 512)
     return transformer_config["num_layers"] * per_block
