@@ -139,7 +139,7 @@ def flush_descriptor(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        warn_once(f"the disk takes no fsync ({error.strerror}): a power cut may cost the files written last")
+        warn_once(f"the disk does not support fsync ({error.strerror}): a power cut may lose the files written last")
 
 
 def free_bytes(folder: Path) -> float:
@@ -332,7 +332,7 @@ def lock_folder(folder: Path) -> None:
             raise UsageError(
                 f"{folder}: process {holder} is writing there; wait until it ends, or choose another --output_dir"
             ) from error
-        logger.warning("%s: cannot be locked (%s); start no second run there", folder, error.strerror)
+        logger.warning("%s: cannot be locked (%s); do not start a second run there", folder, error.strerror)
     if times.st_nlink and not os.fstat(descriptor).st_nlink:  # a refused command has just removed the file
         os.close(descriptor)
         return lock_folder(folder)

@@ -14,7 +14,7 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 RESHAPE_MODES = ("center", "random", "none")
 LORA_INITS = ("default", "gaussian", "orthogonal")
 CHANGES_BASE = "it changes the base weights too, and diffusers would load the LoRA onto the unchanged ones"
-NEEDS_PASS = "it needs the layers' inputs on the data, for which there is no pass here"
+NEEDS_PASS = "it needs the layers' inputs on the data, and there is no pass for that here"
 REFUSED_INITS = {
     "pissa": CHANGES_BASE,
     "olora": CHANGES_BASE,
@@ -140,14 +140,14 @@ def check_optimizer(parser: FlagParser, args: argparse.Namespace):
     if args.optimizer == "came" and parser.is_used(args, "epsilon"):
         parser.say("warning", "--epsilon: no effect with --optimizer came, which has two of its own")
     if args.use_torchao and not bits:
-        parser.error("--use_torchao chooses who makes low-bit states: add --use_8bit, --use_4bit or --use_fp8")
+        parser.error("--use_torchao chooses the library for low-bit states: add --use_8bit, --use_4bit or --use_fp8")
 
 
 def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
     """Refuses flags that contradict each other, and levels and precisions that the task cannot use."""
     if args.memory and args.gradient_checkpointing:
         parser.error(
-            f"--memory {args.memory} --gradient_checkpointing: the level says what is computed again; leave the second "
+            f"--memory {args.memory} --gradient_checkpointing: the level says what is recomputed; leave the second "
             "one out"
         )
     if args.compile_blocks and args.no_compile_blocks:
@@ -166,7 +166,7 @@ def check_export(parser: FlagParser, args: argparse.Namespace):
     if args.use_dora and "comfyui" in args.export:
         parser.error(
             "--use_dora --export comfyui: ComfyUI divides by the norm of the base's rows, DoRA by that of the sum's, "
-            "so that the file would not be what was trained; use --export merged"
+            "so the file would not be what was trained; use --export merged"
         )
     if args.use_dora and "kohya" in args.export:
         parser.error("--use_dora --export kohya: its readers leave DoRA's magnitudes out; use --export merged")

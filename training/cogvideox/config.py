@@ -121,7 +121,7 @@ def check_sizes(transformer_config, buckets, drop_learned_positions: bool = Fals
     odd = sorted({bucket[0] for bucket in buckets if bucket[0] % period != 1})
     if odd:
         logger.warning(
-            "%s frames: this checkpoint was made for %dN+1; the pipeline renders other counts with some frames more",
+            "%s frames: this checkpoint was made for %dN+1; for other counts, the pipeline renders a few frames more",
             ", ".join(map(str, odd)),
             period,
         )

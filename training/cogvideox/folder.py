@@ -77,8 +77,8 @@ def download_model(model: str, components: list[str], revision: str | None, cach
         return Path(snapshot_download(model, allow_patterns=patterns, **options))
     except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
-            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
-            "reached, name a mirror by HF_ENDPOINT=https://..., or give the folder of a downloaded model"
+            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); if it cannot be "
+            "reached, set HF_ENDPOINT=https://... to a mirror, or give the folder of a downloaded model"
         ) from error
 
 
@@ -121,7 +121,7 @@ def find_transformer(start: str) -> Path:
     checkpoints = [path.parent.parent for path in root.glob("checkpoint-*/transformer/config.json")]
     checkpoints = [path for path in checkpoints if path.name.removeprefix("checkpoint-").isdigit()]
     if not root.is_dir():
-        advice = "no such folder; of a model on the hub, download it first: hf download MODEL --local-dir FOLDER"
+        advice = "no such folder; if it is on the hub, download it first: hf download MODEL --local-dir FOLDER"
     elif checkpoints:
         newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
         advice = f"the run there has no result yet; its newest checkpoint is {newest}"

@@ -62,8 +62,8 @@ def refuse_bad_numbers(tensors: list[torch.Tensor]) -> None:
     ]
     if not all(torch.stack([flag.cpu() for flag in checked]) if checked else ()):
         raise NumbersError(
-            "weights or optimizer states are no longer finite, so that nothing is written; lower --learning_rate, and "
-            "name the last checkpoint with --resume_from_checkpoint"
+            "weights or optimizer states are no longer finite, so nothing is written; lower --learning_rate, and give the "
+            "last checkpoint as --resume_from_checkpoint"
         )
 
 
@@ -121,7 +121,7 @@ def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
     path = named_checkpoint(output_dir, wanted)
     if reason := find_damage(path):
         raise UsageError(
-            f"--resume_from_checkpoint {wanted}: {reason}; name another, or latest for the newest whole one"
+            f"--resume_from_checkpoint {wanted}: {reason}; give another, or latest for the newest intact one"
         )
     folder = path.resolve().parent
     if folder != output_dir.resolve():
@@ -155,8 +155,8 @@ def newest_whole(output_dir: Path) -> Path | None:
         logger.warning("%s cannot be used: %s", directory, reason)
     if directories:
         raise UsageError(
-            f"{output_dir}: none of its {len(directories)} checkpoints is whole (the newest: {reason}); restore one, or "
-            "pass --overwrite to move the folder aside and start anew"
+            f"{output_dir}: none of its {len(directories)} checkpoints is intact (the newest: {reason}); restore one, or "
+            "pass --overwrite to move the folder aside and start over"
         )
     return None
 
@@ -176,7 +176,7 @@ def load(path: Path, state: TrainingState, identity: dict) -> int:
     if identity.get("draws") and "draws" not in saved:
         logger.warning(
             "%s: made when starts, crops, flips, first frames and the noise on held-out clips were drawn by a clip's place "
-            "in the list; from here on they are drawn by its path, so that they differ from those before",
+            "in the list; from here on they are drawn by its path, so they differ from those before",
             path,
         )
     if "data_as_written" in identity and saved.get("data") == identity["data_as_written"]:  # by an earlier version
@@ -184,7 +184,7 @@ def load(path: Path, state: TrainingState, identity: dict) -> int:
     for name, value in identity.items():
         if name not in ("draws", "data_as_written") and saved.get(name) != value:
             raise UsageError(
-                f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
+                f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot continue from there"
             )
     state.engine.load_state(path)
     state.optimizer.load_state_dict(join_tensors(load_file(path / "optimizer.safetensors"), saved["optimizer"]))

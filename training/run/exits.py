@@ -156,7 +156,7 @@ def is_storage_error(error: Exception) -> bool:
 
 def storage_line(error: Exception, output_dir: str | Path) -> str:
     if getattr(error, "errno", None) not in (None, *FULL_DISK):
-        return f"cannot read or write: {error}; when that is mended the same command continues"
+        return f"cannot read or write: {error}; once that is fixed, the same command continues"
     folder = nearest_folder(output_dir)
     free = free_bytes(folder) / 2**30
     return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"

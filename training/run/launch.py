@@ -173,5 +173,5 @@ def check_device(args, num_parameters: float, device: torch.device) -> None:
     if device.type == "cpu" and num_parameters > REAL_SIZE and not args.allow_cpu:
         raise UsageError(
             f"no GPU found and the model has {num_parameters / 1e9:.1f} billion parameters: a step would take many "
-            "minutes; pass --allow_cpu to try all the same"
+            "minutes; pass --allow_cpu to try anyway"
         )

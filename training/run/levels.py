@@ -32,7 +32,7 @@ def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lo
     """
     level = args.memory
     if level == "auto" and device.type != "cuda":
-        logger.info("--memory auto: speed, as there is no GPU whose memory could be short")
+        logger.info("--memory auto: speed, since there is no GPU to run out of memory")
         level = "speed"
     elif level == "auto":
         run = workload(args, model, model.stored_dtype, buckets, dtype, is_lora)

@@ -72,7 +72,7 @@ class BadSteps:
         if self.in_a_row >= self.limit:
             raise NumbersError(
                 f"step {step}: {self.in_a_row} updates in a row had a loss or gradient that is not finite; lower "
-                "--learning_rate, train in bf16, or look at the samples named above"
+                "--learning_rate, train in bf16, or check the samples named above"
             )
 
     def describe(self, seen: list[tuple[int, float]]) -> str:

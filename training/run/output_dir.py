@@ -120,7 +120,7 @@ def read_record(output_dir: Path) -> dict:
     """args.json of the run whose checkpoints are in `output_dir`."""
     record = output_dir / "args.json"
     if not record.exists():
-        raise UsageError(f"{record}: missing, so that nothing tells which run made the checkpoints beside it")
+        raise UsageError(f"{record}: missing, so it is unknown which run made the checkpoints beside it")
     return json.loads(record.read_text(encoding="utf-8"))
 
 
@@ -191,10 +191,12 @@ def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> 
         named = ", ".join(changes[flag] for flag in names if flag in flags_of_these)
         raise UsageError(f"{output_dir}: holds a run with other content: {what}{named and f' ({named})'}; {advice}")
     if changes:
-        logger.info("%s goes on, with the same content at other places: %s", output_dir, ", ".join(changes.values()))
+        logger.info("%s continues, with the same content in other places: %s", output_dir, ", ".join(changes.values()))
     if unknown := [what for name, (what, _) in CONTENT.items() if name not in both]:
         logger.warning(
-            "%s goes on, though it cannot be compared whether these are the same: %s", output_dir, "; ".join(unknown)
+            "%s continues, but these cannot be compared with what it was trained on: %s",
+            output_dir,
+            "; ".join(unknown),
         )
 
 

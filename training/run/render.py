@@ -183,7 +183,7 @@ def placed(pipe, device: torch.device, offload: bool):
     vae_device = pipe.vae.device
     if offload and not may_move(pipe.transformer):
         logger.warning(
-            "validation: the transformer stays on the GPU, because the optimizer holds its weights in one piece"
+            "validation: the transformer stays on the GPU, because the optimizer holds its weights in one buffer"
         )
         offload = False
     try:

@@ -187,7 +187,7 @@ def finish_trackers(accelerator: Accelerator) -> None:
 
 def leave(accelerator: Accelerator, error: Exception) -> None:
     """Continue without trackers."""
-    logger.warning("tracking stops, metrics.jsonl goes on: %s", first_line(error))
+    logger.warning("tracking stops, metrics.jsonl continues: %s", first_line(error))
     accelerator.trackers = []
 
 

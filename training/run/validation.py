@@ -45,13 +45,13 @@ def read_prompts(args, image_to_video: bool) -> tuple[list[str], list[Image.Imag
         return prompts, []
     if args.validation_images is None:
         raise UsageError(
-            "--validation_prompt: this model starts from an image; give --validation_images, one a prompt"
+            "--validation_prompt: this model starts from an image; give --validation_images, one per prompt"
         )
     sources = split(args.validation_images, args.validation_prompt_separator)
     if len(sources) != len(prompts):
         raise UsageError(
             f"--validation_images: {len(sources)} for {len(prompts)} prompts, split at "
-            f"{args.validation_prompt_separator}; give one for each"
+            f"{args.validation_prompt_separator}; give one per prompt"
         )
     return prompts, [open_image(source) for source in sources]
 
@@ -186,7 +186,7 @@ def warn_of(step: int, what: str, problems: list[str]) -> None:
     """One line for all ranks; only the main process shows it."""
     named = [f"{problem} (process {rank})" if rank else problem for rank, problem in enumerate(problems) if problem]
     if named:
-        logger.warning("step %d: %s failed, training goes on: %s", step, what, "; ".join(named))
+        logger.warning("step %d: %s failed, training continues: %s", step, what, "; ".join(named))
 
 
 def log_held_out(accelerator, meter: StepMeter, step: int, losses: dict) -> None:
