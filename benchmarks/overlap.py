@@ -113,10 +113,10 @@ def main():
 
     if not torch.cuda.is_available():
         sys.exit("needs a GPU: on a CPU copies are done at once")
-    from memory import activations, weights
+    from memory import activations, streaming
 
     clock = CopyClock(torch)
-    clock.install(activations, weights)
+    clock.install(activations, streaming)
     exit_code = run_script(args.command)
     clock.read()
     if exit_code == 0 and len(clock.ends) > args.warmup + 1:

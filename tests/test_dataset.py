@@ -15,6 +15,7 @@ from make_clips import encode_video
 from safetensors.torch import save_file
 
 from base.errors import DataError, Interrupted, UsageError, UserError
+from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
 from data import videos as videos_module
 from data.buckets import Bucket, make_buckets, pack_batches
 from data.clip_lists import Clip, read_clips
@@ -699,8 +700,9 @@ def as_data_root(folder, clips):
 
 
 def model(fps=8):
-    """What data must know of a text-to-video model."""
-    return SimpleNamespace(fps=fps, image_to_video=False, vae_config=SimpleNamespace(scaling_factor=0.7))
+    """What is asked of a text-to-video model."""
+    vae_config = SimpleNamespace(scaling_factor=0.7)
+    return SimpleNamespace(fps=fps, image_to_video=False, vae_config=vae_config, pipeline_class=TEXT_TO_VIDEO_PIPELINE)
 
 
 def test_training_flags_choose_the_dataset(tmp_path, numbered):

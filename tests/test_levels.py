@@ -16,9 +16,9 @@ from cogvideox import encoding, loading
 from cogvideox.encoding import encode_captions, place_text_encoder
 from cogvideox.loading import load_text_encoder, load_transformer
 from engine import compose
-from memory import activations, host, weights
+from memory import activations, host, streaming
 from memory.activations import offload_activations
-from memory.weights import stream_weights, streamed_tensors
+from memory.streaming import stream_weights, streamed_tensors
 from run import metrics
 from run import render as render_module
 from script_runs import result_hash
@@ -47,7 +47,7 @@ PROMPTS = ["a red square moves left", "", "a dog"]
 def test_a_streamed_text_encoder_gives_the_same_bits(dtype, copies, tiny, monkeypatch):
     resident = list(encode_captions(tiny("5b"), PROMPTS, dtype, CPU, 226, level="balanced"))
     monkeypatch.setattr(activations, "TransferStream", copies)
-    monkeypatch.setattr(weights, "TransferStream", copies)
+    monkeypatch.setattr(streaming, "TransferStream", copies)
     rings = []
     monkeypatch.setattr(encoding, "stream_weights", lambda *given: rings.append(stream_weights(*given, num_slots=1)))
     for level in ("offload", "stream"):

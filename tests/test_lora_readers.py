@@ -20,7 +20,7 @@ from base.errors import UsageError
 from base.files import find_damage, write_manifest
 from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE
 from cogvideox.loading import load_transformer
-from engine.compose import LoraEngine
+from engine.engines import LoraEngine
 from engine.lora import ADAPTER, UNSCALED_NAME, check_saved_lora, load_lora, save_lora, save_unscaled, start_from_lora
 from engine.lora_file import METADATA_KEY, WEIGHTS_NAME, kohya_module
 from engine.optimizers import state_bytes_from_args

@@ -15,14 +15,14 @@ import torch
 from args import parse_training_args
 from base.errors import UsageError
 from cogvideox.config import empty_transformer
-from cogvideox.models import Model, Weights
+from cogvideox.models import Model, WeightFiles
 from memory import estimate
 from memory.allocator import VARIABLES
 from memory.estimate import CHECKPOINTING, GIB, fastest_that_fits, levels_of, memory_peaks, table
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
 from run import levels
-from run.levels import workload
+from run.levels import make_workload
 from tiny_pipeline import kind_transformer
 
 
@@ -46,7 +46,7 @@ class RealSize(Model):
 
 def real_model(kind):
     config = {**kind_transformer(kind), **real_sizes(kind)["transformer"]}
-    return RealSize(Path(kind), config, None, Weights(Path(kind), None))
+    return RealSize(Path(kind), config, None, WeightFiles(Path(kind), None))
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def make_run(kind, *flags, size=SIZE_1_0, task="t2v_lora", data=("--load_tensors
     args = parse_training_args(task, [*REQUIRED, *data, "--train_batch_size", "1", *flags])
     dtype = torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16
     model = real_model(kind)
-    return workload(args, model, model.stored_dtype, [size], dtype, is_lora=task.endswith("lora"))
+    return make_workload(args, model, model.stored_dtype, [size], dtype, is_lora=task.endswith("lora"))
 
 
 def calibration():

@@ -17,7 +17,7 @@ from data.clip_lists import draw_keys
 from data.prepared import SUFFIXES, FileKey, pixels_key
 from data.videos import VideoDataset
 from make_fixtures import PREPARED, prepare_argv
-from run import preparing
+from run import prepare_plan
 from test_fixtures import old  # noqa: F401
 from test_prepare import (  # noqa: F401
     CAPTIONS,
@@ -185,7 +185,9 @@ def by_version_1(prepare, monkeypatch):
 
     def run(*flags):
         with monkeypatch.context() as patches:
-            patches.setattr(preparing, "file_key", lambda now, before: FileKey(json.dumps(before, sort_keys=True), ""))
+            patches.setattr(
+                prepare_plan, "file_key", lambda now, before: FileKey(json.dumps(before, sort_keys=True), "")
+            )
             patches.setattr(VideoDataset, "start_time", lambda self, epoch, index: 0.0)
             return prepare(*flags)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from memory import activations, host, weights
+from memory import activations, host, streaming
 
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def streams(monkeypatch):
 
     monkeypatch.setattr(host, "TransferStream", TransferStream)
     monkeypatch.setattr(activations, "TransferStream", TransferStream)
-    monkeypatch.setattr(weights, "TransferStream", TransferStream)
+    monkeypatch.setattr(streaming, "TransferStream", TransferStream)
     return record
 
 
@@ -120,8 +120,8 @@ def run(blocks, size=1, backward=True):
 
 
 LEVELS = {
-    "weights": lambda blocks: weights.stream_weights(blocks, CPU, num_slots=3),
-    "two slots": lambda blocks: weights.stream_weights(blocks, CPU, num_slots=2),
+    "weights": lambda blocks: streaming.stream_weights(blocks, CPU, num_slots=3),
+    "two slots": lambda blocks: streaming.stream_weights(blocks, CPU, num_slots=2),
     "activations": lambda blocks: activations.offload_activations(blocks, CPU, min_bytes=1),
 }
 

@@ -108,10 +108,12 @@ def main(args) -> None:
             sample_ids = steps.sample_ids(run, micro_step, args.train_batch_size, len(batch["index"]))
             latents, prompt_embeds, image_latents = encode(to_device(batch, device), run.seed, sample_ids)
             if args.text_dropout:
-                dropped = objective.draw_uniform(run.seed, "text_dropout", sample_ids, device) < args.text_dropout
-                prompt_embeds = torch.where(dropped.view(-1, 1, 1), empty_embeds.to(prompt_embeds), prompt_embeds)
-            dropped = objective.draw_uniform(run.seed, "image_dropout", sample_ids, device) < args.noised_image_dropout
-            image_latents = image_latents.masked_fill(dropped.view(-1, 1, 1, 1, 1), 0.0)
+                no_text = objective.draw_uniform(run.seed, "text_dropout", sample_ids, device) < args.text_dropout
+                prompt_embeds = torch.where(no_text.view(-1, 1, 1), empty_embeds.to(prompt_embeds), prompt_embeds)
+            no_image = (
+                objective.draw_uniform(run.seed, "image_dropout", sample_ids, device) < args.noised_image_dropout
+            )
+            image_latents = image_latents.masked_fill(no_image.view(-1, 1, 1, 1, 1), 0.0)
 
             noise = objective.draw_normal(run.seed, "noise", sample_ids, latents.shape[1:], device)
             timesteps = objective.draw_timesteps(run.seed, sample_ids, len(alphas_cumprod), num_strata, device)  # [B]
@@ -153,18 +155,20 @@ def encode_batch(args, model, vae, embeds: dict, batch: dict, seed: int, sample_
     else:
         pixels = encoding.pixels_to_unit(batch["pixels"])  # [B, F', 3, h, w]
         images = pixels[:, 0]
-        noise = objective.draw_normal(seed, "image_noise", sample_ids, images.shape[1:], images.device)
+        pixel_noise = objective.draw_normal(seed, "image_noise", sample_ids, images.shape[1:], images.device)
         sigma_noise = objective.draw_normal(seed, "image_sigma", sample_ids, (), images.device)
         log_sigma = encoding.IMAGE_NOISE_MEAN + encoding.IMAGE_NOISE_STD * sigma_noise
-        image_moments = encoding.encode_images(vae, images, noise, log_sigma)
+        image_moments = encoding.encode_noised_images(vae, images, pixel_noise, log_sigma)
         moments = encoding.encode_videos(vae, pixels)
         prompt_embeds = to_device(torch.stack([embeds[prompt] for prompt in batch["prompt"]]), moments.device)
 
     device = moments.device
     noise = objective.draw_normal(seed, "posterior", sample_ids, inputs.latent_shape(moments), device)
     latents = inputs.pad_frames(inputs.sample_latents(moments, noise, model.vae_config), model.patch_size_t)
-    noise = objective.draw_normal(seed, "image_posterior", sample_ids, inputs.latent_shape(image_moments), device)
-    image_latents = inputs.sample_image_latents(image_moments, noise, model.vae_config, args.image_latent_scale)
+    image_noise = objective.draw_normal(
+        seed, "image_posterior", sample_ids, inputs.latent_shape(image_moments), device
+    )
+    image_latents = inputs.sample_image_latents(image_moments, image_noise, model.vae_config, args.image_latent_scale)
     return latents, prompt_embeds, image_latents
 
 

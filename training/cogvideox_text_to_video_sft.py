@@ -108,8 +108,8 @@ def main(args) -> None:
             sample_ids = steps.sample_ids(run, micro_step, args.train_batch_size, len(batch["index"]))
             latents, prompt_embeds = encode(to_device(batch, device), run.seed, sample_ids)
             if args.text_dropout:
-                dropped = objective.draw_uniform(run.seed, "text_dropout", sample_ids, device) < args.text_dropout
-                prompt_embeds = torch.where(dropped.view(-1, 1, 1), empty_embeds.to(prompt_embeds), prompt_embeds)
+                no_text = objective.draw_uniform(run.seed, "text_dropout", sample_ids, device) < args.text_dropout
+                prompt_embeds = torch.where(no_text.view(-1, 1, 1), empty_embeds.to(prompt_embeds), prompt_embeds)
 
             noise = objective.draw_normal(run.seed, "noise", sample_ids, latents.shape[1:], device)
             timesteps = objective.draw_timesteps(run.seed, sample_ids, len(alphas_cumprod), num_strata, device)  # [B]

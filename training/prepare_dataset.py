@@ -38,7 +38,7 @@ from cogvideox.config import CONFIGS, default_fps, load_vae_config, num_paramete
 from cogvideox.encoding import (
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
-    encode_images,
+    encode_noised_images,
     encode_prompts,
     encode_videos,
     free_memory,
@@ -57,7 +57,7 @@ from engine.objective import draw_generator
 from memory.allocator import expand_segments
 from run.exits import run_script
 from run.launch import agree_on_run, check_device
-from run.preparing import (
+from run.prepare_plan import (
     ModelIdentity,
     image_latent,
     is_embedding,
@@ -290,7 +290,7 @@ def encode_noised_frames(vae, frame: torch.Tensor, num_variants: int, seed: int,
     variants = []
     for k in range(num_variants):  # one at a time: the memory peak stays that of the video
         noise = torch.randn(frame.shape, generator=generator).to(frame.device)
-        variants.append(encode_images(vae, frame[None], noise[None], log_sigma[k : k + 1].to(frame.device)))
+        variants.append(encode_noised_images(vae, frame[None], noise[None], log_sigma[k : k + 1].to(frame.device)))
     return torch.cat(variants)
 
 

@@ -33,7 +33,7 @@ NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 held_locks: list[int] = []  # file descriptors; the system releases a lock when its process ends, in any way
 undo: list[Callable[[], None]] = []  # undoes the steps of a command that is not accepted yet, in their order
 warned: set[str] = set()  # lines that a run logs once
-# Per unfinished folder that will get a manifest: SHA-256 of files that were hashed while written, by `identity`
+# Per unfinished folder that will get a manifest: SHA-256 of files that were hashed while written, by `file_identity`
 noted: dict[Path, dict[tuple, str]] = {}
 
 
@@ -78,13 +78,13 @@ def written_folder(target: Path):
 
 
 def hashes_for_manifest(path: Path) -> dict | None:
-    """Where the writer of `path` leaves its hash, by `identity`, so that it is not read again; None: no manifest needs
-    it.
+    """Where the writer of `path` leaves its hash, by `file_identity`, so that it is not read again; None: no
+    manifest needs it.
     """
     return next((hashes for folder, hashes in noted.items() if folder in path.parents), None)
 
 
-def identity(path: Path) -> tuple:
+def file_identity(path: Path) -> tuple:
     """Identifies a file and its content, even after a rename."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -100,7 +100,7 @@ def write_manifest(folder: Path) -> None:
         flush(path)
     known = noted.get(folder, {})
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        entries = list(pool.map(lambda path: describe(path, known.get(identity(path))), paths))
+        entries = list(pool.map(lambda path: describe(path, known.get(file_identity(path))), paths))
     names = [path.relative_to(folder).as_posix() for path in paths]
     text = json.dumps({"version": 1, "files": dict(zip(names, entries, strict=True))}, indent=2) + "\n"
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:

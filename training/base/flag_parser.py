@@ -63,11 +63,11 @@ LORA_FLAGS = (
     "rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "lora_init", "init_lora", "export",
     "base_precision",
 )  # fmt: skip
-NO_SFT = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA}
+SFT_ONLY = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA}
 NO_MEANING = {
-    "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | NO_SFT,
+    "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | SFT_ONLY,
     "t2v_sft": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | dict.fromkeys(LORA_FLAGS, NO_LORA),
-    "i2v_lora": NO_SFT,
+    "i2v_lora": SFT_ONLY,
     "i2v_sft": dict.fromkeys(LORA_FLAGS, NO_LORA),
 }
 

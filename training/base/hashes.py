@@ -55,6 +55,7 @@ class HashCache:
         digest = file_hash(real, algorithm)
         if algorithm == "sha256" and is_blob(real) and digest != real.name:
             raise UsageError(f"{real}: other bytes than were downloaded into the hub's cache; delete it and run again")
+        # Cache only if the file did not change while it was read, and not just before (see SETTLED_SECONDS)
         if stamp == file_stamp(real) and time.time() - stamp[2] / 1e9 > SETTLED_SECONDS:
             kept = entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
             entries[real.name] = {**kept, "stamp": stamp, algorithm: digest}

@@ -129,10 +129,10 @@ def ignore_group_signals(worker: int = 0) -> None:
     """In a data worker: ignore signals sent to the whole process group, since the training process needs its workers
     to finish the step. Only the parent's SIGTERM ends a worker, and it dies with its parent.
     """
-    signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(-1)  # inherited by the fork: the parent's thread would hear the worker's signals
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # left to the thread, which sees who sent it
     threading.Thread(target=exit_with_parent, daemon=True).start()
     signal_at_parents_death(signal.SIGKILL)
 

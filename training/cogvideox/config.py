@@ -32,7 +32,7 @@ class VaeConfig(NamedTuple):
     invert_scale_latents: bool
 
 
-class Weights(NamedTuple):
+class WeightFiles(NamedTuple):
     """A transformer's weight files: their folder and the variant to read."""
 
     folder: Path

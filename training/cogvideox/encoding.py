@@ -12,10 +12,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, training_utils
 
 from base.bars import with_progress
-from base.levels import HOST_LEVELS
+from base.memory_levels import HOST_LEVELS
 from cogvideox.loading import load_text_encoder
 from memory.host import free_gpu_bytes
-from memory.weights import stream_weights
+from memory.streaming import stream_weights
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def encode_videos(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Te
 
 
 @torch.no_grad()
-def encode_images(
+def encode_noised_images(
     vae: AutoencoderKLCogVideoX, images: torch.Tensor, noise: torch.Tensor, log_sigma: torch.Tensor
 ) -> torch.Tensor:
     """Moments [B, 2C, 1, H, W] of first frames [B, 3, h, w] in [-1, 1] under log-normal noise, added before the VAE.

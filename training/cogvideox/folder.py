@@ -17,7 +17,7 @@ from base.file_kinds import placeholder
 from base.hashes import HashCache
 from base.tensor_file import weight_files
 from cogvideox.config import (
-    Weights,
+    WeightFiles,
     check_class,
     load_scheduler,
     load_vae_config,
@@ -98,13 +98,13 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
 
 
-def weights_from_args(args, model_dir: Path) -> Weights:
+def weights_from_args(args, model_dir: Path) -> WeightFiles:
     """Weights of the transformer that training starts from: the model's own, or --init_transformer."""
     if args.init_transformer is None:
-        return Weights(model_dir / "transformer", args.variant)
+        return WeightFiles(model_dir / "transformer", args.variant)
     folder = find_transformer(args.init_transformer)
     has_variant = args.variant and any(folder.glob(f"*.{args.variant}*.safetensors"))
-    return Weights(folder, args.variant if has_variant else None)
+    return WeightFiles(folder, args.variant if has_variant else None)
 
 
 # ---------------------------------------------------------------- a transformer of an earlier run
@@ -193,7 +193,7 @@ def changed_settings(model_class: type, config) -> dict:
     return {name: value for name, value in settings.items() if name not in defaults or defaults[name] != value}
 
 
-def hash_model_from_args(args, model_dir: Path, weights: Weights) -> dict[str, str]:
+def hash_model_from_args(args, model_dir: Path, weights: WeightFiles) -> dict[str, str]:
     """Hashes of the weights that training starts from, and of everything else in the model that a run depends on.
 
     With prepared data that is only settings. Names of files, folders and repositories do not count.

@@ -35,6 +35,7 @@ def nearest_bucket(num_frames: int, height: int, width: int, buckets: Iterable[B
     fitting = [bucket for bucket in buckets if bucket.frames <= num_frames]
     most_frames = max((bucket.frames for bucket in fitting), default=0)
     candidates = {bucket: aspect_distance(height, width, bucket) for bucket in fitting if bucket.frames == most_frames}
+    # Among nearly equal aspect ratios the area decides, so that a clip is not shrunk for a 1 % better crop
     limit = min(candidates.values(), default=0) + ASPECT_TOLERANCE
     close = [bucket for bucket, distance in candidates.items() if distance <= limit]
     return min(close, key=lambda b: (area_distance(height, width, b), candidates[b], b), default=None)
@@ -88,7 +89,7 @@ def pack_batches(
     for index in order:
         samples = own.setdefault(sample_buckets[index], [])
         samples.append(index)
-        if len(samples) % size == 0:
+        if len(samples) % size == 0:  # a global batch is complete; batches stay in the order of the permutation
             batches.append(split(samples[-size:], num_ranks))
     for samples in own.values():
         rest = samples[len(samples) // size * size :]

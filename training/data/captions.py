@@ -77,6 +77,7 @@ def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], 
         texts = texts | {args.id_token: ["--id_token", *texts.get(args.id_token, [])]}
     tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
     unknown = tokenizer.unk_token_id
+    # Not words of the text: end of sequence and the bare word marker
     unsaid = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(SPACE)} - {unknown}
     unread, cut = [], []  # names
     num_unknown = num_said = longest = 0
@@ -114,7 +115,7 @@ def encode_from_args(
     if run.rank == 0:
         warn_of_texts_from_args(args, model.folder, texts, max_length)
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    machine, place = divmod(run.rank, num_local)
+    machine, place = divmod(run.rank, num_local)  # ranks are numbered machine by machine
     path = Path(args.output_dir, f"{STEM}-{machine}.safetensors")
     key = key_from_args(args, model.folder, prompts, dtype, max_length)
     if any(exchange_on_host("captions-looked-for", "" if recorded_key(path) == key else "to be made")):

@@ -85,6 +85,7 @@ def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.
         stamps = display_stamps(path) if DECODE_TIME_FORMATS & formats_of(container) else []
         try:
             for current in timed_frames(path, container, stream, times[0], seek, stamps):
+                # A wanted time is decided once a frame at or after it is known; one frame may serve several times
                 while done < len(times) and times[done] <= current.seconds + TIE_SECONDS:
                     early = previous and times[done] <= (previous.seconds + current.seconds) / 2 + TIE_SECONDS
                     chosen = previous if early else current
@@ -143,7 +144,7 @@ def timed_frames(path, container, stream, start: float, seek: bool, stamps: list
     first = next(frames, None)
     if first is None:
         return
-    origin = first.time or 0.0
+    origin = first.time or 0.0  # times count from the first frame, whatever the container's clock says
     if seek and first.pts is not None and SEEKABLE_FORMATS & formats_of(container):
         container.seek(first.pts + int((start - SEEK_MARGIN) / stream.time_base), stream=stream)
         frames = decoded(container, stream)
@@ -218,7 +219,9 @@ def read_with_decord(path, times: Sequence[float], num_threads: int) -> np.ndarr
             return log_pyav(path, "decord reports other frame times")
         if times[-1] > stamps[-1] + TIE_SECONDS:
             return log_pyav(path, "decord does not know how long the last frame is shown")
-        nearest = np.searchsorted((stamps[1:] + stamps[:-1]) / 2 + TIE_SECONDS, times)
+        nearest = np.searchsorted(
+            (stamps[1:] + stamps[:-1]) / 2 + TIE_SECONDS, times
+        )  # midpoints: index of the nearest frame
         images = {}
         for number in range(nearest[-1] + 1):
             image = reader.next()

@@ -215,7 +215,7 @@ def count_by_demuxing(path, container, stream) -> FrameCount:
             if packet.is_keyframe or vouched:
                 group.clear()  # vouched: the last group is not decoded
             group.append(packet)
-            first = first or next(iter(packet.decode()), None)
+            first = first or next(iter(packet.decode()), None)  # only until the first frame comes out
             if not packet.is_discard:
                 stamps.append(packet.pts)
         first = first or next(iter(stream.decode(None)), None)
@@ -230,6 +230,7 @@ def count_by_demuxing(path, container, stream) -> FrameCount:
         raise DataError(f"{path}: cut off: {there:.1f} of {header_length:.1f} s are in the file; download it again")
     is_whole = vouched and not group[-1].is_corrupt
     last = max(stamps) if is_whole else last_decodable(path, stream, group)
+    # Frames are counted by distinct display times
     shown = {stamp for stamp in stamps if first.pts <= stamp <= last}
     seconds = float((last - first.pts + (group[-1].duration or 0)) * stream.time_base)
     return FrameCount(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)

@@ -63,7 +63,7 @@ class VideoDataset(Dataset):
             raise UsageError(f"--max_num_frames {max_num_frames} is below the smallest frame bucket, {self.smallest}")
         if video_backend == "decord":
             import_decord()  # fail now if it is missing, not in a worker
-        self.read_headers(clips, on_problem)
+        self.read_headers(clips, on_problem)  # reads every header: a bad clip is known before training starts
         self.warn_of_sizes()
         self.warn_of_pictures()
 
@@ -157,7 +157,7 @@ class VideoDataset(Dataset):
         # One thread per worker by default: the workers provide the parallelism
         num_threads = self.num_threads or int(get_worker_info() is not None)
         frames = read_frames(self.clips[index].video, times, self.backend, num_threads)
-        if frames.shape[1:3] != self.infos[index][2:]:
+        if frames.shape[1:3] != self.infos[index][2:]:  # height and width; the bucket was chosen by the header
             raise self.size_error(index, *frames.shape[1:3])
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
@@ -176,6 +176,7 @@ class VideoDataset(Dataset):
         if self.num_frames(info) <= num_frames:
             return 0
         last = info.num_frames - self.skip_start - self.skip_end - 1
+        # The sample spans (num_frames - 1) periods of the target rate; the rest is spare
         return max(0, math.floor(last - (num_frames - 1) * info.fps / self.fps + 1e-6))
 
     def draw(self, name: str, epoch: int, index: int) -> random.Random:

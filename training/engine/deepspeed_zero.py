@@ -17,7 +17,7 @@ from torch import nn
 
 from base.console import capture_prints
 from base.errors import UsageError
-from base.levels import HOST_LEVELS
+from base.memory_levels import HOST_LEVELS
 from engine.optimizers import ADAMS, adam_settings_from_args
 
 
@@ -192,7 +192,7 @@ def deepspeed_config_from_args(args, config: dict, dtype: torch.dtype, num_ranks
     zero.pop("offload_param", None)  # only for stage 3
     config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
     config |= wanted
-    config["fp16"] = {"enabled": False}
+    config["fp16"] = {"enabled": False}  # refused by check_deepspeed_from_args
     config["bf16"] = {"enabled": dtype == torch.bfloat16}
     config["zero_allow_untested_optimizer"] = True
     return config

@@ -90,11 +90,11 @@ def add_lora(
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global CPU generator
         torch.manual_seed(draw_seed(seed, "lora_init"))
         transformer.add_adapter(config, adapter_name=ADAPTER)
     for layer in lora_layers(transformer).values():
-        layer.cast_input_dtype_enabled = False
+        layer.cast_input_dtype_enabled = False  # peft would cast inputs to fp32, see ComputeDtypeLinear
         layer.lora_A[ADAPTER].__class__ = layer.lora_B[ADAPTER].__class__ = ComputeDtypeLinear
         if use_dora:
             layer.lora_magnitude_vector[ADAPTER].__class__ = ComputeDtypeDora
@@ -123,7 +123,7 @@ def project(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable
 def project_plain(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable) -> list[torch.Tensor]:
     """`project` for layers that are all plain, see `is_plain`; their A matrices are one matmul."""
     down = torch.cat([layer.lora_A[ADAPTER].weight for layer in layers]).to(states.dtype)  # [layers x rank, D]
-    narrow = F.linear(states, down).chunk(len(layers), dim=-1)
+    narrow = F.linear(states, down).chunk(len(layers), dim=-1)  # each [B, S, rank]
     # Scale B, which is small; peft scales the output, which is as large as the states
     ups = [(layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]).to(states.dtype) for layer in layers]
     bases = linears(states, [layer.base_layer for layer in layers])

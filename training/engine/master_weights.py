@@ -79,11 +79,11 @@ class HostMasters(Masters):
             memory.copy_(copy.detach())
             copy.data = copy.data.to(device, dtype)
             self.params.append(nn.Parameter(memory))
-        self.host_grads = list(host_memory(model_weights, device))
-        self.device_grads: dict[int, torch.Tensor] = {}
+        self.host_grads = list(host_memory(model_weights, device))  # pinned, allocated once
+        self.device_grads: dict[int, torch.Tensor] = {}  # fp32 sums, without `offload_gradients`
         self.arrived: set[int] = set()  # indices of host_grads that hold a gradient
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.in_flight: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self.in_flight: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()  # (copy done, gradient kept alive)
         for index, copy in enumerate(model_weights):
             copy.register_post_accumulate_grad_hook(lambda copy, index=index: self.take_gradient(index, copy))
 
@@ -98,7 +98,7 @@ class HostMasters(Masters):
 
     def send_gradient(self, index: int, grad: torch.Tensor) -> None:
         """Add `grad` to the gradient in host memory, on a side stream."""
-        if self.stream:
+        if self.stream:  # backward has queued the kernels that compute `grad`, not finished them
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             total = grad.float()
@@ -126,7 +126,7 @@ class HostMasters(Masters):
         for index, grad in self.device_grads.items():
             self.host_grads[index].copy_(grad, non_blocking=True)
             self.arrived.add(index)
-        if self.stream:
+        if self.stream:  # the CPU optimizer reads them next
             torch.cuda.current_stream(self.device).synchronize()
         self.device_grads.clear()
         for index in self.arrived:

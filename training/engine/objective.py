@@ -47,15 +47,15 @@ def draw_timesteps(
     With `num_strata`, the global batch size, each sample of a batch draws from its own interval of the timesteps:
     still uniform per sample, but every update covers all noise levels.
     """
-    uniform = draw_uniform(seed, "timestep", sample_ids)
-    if num_strata:
+    uniform = draw_uniform(seed, "timestep", sample_ids)  # [B]
+    if num_strata:  # (k + u) / n is uniform over interval k of n
         uniform = (torch.tensor([stratum(seed, p, num_strata) for p in sample_ids]) + uniform) / num_strata
     return to_device((uniform * num_train_timesteps).long().clamp(max=num_train_timesteps - 1), device)
 
 
 def stratum(seed: int, sample_id: int, num_strata: int) -> int:
     """The interval of the timesteps that the sample at `sample_id` draws from: a new permutation per global batch."""
-    update, place = divmod(sample_id, num_strata)
+    update, place = divmod(sample_id, num_strata)  # which global batch, and where in it
     return int(torch.randperm(num_strata, generator=draw_generator(seed, "strata", update))[place])
 
 

@@ -164,7 +164,7 @@ def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]
 
     A low-bit state becomes its inner tensors, "<index>.<name>.<part>", and what is needed to wrap them again.
     """
-    tensors, values, wrapped, groups = {}, {}, {}, []
+    tensors, values, wrapped, groups = {}, {}, {}, []  # values: step counts and other plain numbers
     for index, entry in optimizer_state["state"].items():
         for name, value in state_items(entry):
             key = f"{index}.{name}"
@@ -177,6 +177,7 @@ def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]
             else:
                 tensors[key] = value
     for number, group in enumerate(optimizer_state["param_groups"]):
+        # torchao keeps the learning rate as a tensor in the group
         in_group = {name: value for name, value in group.items() if isinstance(value, torch.Tensor)}
         tensors |= {f"group{number}.{name}": value for name, value in in_group.items()}
         groups.append({name: value for name, value in group.items() if name not in in_group})

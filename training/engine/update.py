@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
-from engine.compose import Engine
 from engine.deepspeed_zero import ZeroOptimizer
+from engine.engines import Engine
 from engine.master_weights import HostMasters, group_by_bytes
 
 
@@ -170,6 +170,7 @@ def average_gradients(grads: list[torch.Tensor]) -> None:
         return
     for group in group_by_bytes(grads, REDUCE_BYTES):
         device = reduce_device(group[0])
+        # One flat tensor per group: one all-reduce instead of hundreds of small ones
         flat = torch.cat([grad.flatten().to(device, non_blocking=True) for grad in group])
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from base.errors import MemoryFullError
 
 
-NUM_SLOTS = 3  # blocks of weights on the GPU: the one in use, and two being prefetched
 ALIGNMENT = 256  # bytes; the same as CUDA's allocator guarantees, so kernels see no difference
 NO_OUTER_CHECKPOINT = "with streaming, checkpoints are inside of the blocks, not around them"
 
@@ -118,7 +117,7 @@ class WrappedBlock:
     """
 
     def __call__(self, *args, **kwargs):
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass: recompute around the block
             raise RuntimeError(f"a block was called in the backward pass: {NO_OUTER_CHECKPOINT}")
         index, techniques = self.wrapped
         run = super().__call__

@@ -175,6 +175,7 @@ class Nf4Linear(FrozenLinear):
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
         functional = import_bitsandbytes().functional
+        # compress_statistics: the absmax of a block is itself quantized to 8 bits, with a scale per 256 of them
         packed, state = functional.quantize_4bit(
             linear.weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
         )
@@ -193,7 +194,8 @@ class Nf4Linear(FrozenLinear):
     def unpack(dtype: torch.dtype, qweight, statistics, code, scale, mean, in_backward: bool = False) -> torch.Tensor:
         shape = (qweight.shape[0], 2 * qweight.shape[1])
         scales = scale.repeat_interleave(NF4_STATISTICS_BLOCK)[: len(statistics)]
-        absmax = code[statistics.int()] * scales + mean
+        absmax = code[statistics.int()] * scales + mean  # [N K / 64]
+        # The shape asked for differs in backward, so that the compiler does not see the same call twice
         asked = (1, shape[0] * shape[1]) if in_backward else shape
         weight = torch.ops.bitsandbytes.dequantize_4bit(qweight, absmax, NF4_BLOCK, "nf4", asked, dtype)
         return weight.view(shape)
@@ -249,7 +251,7 @@ class WeightOnlyProduct(torch.autograd.Function):
         ctx.save_for_backward(*stored)
         ctx.unpack, ctx.num_layers = unpack, num_layers
         biases, parts = by_layer(stored, num_layers)
-        weights = [unpack(x.dtype, *tensors) for tensors in parts]
+        weights = [unpack(x.dtype, *tensors) for tensors in parts]  # each [N, K]
         bias = None if biases[0] is None else join(biases)
         return F.linear(x, join(weights), bias)
 
@@ -285,7 +287,7 @@ class Fp8Products(torch.autograd.Function):
         x, *stored = inputs
         qweights, scales, biases = stored[0::3], stored[1::3], stored[2::3]
         ctx.save_for_backward(*qweights, *scales)
-        rows, row_scales = round_rows(x.flatten(0, -2))  # once for all layers
+        rows, row_scales = round_rows(x.flatten(0, -2))  # [M, K], [M, 1]: once for all layers
         return tuple(
             scaled_matmul(rows, row_scales, qweight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
             for qweight, scale, bias in zip(qweights, scales, biases, strict=True)
@@ -296,6 +298,7 @@ class Fp8Products(torch.autograd.Function):
         """One matmul for all layers: the weights' scales are folded into the gradients before those are rounded."""
         stored, num_layers = ctx.saved_tensors, len(grads)
         qweights, scales = stored[:num_layers], stored[num_layers:]
+        # [M, sum of N]: gradients of all layers side by side
         rows, row_scales = round_rows(*(grad.flatten(0, -2) * s.t() for grad, s in zip(grads, scales, strict=True)))
         # fp8 kernels need the second operand contiguous along the reduction, here N: a copy, 1 % of the matmul's time
         transposed = join(qweights).t().contiguous()  # [K, N]

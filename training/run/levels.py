@@ -35,25 +35,25 @@ def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lo
         logger.info("--memory auto: speed, since there is no GPU to run out of memory")
         level = "speed"
     elif level == "auto":
-        run = workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
-        level = fastest_level(run, *min_over_ranks(free_gpu_bytes(device), psutil.virtual_memory().available))
+        workload = make_workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
+        level = fastest_level(workload, *min_over_ranks(free_gpu_bytes(device), psutil.virtual_memory().available))
     STARTUP.mark("data")
     return level
 
 
-def fastest_level(run: Workload, gpu_bytes: float, host_bytes: float) -> str:
+def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> str:
     """The level for --memory auto; logs the estimates that it was chosen by."""
-    level = fastest_that_fits(run, gpu_bytes, host_bytes)
+    level = fastest_that_fits(workload, gpu_bytes, host_bytes)
     if level is None:
-        name, needed = nearest_level(run, gpu_bytes, host_bytes)
-        more = "" if run.is_lora else ", or --use_cpu_offload_optimizer --offload_gradients, or train a LoRA"
+        name, needed = nearest_level(workload, gpu_bytes, host_bytes)
+        more = "" if workload.is_lora else ", or --use_cpu_offload_optimizer --offload_gradients, or train a LoRA"
         raise UsageError(
             f"--memory auto: no level fits the {gpu_bytes / GIB:.1f} GiB that are free on the GPU and the "
             f"{host_bytes / GIB:.1f} GiB of host memory; the closest, {name}, takes {needed.reserved / GIB:.1f} and "
             f"{needed.host / GIB:.1f}; give smaller --frame_buckets, --height_buckets and --width_buckets or "
             f"--train_batch_size 1{more}"
         )
-    logger.info("memory by level, estimated:\n%s", table(run, gpu_bytes, host_bytes))
+    logger.info("memory by level, estimated:\n%s", table(workload, gpu_bytes, host_bytes))
     logger.info("--memory auto: %s", level)
     return level
 
@@ -70,9 +70,9 @@ def print_plan(args, model, is_lora: bool) -> None:
     dataset = build_dataset_from_args(args, model, args.seed or 0)
     dtype = PRECISIONS[args.mixed_precision or "bf16"]
     stored = model.stored_dtype if model.has_weights else torch.bfloat16  # as almost all on the hub are
-    run = workload(args, model, stored, dataset.clip_buckets, dtype, is_lora)
+    workload = make_workload(args, model, stored, dataset.clip_buckets, dtype, is_lora)
     free = free_gpu_bytes(device) if device.type == "cuda" else None
-    lines = [table(run, free, psutil.virtual_memory().available)]
+    lines = [table(workload, free, psutil.virtual_memory().available)]
     if not args.load_tensors:
         lines.append(disk_line(args.output_dir, model.text_shape, dataset.prompts, dtype))
     print_to_pipe("\n".join(lines))
@@ -91,7 +91,7 @@ def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], 
     )
 
 
-def workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype, is_lora: bool) -> Workload:
+def make_workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype, is_lora: bool) -> Workload:
     """What the memory formula needs to know about a run whose weights are `stored` in one dtype and compute in
     `dtype`.
     """

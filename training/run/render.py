@@ -21,7 +21,7 @@ from attention.kernels import sage_attention
 from base.bars import LOG_SECONDS, with_progress
 from base.errors import named_line
 from base.files import write_text
-from base.levels import HOST_LEVELS
+from base.memory_levels import HOST_LEVELS
 from data.artifacts import write_video
 from data.buckets import Bucket
 from engine.objective import draw_generator

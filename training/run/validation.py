@@ -28,6 +28,7 @@ from run.tracking import log_values, log_videos
 
 logger = logging.getLogger(__name__)
 
+CUT_SHORT = "ended by"  # a signal
 FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # limits for downloading an image
 
 
@@ -177,7 +178,7 @@ def attempt(work: Callable) -> tuple:
         with INTERRUPTION.interruptible():
             if INTERRUPTION.reason is None:
                 return work(), ""
-        return None, f"ended by {INTERRUPTION.reason}"
+        return None, f"{CUT_SHORT} {INTERRUPTION.reason}"
     except Exception as error:  # noqa: BLE001 - of models, codecs or disks; warn_of names it
         return None, named_line(error)
 
@@ -186,7 +187,9 @@ def warn_of(step: int, what: str, problems: list[str]) -> None:
     """One line for all ranks; only the main process shows it."""
     named = [f"{problem} (process {rank})" if rank else problem for rank, problem in enumerate(problems) if problem]
     if named:
-        logger.warning("step %d: %s failed, training continues: %s", step, what, "; ".join(named))
+        is_cut = any(CUT_SHORT in problem for problem in named)  # then training is about to stop, too
+        outcome = "incomplete" if is_cut else "failed, training continues"
+        logger.warning("step %d: %s %s: %s", step, what, outcome, "; ".join(named))
 
 
 def log_held_out(accelerator, meter: StepMeter, step: int, losses: dict) -> None:

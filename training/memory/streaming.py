@@ -20,7 +20,6 @@ from torch import nn
 from base.errors import UsageError
 from base.ranks import all_gather_objects
 from memory.host import (
-    NUM_SLOTS,
     TransferStream,
     after_backward,
     aligned,
@@ -33,6 +32,8 @@ from memory.host import (
 
 
 logger = logging.getLogger(__name__)
+
+NUM_SLOTS = 3  # blocks of weights on the GPU: the one in use, and two being prefetched
 
 
 class WeightRing:
@@ -50,6 +51,7 @@ class WeightRing:
         size = max(buffer.nbytes for buffer in self.host)
         num_slots = min(num_slots, len(blocks))
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+        # Each tensor at both places, made once: a pass only swaps `.data` between them
         self.host_views = [[tensor.data for tensor in tensors] for tensors in self.tensors]
         self.slot_views = [
             [
@@ -59,8 +61,8 @@ class WeightRing:
             for index, (tensors, buffer) in enumerate(zip(self.tensors, self.host, strict=True))
         ]
         self.holds: list[int | None] = [None] * num_slots  # index of the block that is there or in flight
-        self.free = [self.copies.mark() for _ in self.slots]
-        self.ready = list(self.free)
+        self.free = [self.copies.mark() for _ in self.slots]  # events: the slot's block has been computed
+        self.ready = list(self.free)  # events: the slot's copy is done
         self.inside: int | None = None  # the block whose tensors are on the GPU
 
     def forward(self, index: int, call: Callable, *args, **kwargs):
@@ -69,7 +71,7 @@ class WeightRing:
             outputs = call(*args, **kwargs)
         finally:
             self.leave()
-        following = index + len(self.slots)
+        following = index + len(self.slots)  # the next block for the slot that was just freed
         if following < len(self.host):
             self.fetch(following)
         elif not torch.is_grad_enabled():  # the next pass is a forward; a backward starts with the blocks in the slots
@@ -143,7 +145,7 @@ def streamed_tensors(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor
 
 def apply_except_streamed(block: nn.Module, streamed: list, function: Callable, recurse: bool = True) -> nn.Module:
     """nn.Module._apply, which `.to()` and the like call, on all but the streamed tensors."""
-    for owner, name, _ in streamed:
+    for owner, name, _ in streamed:  # _apply skips None
         owner[name] = None
     try:
         return type(block)._apply(block, function, recurse)
@@ -222,6 +224,7 @@ def load_blocks(
         os.close(file)  # the memory lives as long as a process has it mapped
     for (owner, name, tensor), view in zip(places, views, strict=True):
         owner[name] = nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+    # Every rank checks keys and shapes, which reads headers only; one of them copies the weights
     wanted = {f"{prefix}{name}": tensor for name, tensor in [*blocks.named_parameters(), *blocks.named_buffers()]}
     for path in files:
         with safe_open(path, framework="pt") as weights:

@@ -84,6 +84,7 @@ def time_kernels(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """({kernel: milliseconds for forward and backward}, {kernel: why it was left out})."""
     inputs, reference, times, left_out = make_inputs(shape, dtype, device), None, {}, {}
+    # This pass also compiles and warms up each kernel, so that the timings below do not include it
     for name in names:
         results = try_kernel(name, inputs)
         if isinstance(results, str):
