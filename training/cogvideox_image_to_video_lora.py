@@ -146,8 +146,7 @@ def main(args) -> None:
 
 
 def encode_batch(args, model, vae, embeds: dict, batch: dict, seed: int, sample_ids: list) -> tuple[torch.Tensor, ...]:
-    """(latents [B, F, C, H, W], prompt_embeds [B, S, D], image_latents [B, 1, C, H, W]) of prepared moments or of
-    pixels.
+    """(latents [B, F, C, H, W], prompt_embeds [B, S, D], image_latents [B, 1, C, H, W]) of prepared moments or pixels.
 
     The first frame gets noise before the VAE; prepared data holds several such variants of it.
     """

@@ -144,7 +144,7 @@ def main(args) -> None:
 def encode_batch(
     model, vae, embeds: dict, batch: dict, seed: int, sample_ids: list
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [B, F, C, H, W], prompt_embeds [B, S, D]) of prepared moments or of pixels."""
+    """(latents [B, F, C, H, W], prompt_embeds [B, S, D]) of prepared moments or pixels."""
     if "moments" in batch:
         moments, prompt_embeds = batch["moments"], batch["prompt_embeds"]
     else:

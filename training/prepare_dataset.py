@@ -180,8 +180,7 @@ def hash_models(args, model_dir: Path, hashes: HashCache) -> ModelIdentity:
 
 
 def make_plan(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, list, list, list]:
-    """(items of the clips, of the empty prompt, files kept from an earlier version, a line for each clip that is left
-    out).
+    """(items of the clips, of the empty prompt, files kept from an earlier version, a line for each clip left out).
 
     The work to do, from everything that determines it.
     """

@@ -78,8 +78,8 @@ def written_folder(target: Path):
 
 
 def hashes_for_manifest(path: Path) -> dict | None:
-    """Where the writer of `path` leaves its hash, by `file_identity`, so that it is not read again; None: no
-    manifest needs it.
+    """Where the writer of `path` leaves its hash, by `file_identity`, to save a second read; None: no manifest needs
+    it.
     """
     return next((hashes for folder, hashes in noted.items() if folder in path.parents), None)
 
@@ -249,8 +249,7 @@ def written_beside(path: Path, durable: bool = False):
 
 
 def write_shared(path: Path, text: str) -> None:
-    """Write into a folder that processes share without a lock, such as the user's cache: of concurrent writers one
-    wins.
+    """Write into a folder shared without a lock, such as the user's cache: of concurrent writers one wins.
 
     Raises only OSError.
     """

@@ -101,8 +101,7 @@ def check_task(model: str, transformer_config, image_to_video: bool) -> None:
 
 
 def check_sizes(transformer_config, buckets, drop_learned_positions: bool = False) -> None:
-    """Refuse sizes that do not fit the transformer's learned positions (5b-I2V); warn of frame counts that the
-    pipelines change.
+    """Refuse sizes that do not fit learned positions (5b-I2V); warn of frame counts that the pipelines change.
 
     `buckets` are (frames, height, width) in pixels.
     """

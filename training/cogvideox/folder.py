@@ -29,9 +29,7 @@ SETTINGS_SUFFIXES = {".json", ".model", ".txt"}
 
 
 def resolve_model_dir(model: str, components: list[str], revision: str | None = None, cache_dir: str | None = None):
-    """The local folder of `model`, a folder or a hub id, with `components` (subfolders or files); downloads only
-    these.
-    """
+    """The local folder of `model`, a folder or hub id; downloads only `components`, which are subfolders or files."""
     model_dir = Path(model)
     if not model_dir.is_dir():
         model_dir = download_model(model, components, revision, cache_dir)

@@ -21,8 +21,8 @@ def latent_shape(moments: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: VaeConfig) -> torch.Tensor:
-    """Sample scaled fp32 latents [B, F, C, H, W] from moments [B, 2C, F, H, W] and standard normal noise of the
-    result's shape.
+    """Sample scaled fp32 latents [B, F, C, H, W] from moments [B, 2C, F, H, W]; `noise` is standard normal [B, F, C,
+    H, W].
 
     Video latents are always multiplied by scaling_factor, even with invert_scale_latents: that applies to image
     latents only (CogVideoXPipeline.decode_latents).
@@ -87,8 +87,8 @@ def rotary_grid(
     base: tuple[int, int],
     device: torch.device,
 ):
-    """As in CogVideoXPipeline._prepare_rotary_positional_embeddings: 1.0 stretches the base grid to other sizes, 1.5
-    takes a slice of it.
+    """CogVideoXPipeline._prepare_rotary_positional_embeddings: 1.0 stretches the base grid to other sizes, 1.5 slices
+    it.
 
     Grids are (height, width) in patches.
     """

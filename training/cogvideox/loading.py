@@ -56,9 +56,7 @@ def load_transformer_from_args(args, weights: WeightFiles, dtype: torch.dtype, l
 
 
 def load_whole(model_class, folder: Path, dtype: torch.dtype, **options):
-    """`model_class.from_pretrained`, with UsageError for missing weights: the libraries only warn and draw them at
-    random.
-    """
+    """`from_pretrained`, but missing weights are a UsageError: the libraries only warn and draw them at random."""
     model, loading = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     if loading["missing_keys"]:
         raise UsageError(f"{folder}: lacks {min(loading['missing_keys'])}; download the model again")

@@ -113,8 +113,7 @@ def open_from_args(args, image_to_video: bool) -> Model:
 
 
 def check_sizes_from_args(args, model: Model, buckets: list, sample_size: tuple | None = None) -> None:
-    """Refuse sizes of clips and validation videos that the model cannot take; warn of frame counts it was not made
-    for.
+    """Refuse sizes of clips and validation videos that the model cannot take; warn of unusual frame counts.
 
     Sizes are (frames, height, width) in pixels.
     """

@@ -142,8 +142,7 @@ def refuse_later_step(checkpoint: Path, step: int, num_steps: int) -> None:
 
 
 def newest_whole(output_dir: Path) -> Path | None:
-    """The newest intact checkpoint, with a warning for each newer one that is damaged; None if there are no
-    checkpoints.
+    """The newest intact checkpoint, with a warning for each newer one that is damaged; None if there are none at all.
 
     Raises UsageError if all are damaged: only the user may decide to start over.
     """

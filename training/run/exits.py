@@ -57,8 +57,7 @@ def stop_is_due(run, step: int) -> bool:
 
 @contextlib.contextmanager
 def explained_oom(args, device: torch.device, buckets: Sequence[Bucket], level: str | None, is_lora: bool):
-    """Turn an out-of-memory error in the body into one line: peak, largest batch, and the flags that would make it
-    fit.
+    """Turn an out-of-memory error in the body into one line: peak, largest batch, and flags that would make it fit.
 
     `level`: the memory level in use, also if --memory auto chose it.
     """

@@ -85,9 +85,7 @@ def export_kohya(lora_path: Path, target: Path) -> None:
 
 
 def export_up_down(lora_path: Path, target: Path, name_of: Callable[[str], str]) -> None:
-    """Write up, down and alpha per module. alpha is the rank: strength 1.0 is as trained, in readers with and without
-    it.
-    """
+    """Write up, down and alpha per module. alpha is the rank, so strength 1.0 is as trained in every reader."""
     layers, inference_notes, recorded = read_layers(lora_path)
     tensors = {}
     for module, layer in layers.items():

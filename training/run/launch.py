@@ -92,9 +92,7 @@ def open_run(args) -> Run:
 
 
 def init_accelerator(args) -> Accelerator:
-    """Processes and device. accelerate's precision stays "no": prepare() and autocast are not used, see
-    `compute_dtype`.
-    """
+    """Processes and device. accelerate's precision stays "no", its autocast unused: see `compute_dtype`."""
     STARTUP.begin(launch_time())
     STARTUP.mark("imports")
     log_to_stderr()

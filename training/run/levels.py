@@ -92,9 +92,7 @@ def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], 
 
 
 def make_workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype, is_lora: bool) -> Workload:
-    """What the memory formula needs to know about a run whose weights are `stored` in one dtype and compute in
-    `dtype`.
-    """
+    """What the memory formula needs to know about a run with weights `stored` in one dtype and compute in `dtype`."""
     transformer = model.empty_transformer()
     config = transformer.config
     blocks, deepspeed = transformer.transformer_blocks, uses_deepspeed()

@@ -142,9 +142,7 @@ class StepMeter:
             yield batch
 
     def copied(self) -> None:
-        """Call it once batch and draws are on the device and encoded: copy_seconds runs from the batch's arrival to
-        here.
-        """
+        """Batch and draws are on the device, encoded: copy_seconds runs from the batch's arrival to this call."""
         self.transfers.append((self.arrived, now(self.device)))
 
     def add(self, loss: torch.Tensor, losses: torch.Tensor, samples: list[int]) -> None:
@@ -169,9 +167,7 @@ class StepMeter:
             self.log_startup(step)
 
     def flush(self) -> None:
-        """Wait for the pending updates and write their lines, then report bad ones; too many in a row are a
-        NumbersError.
-        """
+        """Wait for the pending updates, write their lines, report bad ones; NumbersError if too many came in a row."""
         if not self.unwritten:
             return
         made, self.unwritten = self.unwritten, []

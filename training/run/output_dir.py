@@ -201,9 +201,7 @@ def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> 
 
 
 def recorded_content(output_dir: Path) -> dict:
-    """Content hashes in args.json. Of earlier versions: the data's, from a checkpoint, and None for an unused
-    --init_lora.
-    """
+    """Content hashes in args.json. Earlier versions: the data's from a checkpoint, None for an unused --init_lora."""
     record = read_record(output_dir)
     if "content" in record:
         return record["content"]

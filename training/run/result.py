@@ -34,7 +34,7 @@ LOG_ABOVE_BYTES = 2**30  # smaller results take under a second to write: not log
 
 
 def rehearse(args, run, engine, first_step: int, num_steps: int) -> None:
-    """Before the first step, on the main process: check the disk space, and that checkpoints and the result can be
+    """Before the first step, on the main process: check disk space, and that checkpoints and the result can be
     written.
     """
     forget_undo()
