@@ -144,7 +144,7 @@ class Unread(TorchDispatchMode):
 
 
 def between_logs(monkeypatch, guard):
-    """`guard` holds from the end of the first update, which is told of, to that of the sixth: steps 2 to 6, whole."""
+    """`guard` is active from the end of the first update, which is logged, to the end of the sixth: for all of steps 2 to 6."""
     calls, stop_is_due = [], exits.stop_is_due
 
     def watched(*arguments):
