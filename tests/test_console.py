@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import runpy
+import select
 import struct
 import subprocess
 import sys
@@ -297,11 +298,13 @@ def test_the_hubs_bar_speaks_of_downloads_alone(caplog):
 def terminal():
     """stderr is a terminal within; a function that returns its lines, as they end up there."""
     reader, writer = os.openpty()
-    os.set_blocking(reader, False)
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
 
     def shown():
-        lines = os.read(reader, 1 << 16).decode().replace("\r\n", "\n").split("\n")
+        content = b""
+        while select.select([reader], [], [], 0.1)[0]:  # what was written arrives piece by piece
+            content += os.read(reader, 1 << 16)
+        lines = content.decode().replace("\r\n", "\n").split("\n")
         return [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in lines]
 
     with open(writer, "w", buffering=1) as stream, contextlib.redirect_stderr(stream):

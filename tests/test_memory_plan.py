@@ -290,7 +290,7 @@ def test_plan_prints_and_ends_before_anything_is_loaded_or_written(task, tiny, t
 def test_auto_on_a_cpu_keeps_everything(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     assert choose(monkeypatch, 0, host_gib=1, device=CPU) == "speed"
-    assert "--memory auto: speed, as there is no GPU" in caplog.text
+    assert "--memory auto: speed, since there is no GPU" in caplog.text
 
 
 def test_auto_trains_what_a_run_without_trains_and_another_level_goes_on_with_it(tiny, tmp_path):
