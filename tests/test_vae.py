@@ -1,0 +1,119 @@
+"""The walk through the VAE's weights in slabs computes what the stock VAE does on whole frames."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+from cogvideox import vae as vae_walk
+
+
+BLOCKS = 4
+TINY = {
+    "block_out_channels": (8, 16, 16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "down_block_types": ("CogVideoXDownBlock3D",) * BLOCKS,
+    "up_block_types": ("CogVideoXUpBlock3D",) * BLOCKS,
+}
+
+
+def make_vae(**more):
+    """A tiny VAE whose norms and biases are random too: what is left out shows."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(**{**TINY, **more}).eval().requires_grad_(False)
+    for name, param in vae.named_parameters():
+        if param.ndim == 1:
+            torch.nn.init.normal_(param, 1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
+    return vae
+
+
+def error(result, exact):
+    """The largest one, in standard deviations of `exact`."""
+    assert result.shape == exact.shape
+    return float((result - exact).abs().max() / exact.std())
+
+
+def slabs(monkeypatch, number):
+    def cut(height, width, channels):
+        edges = sorted({i * height // number for i in range(number + 1)})
+        return list(zip(edges, edges[1:], strict=False))
+
+    monkeypatch.setattr(vae_walk, "slabs_of", cut)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return make_vae()
+
+
+@torch.no_grad()
+def encode_error(vae, frames, height, width, batch=1):
+    pixels = torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return error(vae_walk.encode(vae, pixels), vae.encode(pixels).latent_dist.parameters)
+
+
+@torch.no_grad()
+def decode_error(vae, frames, height, width, batch=1):
+    latents = torch.randn(batch, vae.config.latent_channels, frames, height, width)
+    return error(vae_walk.decode(vae, latents), vae.decode(latents).sample)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_slabs_are_the_stock_function(vae, monkeypatch, number):
+    slabs(monkeypatch, number)
+    assert encode_error(vae, 17, 48, 40) < 1e-5
+    assert decode_error(vae, 5, 6, 5) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 7, 8, 9, 11, 12, 13, 16, 17, 24, 25, 33, 48, 49])
+def test_any_number_of_frames(vae, monkeypatch, frames):
+    slabs(monkeypatch, 2)
+    assert encode_error(vae, frames, 16, 24) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7, 12, 13])
+def test_any_number_of_latent_frames(vae, monkeypatch, frames):
+    slabs(monkeypatch, 2)
+    assert decode_error(vae, frames, 2, 3) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(41, 51), (45, 90), (16, 17), (15, 8), (31, 24)])
+def test_odd_sizes(vae, monkeypatch, size):
+    slabs(monkeypatch, 3)
+    assert encode_error(vae, 9, *size) < 1e-5
+    assert decode_error(vae, 3, size[0] // 8, size[1] // 8) < 1e-5
+
+
+def test_a_batch_of_videos(vae):
+    assert encode_error(vae, 9, 16, 16, batch=3) < 1e-5
+    assert decode_error(vae, 3, 2, 2, batch=3) < 1e-5
+
+
+def test_other_batches_of_frames(monkeypatch):
+    vae = make_vae()
+    vae.num_sample_frames_batch_size, vae.num_latent_frames_batch_size = 4, 1
+    assert encode_error(vae, 13, 16, 16) < 1e-5  # one frame a pass at the latents' size
+    assert decode_error(vae, 4, 2, 2) < 1e-5
+
+
+def relative(result, exact):
+    return float((result.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [1, 3])
+def test_bf16_is_as_near_to_fp32_as_the_stock_module(monkeypatch, number):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    slabs(monkeypatch, number)
+    vae = make_vae(block_out_channels=(32, 64, 64, 128), latent_channels=16).to("cuda", torch.bfloat16)
+    pixels = torch.rand(1, 3, 17, 96, 160, device="cuda", dtype=torch.bfloat16) * 2 - 1
+    latents = torch.randn(1, 16, 5, 12, 20, device="cuda", dtype=torch.bfloat16)
+    ours = vae_walk.encode(vae, pixels), vae_walk.decode(vae, latents)
+    with torch.no_grad():
+        stock = vae.encode(pixels).latent_dist.parameters, vae.decode(latents).sample
+        exact = vae.float().encode(pixels.float()).latent_dist.parameters, vae.decode(latents.float()).sample
+    for result, usual, truth in zip(ours, stock, exact, strict=True):
+        assert relative(result, truth) <= relative(usual, truth)
+    assert relative(vae_walk.encode(vae, pixels.float()), exact[0]) < 1e-5
+    assert relative(vae_walk.decode(vae, latents.float()), exact[1]) < 1e-5
