@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Turn videos and captions into what training reads: VAE moments and prompt embeddings.
+# Encode videos and captions for training: VAE moments and prompt embeddings.
 #
 #   DATA_ROOT=video-dataset-disney CAPTION_COLUMN=prompt.txt ./prepare_dataset.sh
 #   MODEL=zai-org/CogVideoX-5b-I2V IMAGE_LATENTS=true DATA_ROOT=clips ./prepare_dataset.sh
 #   DATA_ROOT=videos DATASET_FILE=videos/metadata.csv CAPTION_COLUMN=caption VIDEO_COLUMN=path ./prepare_dataset.sh
 #
-# Set the settings below in the environment or here. Arguments of this file end the command. Run again, it does only
-# what is missing. Exit code: that of training/prepare_dataset.py, 65 when clips were left out.
+# Set the settings below in the environment or here. Arguments of this script are appended to the command. When run
+# again, it makes only what is missing. Exit code: that of training/prepare_dataset.py, 65 if clips were left out.
 
-# -f: lists of sizes are split at white space, never taken for file patterns.
+# -f: lists of sizes are split at white space, without globbing.
 set -euf -o pipefail
 here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ---------------------------------------------------------------- settings: clips, sizes
 
 MODEL="${MODEL:-zai-org/CogVideoX-5b}"  # hub id or folder: the model that will be trained
-DATA_ROOT="${DATA_ROOT:-}"              # folder of the two text files and the videos
+DATA_ROOT="${DATA_ROOT:-}"              # folder with the two text files and the videos
 CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
 VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-}"          # DATA_ROOT of the training wrapper; empty: <DATA_ROOT>-prepared
 
-# Every clip goes to the nearest size. CogVideoX 1.0 was trained at 480x720 with 49 frames, 1.5 at 768x1360 with 81.
+# Clips are resized to the nearest size. CogVideoX 1.0 was trained at 480x720 with 49 frames, 1.5 at 768x1360 with 81.
 # Several values: "480 720" or (480 720).
 HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
 WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
@@ -33,7 +33,7 @@ DTYPE="${DTYPE:-bf16}"                          # fp32 on a CPU
 
 # ---------------------------------------------------------------- settings: the rest
 
-DATASET_FILE="${DATASET_FILE:-}"         # a CSV in place of the two text files, with the columns above
+DATASET_FILE="${DATASET_FILE:-}"         # a CSV instead of the two text files, with the columns above
 ID_TOKEN="${ID_TOKEN:-}"                 # put in front of every caption
 IMAGE_LATENTS="${IMAGE_LATENTS:-false}"  # true: encode noised first frames too, for image-to-video
 NUM_WORKERS="${NUM_WORKERS:-2}"          # processes that decode videos
@@ -44,7 +44,7 @@ DRY_RUN="${DRY_RUN:-0}"                  # 1 prints the command and does not run
 
 describe_run() {
     output_dir="$OUTPUT_ROOT"
-    # Unquoted: several sizes are several arguments.
+    # Unquoted: one argument per size.
     # shellcheck disable=SC2206
     command+=(
         "$here/training/prepare_dataset.py"
@@ -87,7 +87,7 @@ OUTPUT_ROOT="${OUTPUT_ROOT:-${DATA_ROOT%/}-prepared}"
 [[ ! -e $OUTPUT_ROOT || -d $OUTPUT_ROOT ]] || refuse "OUTPUT_ROOT: $OUTPUT_ROOT is a file; give a folder"
 
 read_gpus
-if [[ -n ${NUM_GPUS-} ]]; then  # the original's wrapper counts GPUs, from 0 on
+if [[ -n ${NUM_GPUS-} ]]; then  # the original's setting: a number of GPUs, counted from 0
     [[ $NUM_GPUS =~ ^[1-9][0-9]*$ ]] || refuse "NUM_GPUS is a number of GPUs, not $NUM_GPUS"
     [[ $GPU_IDS != 0 ]] || GPU_IDS="$(seq 0 $((NUM_GPUS - 1)))"
     read_gpus

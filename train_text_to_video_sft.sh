@@ -1,34 +1,35 @@
 #!/usr/bin/env bash
-# Fine-tune every weight of a text-to-video model (SFT): one run for every combination of the swept settings.
+# Fine-tune every weight of a text-to-video model (SFT): one run per combination of the swept settings.
 #
 #   MODEL=zai-org/CogVideoX-2b DATA_ROOT=clips OUTPUT_ROOT=clips-prepared ./prepare_dataset.sh
 #   DATA_ROOT=clips-prepared ./train_text_to_video_sft.sh
 #   DATA_ROOT=clips-prepared LEARNING_RATES="1e-5 5e-6" DRY_RUN=1 ./train_text_to_video_sft.sh
 #   DATA_ROOT=clips-prepared ./train_text_to_video_sft.sh --checkpoints_total_limit 1
 #
-# Data belongs to the model that prepared it: another MODEL has another folder.
+# Prepared data belongs to one model: use a different folder for another MODEL.
 #
-# Hardware: fp32 weights, gradients and Adam's states and the bf16 copy take 28 GiB of GPU memory for CogVideoX-2b,
-# activations come on top. For a 5b model they take 93 GiB: a GPU without that much free refuses it in one line.
-# --use_cpu_offload_optimizer --offload_gradients keeps most of it in host memory: from prepared data of 49x480x720 at
-# batch 1, 2b then trains in 10.4 GiB of GPU and 35 GiB of host memory, 5b in 18.5 and 99 GiB, at 8 s a step on an H100.
+# Hardware: fp32 weights, gradients, Adam states and the bf16 copy take 28 GiB of GPU memory for CogVideoX-2b, plus
+# activations. For a 5b model they take 93 GiB: with less free, the script exits with one line.
+# --use_cpu_offload_optimizer --offload_gradients keeps most of it in host memory: with prepared data of 49x480x720 at
+# batch 1, 2b then trains in 10.4 GiB of GPU and 35 GiB of host memory, 5b in 18.5 and 99 GiB, at 8 s per step on an
+# H100.
 # A checkpoint of CogVideoX-2b takes 22 GiB of disk, the result 3.2 GiB.
 #
-# Set the settings below in the environment or here. Arguments of this file end every training command, where they
-# win: --use_8bit, --push_to_hub, --checkpoints_total_limit 2.
-# Exit code: 0, or that of the first run that failed, or 75 after an interruption.
+# Set the settings below in the environment or here. Arguments of this script are appended to every training command
+# and override its flags: --use_8bit, --push_to_hub, --checkpoints_total_limit 2.
+# Exit code: 0, that of the first failed run, or 75 after an interruption.
 
-# -f: lists are split at white space, never taken for file patterns.
+# -f: lists are split at white space, without globbing.
 set -euf -o pipefail
 here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ---------------------------------------------------------------- settings: data, sweep, GPUs
 
 DATA_ROOT="${DATA_ROOT:-}"                       # what prepare_dataset.sh wrote, or a folder of videos
-CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"  # of a folder of videos; prepared data keeps its names
+CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"  # only for a folder of videos
 VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
 
-# Swept: several values, "1e-4 1e-3" or ("1e-4" "1e-3"), are several runs.
+# Swept: one run per value, given as "1e-4 1e-3" or ("1e-4" "1e-3").
 LEARNING_RATES="${LEARNING_RATES:-1e-5}"
 LR_SCHEDULES="${LR_SCHEDULES:-cosine_with_restarts}"
 OPTIMIZERS="${OPTIMIZERS:-adamw}"
@@ -40,32 +41,33 @@ ACCELERATE_CONFIG_FILE="${ACCELERATE_CONFIG_FILE:-$here/accelerate_configs/uncom
 # ---------------------------------------------------------------- settings: model, training
 
 MODEL="${MODEL:-zai-org/CogVideoX-2b}"  # hub id or folder
-# true: prepared data; false: videos, encoded in every step; auto: whichever of the two DATA_ROOT holds
+# true: prepared data; false: videos, encoded in every step; auto: whichever DATA_ROOT holds
 LOAD_TENSORS="${LOAD_TENSORS:-auto}"
-OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # every run gets a folder in it
-ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the one given to prepare_dataset.sh
+OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # each run gets its own folder in it
+ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the same as for prepare_dataset.sh
 
-MIXED_PRECISION="${MIXED_PRECISION:-bf16}"  # no on a CPU
-# speed, balanced, auto (the faster that fits) or plan (say what they take); empty: checkpoints alone, the least memory
+MIXED_PRECISION="${MIXED_PRECISION:-bf16}"  # "no" on a CPU
+# speed, balanced, auto (the faster that fits) or plan (print what each takes); empty: gradient checkpointing only, the
+# least memory
 MEMORY="${MEMORY-}"
 LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
 TEXT_DROPOUT="${TEXT_DROPOUT:-0.1}"
 CHECKPOINTING_STEPS="${CHECKPOINTING_STEPS:-1000}"
 SEED="${SEED:-42}"
-NUM_WORKERS="${NUM_WORKERS:-2}"             # processes that read data
+NUM_WORKERS="${NUM_WORKERS:-2}"             # data loader processes
 
-# Videos rendered before the first step, at every interval and at the end; none without a prompt. Several are an array,
-# or a text with ::: between them. One with a quote or a dollar sign, written here, goes between single quotes.
+# Validation videos, rendered before the first step, at every interval and at the end; none without a prompt. Several
+# prompts: an array, or one string with ::: between them. Put a prompt with quotes or dollar signs in single quotes.
 VALIDATION_PROMPT="${VALIDATION_PROMPT:-}"
 VALIDATION_EPOCHS="${VALIDATION_EPOCHS:-10}"         # epochs between validations
-VALIDATION_STEPS="${VALIDATION_STEPS:-}"             # updates between them, in place of epochs
-NUM_VALIDATION_VIDEOS="${NUM_VALIDATION_VIDEOS:-1}"  # of every prompt
+VALIDATION_STEPS="${VALIDATION_STEPS:-}"             # updates between validations, instead of epochs
+NUM_VALIDATION_VIDEOS="${NUM_VALIDATION_VIDEOS:-1}"  # per prompt
 
-REPORT_TO="${REPORT_TO:-}"        # wandb, tensorboard, trackio or all; empty: metrics.jsonl alone
-TRACKER_NAME="${TRACKER_NAME:-}"  # project at the tracker; empty: the name of the task
+REPORT_TO="${REPORT_TO:-}"        # wandb, tensorboard, trackio or all; empty: metrics.jsonl only
+TRACKER_NAME="${TRACKER_NAME:-}"  # the tracker's project; empty: the task's name
 
-# Of a folder of videos; prepared data keeps the sizes it was prepared with.
-DATASET_FILE="${DATASET_FILE:-}"  # a CSV in place of the two text files
+# Only for a folder of videos; prepared data keeps its sizes.
+DATASET_FILE="${DATASET_FILE:-}"  # a CSV instead of the two text files
 HEIGHT_BUCKETS="${HEIGHT_BUCKETS:-480}"
 WIDTH_BUCKETS="${WIDTH_BUCKETS:-720}"
 FRAME_BUCKETS="${FRAME_BUCKETS:-49}"
@@ -73,15 +75,15 @@ MAX_NUM_FRAMES="${MAX_NUM_FRAMES:-49}"
 
 DRY_RUN="${DRY_RUN:-0}"  # 1 prints the commands and runs none
 
-# export TORCH_LOGS="+dynamo,recompiles,graph_breaks"  # say why torch.compile compiles again or splits a graph
+# export TORCH_LOGS="+dynamo,recompiles,graph_breaks"  # log why torch.compile recompiles or breaks a graph
 # export TORCHDYNAMO_VERBOSE=1                # longer errors from torch.compile
-# export WANDB_MODE=offline                   # keep Weights & Biases' records on this machine; `wandb sync` sends them
-# export NCCL_P2P_DISABLE=1                   # GPUs exchange through host memory: where direct access hangs or fails
-# export TORCH_NCCL_ENABLE_MONITORING=0       # no watchdog that ends the process when a collective takes too long
+# export WANDB_MODE=offline                   # keep Weights & Biases runs on this machine; upload with `wandb sync`
+# export NCCL_P2P_DISABLE=1                   # GPUs communicate through host memory, if peer access hangs or fails
+# export TORCH_NCCL_ENABLE_MONITORING=0       # no watchdog that kills the process if a collective takes too long
 
 # ---------------------------------------------------------------- command
 
-describe_run() {  # called for every combination of the swept settings
+describe_run() {  # called once per combination of the swept settings
     local learning_rate="$1" lr_schedule="$2" optimizer="$3" steps="$4"
     output_dir="$OUTPUT_ROOT/cogvideox-sft__optimizer_${optimizer}__steps_${steps}"
     output_dir+="__lr-schedule_${lr_schedule}__learning-rate_${learning_rate}"
@@ -124,7 +126,7 @@ describe_run() {  # called for every combination of the swept settings
     if [[ $LOAD_TENSORS == true ]]; then
         command+=(--load_tensors)
     else
-        # Unquoted: several sizes are several arguments.
+        # Unquoted: one argument per size.
         # shellcheck disable=SC2206
         command+=(--height_buckets $HEIGHT_BUCKETS --width_buckets $WIDTH_BUCKETS --frame_buckets $FRAME_BUCKETS)
         command+=(--max_num_frames "$MAX_NUM_FRAMES")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Measure training runs side by side, one row of a CSV each: time, memory, model FLOP utilisation, versions, card.
+"""Benchmark training runs, one CSV row per run: time, memory, model FLOP utilization, versions, GPU.
 
     python benchmarks/bench.py 5b-reference 5b-balanced 5b-balanced+fp8@fa4 2b-speed+batch4
     python benchmarks/bench.py 5b-stream+validated+cap5.5
 
-A row is MODEL-LEVEL with additions, in the tables at the top of this file. Each is a script in a process of its own under
-step_time.py, on a model of the real size with random weights and on random prepared data, made in the work folder once.
-Rows that the CSV has for this card are left out. A row that fails is named, with the last line of its log, and is not
-in the CSV; the others go on, and the exit code is 1.
+A row is MODEL-LEVEL plus additions, see the tables at the top of this file. Each runs in its own process under
+step_time.py, on a model of the real size with random weights and random prepared data, made once in the work folder.
+Rows that the CSV already has for this GPU are skipped. A failed row is reported with the last line of its log and not
+written; the others continue, and the exit code is 1.
 """
 
 import csv
@@ -28,10 +28,10 @@ from step_time import ROOT, append_row, check_csv
 
 
 SIZE_1_0, SIZE_1_5 = (49, 480, 720), (81, 768, 1360)  # frames, height, width in pixels
-# Kinds of random_pipeline.py, and what they are measured at
+# {kind of random_pipeline.py: video size}
 MODELS = {"2b": SIZE_1_0, "5b": SIZE_1_0, "5b-i2v": SIZE_1_0, "1.5-5b": SIZE_1_5, "1.5-5b-i2v": SIZE_1_5}
 LEVELS = {
-    "reference": "",  # reference.py, no script of training/
+    "reference": "",  # reference.py, not a script of training/
     "checkpointing": "--gradient_checkpointing",
     "balanced": "--memory balanced",
     "speed": "--memory speed",
@@ -47,14 +47,14 @@ ADDITIONS = {
     "+8bit": "--use_8bit",
     "+hostadam": "--use_cpu_offload_optimizer --offload_gradients",
     "+validated": "--num_inference_steps 2 --enable_slicing --enable_tiling",  # and a prompt: validate() below
-    "+xxl": "",  # T5 of the real size instead of a tiny one: 9 GiB on disk; matters with +validated
-    "+sft": "",  # every weight instead of a LoRA
+    "+xxl": "",  # full-size T5 instead of a tiny one: 9 GiB on disk; matters with +validated
+    "+sft": "",  # full fine-tuning instead of a LoRA
     "@cudnn": "--attention cudnn",
     "@flash": "--attention flash",
     "@fa4": "--attention fa4",
     "@math": "--attention math",
 }
-COUNTS = {"+batch": 1, "+rank": 64, "+cap": None}  # +cap5.5: torch may reserve 5.5 GiB on the GPU
+COUNTS = {"+batch": 1, "+rank": 64, "+cap": None}  # with defaults; +cap5.5: torch may reserve 5.5 GiB on the GPU
 PROMPT = "A red ball rolls over the grass."
 NUM_CLIPS = 8
 
@@ -78,14 +78,14 @@ class Row(NamedTuple):
 
 
 class RowError(Exception):
-    """A row that could not be measured, in one line."""
+    """A row could not be measured; the message is one line."""
 
 
 # ---------------------------------------------------------------- a row
 
 
 def parse_row(label):
-    """The Row of a label, its additions in one order so that a row has one label. ValueError for what is in no table."""
+    """Parse a label, sorting its additions so that a row has one label; ValueError for anything not in the tables."""
     head, *additions = re.split(r"(?=[+@])", label)
     model, _, level = head.rpartition("-")
     if model not in MODELS or level not in LEVELS:
@@ -126,7 +126,7 @@ def size_flags(row):
 
 
 def script_flags(row, steps):
-    """What the row's script is given; paths are relative to the work folder."""
+    """The flags of the row's script; paths are relative to the work folder."""
     flags = ["--pretrained_model_name_or_path", model_folder(row), "--max_train_steps", str(steps), "--seed", "42"]
     flags += ["--train_batch_size", str(row.batch)] + ([] if row.is_sft else ["--rank", str(row.rank)])
     added = " ".join([LEVELS[row.level], *(ADDITIONS.get(name, "") for name in row.additions)]).split()
@@ -144,7 +144,7 @@ def script_flags(row, steps):
 
 
 def run_logged(command, log_path, cwd=None):
-    """Run `command`, its output appended to a file. RowError with the file's last line unless it exits with 0."""
+    """Run `command`, appending its output to a file; RowError with the file's last line unless it exits with 0."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with open(log_path, "a") as log:
         exit_code = subprocess.run(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, cwd=cwd).returncode
@@ -154,13 +154,13 @@ def run_logged(command, log_path, cwd=None):
 
 
 def last_line(log_path):
-    """The last thing that a script said, before step_time's row."""
+    """The last line of a script's output before step_time's row."""
     lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line and not line.startswith('{"label"')), "nothing said")
 
 
 def make_once(folder, script, log_path, *flags):
-    """The folder that a script of benchmarks/ writes, whole or not at all, unless it is there."""
+    """Make a folder with a script of benchmarks/, atomically, unless it exists."""
     if folder.exists():
         return
     partial = folder.with_name(f"{folder.name}.partial")
@@ -172,7 +172,7 @@ def make_once(folder, script, log_path, *flags):
 def make_inputs(row, work, log_path, card):
     """Make the row's model and data in the work folder; returns the transformer's config.
 
-    The VAE is of the real size, since validation decodes with it.
+    The VAE has the real size, since validation decodes with it.
     """
     model = work / model_folder(row)
     if card == "cpu" and not model.exists():
@@ -186,7 +186,7 @@ def make_inputs(row, work, log_path, card):
 
 
 def measure(row, args, card):
-    """Run one row and append it to the CSV; returns it. What it printed stays in <work>/logs/<label>.log."""
+    """Run one row, append it to the CSV and return it; its output is kept in <work>/logs/<label>.log."""
     work, log_path = args.work, args.work / "logs" / f"{row.label}.log"
     log_path.unlink(missing_ok=True)
     shutil.rmtree(work / "runs" / row.label, ignore_errors=True)
@@ -199,12 +199,12 @@ def measure(row, args, card):
     lines = log_path.read_text(errors="replace").splitlines()
     measured = json.loads(next(line for line in reversed(lines) if line.startswith('{"label"')))
     append_row(args.csv, measured)
-    shutil.rmtree(work / "runs" / row.label, ignore_errors=True)  # gigabytes, in full fine-tuning
+    shutil.rmtree(work / "runs" / row.label, ignore_errors=True)  # gigabytes for full fine-tuning
     return measured
 
 
 def check_videos(row, args, log_path):
-    """A validation that failed is no more than a warning of a run, but a row that is called validated has its videos."""
+    """RowError if a validated row has no videos: in a run, a failed validation is only a warning."""
     if not row.is_validated:
         return
     samples = args.work / "runs" / row.label / "samples"
@@ -215,14 +215,14 @@ def check_videos(row, args, log_path):
 
 
 def card_name():
-    """The GPU's name, asked in another process: CUDA in this one would take memory from the rows."""
+    """The GPU's name, from a subprocess: initializing CUDA here would take memory from the rows."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return asked.stdout.splitlines()[-1]
 
 
 def rows_in(path):
-    """The rows of a CSV that ended well; none of a file that is not there."""
+    """The successful rows of a CSV; none if the file does not exist."""
     if not path.exists():
         return []
     with open(path, newline="") as file:

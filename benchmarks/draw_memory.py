@@ -3,8 +3,8 @@
 
     python benchmarks/draw_memory.py
 
-Bars are GiB reserved of benchmarks/original_memory.csv and of benchmarks/lora_memory.csv, which memory_rows.py --original
-fills; a row that the second file has not yet is left out, a model without any has no figure.
+Bars show GiB reserved from benchmarks/original_memory.csv and benchmarks/lora_memory.csv (written by memory_rows.py
+--original). Rows missing in the second file are left out; a model without any gets no figure.
 """
 
 import sys
@@ -21,25 +21,25 @@ from step_time import ROOT
 
 MODELS = ("2b", "5b")
 SHORT_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradients": "AdamW on the CPU"}
-COLOURS = {"original": "0.72", "ours": "#123f7d"}  # light and dark: told apart without colour too
-BAR = 0.45  # of the distance between rows
-INCHES = {"width": 11.0, "row": 0.36, "around": 1.6}  # at 150 dots an inch
-FONT = 11  # points: 11.5 pixels when a page shows the figure at 830
+COLOURS = {"original": "0.72", "ours": "#123f7d"}  # light and dark: distinguishable without colour
+BAR = 0.45  # bar height, relative to the distance between rows
+INCHES = {"width": 11.0, "row": 0.36, "around": 1.6}  # at 150 dpi
+FONT = 11  # points; 11.5 pixels on a page that shows the figure 830 pixels wide
 
 
 def group_of(original):
-    """What a row is trained with: rows of one group are close to one another."""
+    """The group of a row: rows with the same batch size and checkpointing are drawn together."""
     checkpointing = "checkpointing" if original["gradient_checkpointing"] == "True" else "no checkpointing"
     return f"batch {original['batch']}, {checkpointing}"
 
 
 def name_of(original):
-    """A row within its group."""
+    """A row's label within its group."""
     return f"{SHORT_NAMES[ORIGINAL_OPTIMIZERS[original['optimizer']]]}, rank {original['lora_rank']}"
 
 
 def grouped(pairs):
-    """{group: its pairs}, the groups in the order of the file."""
+    """{group: its pairs}, in file order."""
     groups = {}
     for pair in pairs:
         groups.setdefault(group_of(pair[0]), []).append(pair)
@@ -47,18 +47,18 @@ def grouped(pairs):
 
 
 def lines_of(groups):
-    """(label, pair) from top to bottom; a group's heading has no pair."""
+    """(label, pair) from top to bottom; group headings have no pair."""
     return [line for group, pairs in groups.items() for line in ((group, None), *((name_of(p[0]), p) for p in pairs))]
 
 
 def bars_of(pairs, moment):
-    """(the original's figures, ours) in GiB, row by row."""
+    """(the original's values, ours) in GiB, row by row."""
     originals = [float(original[f"memory_{moment}"]) for original, _ in pairs]
     return originals, [float(ours[f"{moment}_peak_reserved_gib"]) for _, ours in pairs]
 
 
 def levels_of(pairs):
-    """Our --memory level of each kind of rows, in words."""
+    """Our --memory levels, with and without checkpointing, as text."""
     levels = {}
     for original, ours in pairs:
         levels.setdefault(original["gradient_checkpointing"] == "True", set()).add(ours["label"].rsplit(" ", 1)[1])
@@ -67,7 +67,7 @@ def levels_of(pairs):
 
 
 def draw_panel(axes, lines, moment):
-    """One column of the original's table: a pair of bars a row, a gap where a group's heading stands."""
+    """Draw one column of the original's table: a pair of bars per row, a gap at each group heading."""
     places = [place for place, (_, pair) in enumerate(lines) if pair]
     pairs = [pair for _, pair in lines if pair]
     for side, (who, values) in enumerate(zip(COLOURS, bars_of(pairs, moment), strict=True)):
@@ -82,8 +82,8 @@ def draw_panel(axes, lines, moment):
 
 
 def draw(model, pairs, path):
-    """A panel a column of the original's table, rows grouped by batch and checkpointing."""
-    from matplotlib.figure import Figure  # not pyplot: that one keeps figures and asks for a display
+    """Draw one panel per column of the original's table, rows grouped by batch size and checkpointing."""
+    from matplotlib.figure import Figure  # not pyplot: it keeps figures alive and may need a display
 
     lines = lines_of(grouped(pairs))
     size = INCHES["width"], INCHES["around"] + INCHES["row"] * len(lines)

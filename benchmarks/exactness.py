@@ -1,21 +1,20 @@
 #!/usr/bin/env python3
-"""What a memory level, an attention kernel or a precision of frozen weights changes: losses and LoRA gradients against
-those of the stock block under full checkpointing.
+"""Measure how memory levels, attention kernels and base precisions change losses and LoRA gradients, compared with the
+stock block under full checkpointing.
 
     python benchmarks/random_dataset.py data/random --num_clips 8
     python benchmarks/exactness.py models/5b --data data/random --label 5b --csv benchmarks/exactness.csv \\
         --rows balanced@fa4 speed balanced+fp8
 
-A row is LEVEL[@ATTENTION][+PRECISION], of --memory, --attention and --base_precision; "checkpointing" is
---gradient_checkpointing. Clip, latent, noise and timestep of each sample are the same in every row; timesteps are spread
-evenly. First the gradient of the samples' mean loss is compared, then the losses of --steps updates on them in turn.
-B of the LoRA is drawn at random: where training starts it is zero, and with it the gradient of A. Losses and gradients
-depend on the weights: take a released model, not a random one, for figures of precision to quote.
+A row is LEVEL[@ATTENTION][+PRECISION], values of --memory, --attention and --base_precision; "checkpointing" stands
+for --gradient_checkpointing. Clip, latent, noise and timestep of each sample are the same in every row; timesteps are
+evenly spaced. First the gradients of the mean loss are compared, then the losses of --steps updates, cycling through
+the samples. B of the LoRA is random: with the usual zero, the gradient of A would be zero too. Losses and gradients
+depend on the weights: to quote precision figures, use a released model, not a random one.
 """
 
 import argparse
 import csv
-import functools
 import shlex
 import statistics
 import sys
@@ -37,9 +36,10 @@ import cogvideox_text_to_video_lora
 from args import parse_training_args
 from base.errors import UserError
 from base.flag_checks import BASE_PRECISIONS, MEMORY_LEVELS
-from cogvideox.config import attention_shape, load_scheduler, load_vae_config, read_config, takes_image
-from cogvideox.folder import resolve_model_dir
+from cogvideox.config import Weights, load_vae_config, read_config
+from cogvideox.folder import resolve_model_dir, transformer_folder
 from cogvideox.loading import load_transformer
+from cogvideox.models import Model
 from data.latents import LatentDataset
 from data.loader import collate
 from engine.compose import build_lora_engine_from_args
@@ -54,29 +54,36 @@ REFERENCE = "reference"
 LEVELS = ("checkpointing", *(level for level in MEMORY_LEVELS if level not in ("auto", "plan")))
 DTYPE, LEARNING_RATE = torch.bfloat16, 1e-4
 SEED = 0
-LORA_B_STD = 0.01  # with A's as peft draws it, the adapter changes a layer's output by about 4 %
+LORA_B_STD = 0.01  # with peft's initialization of A, the adapter changes a layer's output by about 4 %
 FIELDS = ["label", "row", "samples", "loss", "loss_change", "largest_loss_change", "cosine_min", "cosine_median"]
 FIELDS += ["norm_ratio", "steps", "largest_step_change", "weights_gib", "card", *package_versions(), "command"]
 
 
 class Task:
-    """How a model's own script makes inputs and losses, and the noise schedule."""
+    """A model with its training script's functions for inputs and losses, and the noise schedule."""
 
     def __init__(self, model_dir, device):
-        parts = ["transformer", "scheduler", "vae/config.json"]
-        self.model_dir, self.device = resolve_model_dir(model_dir, parts), device
-        self.config = config = read_config(self.model_dir, "transformer")
-        scheduler, vae_config = load_scheduler(self.model_dir), load_vae_config(self.model_dir)
-        script = cogvideox_image_to_video_lora if takes_image(config) else cogvideox_text_to_video_lora
-        self.script = "i2v_lora" if takes_image(config) else "t2v_lora"
-        more = {"image_latent_scale": "pipeline"} if takes_image(config) else {}
-        given = {"vae": None, "embeds": {}, "vae_config": vae_config, "patch_size_t": config.get("patch_size_t")}
-        self.encode = functools.partial(script.encode_batch, **given, **more)
-        self.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-        self.losses_of = functools.partial(script.compute_losses, alphas_cumprod=self.alphas_cumprod, dtype=DTYPE)
+        folder = resolve_model_dir(model_dir, ["transformer", "scheduler", "vae/config.json"])
+        weights = Weights(transformer_folder(folder), None)
+        self.model = Model(folder, read_config(folder, "transformer"), load_vae_config(folder), weights)
+        self.key = "i2v_lora" if self.model.image_to_video else "t2v_lora"
+        self.device, self.alphas_cumprod = device, self.model.load_scheduler().alphas_cumprod.to(device)
+
+    def encode(self, *batch):
+        """(latents, prompt_embeds, and of image-to-video image_latents) of (batch, seed, positions)."""
+        given = self.model, None, {}, *batch
+        if self.model.image_to_video:
+            return cogvideox_image_to_video_lora.encode_batch(
+                argparse.Namespace(image_latent_scale="pipeline"), *given
+            )
+        return cogvideox_text_to_video_lora.encode_batch(*given)
+
+    def losses_of(self, transformer, *sample):
+        script = cogvideox_image_to_video_lora if self.model.image_to_video else cogvideox_text_to_video_lora
+        return script.compute_losses(transformer, self.alphas_cumprod, DTYPE, *sample)
 
     def samples(self, data_root, count):
-        """What `losses_of` takes after the transformer, for each sample."""
+        """The arguments of `losses_of` after the transformer, for each sample."""
         dataset, num_timesteps, samples = LatentDataset(data_root, seed=SEED), len(self.alphas_cumprod), []
         for place in range(count):
             batch = collate([dataset[place % len(dataset)]])
@@ -84,7 +91,7 @@ class Task:
             noise = draw_normal(SEED, "noise", [place], inputs[0].shape[1:])
             timesteps = torch.tensor([int((place + 0.5) * num_timesteps / count)])
             samples.append([tensor.to(self.device) for tensor in (*inputs, noise, timesteps)])
-        self.shape = attention_shape(self.config, dataset.bucket_of, batch_size=1)
+        self.shape = self.model.attention_shape(dataset.bucket_of, batch_size=1)
         return samples
 
 
@@ -101,25 +108,25 @@ def parse_row(row):
 
 
 def make_transformer(task, row, rank):
-    """The stock block with peft's adapter, or what the engine makes of it."""
-    transformer = load_transformer(task.model_dir, DTYPE)
+    """The stock model with peft's adapter for the reference row, otherwise as the engine builds it."""
+    transformer = load_transformer(task.model.weights.folder, DTYPE)
     if row == REFERENCE:
         add_lora(transformer, rank, rank, SEED)
         transformer.enable_gradient_checkpointing()
         return transformer.to(task.device).train()
     level, attention, precision = parse_row(row)
     check_base_precision(precision, DTYPE, task.device)
-    flags = ["--pretrained_model_name_or_path", str(task.model_dir), "--data_root", ".", "--load_tensors"]
+    flags = ["--pretrained_model_name_or_path", str(task.model.folder), "--data_root", ".", "--load_tensors"]
     flags += ["--gradient_checkpointing"] if level == "checkpointing" else ["--memory", level]
     flags += ["--rank", str(rank), "--lora_alpha", str(rank), "--attention", attention, "--base_precision", precision]
-    args = parse_training_args(task.script, flags)
+    args = parse_training_args(task.key, flags)
     return build_lora_engine_from_args(
         args, args.memory, transformer, None, task.shape, task.device, SEED, resumes=False
     ).transformer
 
 
 def measure(task, row, samples, rank, num_steps):
-    """(losses, gradients by name on the CPU, losses of updates, bytes of frozen weights)."""
+    """(losses, {name: gradient} on the CPU, losses of the updates, bytes of frozen weights)."""
     torch.compiler.reset()
     transformer = make_transformer(task, row, rank)
     trained = {name: param for name, param in transformer.named_parameters() if param.requires_grad}
@@ -145,7 +152,7 @@ def measure(task, row, samples, rank, num_steps):
 
 
 def compare(measured, reference):
-    """The figures of a row."""
+    """A row's figures, relative to the reference."""
     (losses, grads, step_losses, size), (true_losses, true_grads, true_step_losses, _) = measured, reference
     pairs = [(grads[name].flatten(), true.flatten()) for name, true in true_grads.items()]
     cosines = [torch.cosine_similarity(ours, true, dim=0).item() for ours, true in pairs]

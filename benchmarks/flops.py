@@ -1,10 +1,10 @@
-"""Model FLOPs of a training step, and what a card could do: their quotient over the time is the model FLOP utilisation.
+"""Model FLOPs of a training step and the peak FLOP/s of GPUs, for the model FLOP utilization (MFU).
 
-Counted is what the arithmetic needs: forward and backward, nothing computed again. A kernel that recomputes does more
-work, not more of the model's. Standard library only.
+Counts forward and backward as the model defines them; recomputation does not count. Standard library only.
 """
 
-# Dense bf16 with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets; the first name that the card's contains counts.
+# Dense bf16 with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets. The first entry contained in the GPU's name
+# counts.
 PEAKS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -20,19 +20,19 @@ PEAKS = {
 
 
 def peak_tflops(card):
-    """None for a card that the table does not know."""
+    """Peak TFLOP/s, or None if the GPU is not in the table."""
     return next((peak for name, peak in PEAKS.items() if name in card), None)
 
 
 def latent_size(frames, height, width):
-    """Latent [F, H, W] of a video of `frames` x `height` x `width` pixels. Raises ValueError where the VAE has none."""
+    """Latent size [F, H, W] of a video of `frames` x `height` x `width` pixels; ValueError if the VAE rejects it."""
     if frames % 4 != 1 or height % 16 or width % 16:
         raise ValueError(f"{frames}x{height}x{width}: need 4k+1 frames, height and width divisible by 16")
     return (frames - 1) // 4 + 1, height // 8, width // 8
 
 
 def num_tokens(config, frames, height, width):
-    """Text and video tokens that the transformer of `config` sees of `frames` x `height` x `width` pixels."""
+    """Number of text and video tokens for `frames` x `height` x `width` pixels and the transformer's `config`."""
     latent_frames, latent_height, latent_width = latent_size(frames, height, width)
     frames_per_patch, patch = config.get("patch_size_t") or 1, config["patch_size"]
     video = -(-latent_frames // frames_per_patch) * (latent_height // patch) * (latent_width // patch)
@@ -40,9 +40,9 @@ def num_tokens(config, frames, height, width):
 
 
 def step_flops(config, size, batch=1, is_lora=True):
-    """FLOPs of forward and backward of the blocks; adaLN, embeddings and the LoRA itself are 1 to 3 % more.
+    """FLOPs of the blocks' forward and backward; adaLN, embeddings and the LoRA itself would add 1 to 3 %.
 
-    A frozen weight has no gradient of its own: its layer costs as much backward as forward, a trained one twice that.
+    Backward costs as much as forward for a frozen layer (no weight gradient), and twice as much for a trained one.
     """
     tokens, layers = num_tokens(config, *size), config["num_layers"]
     width = config["num_attention_heads"] * config["attention_head_dim"]

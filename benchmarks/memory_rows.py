@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Train for a few updates and keep the memory figures that the scripts report, a CSV row each.
+"""Train for a few updates and save the memory figures that the scripts report, one CSV row per run.
 
     python benchmarks/random_pipeline.py models/2b --kind 2b --text_encoder tiny
     python benchmarks/random_dataset.py data/random --num_clips 8
     python benchmarks/memory_rows.py benchmarks/optimizers.csv --model models/2b --data data/random --label 2b
     python benchmarks/memory_rows.py benchmarks/lora_memory.csv --model models/2b --data data/random --label 2b --original
 
-A row is an optimizer; its loss on fixed noise and timesteps is taken before and after. With --original it is a LoRA of
-original_memory.csv: the original's published figures for one GPU, whose optimizer, batch size and rank it has. What
-the original trained with checkpointing is trained at --level, what it trained without at --memory speed.
+Each row is an optimizer, with the loss on fixed noise and timesteps before and after. With --original, rows are the
+LoRAs of original_memory.csv (the original's published figures for one GPU), with the same optimizer, batch size and
+rank. What the original trained with checkpointing runs at --level, what it trained without runs at --memory speed.
 
-Each row trains, validates in the middle, after two updates at least since an optimizer's states come with the first,
-and tests at the end, rendering 2 denoising steps: the peak does not depend on their number. The text encoder may be
-tiny, since prompts are encoded before the transformer is loaded. Rows that the file has already are left out, so that
-several calls may fill it. A row that fails is named and not in the file; the others go on, and the exit code is 1.
+Each run trains, validates halfway (after at least two updates, since optimizer states are allocated at the first), and
+tests at the end, with 2 denoising steps: the peak does not depend on their number. The text encoder may be tiny, since
+prompts are encoded before the transformer is loaded. Rows already in the file are skipped, so several calls can fill
+it. A failed row is reported and not written; the others continue, and the exit code is 1.
 """
 
 import csv
@@ -49,7 +49,7 @@ OPTIMIZERS = {
     "offload-gradients": ["--optimizer", "adamw", "--use_cpu_offload_optimizer", "--offload_gradients"],
     "deepspeed": ["--optimizer", "adamw"],
 }
-# The original's names of optimizers, and its columns: GiB reserved
+# {the original's name of an optimizer: ours}
 ORIGINAL_OPTIMIZERS = {
     "AdamW": "adamw",
     "AdamW (8-bit bitsandbytes)": "adamw-8bit",
@@ -78,7 +78,7 @@ class Row(NamedTuple):
 
 
 def optimizer_rows(args):
-    """Every task with every optimizer."""
+    """One row per task and optimizer."""
     flags = ["--gradient_checkpointing", "--train_batch_size", "1"]
     flags += ["--validation_data_root", args.data, "--validation_num_clips", "1"]
     return [
@@ -89,7 +89,7 @@ def optimizer_rows(args):
 
 
 def read_originals(model):
-    """The original's rows of LoRA on one GPU."""
+    """The original's rows for LoRA on one GPU."""
     with open(ORIGINAL_ROWS, newline="") as file:
         rows = list(csv.DictReader(file))
     kept = [row for row in rows if row["method"] == "lora" and row["optimizer"] in ORIGINAL_OPTIMIZERS]
@@ -97,7 +97,7 @@ def read_originals(model):
 
 
 def name_of(original):
-    """What our row beside an original's is called, up to its level."""
+    """The label of our counterpart to an original row, without the level."""
     optimizer = ORIGINAL_OPTIMIZERS[original["optimizer"]]
     model = original["model"].removeprefix("CogVideoX-")
     return f"{model} lora {optimizer} batch {original['batch']} rank {original['lora_rank']}"
@@ -119,7 +119,7 @@ def original_row(original, level):
 
 
 def side_by_side(model, rows):
-    """(the original's row, ours) of those that both have; ours the last in the file, at whichever level."""
+    """(the original's row, ours) for rows that both have; ours is the last in the file, at any level."""
     pairs = []
     for original in read_originals(model):
         levels = LEVELS if original["gradient_checkpointing"] == "True" else ("speed",)
@@ -137,7 +137,7 @@ def middle_of(steps):
 
 
 def command_of(args, row, output_dir):
-    """argv of one row."""
+    """The command line of one row, as argv."""
     command = [sys.executable]
     if row.optimizer == "deepspeed":
         config = str(ROOT / "accelerate_configs" / "deepspeed.yaml")
@@ -153,10 +153,10 @@ def command_of(args, row, output_dir):
 
 
 def memory_figures(events, middle):
-    """MOMENTS x FIGURES of the memory events of a run that validated after `middle` updates.
+    """MOMENTS x FIGURES from the memory events of a run that validated after `middle` updates.
 
-    Peaks are of all that came before; those of the last moment are the test's own where the script starts its counters
-    anew for it, as the original did. Videos of the untrained model, which the original did not render, do not count.
+    Peaks cover everything before; those of the last moment cover only the test if the script resets its counters
+    there, as the original did. Rendering with the untrained model, which the original did not do, is ignored.
     """
     events = [event for event in events if (event["step"], event["when"]) != (0, "after_validation")]
     names = [(event["step"], event["when"]) for event in events]
@@ -174,14 +174,14 @@ def memory_figures(events, middle):
 
 
 def row_of(row, args, command, total, output_dir):
-    """The figures of a finished run."""
+    """The CSV row of a finished run."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     updates = [line["seconds"] for line in rows if "event" not in line]
     held_out = [line["loss"] for line in rows if line.get("event") == "held_out_loss"]
     memory = [line for line in rows if line.get("event") == "memory"]
     typed = shown(["python", *command[1:]])
     figures = {"label": row.label, "exit_code": 0, "total_s": round(total, 1), "command": typed}
-    alone = args.jobs == 1  # several at once share the GPU's time
+    alone = args.jobs == 1  # concurrent runs share the GPU: no timing
     figures["median_s"] = round(statistics.median(updates[2:]), 4) if alone and len(updates) > 2 else None
     figures["loss_before"], figures["loss_after"] = (held_out[0], held_out[-1]) if held_out else (None, None)
     figures["host_peak_gib"] = memory[-1].get("host_peak_gib")
@@ -190,7 +190,7 @@ def row_of(row, args, command, total, output_dir):
 
 
 def measure(args, row, card):
-    """Run one row and append it; what it printed stays in <work>/<label>.log."""
+    """Run one row and append it to the CSV; its output is kept in <work>/<label>.log."""
     output_dir = (args.work / row.label.replace(" ", "-")).resolve()
     log_path = Path(f"{output_dir}.log")
     command = command_of(args, row, output_dir)
@@ -203,7 +203,7 @@ def measure(args, row, card):
     videos = [output_dir / f"samples/step_{step}/0_0.mp4" for step in steps]
     if missing := [video for video in videos if not video.exists()]:
         raise RowError(f"validation left no {missing[0]}; see {log_path}")
-    shutil.rmtree(output_dir)  # gigabytes, in full fine-tuning
+    shutil.rmtree(output_dir)  # gigabytes for full fine-tuning
     with WRITING:
         append_row(args.csv, figures, FIELDS)
     peaks = [figures[f"{when}_peak_reserved_gib"] for when in MOMENTS]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Run a training script unchanged and print how long the GPU waits for copies, and what torch holds as the run goes on.
+"""Run a training script unchanged; print how long the GPU waits for copies, and how reserved memory develops.
 
     python benchmarks/overlap.py --warmup 5 --csv benchmarks/overlap.csv -- \
         training/cogvideox_text_to_video_lora.py --memory stream FLAGS
 
-A wait is the time between two events on the compute stream, before and after it waits for a copy: 0 where the copy is
-done by then. The share is that of an update, from one optimizer step to the next. Reserved memory is read after every
-update.
+A wait is the time between two events on the compute stream, before and after it waits for a copy: 0 if the copy is
+already done. Shares are relative to an update, from one optimizer step to the next. Reserved memory is read after
+every update.
 """
 
 import statistics
@@ -25,13 +25,13 @@ FIELDS += ["card", *package_versions(), "command"]
 
 
 class CopyClock:
-    """Waits for copies and reserved bytes, by update. One optimizer ends the updates."""
+    """Copy waits and reserved bytes per update; an update ends with an optimizer step."""
 
     def __init__(self, torch):
         self.torch = torch
-        self.waits, self.ends = [], []  # events of the update being made, and of all updates' ends
-        self.unread = None  # waits of the update before, which the GPU may still be at
-        self.waited, self.reserved = [], []  # seconds and bytes, one an update
+        self.waits, self.ends = [], []  # events of the current update; end events of all updates
+        self.unread = None  # waits of the previous update, which may still be running on the GPU
+        self.waited, self.reserved = [], []  # seconds and bytes, one per update
 
     def event(self):
         event = self.torch.cuda.Event(enable_timing=True)
@@ -59,19 +59,19 @@ class CopyClock:
         self.reserved.append(self.torch.cuda.memory_reserved())
 
     def read(self):
-        """One update late, so that the host does not wait for the GPU where a run would not."""
+        """Read the events one update late, so that measuring adds no synchronization."""
         if self.unread is not None:
             self.ends[-1].synchronize()
             self.waited.append(sum(start.elapsed_time(end) for start, end in self.unread) / 1000)
             self.unread = None
 
     def durations(self):
-        """Seconds of each update but the first, which has no start."""
+        """Seconds of each update except the first, which has no start event."""
         return [start.elapsed_time(end) / 1000 for start, end in zip(self.ends, self.ends[1:], strict=False)]
 
 
 def figures(durations, waited, reserved, warmup):
-    """What a row of the CSV says of the updates after the first `warmup`: shares of time, and memory at their end."""
+    """The CSV row for the updates after the first `warmup`: shares of time, and memory at their end."""
     durations, waited, reserved = durations[warmup - 1 :], waited[warmup:], reserved[warmup:]
     shares = [wait / duration for wait, duration in zip(waited, durations, strict=True)]
     return {
@@ -86,7 +86,7 @@ def figures(durations, waited, reserved, warmup):
 
 
 def said(row):
-    """The same in two lines to read."""
+    """The row as two readable lines."""
     return (
         f"{row['updates']} updates of {row['median_s']} s: {row['waiting']:.2%} of the time waits for copies "
         f"(at most {row['largest_waiting']:.2%})\n"

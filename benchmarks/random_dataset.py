@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write a prepared dataset of random latents and embeddings, to measure training without videos, VAE and text encoder.
+"""Write a prepared dataset of random latents and embeddings, to benchmark training without videos, VAE or T5.
 
     python benchmarks/random_dataset.py OUT --num_clips 8 --frames 49 --height 480 --width 720
 
-The layout is what prepare_dataset.py --save_latents_and_embeddings writes; train on it with --load_tensors.
+Same layout as prepare_dataset.py --save_latents_and_embeddings; train on it with --load_tensors.
 """
 
 import json
@@ -24,14 +24,14 @@ LATENT_CHANNELS = 16
 
 
 def random_moments(size, generator):
-    """Posterior mean of unit deviation and a log variance of about -6, as the VAE gives them: [2C, F, H, W]."""
+    """[2C, F, H, W] like the VAE's: posterior mean with unit standard deviation, log variance of about -6."""
     mean = torch.randn(LATENT_CHANNELS, *size, generator=generator)
     logvar = 0.1 * torch.randn(LATENT_CHANNELS, *size, generator=generator) - 6.0
     return torch.cat([mean, logvar])
 
 
 def write_clip_files(out, stem, size, text_shape, generator):
-    """Write one clip's tensors, a first frame in two variants among them; returns its manifest fields."""
+    """Write one clip's tensors, with two variants of the first frame; returns its manifest fields."""
     latent, embed = f"video_latents/{stem}.safetensors", f"prompt_embeds/{stem}.safetensors"
     save_file({"moments": random_moments(size, generator)}, out / latent)
     save_file({"prompt_embeds": torch.randn(text_shape, generator=generator)}, out / embed)
@@ -44,7 +44,7 @@ def write_clip_files(out, stem, size, text_shape, generator):
 def write_dataset(out, num_clips, frames, height, width, text_shape=(226, 4096), seed=0):
     """Write `num_clips` random clips to the folder `out`; the videos named in the manifest do not exist.
 
-    `frames` may be several numbers, which the clips take in turn.
+    `frames` may be a list, which the clips cycle through.
     """
     out, counts = Path(out), [frames] if isinstance(frames, int) else frames
     sizes = [latent_size(count, height, width) for count in counts]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write a CogVideoX pipeline folder of the real size with random weights, to measure memory and time without a download.
+"""Write a full-size CogVideoX pipeline with random weights, to benchmark memory and time without a download.
 
     python benchmarks/random_pipeline.py OUT --kind 5b
 
-Both depend on shapes and dtypes alone. With --load_tensors neither text encoder nor VAE is used: make those tiny.
+Both depend only on shapes and dtypes. With --load_tensors neither text encoder nor VAE is used: make those tiny.
 """
 
 import sys
@@ -27,19 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tiny_pipeline import KINDS, TINY_TEXT_ENCODER, TINY_VAE, write_pipeline
 
 
-TEXT_WIDTH = 4096  # of T5-XXL; the transformers of all five checkpoints take it
+TEXT_WIDTH = 4096  # T5-XXL's, expected by the transformers of all five checkpoints
 # t5-v1_1-xxl's encoder, 4.8 billion parameters: https://huggingface.co/google/t5-v1_1-xxl
 XXL_TEXT_ENCODER = {"d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
 FULL_VAE = {"sample_height": 480, "sample_width": 720}
 REAL_2B = {"num_attention_heads": 30, "num_layers": 30}
 REAL_5B = {"num_attention_heads": 48, "num_layers": 42}
-# Latent sizes. The 1.5 checkpoints say 300x300, from which their RoPE is cut.
+# Latent sizes. The 1.5 checkpoints say 300x300; their RoPE is a slice of that.
 REAL_1_0_SAMPLE = {"sample_height": 60, "sample_width": 90, "sample_frames": 49}
 REAL_1_5_SAMPLE = {"sample_height": 300, "sample_width": 300, "sample_frames": 81}
 
 
 def real_sizes(kind, text_encoder="xxl", vae="full"):
-    """The released checkpoint's sizes; a tiny text encoder keeps the width of the embeddings."""
+    """Config overrides with the released checkpoint's sizes; a tiny text encoder keeps the embedding width."""
     transformer = dict(REAL_2B if kind == "2b" else REAL_5B)
     transformer.update(REAL_1_5_SAMPLE if kind.startswith("1.5") else REAL_1_0_SAMPLE)
     transformer.update(attention_head_dim=64, time_embed_dim=512, text_embed_dim=TEXT_WIDTH)

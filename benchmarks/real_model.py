@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Check the scripts against a model's real weights: what they feed it, and whether a LoRA learns one clip.
+"""Check the scripts against real weights: the transformer's inputs, and whether a LoRA learns one clip.
 
     make real MODEL=zai-org/CogVideoX-2b
     python benchmarks/real_model.py --model zai-org/CogVideoX-5b --out outputs/real
 
-Draws a clip, prepares it and trains a LoRA on it by the wrappers, and writes report.md, which says
-- how far the transformer's inputs in training are from those that the stock pipeline makes,
-- the loss of the base model on the clip: above 0.5, latents, positions or noise are not as it knows them,
-- the loss with the LoRA, and how close a sample comes to the clip before and after.
+Draws a clip, prepares it, trains a LoRA on it with the wrappers, and writes report.md with
+- the difference between the transformer's inputs in training and in the stock pipeline,
+- the base model's loss on the clip: above 0.5, latents, positions or noise are not what it was trained with,
+- the loss with the LoRA, and how close a sample is to the clip before and after.
 
-Exit code 1 when an input differs or the loss does not fall. Axes: B batch, F latent frames, C latent channels.
+Exit code 1 if an input differs or the loss does not fall. Axes: B batch, F latent frames, C latent channels.
 """
 
 import argparse
@@ -54,6 +54,7 @@ from cogvideox.config import (
 )
 from cogvideox.folder import resolve_model_dir
 from cogvideox.inputs import pad_frames, rotary_embeddings, sample_image_latents, sample_latents
+from run.output_dir import PACKAGES
 from test_lora_inference import load_pipeline
 from test_lora_inference import parse_args as inference_args
 
@@ -65,25 +66,24 @@ CLIP = {
     "shapes": [("circle", (224, 32, 32), (0.5, 0.2), (0.5, 0.8), (0.22, 0.22))],
 }
 NOISE_LEVELS = (100, 300, 500, 700, 900)  # timesteps of 1000
-# Relative, of inputs. bf16 rounds to 0.004. Training's image has noise on it, so that only its scale can be compared.
+# Relative differences of inputs. bf16 rounds to 0.004. The image is noised in training, so only its scale is compared.
 MOST_DIFFERENCE = {
     "prompt embeddings": 0.03,
     "shape of the latents": 0,
     "rotary positions": 0.03,
     "scale of the image": 0.3,
 }
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
 class FirstCall(Exception):
-    """Ends a pipeline when its transformer's inputs are known."""
+    """Aborts a pipeline once its transformer's inputs are known."""
 
 
 # ---------------------------------------------------------------- clip, preparation, training
 
 
 def write_clip(out: Path, size: tuple[int, int, int], fps: int) -> np.ndarray:
-    """A dataset folder of one clip; its frames [F', h, w, 3] uint8."""
+    """Write a dataset folder with one clip; returns its frames, uint8 [F', h, w, 3]."""
     (out / "videos").mkdir(parents=True, exist_ok=True)
     frames = np.stack([draw_frame({**CLIP, "size": size}, place / (size[0] - 1)) for place in range(size[0])])
     encode_video(out / "videos/clip.mp4", frames, fps)
@@ -93,12 +93,12 @@ def write_clip(out: Path, size: tuple[int, int, int], fps: int) -> np.ndarray:
 
 def run_wrapper(name: str, *flags: str, **settings) -> None:
     environment = {**os.environ, **{key: str(value) for key, value in settings.items()}}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # this very Python
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the Python that runs this script
     subprocess.run([str(ROOT / name), *flags], env=environment, check=True)
 
 
 def prepare_and_train(args, size: tuple[int, int, int], config: dict, dtype: str) -> Path:
-    """The LoRA's folder."""
+    """Run the wrappers; returns the LoRA's folder."""
     (frames, height, width), image_to_video = size, takes_image(config)
     run_wrapper(
         "prepare_dataset.sh", "--max_sequence_length", str(text_length(config)), MODEL=args.model, DATA_ROOT=args.out / "clip", OUTPUT_ROOT=args.out / "prepared",
@@ -122,11 +122,11 @@ def read_prepared(prepared: Path) -> dict[str, torch.Tensor]:
             tensors |= {f"{name}/{key}": value for key, value in load_file(path).items()}
     batch = {"moments": tensors["video_latents/moments"], "prompt_embeds": tensors["prompt_embeds/prompt_embeds"]}
     if "image_latents/moments" in tensors:
-        batch["image_moments"] = tensors["image_latents/moments"][0]  # the first of its noised variants
+        batch["image_moments"] = tensors["image_latents/moments"][0]  # the first noised variant
     return {name: value[None].float() for name, value in batch.items()}
 
 
-# ---------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------- measurements
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -134,7 +134,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def pipeline_inputs(pipe, options: dict) -> dict:
-    """The keyword arguments of the transformer's first call when the stock pipeline renders the caption."""
+    """The keyword arguments of the transformer's first call in the stock pipeline."""
     inputs = {}
 
     def keep(module, positional, named):
@@ -151,7 +151,7 @@ def pipeline_inputs(pipe, options: dict) -> dict:
 
 
 def differences(pipe, batch: dict, vae_config, options: dict) -> dict[str, float]:
-    """Relative differences of what training and the pipeline feed the transformer."""
+    """Relative differences between the transformer's inputs in training and in the pipeline."""
     theirs, config = pipeline_inputs(pipe, options), pipe.transformer.config
     latents = pad_frames(sample_latents(batch["moments"], torch.zeros(1), vae_config), config.patch_size_t)
     found = {
@@ -171,7 +171,7 @@ def differences(pipe, batch: dict, vae_config, options: dict) -> dict[str, float
 
 @torch.no_grad()
 def clip_loss(pipe, batch: dict, vae_config, alphas_cumprod: torch.Tensor, dtype: torch.dtype) -> float:
-    """The training script's own loss on the clip, at fixed noise, averaged over NOISE_LEVELS."""
+    """The training script's loss on the clip with fixed noise, averaged over NOISE_LEVELS."""
     task = "image" if "image_moments" in batch else "text"
     compute_losses = importlib.import_module(f"cogvideox_{task}_to_video_lora").compute_losses
     device, config = pipe._execution_device, pipe.transformer.config
@@ -187,12 +187,12 @@ def clip_loss(pipe, batch: dict, vae_config, alphas_cumprod: torch.Tensor, dtype
     for level in NOISE_LEVELS:
         noise = torch.randn(latents.shape, generator=generator).to(device)
         given = (latents, batch["prompt_embeds"].to(device), *images, noise, torch.tensor([level], device=device))
-        losses.append(float(compute_losses(pipe.transformer, *given, alphas_cumprod.to(device), dtype)))
+        losses.append(float(compute_losses(pipe.transformer, alphas_cumprod.to(device), dtype, *given)))
     return sum(losses) / len(losses)
 
 
 def sample_psnr(pipe, frames: np.ndarray, options: dict, steps: int) -> float:
-    """PSNR in dB of a sample of the caption against the clip."""
+    """PSNR in dB between a sample for the caption and the clip."""
     generator = torch.Generator().manual_seed(draw_seed(0, "sample"))
     video = pipe(prompt=CAPTION, num_inference_steps=steps, generator=generator, output_type="np", **options).frames[0]
     return float(-10 * np.log10(np.square(video[: len(frames)] - frames / 255).mean()))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a LoRA as plainly as diffusers and peft allow, to compare with: what the other rows of bench.py save is against this.
+"""Baseline for bench.py: trains a LoRA as plainly as diffusers and peft allow.
 
     python benchmarks/step_time.py -- benchmarks/reference.py --pretrained_model_name_or_path models/5b
 
@@ -23,7 +23,7 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 
 
 def load_with_lora(folder, rank, device):
-    """(transformer with frozen bf16 weights, its fp32 adapters)."""
+    """(transformer with frozen bf16 weights, its fp32 adapter weights)."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(folder, subfolder="transformer", dtype=torch.bfloat16)
     transformer.requires_grad_(False)
     transformer.to(device).train()
@@ -36,7 +36,7 @@ def load_with_lora(folder, rank, device):
 
 
 def rotary_embeddings(transformer, num_frames, height, width, device):
-    """(cos, sin) as the pipeline makes them; None for 2b, whose positions are part of the patch embedding."""
+    """(cos, sin) as the pipeline computes them; None for 2b, whose positions are part of the patch embedding."""
     if not transformer.config.use_rotary_positional_embeddings:
         return None
     parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
@@ -45,7 +45,7 @@ def rotary_embeddings(transformer, num_frames, height, width, device):
 
 
 def weighted_loss(output, noisy, latents, timesteps, scheduler):
-    """Error of the denoised latents, weighted by 1 / (1 - alpha_bar): that of the velocity, as the original computes it."""
+    """Error of the denoised latents weighted by 1 / (1 - alpha_bar): equals the velocity's, as in the original."""
     denoised = scheduler.get_velocity(output, noisy, timesteps)
     weights = 1 / (1 - scheduler.alphas_cumprod[timesteps])
     return (weights.view(-1, 1, 1, 1, 1) * (denoised.float() - latents.float()) ** 2).mean()

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Train a LoRA by its own script several times at several memory levels: the files must be the same bytes.
+"""Train a LoRA several times at several memory levels and check that the files are byte-identical.
 
     python benchmarks/same_files.py 2b 5b --jobs 3
 
-A similarity would not see a copy that now and then comes too late; a hash does. The models have the real size and random
-weights; clips of two lengths take turns, two to an update, with torch's deterministic algorithms. A run that the CSV
-has is not made again, so that several calls may fill it. The exit code is 1 unless every model has one hash.
+Hashes detect an asynchronous copy that is occasionally late; a similarity measure would not. Models have the real size
+and random weights; clips of two lengths alternate, two per update, with torch's deterministic algorithms. Runs already
+in the CSV are skipped, so several calls can fill it. The exit code is 1 unless every model has a single hash.
 """
 
 import csv
@@ -29,7 +29,7 @@ FIELDS = ["model", "level", "attention", "steps", "frames", "run", "sha256", "ca
 
 
 def runs_of(args):
-    """What each run is called by in the CSV; the levels take turns, so that an unfinished file says something too."""
+    """The CSV's identifying columns of each run; levels alternate, so that an unfinished file is useful too."""
     kinds = itertools.product(args.models, range(1, args.times + 1), args.levels)
     fixed = {"attention": args.attention, "steps": str(args.steps), "frames": "+".join(map(str, args.frames))}
     return [{"model": model, "level": level, **fixed, "run": str(number)} for model, number, level in kinds]
@@ -55,7 +55,7 @@ def data_folder(model, args):
 
 
 def make_inputs(model, args):
-    """Models and data as bench.py makes them, in the same work folder."""
+    """Make models and data in the same way, and in the same work folder, as bench.py."""
     log_path = args.work / "logs" / f"same_files-{model}.log"
     make_once(args.work / f"models/{model}", "random_pipeline.py", log_path, "--kind", model, "--text_encoder", "tiny")
     size = ["--frames", *args.frames, "--height", MODELS[model][1], "--width", MODELS[model][2]]
@@ -63,7 +63,7 @@ def make_inputs(model, args):
 
 
 def train(run, args, card):
-    """Make one run and append it to the CSV."""
+    """Run one training and append its hash to the CSV."""
     name = f"same_files-{run['model']}-{run['level']}-{run['run']}"
     output_dir, log_path = args.work / "runs" / name, args.work / "logs" / f"{name}.log"
     shutil.rmtree(output_dir, ignore_errors=True)
@@ -84,7 +84,7 @@ def read_rows(path):
 
 
 def report(rows, wanted):
-    """Print what the levels gave; returns the models that have not one hash alone, with all their runs."""
+    """Print the hashes per level; returns the models with several hashes or missing runs."""
     rows = [row for row in rows if key_of(row) in wanted]
     bad = []
     print(f"{'model':11} {'level':9} runs  sha256")

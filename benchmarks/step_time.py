@@ -3,10 +3,10 @@
 
     python benchmarks/step_time.py --warmup 3 --csv rows.csv -- training/cogvideox_text_to_video_lora.py FLAGS
 
-A step ends where a torch.optim optimizer has stepped and the device has finished, whatever the script logs itself: gradient
-accumulation, data loading, checkpoints and validation between two of them are part of it. Memory peaks are
-those of the whole process, loading included; without a GPU they are 0. Host memory is this process's, what it pinned
-included. The exit code is the script's own. benchmarks/bench.py measures many rows by it.
+A step ends when a torch.optim optimizer has stepped and the device is done, independent of the script's own logging:
+gradient accumulation, data loading, checkpoints and validation in between are included. Memory peaks cover the whole
+process with loading; without a GPU they are 0. Host memory is that of this process, pinned memory included. The exit
+code is the script's. benchmarks/bench.py runs many rows through this.
 """
 
 import csv
@@ -30,18 +30,18 @@ from base import console
 from flops import peak_tflops
 
 
-STARTED = time.perf_counter()  # of this process, but for the interpreter's own start
+STARTED = time.perf_counter()  # start of this process, without the interpreter's own startup
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-attn-4")
 FIELDS = ("label", "exit_code", "warmup", "steps", "median_s", "p10_s", "p90_s", "first_step_s")
 FIELDS += ("allocated_gib", "reserved_gib", "host_gib", "memory_cap_gib", "mfu", "sm_clock_mhz")
 FIELDS += ("card", "python", *PACKAGES, "cuda", "command")
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # of torch
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch
 
 
 class StepClock:
-    """Times of optimizer steps, and memory peaks that survive a script's own resets."""
+    """Records optimizer step times, and memory peaks across the script's own counter resets."""
 
     def __init__(self, torch):
         self.torch = torch
@@ -52,7 +52,7 @@ class StepClock:
         self.optimizer = lambda: None
 
     def on_step(self, optimizer, args, kwargs):
-        # One optimizer marks the steps: an offloading one may be made of hundreds, one per parameter.
+        # Only the first optimizer counts: an offloading one may consist of hundreds, one per parameter.
         if self.optimizer() is None:
             self.optimizer = weakref.ref(optimizer)
         if self.optimizer() is optimizer:
@@ -62,15 +62,15 @@ class StepClock:
             self.note_clock()
 
     def note_clock(self):
-        """The multiprocessors' clock in MHz, where nvidia-ml-py is installed: a card that is hot or shared is slower."""
+        """Record the SM clock in MHz if nvidia-ml-py is installed: a hot or shared GPU is throttled."""
         if self.has_clocks and self.torch.cuda.is_initialized():
             try:
                 self.clocks.append(self.torch.cuda.clock_rate())
-            except Exception:  # no such package, or a driver or container that does not tell: the column stays empty
+            except Exception:  # noqa: BLE001 - package missing, or not supported by driver or container: an empty column
                 self.has_clocks = False
 
     def note_peaks(self):
-        """Fold the counters of the current device into the peaks of the process, in bytes."""
+        """Merge the current device's counters into the process's peaks, in bytes."""
         if self.torch.cuda.is_initialized():
             cuda = self.torch.cuda
             self.peaks = [*map(max, self.peaks, (cuda.max_memory_allocated(), cuda.max_memory_reserved()))]
@@ -90,16 +90,16 @@ class StepClock:
 
 
 def cap_memory(torch, gib):
-    """Let torch's allocator reserve no more than `gib` on the GPU, from the moment that the script starts CUDA.
+    """Limit torch's allocator to `gib` on the GPU, from the moment that the script initializes CUDA.
 
-    The CUDA context, about half a GiB, is not the allocator's and comes on top.
+    The CUDA context, about half a GiB, is not covered and comes on top.
     """
 
     def cap():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
 
-    torch.cuda._lazy_call(cap)  # at once would start CUDA before the script has chosen the allocator's settings
+    torch.cuda._lazy_call(cap)  # lazily: the script must set the allocator's options before CUDA starts
 
 
 def run_script(command):
@@ -107,27 +107,27 @@ def run_script(command):
     sys.argv = list(command)
     ours = {str(ROOT / "training"), str(ROOT / "benchmarks")}
     sys.path[:] = [str(Path(command[0]).resolve().parent), *(folder for folder in sys.path if folder not in ours)]
-    sys.modules.pop("console", None)  # the script's own
+    sys.modules.pop("console", None)  # let the script import its own
     try:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception:
+    except Exception:  # noqa: BLE001 - of the script that is measured
         traceback.print_exc()
         return 1
     return 0
 
 
 def step_durations(step_times, warmup):
-    """Seconds of each step after the first `warmup`; the very first step has no start and never counts."""
+    """Seconds of each step after the first `warmup`; the very first one has no start time and is never included."""
     durations = [end - start for start, end in zip(step_times, step_times[1:], strict=False)]
     return durations[max(warmup, 1) - 1 :]
 
 
 def percentile(values, fraction):
-    """Linear interpolation between the sorted values; None of no values."""
+    """Linearly interpolated percentile; None without values."""
     if not values:
         return None
     values, place = sorted(values), fraction * (len(values) - 1)
@@ -147,13 +147,13 @@ def package_versions():
 
 
 def shown(command):
-    """The command line as one would type it on any machine, with what torch's allocator was told by the environment."""
+    """The command line without machine-specific paths, prefixed with torch's allocator variables if set."""
     told = [f"{name}={shlex.quote(os.environ[name])}" for name in ALLOCATOR_VARIABLES if name in os.environ]
     return " ".join([*told, shlex.join(map(str, command))]).replace(f"{ROOT}/", "")
 
 
 def utilisation(model_tflop, seconds, card):
-    """Model FLOPs over what the card could do in that time; None where either is unknown."""
+    """Model FLOPs divided by the GPU's peak in that time; None if either is unknown."""
     peak = peak_tflops(card)
     return round(model_tflop / seconds / peak, 4) if model_tflop and seconds and peak else None
 
@@ -189,7 +189,7 @@ def summarise(clock, args, exit_code):
 
 
 def check_csv(path, fields=FIELDS):
-    """A file of other columns ends the run before it starts, not after it."""
+    """Exit before the run, rather than after it, if the file has other columns."""
     if path.exists() and path.read_text().partition("\n")[0] != ",".join(fields):
         sys.exit(f"{path}: has other columns than this script writes; name another file")
 
@@ -205,7 +205,7 @@ def append_row(path, row, fields=FIELDS):
 
 
 def parse_before_script(parser, argv):
-    """Our own flags stand before `--`; the script and its flags, after it, are the result's `command`."""
+    """Parse the flags before `--`; the script and its flags after it become `args.command`."""
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     args.command = argv[split + 1 :]

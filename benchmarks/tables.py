@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Write the tables of what was measured into assets/measurements.md and its Chinese twin, between their markers.
+"""Write the measurement tables into assets/measurements.md and its Chinese version, between their markers.
 
     python benchmarks/tables.py
 
-Rows are those of benchmarks/speed.csv, of a row measured twice on one card the later. The original's figures beside them
-are those of benchmarks/original_speed.csv; the rows of its own memory tables are those of benchmarks/original_memory.csv,
-with ours of lora_memory.csv and optimizers.csv. A cap does not change the time of a step, and rows under a cap may share the
-GPU, which leaves them without a time in the file: theirs is that of the same model and level without a cap on the same
-card, else their own. Where a table would have no row, nothing stands between its markers.
+Rows come from benchmarks/speed.csv; of repeated rows for one GPU, the last counts. The original's speed comes from
+benchmarks/original_speed.csv, its memory from benchmarks/original_memory.csv, next to ours from lora_memory.csv and
+optimizers.csv. Capped rows may share the GPU and then have no time: they show the time of the same model and level
+without a cap on the same GPU, which is the same, or else their own. A table without rows is left empty.
 """
 
 import csv
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from base import console
 from bench import LEVELS, MODELS, parse_row, rows_in
 from memory_rows import MOMENTS, ORIGINAL_OPTIMIZERS, ORIGINAL_ROWS, side_by_side
-from step_time import ROOT
+from step_time import PACKAGES, ROOT
 
 
 NAMES = {"2b": "2b", "5b": "5b", "5b-i2v": "5b-I2V", "1.5-5b": "1.5-5B", "1.5-5b-i2v": "1.5-5B-I2V"}  # CogVideoX-...
@@ -41,19 +40,18 @@ ORIGINAL_HEADINGS = {
     "with validation | last test | level here",
     "measurements_zh.md": "模型 | 训练 | 优化器 | 批大小 | 秩 | 检查点 | 训练之前 | 训练 | 含验证 | 最后测试 | 本项目的级别",
 }
-# Of the original's rows; its CPUOffloadOptimizer moves gradients too
+# For the original's rows; its CPUOffloadOptimizer offloads gradients too
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradients": "AdamW on the CPU"}
 VERSIONS = {"measurements.md": "Versions: {}.", "measurements_zh.md": "版本：{}。"}
 WORDS = {"measurements.md": {"yes": "yes", "no": "no", "minutes": "min", "tiny": "tiny"}}
 WORDS["measurements_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟", "tiny": "微型"}
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-attn-4")
 
 
 # ---------------------------------------------------------------- cells
 
 
 def latest(rows):
-    """(Row, figures) of each label and card, the last in the file, by model, level and additions."""
+    """(Row, figures) per label and GPU, the last in the file, sorted by model, level and additions."""
     kept = {(figures["label"], figures["card"]): figures for figures in rows}
     pairs = [(parse_row(label), figures) for (label, _), figures in kept.items()]
     models, levels = list(MODELS), list(LEVELS)
@@ -61,14 +59,14 @@ def latest(rows):
 
 
 def level_of(row):
-    """The level and what was added to it, in words, but for what has a column of its own."""
+    """The level and its additions as text, except those that have their own column."""
     shown_elsewhere = r"@|\+cap|\+validated|\+xxl" if row.cap else "@"
     added = [name.lstrip("+") for name in row.additions if not re.match(shown_elsewhere, name)]
     return ", ".join([row.level, *(re.sub(r"^(batch|rank)", r"\1 ", name) for name in added)])
 
 
 def attention_of(row):
-    """Which kernel was asked for: of our own scripts the one that was fastest, if none."""
+    """The kernel asked for; "auto", the fastest, if none was."""
     named = [name[1:] for name in row.additions if name.startswith("@")]
     return named[0] if named else ("torch" if row.level == "reference" else "auto")
 
@@ -78,7 +76,7 @@ def size_of(row):
 
 
 def original_of(row, originals):
-    """The original's time and memory for the row's task with or without checkpointing; "" where nobody measured it."""
+    """The original's time and memory for the row's task with or without checkpointing; "" if not measured."""
     key = (row.model, "sft" if row.is_sft else "lora", "no" if row.level == "speed" else "yes")
     found = originals.get(key) if (row.batch, row.rank) == (1, 64) else None
     if not found:
@@ -99,9 +97,9 @@ def text_encoder_of(row, words):
 
 
 def minutes_of(row, figures, pairs):
-    """Of 1,000 steps of the row without cap and videos on the same card, by its fastest kernel; else of the row itself.
+    """Minutes per 1,000 steps of the same row without cap and videos, on the same GPU with its fastest kernel.
 
-    None if neither was measured.
+    Otherwise the row's own time; None if neither was measured.
     """
 
     def bare(row):
@@ -138,7 +136,7 @@ def fits_cells(row, figures, pairs, originals, words):
 
 
 def versions_of(rows):
-    """Each package with the versions that the rows were measured with."""
+    """The package versions that the rows were measured with, as text."""
     found = {name: sorted({row[name] for row in rows} - {""}) for name in (*PACKAGES, "cuda")}
     texts = {name: " / ".join(versions) for name, versions in found.items() if versions}
     cuda = texts.pop("cuda", None)
@@ -147,7 +145,7 @@ def versions_of(rows):
 
 
 def table(kind, page_name, rows, originals):
-    """The table's Markdown and the versions below it; "" without rows."""
+    """The table as Markdown, with the versions below it; "" without rows."""
     is_capped, cells = kind == "fits", {"speed": speed_cells, "fits": fits_cells}[kind]
     measured = latest(rows)
     pairs = [pair for pair in measured if (pair[0].cap is not None) == is_capped]
@@ -166,7 +164,7 @@ def table(kind, page_name, rows, originals):
 
 
 def between_markers(text, page_name, kind, content):
-    """The page's text with `content` as its table of this kind. ValueError for a page without the markers."""
+    """The page with `content` between the markers of table `kind`; ValueError without the markers."""
     start, end = f"<!-- {kind} table: python benchmarks/tables.py -->\n", f"<!-- end of the {kind} table -->\n"
     if text.count(start) != 1 or text.count(end) != 1:
         raise ValueError(f"{page_name}: needs one {start.strip()} and one {end.strip()}")
@@ -175,7 +173,7 @@ def between_markers(text, page_name, kind, content):
 
 
 def filled(text, page_name, rows, originals):
-    """The page's text with its tables of `rows`, which bench.py measured."""
+    """The page with its tables filled from `rows`, measured by bench.py."""
     for kind in HEADINGS:
         text = between_markers(text, page_name, kind, table(kind, page_name, rows, originals))
     return text
@@ -190,7 +188,7 @@ def read_originals():
 
 
 def ours_beside(original, loras, optimizers):
-    """Our row beside one of the original's, or None: a LoRA of lora_memory.csv, else a row of optimizers.csv."""
+    """Our counterpart to one of the original's rows, from lora_memory.csv or else optimizers.csv; or None."""
     found = [ours for theirs, ours in loras if theirs == original]
     name = ORIGINAL_OPTIMIZERS.get(original["optimizer"], "deepspeed")
     label = f"{original['model'].removeprefix('CogVideoX-')} {original['method']} {name}"
@@ -200,7 +198,7 @@ def ours_beside(original, loras, optimizers):
 
 
 def memory_cell(original, ours, moment):
-    """Theirs / ours, in GiB reserved; nothing after the slash where we have none."""
+    """Theirs / ours, in GiB reserved; nothing after the slash if we have no row."""
     theirs = original[f"memory_{moment}"]
     theirs = theirs if theirs == "OOM" else f"{float(theirs):.1f}"
     return f"{theirs} / {float(ours[f'{moment}_peak_reserved_gib']):.1f}" if ours else f"{theirs} /"
@@ -219,7 +217,7 @@ def original_cells(original, ours, words):
 
 
 def original_table(page_name, originals, loras, optimizers):
-    """All rows that the original published, by task and model, ours beside them."""
+    """All rows that the original published, by task and model, next to ours."""
     rows = sorted(originals, key=lambda row: (row["method"], row["model"]))
     heading = ORIGINAL_HEADINGS[page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
@@ -230,7 +228,7 @@ def original_table(page_name, originals, loras, optimizers):
 
 
 def original_table_of_files(page_name):
-    """The table from the files in benchmarks/."""
+    """`original_table` from the files in benchmarks/."""
     with open(ORIGINAL_ROWS, newline="") as file:
         originals = list(csv.DictReader(file))
     measured = rows_in(ROOT / "benchmarks/lora_memory.csv")

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from args import parse_prepare_args, parse_training_args
+from engine import objective
 from run.exits import run_script
 from synthetic_clips import write_clip
 
@@ -232,15 +233,15 @@ def interrupt(monkeypatch, module, update_number):
     monkeypatch.setattr(module, "update", interrupted)
 
 
-def make_loss_nan(monkeypatch, module, is_bad):
+def make_loss_nan(monkeypatch, is_bad):
     """The loss is NaN in the forward passes, counted from 1, that `is_bad` picks."""
-    calls, v_prediction_loss = [], module.v_prediction_loss
+    calls, v_prediction_loss = [], objective.v_prediction_loss
 
     def spoiled(*arguments):
         calls.append(None)
         return v_prediction_loss(*arguments) * (math.nan if is_bad(len(calls)) else 1)
 
-    monkeypatch.setattr(module, "v_prediction_loss", spoiled)
+    monkeypatch.setattr(objective, "v_prediction_loss", spoiled)
 
 
 # ---------------------------------------------------------------- several processes

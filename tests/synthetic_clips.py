@@ -12,6 +12,8 @@ import imageio_ffmpeg
 import numpy as np
 from make_clips import encode_video
 
+from data.headers import VideoInfo, read_header
+
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 BLOCK = 16  # pixels: large enough for the bits to survive any codec
@@ -133,3 +135,8 @@ def write_clip(path, num_frames=9, height=64, width=96, fps=8, seed=0):
         frame[top : top + side, left : left + side] = colour
     encode_video(path, frames.astype(np.uint8), fps)
     return Path(path)
+
+
+def probe(path) -> VideoInfo:
+    """Frame count, rate and displayed size, as the data set reads them."""
+    return read_header(path).info

@@ -8,10 +8,10 @@ import torch
 import prepare_dataset
 from args import parse_prepare_args, parse_training_args
 from base import files
-from cogvideox.loading import read_outline_from_args
+from cogvideox import models
 from memory import allocator
 from memory.allocator import VARIABLES, configure, expand_segments, uses_expandable_segments
-from run import launch, memory_level
+from run import launch, levels
 
 
 CUDA = torch.device("cuda", 0)
@@ -87,7 +87,7 @@ def test_a_driver_that_maps_no_pages_is_a_warning(settings, monkeypatch, caplog)
     with caplog.at_level(logging.WARNING):
         expand_segments(CUDA)
     assert settings[-1] == "expandable_segments:False" and not uses_expandable_segments()
-    assert caplog.messages == [f"GPU memory cannot grow by pages here, so that more of it is needed: {message}"]
+    assert caplog.messages == [f"expandable segments do not work here, so more GPU memory is needed: {message}"]
 
 
 def test_a_gpu_that_cannot_be_used_is_no_matter_of_segments(settings, monkeypatch, caplog):
@@ -107,9 +107,9 @@ def order(monkeypatch):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **more: (done.append(name), function(*args, **more))[1])
 
-    for module in (launch, memory_level, prepare_dataset):
+    for module in (launch, levels, prepare_dataset):
         monkeypatch.setattr(module, "expand_segments", lambda device: done.append(str(device)))
-    note(memory_level, "run_from_args")
+    note(levels, "workload")
     note(prepare_dataset, "place_text_encoder")
     note(prepare_dataset, "load_vae")
     return done
@@ -118,13 +118,13 @@ def order(monkeypatch):
 def test_a_run_and_its_plan_set_it_before_they_estimate_and_load(tiny, prepared_data, order, monkeypatch):
     flags = ["--pretrained_model_name_or_path", str(tiny("5b")), "--data_root", str(prepared_data), "--load_tensors"]
     args = parse_training_args("t2v_lora", flags)
-    accelerator = launch.init_accelerator_from_args(args)
+    accelerator = launch.init_accelerator(args)
     assert order == [str(accelerator.device)]
-    outline = read_outline_from_args(args, image_to_video=False)
+    model = models.open_from_args(args, image_to_video=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(memory_level, "free_on_gpu", lambda device: 2**34)
-    memory_level.print_plan_from_args(args, outline, is_lora=True)
-    assert order[1:] == ["cuda", "run_from_args"]
+    monkeypatch.setattr(levels, "free_on_gpu", lambda device: 2**34)
+    levels.print_plan(args, model, is_lora=True)
+    assert order[1:] == ["cuda", "workload"]
 
 
 def test_preparing_sets_it_where_a_model_comes_to_the_gpu_and_only_there(tiny, sample_data, order, tmp_path):

@@ -9,8 +9,7 @@ import pytest
 from base.errors import DataError
 from data.buckets import frame_times, num_sampled_frames
 from data.decode import TIE, read_frames
-from data.headers import probe
-from synthetic_clips import draw_case, numbers, write_case
+from synthetic_clips import draw_case, numbers, probe, write_case
 
 
 def decode_plainly(path):

@@ -218,7 +218,9 @@ def describe(action: argparse.Action) -> list[str]:
         kind, default = "ints", " ".join(map(str, action.default))
         assert action.nargs == "+" and action.type is int
     else:
-        kind, default = {None: "str", str.lower: "lower", int: "int", float: "float"}[action.type], str(action.default)
+        made = action.type("0" if "beta" in action.dest else "1") if action.type else ""  # decays are below 1
+        kind = "lower" if action.type is str.lower else type(made).__name__
+        default = str(action.default)
     if action.nargs == 0:
         kind = "flag"
     if action.required:
@@ -441,7 +443,6 @@ def test_given_names_the_flags_on_the_command_line():
 
 
 def test_flags_come_from_the_command_line_by_default(monkeypatch):
-    monkeypatch.setattr("base.console.set_up", lambda verbose: None)
     monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *PREPARE, "--batch_size", "3"])
     args = parse_prepare_args()
     assert args.batch_size == 3 and "batch_size" in args.given
@@ -601,6 +602,26 @@ def test_numbers_out_of_range_are_refused(flag, value, capsys):
 def test_prepare_numbers_out_of_range_are_refused(flag, value, capsys):
     line = refusal(capsys, parse_prepare_args, [*PREPARE, f"--{flag}", value])
     assert f"error: --{flag} {value}: must be a" in line
+
+
+@pytest.mark.parametrize("value", ["x", "", "nan", "inf", "-inf", "-1", "9" * 5000])
+def test_what_is_no_number_in_range_is_refused_with_what_would_be(value, capsys):
+    numbers = {name: action for name, action in flags_of(make_training_parser("t2v_lora")).items() if action.type}
+    for name, action in numbers.items():
+        if action.type is not str.lower and action.nargs is None:
+            line = refused_training(capsys, f"--{name}={value}")
+            assert re.search(rf"error: --{name} \S+: must be an? (integer of|number|probability) ", line)
+
+
+def test_numbers_of_another_runs_flags_are_checked_as_well(tmp_path, capsys):
+    content = {"flags": {"rank": 0, "learning_rate": float("nan")}, "given": ["rank"], "seed": 7}
+    for given, message in (("rank", "--rank 0: must be"), ("learning_rate", "--learning_rate nan: must be")):
+        (tmp_path / "args.json").write_text(json.dumps(content | {"given": [given]}))
+        assert message in refused_training(capsys, "--config", str(tmp_path / "args.json"))
+
+
+def test_seeds_have_no_upper_end():
+    assert parse_training_args("t2v_lora", [*TRAIN, "--seed", "9" * 400]).seed == int("9" * 400)
 
 
 @pytest.mark.parametrize("flag", ["random_flip", "text_dropout"])

@@ -18,13 +18,15 @@ from safetensors import SafetensorError
 
 from args import parse_training_args
 from base import files as files_module
+from base import tensor_file
 from base.errors import NumbersError, StorageError, UsageError
 from base.files import damage, release_locks, write_manifest, written_folder
-from run.checkpoints import find_checkpoint_from_args, load_checkpoint, save_checkpoint, save_checkpoint_from_args
+from run import checkpoints
+from run.checkpoints import write_checkpoint
 from run.exits import run_script
-from run.output_dir import checkpoint_dirs, open_output_dir_from_args, write_record_from_args
-from run.result import check_disk_from_args
-from test_checkpointing import FACTS, MAIN, OneTensorEngine, make_run, step
+from run.output_dir import checkpoint_dirs, open_output_dir, write_record
+from run.result import check_disk
+from test_checkpointing import FACTS, MAIN, OneTensorEngine, make_state, run_in, step
 
 
 KILLED = 77
@@ -46,29 +48,28 @@ def flags(out, *more):
 
 
 @pytest.fixture
-def run():
-    engine, state = make_run()
-    engine.__class__ = FolderEngine
-    step(engine, state, 3)
-    return engine, state
+def state():
+    state = make_state(engine_class=FolderEngine)
+    step(state, 3)
+    return state
 
 
 @pytest.fixture
-def out(run, tmp_path):
+def out(state, tmp_path):
     """The folder of a run killed after its checkpoints 1 and 2."""
     folder = tmp_path / "out"
-    open_output_dir_from_args(flags(folder), MAIN)
-    write_record_from_args(flags(folder), 5, {})
+    open_output_dir(flags(folder), MAIN)
+    write_record(flags(folder), 5, {})
     for number in (1, 2):
-        save_checkpoint(folder, number, *run, FACTS)
+        write_checkpoint(folder, number, state, FACTS)
     release_locks()
     return folder
 
 
 def continued(out, *more):
     """The checkpoint that the same command goes on from."""
-    open_output_dir_from_args(flags(out, *more), MAIN)
-    path = find_checkpoint_from_args(flags(out, *more), MAIN, 100, {})
+    open_output_dir(flags(out, *more), MAIN)
+    path = checkpoints.find(flags(out, *more), run_in(out), 100, {})
     release_locks()
     return path
 
@@ -87,7 +88,7 @@ def in_child(function) -> int:
         try:
             function()
             os._exit(0)
-        except BaseException as error:  # nothing of pytest may go on in the child
+        except BaseException as error:  # noqa: BLE001 - nothing of pytest may go on in the child
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -96,6 +97,7 @@ def in_child(function) -> int:
 OPERATIONS = [
     (os, "open"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "fsync"),
     (os, "write"), (os, "ftruncate"), (builtins, "open"), (io, "open"), (safetensors.torch, "serialize_file"),
+    (tensor_file, "bytes_of"),
 ]  # fmt: skip
 
 
@@ -144,19 +146,21 @@ def count_operations(function, folder):
 
 
 @pytest.mark.parametrize("number", [3, 2], ids=["a new one, the oldest goes", "one again under its name"])
-def test_a_save_killed_at_every_file_operation_loses_nothing(number, run, out, tmp_path):
-    args = Namespace(output_dir=str(tmp_path / "copy"), checkpoints_total_limit=2)
+def test_a_save_killed_at_every_file_operation_loses_nothing(number, state, out, tmp_path):
+    args, run = Namespace(checkpoints_total_limit=2), run_in(tmp_path / "copy")
 
     def save():
-        save_checkpoint_from_args(args, MAIN, number, *run, FACTS)
+        checkpoints.save(args, run, number, state, FACTS)
 
     def copy():
-        shutil.rmtree(args.output_dir, ignore_errors=True)
-        return Path(shutil.copytree(out, args.output_dir))
+        shutil.rmtree(run.output_dir, ignore_errors=True)
+        return Path(shutil.copytree(out, run.output_dir))
 
     folder = copy()
     operations = count_operations(save, tmp_path)
-    assert len(operations) > 30 and {"fsync", "rename", "mkdir", "serialize_file", "rmdir"} <= set(operations)
+    assert len(operations) > 30 and {"fsync", "rename", "mkdir", "serialize_file", "bytes_of", "rmdir"} <= set(
+        operations
+    )
     reached = set()
     for last in range(1, len(operations) + 1):
         folder = copy()
@@ -165,13 +169,13 @@ def test_a_save_killed_at_every_file_operation_loses_nothing(number, run, out, t
         path = continued(folder)
         assert int(path.name.removeprefix("checkpoint-")) >= 2, f"killed at operation {last}, {operations[last - 1]}"
         assert not [left for left in folder.iterdir() if left.name.startswith((".tmp", ".old"))]
-        engine, state = make_run()
-        reached.add(load_checkpoint(path, engine, state, FACTS))
-        assert torch.equal(engine.weight, run[0].weight)
+        other = make_state()
+        reached.add(checkpoints.load(path, other, FACTS))
+        assert torch.equal(other.engine.weight, state.engine.weight)
     assert reached == {2, number}
 
 
-def test_everything_is_on_the_disk_before_the_rename(run, tmp_path, monkeypatch):
+def test_everything_is_on_the_disk_before_the_rename(state, tmp_path, monkeypatch):
     """A power cut keeps the order of what was flushed: all files, then the manifest, then the folders, then the name."""
     events = []
     monkeypatch.setattr(
@@ -179,7 +183,7 @@ def test_everything_is_on_the_disk_before_the_rename(run, tmp_path, monkeypatch)
     )
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
-    path = save_checkpoint(tmp_path, 3, *run, FACTS)
+    path = write_checkpoint(tmp_path, 3, state, FACTS)
     place = events.index("rename", len(events) - 2)
     flushed = [event.name for event in events[:place]]
     files = {file.name for file in path.rglob("*") if file.is_file()}
@@ -242,25 +246,25 @@ def test_a_file_beside_those_of_the_checkpoint_does_no_harm(out):
     assert continued(out) == out / "checkpoint-2"
 
 
-def test_a_damaged_later_checkpoint_does_not_push_out_the_good_ones(run, out):
+def test_a_damaged_later_checkpoint_does_not_push_out_the_good_ones(state, out):
     """After a fall back the next saves are older than the damaged one: with a limit of 1 it must not be what is kept."""
-    save_checkpoint(out, 20, *run, FACTS)
+    write_checkpoint(out, 20, state, FACTS)
     flip(out / "checkpoint-20/weight.safetensors")
-    args = Namespace(output_dir=str(out), checkpoints_total_limit=1)
-    save_checkpoint_from_args(args, MAIN, 3, *run, FACTS)
+    args, run = Namespace(checkpoints_total_limit=1), run_in(out)
+    checkpoints.save(args, run, 3, state, FACTS)
     assert continued(out) == out / "checkpoint-3"
-    save_checkpoint_from_args(args, MAIN, 20, *run, FACTS)
+    checkpoints.save(args, run, 20, state, FACTS)
     assert [path.name for path in checkpoint_dirs(out)] == ["checkpoint-20"] and not partial(out)
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(run, out, monkeypatch, caplog):
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(state, out, monkeypatch, caplog):
     def fail(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    args = Namespace(output_dir=str(out), checkpoints_total_limit=1)
+    args, run = Namespace(checkpoints_total_limit=1), run_in(out)
     with monkeypatch.context() as patches:
         patches.setattr(files_module.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail())
-        save_checkpoint_from_args(args, MAIN, 3, *run, FACTS)
+        checkpoints.save(args, run, 3, state, FACTS)
     assert "checkpoint-1: cannot be removed (Permission denied)" in caplog.text
     assert continued(out) == out / "checkpoint-3"
 
@@ -270,18 +274,18 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(run, out, monkeypatch,
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["weight", "state"])
-def test_numbers_that_are_not_finite_are_written_nowhere(place, value, run, out):
-    engine, state = run
-    tensor = engine.weight.data if place == "weight" else state.optimizer.state[engine.weight]["exp_avg"]
+def test_numbers_that_are_not_finite_are_written_nowhere(place, value, state, out):
+    weight = state.engine.weight
+    tensor = weight.data if place == "weight" else state.optimizer.state[weight]["exp_avg"]
     tensor[2] = value
     with pytest.raises(NumbersError, match="weights or optimizer states are no longer finite"):
-        save_checkpoint(out, 3, *run, FACTS)
+        write_checkpoint(out, 3, state, FACTS)
     assert [path.name for path in checkpoint_dirs(out)] == ["checkpoint-1", "checkpoint-2"]
     assert not list(out.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("limit", [0, 100, 300, 500, 800])
-def test_a_full_disk_leaves_the_checkpoints_before(limit, run, out, capsys):
+def test_a_full_disk_leaves_the_checkpoints_before(limit, state, out, capsys):
     """Files may not grow beyond `limit` bytes: whichever file is the first to be too large."""
     before = {path: damage(path) for path in checkpoint_dirs(out)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -289,7 +293,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(limit, run, out, capsys):
     def save():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            save_checkpoint_from_args(Namespace(output_dir=str(out), checkpoints_total_limit=1), MAIN, 3, *run, FACTS)
+            checkpoints.save(Namespace(checkpoints_total_limit=1), run_in(out), 3, state, FACTS)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -304,9 +308,9 @@ def test_a_full_disk_leaves_the_checkpoints_before(limit, run, out, capsys):
 def test_the_merged_model_counts_too(tmp_path, monkeypatch):
     engine = Namespace(params=[torch.zeros(8)], transformer=torch.nn.Linear(1000, 1000))  # 4 MB
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=3e6))
-    check_disk_from_args(flags(tmp_path), engine, 0, 5)
+    check_disk(flags(tmp_path), engine, 0, 5)
     with pytest.raises(StorageError, match="GiB are free"):
-        check_disk_from_args(flags(tmp_path, "--export", "merged"), engine, 0, 5)
+        check_disk(flags(tmp_path, "--export", "merged"), engine, 0, 5)
 
 
 @pytest.mark.parametrize(
@@ -328,9 +332,9 @@ def test_the_disk_is_measured_before_the_first_step(weights, more, free, expecte
     args = flags(tmp_path, *more)
     if expected == "error":
         with pytest.raises(StorageError, match=r"checkpoints of .* need .* GiB are free"):
-            check_disk_from_args(args, engine, 0, args.max_train_steps or 50)
+            check_disk(args, engine, 0, args.max_train_steps or 50)
         return
-    check_disk_from_args(args, engine, 0, args.max_train_steps or 50)
+    check_disk(args, engine, 0, args.max_train_steps or 50)
     assert ("--checkpoints_total_limit keeps fewer" in caplog.text) == (expected == "warning")
 
 
@@ -338,12 +342,12 @@ def test_the_disk_is_measured_before_the_first_step(weights, more, free, expecte
 
 
 def test_a_second_run_in_the_same_folder_is_refused_with_the_firsts_pid(out):
-    open_output_dir_from_args(flags(out), MAIN)
+    open_output_dir(flags(out), MAIN)
     before = sorted(out.iterdir())
 
     def second(*more):
         with pytest.raises(UsageError, match=f"process {os.getppid()} is writing there"):
-            open_output_dir_from_args(flags(out, *more), MAIN)
+            open_output_dir(flags(out, *more), MAIN)
 
     assert in_child(second) == 0
     assert in_child(lambda: second("--overwrite")) == 0  # nor is a running run moved aside
@@ -352,7 +356,7 @@ def test_a_second_run_in_the_same_folder_is_refused_with_the_firsts_pid(out):
 
 def test_the_lock_of_a_killed_run_does_not_count(out):
     def killed():
-        open_output_dir_from_args(flags(out), MAIN)
+        open_output_dir(flags(out), MAIN)
         os.kill(os.getpid(), 9)
 
     assert in_child(killed) == -9
@@ -364,7 +368,7 @@ def test_a_forked_worker_does_not_keep_the_lock(out):
     read, write = os.pipe()
 
     def run_with_worker():
-        open_output_dir_from_args(flags(out), MAIN)
+        open_output_dir(flags(out), MAIN)
         if os.fork() == 0:
             os.read(read, 1)
             os._exit(0)

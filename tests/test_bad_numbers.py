@@ -14,7 +14,7 @@ from base.errors import NumbersError
 from data.buckets import pack_batches
 from engine.update import Update, update
 from run.exits import run_script
-from run.meter import BadSteps
+from run.metrics import BadSteps
 from script_runs import (
     SCRIPTS,
     checkpoints,
@@ -102,9 +102,9 @@ def test_bad_steps_stop_the_run_only_in_a_row():
 
 
 @by_script
-def test_a_bad_step_is_as_if_it_had_not_been(script, train, module, monkeypatch, caplog):
+def test_a_bad_step_is_as_if_it_had_not_been(script, train, monkeypatch, caplog):
     """The weights after it are those before it, bit for bit, and training goes on."""
-    make_loss_nan(monkeypatch, module, lambda call: call == 4)
+    make_loss_nan(monkeypatch, lambda call: call == 4)
     with caplog.at_level(logging.WARNING):
         out = train("out", "--max_train_steps", "3", "--gradient_accumulation_steps", "2")
     assert [row["skipped"] for row in metrics(out)] == [False, True, False]
@@ -122,11 +122,11 @@ def test_a_bad_step_is_as_if_it_had_not_been(script, train, module, monkeypatch,
     )
 
 
-def test_too_many_in_a_row_stop_it_and_the_last_good_checkpoint_stays(stops, train, module, monkeypatch, tmp_path):
+def test_too_many_in_a_row_stop_it_and_the_last_good_checkpoint_stays(stops, train, monkeypatch, tmp_path):
     unbroken = train("unbroken", "--max_train_steps", "5")
     out = tmp_path / "out"
     with monkeypatch.context() as patches:
-        make_loss_nan(patches, module, lambda call: call > 2)
+        make_loss_nan(patches, lambda call: call > 2)
         line = stops(70, "out", "--max_train_steps", "5", "--max_bad_steps", "3", "--checkpointing_steps", "2")
     assert "step 5: 3 updates in a row" in line and status(out)["exit_code"] == 70
     assert result_hash(out / "checkpoint-2") == result_hash(unbroken / "checkpoint-2")
@@ -140,7 +140,7 @@ def test_weights_that_overflow_reach_no_file(stops, module, monkeypatch, tmp_pat
         result = update_weights(loss, state, *rest)
         calls.append(None)
         if len(calls) == 2:
-            state.params[-1].data.view(-1)[0] = math.inf
+            state.engine.params[-1].data.view(-1)[0] = math.inf
         return result
 
     monkeypatch.setattr(module, "update", overflowing)
@@ -157,7 +157,7 @@ def test_one_ranks_bad_loss_skips_the_step_on_both(script, module, command, monk
 
     def main():
         logging.getLogger().addHandler(logging.FileHandler(tmp_path / "log"))
-        make_loss_nan(monkeypatch, module, lambda call: call == 2 and os.environ["RANK"] == "1")
+        make_loss_nan(monkeypatch, lambda call: call == 2 and os.environ["RANK"] == "1")
         run_script(lambda: module.main(parse_training_args(script.key, argv)), tmp_path / "out")
 
     assert run_ranks(main, 2) == [0, 0]

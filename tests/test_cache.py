@@ -12,7 +12,7 @@ from base.errors import NumbersError
 from base.files import written_beside
 from data.artifacts import Writer, recorded_key, write_image, write_tensors, write_video
 from data.decode import read_frames
-from data.headers import probe
+from synthetic_clips import probe
 
 
 KEY = '{"caption": "a \\"red\\" circle, caf\u00e9"}'

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from args import parse_prepare_args, parse_training_args
 from base import files
 from base.errors import StorageError, UsageError
-from cogvideox import encoding
+from cogvideox import encoding, loading
 from cogvideox.encoding import encode_captions
 from data import captions
-from data.captions import CaptionEmbeds, encode_captions_from_args
+from data.captions import CaptionEmbeds
 from run.exits import run_script
 from script_runs import DEFAULTS, EVERY_SCRIPT, SCRIPTS, TEXT_FILES, run_ranks
 
@@ -35,8 +35,8 @@ def flags(out, *more):
 
 
 def embeds_of(model_dir, out, texts=TEXTS, dtype=torch.float32, rank=0, encode=encode_captions):
-    accelerator = SimpleNamespace(process_index=rank, is_main_process=rank == 0, device=CPU)
-    return encode_captions_from_args(flags(out), accelerator, model_dir, texts, dtype, None, (226, 32), encode)
+    run, model = SimpleNamespace(rank=rank, device=CPU), SimpleNamespace(folder=model_dir, text_shape=(226, 32))
+    return captions.encode_from_args(flags(out), run, model, texts, dtype, None, encode)
 
 
 def in_memory(model_dir, texts=TEXTS, dtype=torch.float32):
@@ -183,11 +183,15 @@ def test_a_run_on_videos_trains_what_embeddings_in_memory_train(name, train, sam
     mapped = train(name, "mapped", *more)
     assert not list(mapped.glob("caption_embeds*"))
 
-    def held_in_memory(args, accelerator, model_dir, texts, dtype, *rest):
-        return in_memory(model_dir, texts, dtype)
+    asked = []
 
-    monkeypatch.setattr(importlib.import_module(SCRIPTS[name].module), "encode_captions_from_args", held_in_memory)
+    def held_in_memory(args, run, model, texts, dtype, *rest):
+        asked.append(len(texts))
+        return in_memory(model.folder, texts, dtype)
+
+    monkeypatch.setattr(captions, "encode_from_args", held_in_memory)
     held = train(name, "held", *more)
+    assert asked
     results = [sorted(out.glob("checkpoint-2/**/*.safetensors")) for out in (mapped, held)]
     assert results[0] and [path.read_bytes() for path in results[0]] == [path.read_bytes() for path in results[1]]
     rows = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (mapped, held)]
@@ -196,9 +200,8 @@ def test_a_run_on_videos_trains_what_embeddings_in_memory_train(name, train, sam
 
 
 def test_a_run_that_broke_off_leaves_them_for_the_next(train, monkeypatch):
-    script = importlib.import_module(SCRIPTS["t2v_lora"].module)
     with monkeypatch.context() as broken:
-        broken.setattr(script, "load_transformer", lambda *given, **named: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(loading, "load_transformer", lambda *given, **named: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train("t2v_lora", "out")
     monkeypatch.setattr(encoding, "load_text_encoder", lambda *given: pytest.fail("T5 was loaded again"))
@@ -211,7 +214,7 @@ def test_a_command_that_is_refused_later_leaves_nothing(train, tmp_path, monkeyp
         assert list((tmp_path / "out").glob("caption_embeds*"))
         raise UsageError("no")
 
-    monkeypatch.setattr(importlib.import_module(SCRIPTS["t2v_lora"].module), "load_transformer", refuse)
+    monkeypatch.setattr(loading, "load_transformer", refuse)
     with pytest.raises(SystemExit, match="2"):
         run_script(lambda: train("t2v_lora", "out"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -18,14 +18,9 @@ from base.status import write_status
 from engine.optimizers import join_tensors, split_tensors
 from engine.update import TrainingState, update
 from run import checkpoints, output_dir, result
-from run.checkpoints import (
-    find_checkpoint_from_args,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    save_checkpoint_from_args,
-)
-from run.output_dir import checkpoint_dirs, open_output_dir_from_args, write_record_from_args
+from run.checkpoints import prune_checkpoints, write_checkpoint
+from run.launch import Run
+from run.output_dir import checkpoint_dirs, open_output_dir, write_record
 
 
 MAIN = Namespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)  # what is used of Accelerator
@@ -41,6 +36,10 @@ class OneTensorEngine:
         self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 6))
         self.unused = torch.nn.Parameter(torch.ones(2))  # like the text half of the last block: never a gradient
         self.params = [self.weight, self.unused]
+        self.masters = self.ema = None
+
+    def gather(self):
+        pass
 
     def save_state(self, directory):
         save_file({"weight": self.weight.data}, directory / "weight.safetensors")
@@ -49,24 +48,29 @@ class OneTensorEngine:
         self.weight.data.copy_(load_file(directory / "weight.safetensors")["weight"])
 
 
-def make_run(optimizer="adamw"):
-    engine = OneTensorEngine()
+def make_state(optimizer="adamw", engine_class=OneTensorEngine):
+    engine = engine_class()
     optimizer = OPTIMIZERS[optimizer](engine.params, lr=0.1, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    return engine, TrainingState(engine.params, optimizer, schedule)
+    return TrainingState(engine, optimizer, schedule)
 
 
-def step(engine, state, count=1):
+def step(state, count=1):
     for _ in range(count):
         target = torch.arange(6.0) / 7
-        assert update((engine.weight - target).square().sum(), state, True, 1.0).stepped
+        assert update((state.engine.weight - target).square().sum(), state, True, 1.0).stepped
+
+
+def run_in(folder, rank=0, accelerator=MAIN):
+    """A run that writes into `folder`."""
+    return Run(accelerator, torch.device("cpu"), rank, 1, 1, Path(folder), None)
 
 
 @pytest.fixture
-def run():
-    engine, state = make_run()
-    step(engine, state, 3)
-    return engine, state
+def state():
+    state = make_state()
+    step(state, 3)
+    return state
 
 
 @pytest.fixture
@@ -81,13 +85,13 @@ def flags(tmp_path):
 
 
 @pytest.fixture
-def out(flags, run, tmp_path):
+def out(flags, state, tmp_path):
     """An output folder as a run of `flags()` left it: seed 5 drawn, checkpoints 2 and 10."""
     args = flags()
-    assert open_output_dir_from_args(args, MAIN) is None
-    write_record_from_args(args, 5, CONTENT)
+    assert open_output_dir(args, MAIN) is None
+    write_record(args, 5, CONTENT)
     for number in (2, 10):
-        save_checkpoint(tmp_path / "out", number, *run, FACTS)
+        write_checkpoint(tmp_path / "out", number, state, FACTS)
     return tmp_path / "out"
 
 
@@ -101,27 +105,27 @@ def contents(folder):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_continuing_is_bit_exact(name, tmp_path):
-    engine, state = make_run(name)
-    step(engine, state, 3)
-    path = save_checkpoint(tmp_path, 3, engine, state, FACTS)
-    step(engine, state, 2)
+    state = make_state(name)
+    step(state, 3)
+    path = write_checkpoint(tmp_path, 3, state, FACTS)
+    step(state, 2)
 
-    other, other_state = make_run(name)
-    assert load_checkpoint(path, other, other_state, FACTS) == 3
-    assert torch.equal(load_file(path / "weight.safetensors")["weight"], other.weight.data)
-    step(other, other_state, 2)
-    assert torch.equal(engine.weight, other.weight)
-    ours, theirs = split_tensors(state.optimizer.state_dict()), split_tensors(other_state.optimizer.state_dict())
+    other = make_state(name)
+    assert checkpoints.load(path, other, FACTS) == 3
+    assert torch.equal(load_file(path / "weight.safetensors")["weight"], other.engine.weight.data)
+    step(other, 2)
+    assert torch.equal(state.engine.weight, other.engine.weight)
+    ours, theirs = split_tensors(state.optimizer.state_dict()), split_tensors(other.optimizer.state_dict())
     assert ours[0].keys() == theirs[0].keys()
     assert all(torch.equal(ours[0][key], theirs[0][key]) for key in ours[0])
     assert json.loads(json.dumps(ours[1])) == json.loads(json.dumps(theirs[1]))
-    assert state.lr_scheduler.get_last_lr() == other_state.lr_scheduler.get_last_lr() == [0.1 / 6]
+    assert state.lr_scheduler.get_last_lr() == other.lr_scheduler.get_last_lr() == [0.1 / 6]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_state_survives_files(name, tmp_path):
-    engine, state = make_run(name)
-    step(engine, state, 2)
+    state = make_state(name)
+    step(state, 2)
     before = state.optimizer.state_dict()
     tensors, rest = split_tensors(before)
     save_file(tensors, tmp_path / "x.safetensors")
@@ -140,36 +144,34 @@ def test_values_that_are_no_tensors_survive_too():
     assert after["state"][3]["step"] == 7 and torch.equal(after["state"][3]["exp_avg"], torch.ones(2))
 
 
-def test_a_gradient_scaler_is_kept(run, tmp_path):
-    engine, state = run
+def test_a_gradient_scaler_is_kept(state, tmp_path):
     state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     state.scaler.scale(torch.ones(()))  # the scale exists from its first use
-    path = save_checkpoint(tmp_path, 1, engine, state, FACTS)
-    other, other_state = make_run()
-    other_state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    load_checkpoint(path, other, other_state, FACTS)
-    assert other_state.scaler.get_scale() == 8.0
+    path = write_checkpoint(tmp_path, 1, state, FACTS)
+    other = make_state()
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    checkpoints.load(path, other, FACTS)
+    assert other.scaler.get_scale() == 8.0
 
 
 # ---------------------------------------------------------------- whole or not there
 
 
-@pytest.mark.parametrize("place", ["save_state", "split_tensors", "save_file", "write_json", "rename"])
-def test_an_error_in_a_save_leaves_the_checkpoints_before(place, run, tmp_path, monkeypatch):
-    engine, state = run
-    save_checkpoint(tmp_path, 1, engine, state, FACTS)
+@pytest.mark.parametrize("place", ["save_state", "split_tensors", "save_tensors", "write_json", "rename"])
+def test_an_error_in_a_save_leaves_the_checkpoints_before(place, state, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 1, state, FACTS)
     before = contents(tmp_path)
 
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patches:
-        owner = {"save_state": engine, "rename": Path}.get(place, checkpoints)
+        owner = {"save_state": state.engine, "rename": Path}.get(place, checkpoints)
         patches.setattr(owner, place, fail)
         with pytest.raises(OSError, match="No space"):
-            save_checkpoint(tmp_path, 2, engine, state, FACTS)
+            write_checkpoint(tmp_path, 2, state, FACTS)
     assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert save_checkpoint(tmp_path, 2, engine, state, FACTS).name == "checkpoint-2"
+    assert write_checkpoint(tmp_path, 2, state, FACTS).name == "checkpoint-2"
 
 
 def test_what_a_killed_save_left_is_removed(out, flags):
@@ -177,29 +179,29 @@ def test_what_a_killed_save_left_is_removed(out, flags):
     shutil.copytree(out / "checkpoint-2", out / ".tmp-123-checkpoint-4")
     (out / ".tmp-123-status.json").write_text("{")
     (out / "transformer").mkdir()
-    assert open_output_dir_from_args(flags(), MAIN) == 5
+    assert open_output_dir(flags(), MAIN) == 5
     assert contents(out) == before and not list(out.glob(".tmp-*")) and (out / "transformer").is_dir()
 
 
-def test_the_number_orders_checkpoints_not_the_name(run, tmp_path):
+def test_the_number_orders_checkpoints_not_the_name(state, tmp_path):
     for number in (10, 9, 100):
-        save_checkpoint(tmp_path, number, *run, FACTS)
+        write_checkpoint(tmp_path, number, state, FACTS)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
 
 
-def test_pruning_keeps_the_newest_and_everything_else(run, tmp_path):
+def test_pruning_keeps_the_newest_and_everything_else(state, tmp_path):
     (tmp_path / "checkpoint-mine").mkdir()
     for number in (8, 9, 10):
-        save_checkpoint(tmp_path, number, *run, FACTS)
+        write_checkpoint(tmp_path, number, state, FACTS)
     prune_checkpoints(tmp_path, None, 10)
     assert len(checkpoint_dirs(tmp_path)) == 3
     prune_checkpoints(tmp_path, 2, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9", "checkpoint-mine"]
 
 
-def test_the_old_one_goes_only_when_the_new_one_is_there(run, tmp_path, monkeypatch):
-    args = Namespace(output_dir=str(tmp_path), checkpoints_total_limit=1)
-    save_checkpoint_from_args(args, MAIN, 1, *run, FACTS)
+def test_the_old_one_goes_only_when_the_new_one_is_there(state, tmp_path, monkeypatch):
+    args, run = Namespace(checkpoints_total_limit=1), run_in(tmp_path)
+    checkpoints.save(args, run, 1, state, FACTS)
 
     def fail(*arguments):
         raise OSError(28, "No space left on device")
@@ -209,17 +211,17 @@ def test_the_old_one_goes_only_when_the_new_one_is_there(run, tmp_path, monkeypa
         patches.setattr(output_dir, "write_json", fail)
         patches.setattr(result, "write_json", fail)
         with pytest.raises(OSError, match="No space"):
-            save_checkpoint_from_args(args, MAIN, 2, *run, FACTS)
+            checkpoints.save(args, run, 2, state, FACTS)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-1"]
-    save_checkpoint_from_args(args, MAIN, 2, *run, FACTS)
+    checkpoints.save(args, run, 2, state, FACTS)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-2"]
 
 
-def test_only_the_main_process_writes(run, tmp_path):
+def test_only_the_main_process_writes(state, tmp_path):
     waited = []
-    accelerator = Namespace(is_main_process=False, wait_for_everyone=lambda: waited.append(True))
-    args = Namespace(output_dir=str(tmp_path), checkpoints_total_limit=1)
-    save_checkpoint_from_args(args, accelerator, 1, *run, FACTS)
+    accelerator = Namespace(wait_for_everyone=lambda: waited.append(True))
+    run = run_in(tmp_path, rank=1, accelerator=accelerator)
+    checkpoints.save(Namespace(checkpoints_total_limit=1), run, 1, state, FACTS)
     assert waited and not list(tmp_path.iterdir())
 
 
@@ -227,21 +229,21 @@ def test_only_the_main_process_writes(run, tmp_path):
 
 
 @pytest.mark.parametrize("fact", FACTS)
-def test_a_checkpoint_of_other_facts_is_refused(fact, run, tmp_path):
-    path = save_checkpoint(tmp_path, 3, *run, FACTS)
-    engine, state = make_run()
-    before = engine.weight.clone()
+def test_a_checkpoint_of_other_facts_is_refused(fact, state, tmp_path):
+    path = write_checkpoint(tmp_path, 3, state, FACTS)
+    state = make_state()
+    before = state.engine.weight.clone()
     with pytest.raises(UsageError, match=f"its {fact} was {FACTS[fact]}, now it is other"):
-        load_checkpoint(path, engine, state, {**FACTS, fact: "other"})
-    assert torch.equal(engine.weight, before) and not state.optimizer.state_dict()["state"]
+        checkpoints.load(path, state, {**FACTS, fact: "other"})
+    assert torch.equal(state.engine.weight, before) and not state.optimizer.state_dict()["state"]
 
 
 def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
-    assert open_output_dir_from_args(flags(), MAIN) == 5
-    assert find_checkpoint_from_args(flags(), MAIN, 100, CONTENT).name == "checkpoint-10"
-    assert open_output_dir_from_args(flags("--seed", "5"), MAIN) is None  # the flag gives it
+    assert open_output_dir(flags(), MAIN) == 5
+    assert checkpoints.find(flags(), run_in(out), 100, CONTENT).name == "checkpoint-10"
+    assert open_output_dir(flags("--seed", "5"), MAIN) is None  # the flag gives it
     with pytest.raises(UsageError, match="--seed None -> 6"):
-        open_output_dir_from_args(flags("--seed", "6"), MAIN)
+        open_output_dir(flags("--seed", "6"), MAIN)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
 )
 def test_flags_that_train_nothing_may_change(out, flags, more):
     more = [text.format(out=out) for text in more]
-    assert open_output_dir_from_args(flags(*more), MAIN) == (None if "--config" in more else 5)  # which names the seed
+    assert open_output_dir(flags(*more), MAIN) == (None if "--config" in more else 5)  # which names the seed
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ def test_flags_that_train_nothing_may_change(out, flags, more):
 def test_flags_that_train_are_named(out, flags, more):
     before = contents(out)
     with pytest.raises(UsageError, match=f"{more[0]} .* -> ") as caught:
-        open_output_dir_from_args(flags(*more), MAIN)
+        open_output_dir(flags(*more), MAIN)
     assert str(out) in str(caught.value) and "--overwrite" in str(caught.value)
     assert str(caught.value).count(" -> ") == 1 and contents(out) == before
 
@@ -282,47 +284,47 @@ def test_a_flag_that_the_run_did_not_know_yet_may_have_its_default(out, flags):
     record = json.loads((out / "args.json").read_text())
     del record["flags"]["base_precision"]
     (out / "args.json").write_text(json.dumps(record))
-    assert open_output_dir_from_args(flags(), MAIN) == 5
+    assert open_output_dir(flags(), MAIN) == 5
     with pytest.raises(UsageError, match="--base_precision None -> nf4"):
-        open_output_dir_from_args(flags("--base_precision", "nf4"), MAIN)
+        open_output_dir(flags("--base_precision", "nf4"), MAIN)
 
 
 def test_without_a_checkpoint_anything_may_start(out, flags):
     for path in checkpoint_dirs(out):
         shutil.rmtree(path)
-    assert open_output_dir_from_args(flags("--rank", "8", "--seed", "3"), MAIN) is None
-    assert find_checkpoint_from_args(flags(), MAIN, 100, CONTENT) is None
+    assert open_output_dir(flags("--rank", "8", "--seed", "3"), MAIN) is None
+    assert checkpoints.find(flags(), run_in(out), 100, CONTENT) is None
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(out, flags):
     (out / "args.json").unlink()
     with pytest.raises(UsageError, match=r"args\.json: missing"):
-        open_output_dir_from_args(flags(), MAIN)
+        open_output_dir(flags(), MAIN)
 
 
-@pytest.mark.parametrize(("state", "refused"), [("complete", True), ("interrupted", False), (None, False)])
-def test_a_decaying_schedule_is_stretched_only_if_it_did_not_end(state, refused, flags, run, tmp_path):
+@pytest.mark.parametrize(("ended", "refused"), [("complete", True), ("interrupted", False), (None, False)])
+def test_a_decaying_schedule_is_stretched_only_if_it_did_not_end(ended, refused, flags, state, tmp_path):
     out, args = tmp_path / "out", flags("--lr_scheduler", "cosine", "--max_train_steps", "10")
-    open_output_dir_from_args(args, MAIN)
-    write_record_from_args(args, 5, CONTENT)
-    save_checkpoint(out, 10, *run, FACTS)
-    if state:
-        write_status(out, state, 0)
+    open_output_dir(args, MAIN)
+    write_record(args, 5, CONTENT)
+    write_checkpoint(out, 10, state, FACTS)
+    if ended:
+        write_status(out, ended, 0)
     longer = flags("--lr_scheduler", "cosine", "--max_train_steps", "20")
     if refused:
         with pytest.raises(UsageError, match="--max_train_steps 10 -> 20"):
-            open_output_dir_from_args(longer, MAIN)
+            open_output_dir(longer, MAIN)
     else:
-        assert open_output_dir_from_args(longer, MAIN) == 5
+        assert open_output_dir(longer, MAIN) == 5
 
 
 def test_overwrite_moves_everything_aside_and_nothing_is_lost(out, flags, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "now")  # twice within a second
     before = contents(out)
-    assert open_output_dir_from_args(flags("--overwrite"), MAIN) is None
+    assert open_output_dir(flags("--overwrite"), MAIN) is None
     assert [path.name for path in out.iterdir()] == [".lock"] and contents(out.with_name("out.now.1")) == before
     (out / "file").write_text("second")
-    open_output_dir_from_args(flags("--overwrite"), MAIN)
+    open_output_dir(flags("--overwrite"), MAIN)
     assert (out.with_name("out.now.2") / "file").read_text() == "second"
 
 
@@ -330,30 +332,30 @@ def test_overwrite_moves_everything_aside_and_nothing_is_lost(out, flags, monkey
 def test_overwrite_does_not_move_the_checkpoint_that_is_named(wanted, out, flags, tmp_path):
     before, wanted = contents(out), wanted.format(out=out)
     with pytest.raises(UsageError, match="leave out one of them"):
-        open_output_dir_from_args(flags("--overwrite", "--resume_from_checkpoint", wanted), MAIN)
+        open_output_dir(flags("--overwrite", "--resume_from_checkpoint", wanted), MAIN)
     assert contents(out) == before and not list(tmp_path.glob("out.*"))
     elsewhere = flags("--overwrite", "--resume_from_checkpoint", wanted, "--output_dir", str(tmp_path / "new"))
     if "/" in wanted:
-        assert open_output_dir_from_args(elsewhere, MAIN) is None
+        assert open_output_dir(elsewhere, MAIN) is None
 
 
 @pytest.mark.parametrize("below", ["", "/run"])
 def test_an_output_folder_that_is_a_file_is_refused(below, flags, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="is a file; give a folder"):
-        open_output_dir_from_args(flags("--output_dir", f"{tmp_path}/file{below}"), MAIN)
+        open_output_dir(flags("--output_dir", f"{tmp_path}/file{below}"), MAIN)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_only_the_main_process_moves_it(out, flags):
     before = contents(out)
-    open_output_dir_from_args(flags("--overwrite"), Namespace(is_main_process=False, num_processes=1))
+    open_output_dir(flags("--overwrite"), Namespace(is_main_process=False, num_processes=1))
     assert contents(out) == before
 
 
 def test_a_named_checkpoint_is_a_path_a_name_or_a_step(out, flags, tmp_path, monkeypatch):
     def find(name):
-        return find_checkpoint_from_args(flags("--resume_from_checkpoint", name), MAIN, 100, CONTENT)
+        return checkpoints.find(flags("--resume_from_checkpoint", name), run_in(out), 100, CONTENT)
 
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoint-2", "checkpoint-2/", "2", f"{out}/checkpoint-2/", os.path.join("out", "checkpoint-2")):
@@ -367,28 +369,26 @@ def test_stray_folders_are_no_checkpoints(out, flags):
     for name in ("checkpoint-backup", "checkpoint-1000-tmp", "checkpoint-11 (copy)", ".tmp-1-checkpoint-12"):
         shutil.copytree(out / "checkpoint-2", out / name)
     (out / "checkpoint-99").write_text("a file")
-    assert (
-        find_checkpoint_from_args(flags("--resume_from_checkpoint", "latest"), MAIN, 100, CONTENT)
-        == out / "checkpoint-10"
-    )
+    latest = checkpoints.find(flags("--resume_from_checkpoint", "latest"), run_in(out), 100, CONTENT)
+    assert latest == out / "checkpoint-10"
 
 
 def test_a_checkpoint_of_another_folder_must_be_of_such_a_run(out, flags, tmp_path):
     path = ["--resume_from_checkpoint", str(out / "checkpoint-2"), "--output_dir", str(tmp_path / "new")]
-    assert find_checkpoint_from_args(flags(*path), MAIN, 100, CONTENT) == out / "checkpoint-2"
+    assert checkpoints.find(flags(*path), run_in(out), 100, CONTENT) == out / "checkpoint-2"
     with pytest.raises(UsageError, match="--lora_alpha 64 -> 1"):
-        find_checkpoint_from_args(flags(*path, "--lora_alpha", "1"), MAIN, 100, CONTENT)
+        checkpoints.find(flags(*path, "--lora_alpha", "1"), run_in(out), 100, CONTENT)
 
 
 def test_a_run_does_not_end_before_its_checkpoint(out, flags):
     for more in ([], ["--resume_from_checkpoint", "10"]):
         with pytest.raises(UsageError, match="checkpoint-10: already beyond the 9 updates of this run"):
-            find_checkpoint_from_args(flags(*more), MAIN, 9, CONTENT)
-        assert find_checkpoint_from_args(flags(*more), MAIN, 10, CONTENT).name == "checkpoint-10"
+            checkpoints.find(flags(*more), run_in(out), 9, CONTENT)
+        assert checkpoints.find(flags(*more), run_in(out), 10, CONTENT).name == "checkpoint-10"
 
 
 def test_the_record_holds_the_flags_and_no_token(out, flags):
-    write_record_from_args(flags("--hub_token", "hf_canary", "--rank", "8"), 5, CONTENT)
+    write_record(flags("--hub_token", "hf_canary", "--rank", "8"), 5, CONTENT)
     text = (out / "args.json").read_text()
     record = json.loads(text)
     assert "hf_canary" not in text and record["seed"] == 5 and record["flags"]["rank"] == 8

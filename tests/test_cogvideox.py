@@ -11,11 +11,11 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
 from base.errors import UsageError
-from cogvideox.config import VaeConfig, load_scheduler, load_vae_config, read_config
+from cogvideox.config import VaeConfig, load_scheduler, load_vae_config, num_parameters, read_config
 from cogvideox.encoding import encode_captions, encode_images, encode_prompts, encode_videos
 from cogvideox.folder import resolve_model_dir, stored_dtype
 from cogvideox.inputs import pad_frames, rotary_embeddings, sample_latents
-from cogvideox.loading import load_text_encoder, load_transformer, load_vae, num_parameters
+from cogvideox.loading import load_text_encoder, load_transformer, load_vae
 
 
 KINDS = ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"]

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import torch
 
 import args
 from base import bars, console, flag_parser
-from run import exits, launch, steps
+from run import exits, launch
 from run.exits import run_script
+from script_runs import SCRIPTS
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,11 +164,19 @@ PREPARE = ["--data_root", "d", "--output_dir", "o"]
 @pytest.mark.parametrize("verbose", [False, True])
 @pytest.mark.parametrize("script", [*flag_parser.SCRIPTS, "prepare"])
 def test_every_script_sets_up_the_console_as_its_command_line_says(script, verbose, monkeypatch):
+    """Before its other imports, so that nothing of theirs is heard."""
     calls = []
-    monkeypatch.setattr(console, "set_up", calls.append)
+
+    def set_up(verbose):
+        calls.append(verbose)
+        sys.exit(3)
+
+    monkeypatch.setattr(console, "set_up", set_up)
+    name = "prepare_dataset" if script == "prepare" else SCRIPTS[script].module
     flags = PREPARE if script == "prepare" else TRAIN
-    monkeypatch.setattr(sys, "argv", ["script.py", *flags, *["--verbose"][: int(verbose)]])
-    args.parse_prepare_args() if script == "prepare" else args.parse_training_args(script)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, *["--verbose"][: int(verbose)]])
+    with pytest.raises(SystemExit, match="3"):
+        runpy.run_path(str(ROOT / f"training/{name}.py"), run_name="__main__")
     assert calls == [verbose]
 
 
@@ -242,12 +252,10 @@ def test_deepspeed_logs_to_the_console_it_finds(quiet, monkeypatch, tmp_path):
         found.extend(deepspeed.streams)
         raise InterruptedError
 
-    monkeypatch.setattr(exits, "Accelerator", make)
     monkeypatch.setattr(launch, "Accelerator", make)
-    monkeypatch.setattr(steps, "Accelerator", make)
     flags = args.parse_training_args("t2v_lora", [*TRAIN, "--output_dir", str(tmp_path / "run")])
     with pytest.raises(InterruptedError):
-        launch.init_accelerator_from_args(flags)
+        launch.init_accelerator(flags)
     assert len(found) == 2 and console.KEPT not in found
 
 

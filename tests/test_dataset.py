@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -597,8 +598,8 @@ def test_ranks_share_each_batch_and_repeats_are_logged_once(caplog):
         assert len(first) == len(second) and bucket_of[first[0]] == bucket_of[second[0]]
     assert {key for batches in ranks for batch in batches for key in batch} == set(range(8))
     assert [record.getMessage() for record in caplog.records] == [
-        "2 of 8 clips are used twice an epoch, to fill 2 processes",
-        "a bucket holds 3 clips, less than a batch of 4: its batches are that small, none is left out",
+        "2 of 8 clips are used twice per epoch, to fill 2 processes",
+        "a bucket holds 3 clips, fewer than a batch of 4: its batches are smaller, no clip is left out",
     ]
 
 
@@ -697,31 +698,36 @@ def as_data_root(folder, clips):
     return {"data_root": str(folder), "caption_column": "prompts.txt", "video_column": "videos.txt"}
 
 
+def model(fps=8):
+    """What data must know of a text-to-video model."""
+    return SimpleNamespace(fps=fps, image_to_video=False, vae_config=SimpleNamespace(scaling_factor=0.7))
+
+
 def test_training_flags_choose_the_dataset(tmp_path, numbered):
     flags = as_data_root(tmp_path, numbered)
     args = training_args(**flags, id_token="TOK", video_reshape_mode="none")
-    videos = build_dataset_from_args(args, 16, 5, 0.7)
+    videos = build_dataset_from_args(args, model(fps=16), 5)
     assert type(videos) is VideoDataset and videos.prompts[0] == "TOK caption 0"
-    videos = build_dataset_from_args(training_args(**flags, video_reshape_mode="random"), 16, 5, 0.7)
+    videos = build_dataset_from_args(training_args(**flags, video_reshape_mode="random"), model(fps=16), 5)
     assert type(videos) is VideoDatasetWithResizeAndRectangleCrop and videos.crop == "random" and videos.seed == 5
-    assert build_dataset_from_args(training_args(**flags), 16, 5, 0.7).crop == "center"
+    assert build_dataset_from_args(training_args(**flags), model(fps=16), 5).crop == "center"
 
 
 def test_fps_is_the_flag_where_given_and_else_the_checkpoints(tmp_path, numbered, caplog):
     caplog.set_level(logging.INFO)
     flags = as_data_root(tmp_path, numbered)
-    assert build_dataset_from_args(training_args(**flags), 16, 0, 0.7).fps == 16
+    assert build_dataset_from_args(training_args(**flags), model(fps=16), 0).fps == 16
     assert [record.levelname for record in caplog.records] == ["INFO"]
     caplog.clear()
-    assert build_dataset_from_args(training_args(**flags, fps=10, frame_buckets=[5]), 16, 0, 0.7).fps == 10
+    assert build_dataset_from_args(training_args(**flags, fps=10, frame_buckets=[5]), model(fps=16), 0).fps == 10
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_prepared_data_is_held_against_buckets_only_where_they_are_given(tmp_path):
     write_prepared(tmp_path)
-    assert len(build_dataset_from_args(training_args(data_root=tmp_path, load_tensors=True), 8, 0, 0.7)) == 3
+    assert len(build_dataset_from_args(training_args(data_root=tmp_path, load_tensors=True), model(), 0)) == 3
     args = training_args(data_root=tmp_path, load_tensors=True, frame_buckets=[49])
-    assert "unknown bucket" in error_of(build_dataset_from_args, args, 8, 0, 0.7)
+    assert "unknown bucket" in error_of(build_dataset_from_args, args, model(), 0)
 
 
 def test_prepare_keeps_captions_and_collects_problems(tmp_path, numbered):

@@ -18,9 +18,8 @@ from data import decode, headers
 from data.buckets import frame_times, make_buckets, num_sampled_frames
 from data.clip_lists import Clip
 from data.decode import read_frames
-from data.headers import probe
 from data.videos import VideoDataset
-from synthetic_clips import FFMPEG, X264, encode, ffmpeg, numbered_frames, numbers
+from synthetic_clips import FFMPEG, X264, encode, ffmpeg, numbered_frames, numbers, probe
 
 
 def numbered_clip(path, num_frames, fps=8):

@@ -15,6 +15,7 @@ from cogvideox.loading import load_transformer
 from engine.compose import build_sft_engine_from_args
 from engine.update import TrainingState, update
 from random_dataset import write_dataset
+from test_update import engine_of
 
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_a_skipped_update_is_not_averaged():
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     ema = SimpleNamespace(count=0)
     ema.step = lambda params: setattr(ema, "count", ema.count + 1)
-    state = TrainingState([weight], optimizer, schedule, ema=ema)
+    state = TrainingState(engine_of(weight, ema=ema), optimizer, schedule)
     update(weight.sum() / 2, state, False, 1.0)
     assert ema.count == 0  # nor a micro-step
     update(weight.sum() / 2, state, True, 1.0)

@@ -17,7 +17,7 @@ from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE
 from cogvideox.loading import load_transformer
 from engine.lora import ADAPTER, save_lora
 from engine.lora_file import WEIGHTS_NAME, comfyui_module
-from run.export import COMFYUI_NAME, KOHYA_NAME, export_comfyui, export_kohya, export_lora_from_args, merge_lora
+from run.export import COMFYUI_NAME, KOHYA_NAME, export_comfyui, export_kohya, export_lora, merge_lora
 from test_lora import example_inputs
 from tiny_pipeline import KINDS
 
@@ -274,7 +274,7 @@ def test_exports_name_no_place_and_equal_ones_are_equal_bytes(base, tmp_path):
         trained(model_dir, folder)
         argv = ["--pretrained_model_name_or_path", str(model_dir), "--data_root", "d", "--output_dir", str(folder)]
         args = parse_training_args("t2v_lora", [*argv, "--export", "comfyui", "kohya", "merged"])
-        export_lora_from_args(args, model_dir / "transformer", None)
+        export_lora(args, model_dir / "transformer", None)
     files = sorted(path.relative_to(folders[0]) for path in folders[0].rglob("*") if path.is_file())
     assert [str(path) for path in files] == [
         WEIGHTS_NAME, COMFYUI_NAME, KOHYA_NAME, "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
@@ -285,7 +285,7 @@ def test_exports_name_no_place_and_equal_ones_are_equal_bytes(base, tmp_path):
 
     stamps = {path: (folders[1] / path).stat().st_mtime_ns for path in files if path.name != COMFYUI_NAME}
     (folders[1] / COMFYUI_NAME).unlink()
-    export_lora_from_args(args, model_dir / "transformer", None, only_missing=True)
+    export_lora(args, model_dir / "transformer", None, only_missing=True)
     assert (folders[1] / COMFYUI_NAME).read_bytes() == (folders[0] / COMFYUI_NAME).read_bytes()
     assert stamps == {path: (folders[1] / path).stat().st_mtime_ns for path in files if path.name != COMFYUI_NAME}
 

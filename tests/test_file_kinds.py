@@ -13,9 +13,9 @@ from base.errors import DataError, UserError
 from base.file_kinds import other_content
 from cogvideox.folder import resolve_model_dir
 from data.clip_lists import read_clips
-from data.headers import probe
 from data.latents import read_tensor
 from engine.lora_file import read_lora
+from synthetic_clips import probe
 
 
 def zipped():

@@ -15,11 +15,12 @@ from args import parse_training_args
 from engine.lora_file import WEIGHTS_NAME
 from engine.master_weights import HostMasters, Masters
 from engine.update import average_gradients
+from memory.host import to_device
 from random_dataset import write_dataset
-from run.checkpoints import load_checkpoint, save_checkpoint
-from run.steps import to_device
+from run import checkpoints
+from run.checkpoints import write_checkpoint
 from script_runs import make_loss_nan
-from test_optimizers import COMBINATIONS, FACTS, PLAIN, ROWS, TinyEngine, grid_loss, make_run, states_of
+from test_optimizers import COMBINATIONS, FACTS, PLAIN, ROWS, grid_loss, make_state, states_of
 from test_optimizers import train as train_tiny
 from test_scripts import DROPOUTS, STEPS_THAT_COUNT, between_logs
 from test_update import five_updates
@@ -92,11 +93,11 @@ def test_fp16_scales_its_gradients_and_keeps_fp32_adapters(train, tmp_path):
 
 def test_full_fine_tuning_that_cannot_fit_is_refused():
     from base.errors import UsageError
-    from engine.compose import check_sft_fits_from_args
+    from run.levels import check_sft_fits
 
     args = parse_training_args("t2v_sft", ["--pretrained_model_name_or_path", "m", "--data_root", "d"])
     with pytest.raises(UsageError, match="needs .* GiB for fp32 weights"):
-        check_sft_fits_from_args(args, 1e12, torch.bfloat16, torch.device("cuda"))
+        check_sft_fits(args, 1e12, torch.bfloat16, torch.device("cuda"))
 
 
 # ---------------------------------------------------------------- the host runs ahead
@@ -125,7 +126,7 @@ def test_no_step_between_logs_waits_for_the_gpu(script, raw, level, train, monke
     if form == "sft" and "stream" in level:
         pytest.skip("streams frozen weights alone")
     guard = Unsynchronised()
-    calls = between_logs(monkeypatch, importlib.import_module(f"{MODULES[task]}_{form}"), guard)
+    calls = between_logs(monkeypatch, guard)
     flags = [*STEPS_THAT_COUNT, *DROPOUTS, "--stratified_timesteps", *level]
     flags += ["--noised_image_dropout", "0.5"] if task == "i2v" else []
     try:
@@ -155,8 +156,7 @@ def test_what_is_skipped_on_the_gpu_is_as_if_decided_on_the_host(optimizer_class
 
 def test_a_bad_update_of_a_script_is_skipped_on_the_gpu(train, tmp_path, monkeypatch, caplog):
     """Found at the next transfer; the checkpoint before it and that of it hold the same weights."""
-    module = importlib.import_module("cogvideox_text_to_video_lora")
-    make_loss_nan(monkeypatch, module, lambda call: call == 3)
+    make_loss_nan(monkeypatch, lambda call: call == 3)
     losses = train("t2v_lora", "--mixed_precision", "bf16", "--checkpointing_steps", "1", "--log_every", "4")
     assert [loss is None for loss in losses] == [False, False, True, False, False, False]
     assert [line for line in caplog.messages if line.startswith("step 3 skipped, gradient norm nan")]
@@ -188,19 +188,20 @@ def test_every_optimizer_trains_and_resumes_on_the_gpu(row, place, tmp_path):
     """As on the CPU: clipping, accumulation 3, a cosine schedule; low-bit states; four updates are two and two."""
     if row.endswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs Ada or newer")
-    engine, state = make_run(row, place, torch.bfloat16, CUDA)
+    state = make_state(row, place, torch.bfloat16, CUDA)
+    engine = state.engine
     with torch.no_grad():
         before = grid_loss(engine.transformer)
-    first = train_tiny(engine, state, 0, 2)
-    path = save_checkpoint(tmp_path, 2, TinyEngine(engine), state, FACTS)
-    unbroken = train_tiny(engine, state, 2, 4)
+    first = train_tiny(state, 0, 2)
+    path = write_checkpoint(tmp_path, 2, state, FACTS)
+    unbroken = train_tiny(state, 2, 4)
 
-    other, other_state = make_run(row, place, torch.bfloat16, CUDA)
-    load_checkpoint(path, TinyEngine(other), other_state, FACTS)
-    assert train_tiny(other, other_state, 2, 4) == unbroken
-    assert all(torch.equal(a, b) for a, b in zip(engine.params, other.params, strict=True))
+    other = make_state(row, place, torch.bfloat16, CUDA)
+    checkpoints.load(path, other, FACTS)
+    assert train_tiny(other, 2, 4) == unbroken
+    assert all(torch.equal(a, b) for a, b in zip(engine.params, other.engine.params, strict=True))
 
-    updates = train_tiny(engine, state, 4, ROWS[row].num_steps)
+    updates = train_tiny(state, 4, ROWS[row].num_steps)
     assert updates[-1].lr < 0.01 * ROWS[row].learning_rate
     assert any(made.grad_norm > 0.5 for made in first)
     with torch.no_grad():
@@ -216,10 +217,10 @@ def test_masters_in_host_memory_train_what_those_on_the_gpu_train(row, dtype):
     """Two kernels of one optimizer round differently; when gradients travel changes nothing at all."""
     ends, losses = [], []
     for place in ("device", "host", "host, gradients too"):
-        engine, state = make_run(row, place, dtype, CUDA)
-        start = torch.cat([param.detach().cpu().flatten() for param in engine.params])
-        updates = train_tiny(engine, state, 0, 10)
-        ends.append(torch.cat([param.detach().cpu().flatten() for param in engine.params]))
+        state = make_state(row, place, dtype, CUDA)
+        start = torch.cat([param.detach().cpu().flatten() for param in state.engine.params])
+        updates = train_tiny(state, 0, 10)
+        ends.append(torch.cat([param.detach().cpu().flatten() for param in state.engine.params]))
         losses.append([float(made.grad_norm) for made in updates])
     on_gpu, on_host, gradients_too = ends
     assert torch.equal(on_host, gradients_too) and losses[1] == losses[2]
@@ -228,7 +229,7 @@ def test_masters_in_host_memory_train_what_those_on_the_gpu_train(row, dtype):
 
 
 def test_masters_in_host_memory_are_page_locked():
-    engine, _ = make_run("adamw", "host", torch.bfloat16, CUDA)
+    engine = make_state("adamw", "host", torch.bfloat16, CUDA).engine
     assert all(param.is_pinned() for param in engine.params)
     assert all(grad.is_pinned() for grad in engine.masters.host_grads)
 
@@ -323,11 +324,11 @@ def test_validation_leaves_the_models_where_they_were(script, train, tmp_path, m
     """The transformer back on the GPU, its parameters the same objects, the VAE on the CPU; and training goes on alike."""
     from run import validation
 
-    seen = []
+    seen, validate = [], validation.validate
 
-    def watched(args, accelerator, meter, engine, samples, *rest):
+    def watched(args, run, meter, engine, samples, *rest):
         params = list(engine.transformer.parameters())
-        validation.validate_from_args(args, accelerator, meter, engine, samples, *rest)
+        validate(args, run, meter, engine, samples, *rest)
         assert all(a is b for a, b in zip(params, engine.transformer.parameters(), strict=True))
         assert not [part for part in engine.transformer.modules() if hasattr(part, "_hf_hook")]
         vae = samples.make_pipeline(engine.transformer).vae
@@ -337,8 +338,7 @@ def test_validation_leaves_the_models_where_they_were(script, train, tmp_path, m
     flags = ["--validation_prompt", "a red square", "--validation_steps", "2", "--num_inference_steps", "2"]
     flags += ["--validation_images", str(tmp_path / "first.png")] if script.startswith("i2v") else []
     plain = train(script, "--mixed_precision", "bf16", name="plain")
-    task, form = script.split("_")
-    monkeypatch.setattr(importlib.import_module(f"{MODULES[task]}_{form}"), "validate_from_args", watched)
+    monkeypatch.setattr(validation, "validate", watched)
     for name, offload in OFFLOADS.items():
         assert train(script, "--mixed_precision", "bf16", *flags, *offload, name=name) == pytest.approx(
             plain, rel=1e-3

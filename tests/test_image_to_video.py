@@ -1,6 +1,5 @@
 """What image-to-video training does with the first frame, and what it leaves for inference to know."""
 
-import importlib
 import json
 
 import pytest
@@ -9,10 +8,11 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors import safe_open
 
 from base.errors import UsageError
-from cogvideox.config import check_buckets, read_config
+from cogvideox.config import check_sizes, read_config
 from cogvideox.encoding import encode_captions, encode_videos, pixels_to_unit
 from cogvideox.loading import load_vae
 from data.decode import read_frames
+from engine import objective
 from test_parity import SIZES, clips, record_training  # noqa: F401
 
 
@@ -45,10 +45,10 @@ def test_each_sample_draws_its_own_dropouts(script, record, tiny, monkeypatch):
     """The image of the sample at position 0 is dropped, and the text of the one at position 1."""
     dropped = {"image_dropout": 0, "text_dropout": 1}
 
-    def one_of_two(seed, name, positions):
+    def one_of_two(seed, name, positions, device):
         return torch.tensor([0.1 if position == dropped[name] else 0.9 for position in positions])
 
-    monkeypatch.setattr(importlib.import_module(f"cogvideox_{script}"), "draw_uniform", one_of_two)
+    monkeypatch.setattr(objective, "draw_uniform", one_of_two)
     inputs, _ = record("5b-i2v", "--noised_image_dropout", "0.5", "--text_dropout", "0.5", script=script)
     channels, texts = first_frame_channels(inputs), inputs["encoder_hidden_states"]
     assert channels[0].abs().max() == 0 and channels[1, 0].abs().max() > 0.1
@@ -77,20 +77,20 @@ def test_other_sizes_than_the_learned_positions_name_the_way_out(record):
 def test_other_frame_counts_are_refused_as_well(tiny):
     """diffusers would replace the learned positions by others without a word."""
     config = read_config(tiny("5b-i2v"), "transformer")
-    check_buckets(config, [(9, 64, 96)])
+    check_sizes(config, [(9, 64, 96)])
     with pytest.raises(UsageError, match="17 frames of 64x96"):
-        check_buckets(config, [(9, 64, 96), (17, 64, 96)])
-    check_buckets(config, [(17, 64, 96)], drop_learned_positions=True)
+        check_sizes(config, [(9, 64, 96), (17, 64, 96)])
+    check_sizes(config, [(17, 64, 96)], drop_learned_positions=True)
     with pytest.raises(UsageError, match="has no learned positions"):
-        check_buckets(read_config(tiny("1.5-5b-i2v"), "transformer"), [(17, 64, 96)], drop_learned_positions=True)
+        check_sizes(read_config(tiny("1.5-5b-i2v"), "transformer"), [(17, 64, 96)], drop_learned_positions=True)
 
 
 @pytest.mark.parametrize(("kind", "good", "odd"), [("5b", 17, 13), ("1.5-5b", 33, 25)])
 def test_frame_counts_that_the_pipeline_does_not_give_back_are_said(tiny, caplog, kind, good, odd):
     config = read_config(tiny(kind), "transformer")
-    check_buckets(config, [(good, 64, 96)])
+    check_sizes(config, [(good, 64, 96)])
     assert not caplog.records
-    check_buckets(config, [(odd, 64, 96)])
+    check_sizes(config, [(odd, 64, 96)])
     assert f"{odd} frames: this checkpoint was made for" in caplog.text
 
 

@@ -12,14 +12,14 @@ from accelerate import cpu_offload_with_hook
 from safetensors.torch import load_file
 
 from args import parse_training_args
-from cogvideox import encoding
+from cogvideox import encoding, loading
 from cogvideox.encoding import encode_captions, place_text_encoder
 from cogvideox.loading import load_text_encoder, load_transformer
 from engine import compose
 from memory import activations, host, weights
 from memory.activations import offload_activations
 from memory.weights import stream_weights, streamed_tensors
-from run import meter
+from run import metrics
 from run import render as render_module
 from script_runs import result_hash
 from test_streaming import LateCopies
@@ -90,22 +90,22 @@ OFFLOAD = ["--enable_model_cpu_offload"]
 
 def train_in_small_pieces(train, monkeypatch, *flags):
     """Without a level, its videos rendered as at `offload` and `stream`."""
-    render = render_module.render_jobs_from_args
+    render = render_module.render_jobs
 
     def in_small_pieces(args, pipe, *rest):
         with render_module.in_small_pieces(pipe, render_module.SMALL):
             return render(args, pipe, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(render_module, "render_jobs_from_args", in_small_pieces)
+        patched.setattr(render_module, "render_jobs", in_small_pieces)
         return train("small", *flags)
 
 
-def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, module, monkeypatch, caplog):
+def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, monkeypatch, caplog):
     """Balanced renders as the flags say, the levels that keep weights or activations on the host in small pieces."""
     caplog.set_level(logging.INFO)
-    vaes, load = [], module.load_vae
-    monkeypatch.setattr(module, "load_vae", lambda *given: vaes.append(load(*given)) or vaes[-1])
+    vaes, load = [], loading.load_vae
+    monkeypatch.setattr(loading, "load_vae", lambda *given: vaes.append(load(*given)) or vaes[-1])
     flags = [*sampling(), "--max_train_steps", "2", "--validation_steps", "1"]
     plain = train("plain", *flags, *TILES)
     assert "rendered in small pieces" not in caplog.text
@@ -228,8 +228,8 @@ def test_peaks_on_a_gpu_are_those_since_the_last_report(monkeypatch):
             said.append(values["peak"])
 
     peaks = [5.0]
-    monkeypatch.setattr(meter, "memory_report", lambda device: {"peak": peaks[-1]})
+    monkeypatch.setattr(metrics, "memory_report", lambda device: {"peak": peaks[-1]})
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.append(1.0))
     for when in ("before_training", "before_validation"):
-        meter.report_memory(Meter(), 0, when)
+        metrics.report_memory(Meter(), 0, when)
     assert said == [5.0, 1.0]

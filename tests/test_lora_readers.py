@@ -25,7 +25,7 @@ from engine.lora import ADAPTER, UNSCALED_NAME, check_saved_lora, load_lora, sav
 from engine.lora_file import METADATA_KEY, WEIGHTS_NAME, kohya_module
 from engine.optimizers import state_bytes_from_args
 from run.export import export_comfyui, export_kohya
-from run.result import file_bytes_from_args
+from run.result import file_bytes
 from test_lora import example_inputs
 from test_lora_options import EVERYWHERE, losses, make, train, weights_equal  # noqa: F401
 from tiny_pipeline import KINDS, is_image_to_video
@@ -208,7 +208,7 @@ def test_the_disk_is_asked_for_all_that_a_checkpoint_takes(flags, tiny, tmp_path
     engine = LoraEngine(transformer, params, {}, None, TEXT_TO_VIDEO_PIPELINE)
     engine.save_state(tmp_path)
     written = sum(tensor.nbytes for path in tmp_path.iterdir() for tensor in load_file(path).values())
-    checkpoint, result = file_bytes_from_args(args, engine)
+    checkpoint, result = file_bytes(args, engine)
     states = sum(param.numel() for param in params) * state_bytes_from_args(args)
     assert result <= written <= checkpoint - states <= 2 * result
 

@@ -14,14 +14,15 @@ import torch
 
 from args import parse_training_args
 from base.errors import UsageError
-from cogvideox.loading import outline_of
+from cogvideox.config import empty_transformer
+from cogvideox.models import Model, Weights
 from memory import estimate
 from memory.allocator import VARIABLES
 from memory.estimate import CHECKPOINTING, GIB, fastest_that_fits, levels_of, need, table
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
-from run import memory_level
-from run.memory_level import plan_memory_from_args, run_from_args
+from run import levels
+from run.levels import workload
 from tiny_pipeline import kind_transformer
 
 
@@ -32,17 +33,33 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
 
 
+class RealSize(Model):
+    """A model of real size, of which there are no weights."""
+
+    @property
+    def stored_dtype(self):
+        return torch.float16 if self.has_apache_licence else torch.bfloat16
+
+    def empty_transformer(self):
+        return transformer_of(self.folder.name)
+
+
+def real_model(kind):
+    config = {**kind_transformer(kind), **real_sizes(kind)["transformer"]}
+    return RealSize(Path(kind), config, None, Weights(Path(kind), None))
+
+
 @functools.cache
-def real_outline(kind):
+def transformer_of(kind):
     """Half a second to build; read-only."""
-    stored = torch.float16 if kind == "2b" else torch.bfloat16
-    return outline_of({**kind_transformer(kind), **real_sizes(kind)["transformer"]}, stored)
+    return empty_transformer(real_model(kind).config)
 
 
 def make_run(kind, *flags, size=SIZE_1_0, task="t2v_lora", data=("--load_tensors",)):
     args = parse_training_args(task, [*REQUIRED, *data, "--train_batch_size", "1", *flags])
     dtype = torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16
-    return run_from_args(args, real_outline(kind), [size], dtype, is_lora=task.endswith("lora"))
+    model = real_model(kind)
+    return workload(args, model, model.stored_dtype, [size], dtype, is_lora=task.endswith("lora"))
 
 
 def calibration():
@@ -224,21 +241,17 @@ def test_the_table_names_every_level_and_what_is_short():
 
 
 def choose(monkeypatch, gpu_gib, host_gib=64, kind="5b", task="t2v_lora", flags=("--memory", "auto"), device=CUDA):
-    monkeypatch.setattr(memory_level, "free_on_gpu", lambda device: gpu_gib * GIB)
-    monkeypatch.setattr(memory_level.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
+    monkeypatch.setattr(levels, "free_on_gpu", lambda device: gpu_gib * GIB)
+    monkeypatch.setattr(levels.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
     args = parse_training_args(task, [*REQUIRED, "--load_tensors", "--train_batch_size", "1", *flags])
-    planned = (args, real_outline(kind), [SIZE_1_0], torch.bfloat16, device)
-    level, shape, fill = plan_memory_from_args(*planned, is_lora=task.endswith("lora"))
-    assert shape[1] == 226 + 13 * 30 * 45
-    return level, fill
+    return levels.choose(args, real_model(kind), [SIZE_1_0], torch.bfloat16, device, is_lora=task.endswith("lora"))
 
 
 def test_auto_says_what_it_compares_and_chooses(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    assert choose(monkeypatch, 23)[0] == "offload"
+    assert choose(monkeypatch, 23) == "offload"
     assert "GPU, reserved" in caplog.text and "--memory auto: offload" in caplog.text
-    level, fill = choose(monkeypatch, 8)
-    assert level == "stream" and fill is not None
+    assert choose(monkeypatch, 8) == "stream"
 
 
 def test_auto_refuses_in_one_line_what_fits_nowhere(monkeypatch):
@@ -267,7 +280,7 @@ def test_plan_prints_and_ends_before_anything_is_loaded_or_written(task, tiny, t
 
 def test_auto_on_a_cpu_keeps_everything(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    assert choose(monkeypatch, 0, host_gib=1, device=CPU) == ("speed", None)
+    assert choose(monkeypatch, 0, host_gib=1, device=CPU) == "speed"
     assert "--memory auto: speed, as there is no GPU" in caplog.text
 
 
@@ -300,6 +313,6 @@ def test_auto_trains_what_a_run_without_trains_and_another_level_goes_on_with_it
 def test_a_share_of_the_card_is_all_that_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 0.25, 0: 0.25}[index])
-    assert memory_level.free_on_gpu(CUDA) == 20 * GIB
+    assert levels.free_on_gpu(CUDA) == 20 * GIB
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 1.0, 0: 1.0}[index])
-    assert memory_level.free_on_gpu(CUDA) == 70 * GIB
+    assert levels.free_on_gpu(CUDA) == 70 * GIB

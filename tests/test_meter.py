@@ -10,9 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from base.errors import NumbersError
+from base.startup import StartupTimer
 from engine.update import Update
-from run.launch import Start
-from run.meter import BadSteps, StepMeter, report_memory
+from run.launch import launch_time
+from run.metrics import BadSteps, StepMeter, report_memory
 
 
 def rows_of(path):
@@ -174,7 +175,8 @@ def test_events_of_cut_updates_are_cut_with_them(tmp_path):
 
 
 def test_the_start_is_told_by_part_after_the_first_update(tmp_path, caplog):
-    path, start = tmp_path / "metrics.jsonl", Start()
+    path, start = tmp_path / "metrics.jsonl", StartupTimer()
+    start.begin(launch_time())
     assert 0 < time.time() - start.since < 24 * 3600  # from when the process, or its launcher, was started
     start.mark("imports")
     time.sleep(0.1)
@@ -186,11 +188,22 @@ def test_the_start_is_told_by_part_after_the_first_update(tmp_path, caplog):
     rows = rows_of(path)
     assert [(row["step"], row.get("event")) for row in rows] == [(5, None), (5, "start"), (6, None)]
     parts = rows[1]["parts"]
-    assert list(parts) == ["imports", "loading", "first update"] and 0.1 <= parts["loading"] < 0.2
+    assert list(parts) == ["imports", "loading", "validation", "first update"] and 0.1 <= parts["loading"] < 0.2
     assert 0.2 <= parts["first update"] < 0.4
     assert rows[1]["seconds"] == pytest.approx(sum(parts.values()), abs=0.01)
     [line] = [message for message in caplog.messages if message.startswith("first update")]
-    assert f"imports {parts['imports']:.1f}, loading 0.1, first update" in line
+    assert f"imports {parts['imports']:.1f}, loading 0.1, validation 0.0, first update" in line
+
+
+@pytest.mark.parametrize("script", ["t2v_lora", "i2v_sft"], indirect=True)
+def test_a_run_tells_of_every_part_of_its_start(train):
+    """Each service marks its own, wherever the script calls it."""
+    rows = rows_of(train("out", "--max_train_steps", "1", raw=True) / "metrics.jsonl")
+    [start] = [row for row in rows if row.get("event") == "start"]
+    assert list(start["parts"]) == [
+        "imports", "data", "encoding", "loading", "attention", "engine", "checkpoint", "trackers", "validation",
+        "first update",
+    ]  # fmt: skip
 
 
 def test_the_launchers_start_counts(monkeypatch):

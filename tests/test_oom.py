@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from args import parse_training_args
-from run.exits import memory_savers_from_args
+from cogvideox import loading
+from engine import objective
+from run.exits import memory_savers
 from script_runs import checkpoints, status
 
 
@@ -16,8 +18,8 @@ ARGV = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
 SMALLER = "smaller --frame_buckets, --height_buckets, --width_buckets"
 
 
-def fill_memory(monkeypatch, module, call):
-    calls, add_noise = [], module.add_noise
+def fill_memory(monkeypatch, call):
+    calls, add_noise = [], objective.add_noise
 
     def full(*arguments):
         calls.append(None)
@@ -25,11 +27,11 @@ def fill_memory(monkeypatch, module, call):
             raise torch.cuda.OutOfMemoryError(MESSAGE)
         return add_noise(*arguments)
 
-    monkeypatch.setattr(module, "add_noise", full)
+    monkeypatch.setattr(objective, "add_noise", full)
 
 
-def test_one_line_says_peak_shape_and_flags(stops, script, module, monkeypatch, tmp_path):
-    fill_memory(monkeypatch, module, 3)
+def test_one_line_says_peak_shape_and_flags(stops, script, monkeypatch, tmp_path):
+    fill_memory(monkeypatch, 3)
     monkeypatch.setattr("run.exits.memory_report", lambda device: {"peak_allocated_gib": 78.9})
     line = stops(70, "out", "--max_train_steps", "4", "--train_batch_size", "2", data="two")
     assert "the GPU's memory is full (peak 78.9 GiB): batches of 2 with up to 9 frames of 64x96" in line
@@ -41,21 +43,21 @@ def test_one_line_says_peak_shape_and_flags(stops, script, module, monkeypatch, 
 
 
 @pytest.mark.parametrize("script", ["t2v_lora"], indirect=True)
-def test_outside_of_the_loop_it_is_one_line_too(stops, module, monkeypatch):
+def test_outside_of_the_loop_it_is_one_line_too(stops, monkeypatch):
     def full(*arguments, **options):
         raise torch.cuda.OutOfMemoryError(MESSAGE)
 
-    monkeypatch.setattr(module, "load_transformer", full)
+    monkeypatch.setattr(loading, "load_transformer", full)
     line = stops(70, "out")
     assert "the GPU's memory is full: CUDA out of memory" in line and ADVICE not in line
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")  # with it segments do not grow
     assert ADVICE in stops(70, "other")
 
 
-def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops, train, module, monkeypatch):
+def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops, train, monkeypatch):
     """Flags that change memory alone may change when a run goes on."""
     with monkeypatch.context() as patches:
-        fill_memory(patches, module, 3)
+        fill_memory(patches, 3)
         stops(70, "out", "--max_train_steps", "4")
     flags = ["--memory", "stream"] if script.module.endswith("lora") else ["--gradient_checkpointing"]
     out = train("out", "--max_train_steps", "4", *flags)
@@ -84,7 +86,7 @@ def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops,
     ],
 )  # fmt: skip
 def test_only_flags_not_in_use_and_that_go_together_are_named(more, level, expected):
-    savers = memory_savers_from_args(parse_training_args("t2v_sft", [*ARGV, *more]), level, is_lora=False)
+    savers = memory_savers(parse_training_args("t2v_sft", [*ARGV, *more]), level, is_lora=False)
     assert len(savers) == len(expected)
     assert all(saver.startswith(start) for saver, start in zip(savers, expected, strict=True)), savers
 
@@ -103,7 +105,7 @@ def test_frozen_weights_may_leave_the_gpu(more, level, deepspeed, expected, monk
     monkeypatch.setattr("run.exits.uses_deepspeed", lambda: deepspeed)
     monkeypatch.setattr("run.launch.uses_deepspeed", lambda: deepspeed)
     argv = [*ARGV, "--load_tensors", "--train_batch_size", "1", "--use_8bit", *more]
-    savers = memory_savers_from_args(parse_training_args("t2v_lora", argv), level, is_lora=True)
+    savers = memory_savers(parse_training_args("t2v_lora", argv), level, is_lora=True)
     assert len(savers) == len(expected)
     assert all(saver.startswith(start) for saver, start in zip(savers, expected, strict=True)), savers
 
@@ -113,7 +115,7 @@ def test_every_flag_named_exists():
     named = [
         word
         for is_lora in (True, False)
-        for saver in memory_savers_from_args(args, None, is_lora)
+        for saver in memory_savers(args, None, is_lora)
         for word in saver.replace(",", "").split()
         if "--" in word
     ]

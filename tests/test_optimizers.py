@@ -17,7 +17,8 @@ from base.errors import UsageError
 from engine.compose import build_sft_engine_from_args
 from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, schedule_state
 from engine.update import TrainingState, update
-from run.checkpoints import load_checkpoint, save_checkpoint
+from run import checkpoints
+from run.checkpoints import write_checkpoint
 
 
 MICRO_STEPS, MAX_NORM = 3, 0.5
@@ -91,11 +92,11 @@ class TinyModel(torch.nn.Module):
 
 
 class TinyEngine:
-    """What checkpoints need of an engine, around the real engine's weights."""
+    """The real engine's weights, in files that need no names of diffusers'."""
 
     def __init__(self, engine):
-        self.engine = engine
-        self.params = engine.params
+        self.transformer, self.params = engine.transformer, engine.params
+        self.masters, self.ema = engine.masters, engine.ema
 
     def save_state(self, directory):
         self.names = [f"{index}.pt" for index in range(len(self.params))]
@@ -106,8 +107,8 @@ class TinyEngine:
         with torch.no_grad():
             for index, param in enumerate(self.params):
                 param.copy_(torch.load(directory / f"{index}.pt", weights_only=True))
-        if self.engine.masters:
-            self.engine.masters.write_copies()
+        if self.masters:
+            self.masters.write_copies()
 
 
 def parse(row, place="device"):
@@ -118,12 +119,12 @@ def parse(row, place="device"):
     )
 
 
-def make_run(row, place="device", dtype=torch.float32, device=CPU):
+def make_state(row, place="device", dtype=torch.float32, device=CPU):
     args = parse(row, place)
     engine = build_sft_engine_from_args(args, None, TinyModel(), (1, 8, 1, 64), dtype, torch.float32, device)
     optimizer = make_optimizer_from_args(args, engine.params, args.learning_rate)
     schedule = make_lr_scheduler_from_args(args, optimizer, args.max_train_steps)
-    return engine, TrainingState(engine.params, optimizer, schedule, masters=engine.masters, ema=engine.ema)
+    return TrainingState(TinyEngine(engine), optimizer, schedule)
 
 
 def grid_loss(model, timesteps=(0.1, 0.5, 0.9)):
@@ -140,12 +141,12 @@ def grid_loss(model, timesteps=(0.1, 0.5, 0.9)):
     return torch.stack(losses).mean()
 
 
-def train(engine, state, first, last):
+def train(state, first, last):
     """Updates of three micro-steps, one per timestep of the grid; returns them."""
     updates = []
     for _ in range(first, last):
         for micro_step, timestep in enumerate((0.1, 0.5, 0.9)):
-            loss = grid_loss(engine.transformer, (timestep,)) / MICRO_STEPS
+            loss = grid_loss(state.engine.transformer, (timestep,)) / MICRO_STEPS
             updates.append(update(loss, state, micro_step == MICRO_STEPS - 1, MAX_NORM))
     return [made for made in updates if made.stepped]
 
@@ -159,13 +160,13 @@ def states_of(optimizer):
 
 @pytest.mark.parametrize(("row", "place"), COMBINATIONS)
 def test_every_optimizer_lowers_the_loss_with_clipping_accumulation_and_schedule(row, place, eager):
-    engine, state = make_run(row, place)
+    state = make_state(row, place)
     with torch.no_grad():
-        before = grid_loss(engine.transformer)
+        before = grid_loss(state.engine.transformer)
     num_steps = ROWS[row].num_steps
-    updates = train(engine, state, 0, num_steps)
+    updates = train(state, 0, num_steps)
     with torch.no_grad():
-        after = grid_loss(engine.transformer)
+        after = grid_loss(state.engine.transformer)
     assert len(updates) == num_steps and not any(made.skipped for made in updates)
     assert any(made.grad_norm > MAX_NORM for made in updates)
     assert after < 0.9 * before
@@ -181,30 +182,30 @@ def test_every_optimizer_lowers_the_loss_with_clipping_accumulation_and_schedule
 def test_masters_in_host_memory_change_nothing(row, place):
     """Bit for bit, on the CPU; in bf16 there are masters without it too."""
     for dtype in (torch.float32, torch.bfloat16):
-        runs = [make_run(row, where, dtype) for where in ("device", place)]
-        results = [train(*run, 0, 4) for run in runs]
+        states = [make_state(row, where, dtype) for where in ("device", place)]
+        results = [train(state, 0, 4) for state in states]
         assert results[0] == results[1]
-        for ours, theirs in zip(runs[0][0].params, runs[1][0].params, strict=True):
+        for ours, theirs in zip(*(state.engine.params for state in states), strict=True):
             assert torch.equal(ours, theirs)
-        for ours, theirs in zip(*(run[0].transformer.parameters() for run in runs), strict=True):
+        for ours, theirs in zip(*(state.engine.transformer.parameters() for state in states), strict=True):
             assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("row", "place"), COMBINATIONS)
 def test_four_updates_equal_two_and_a_resumed_two(row, place, eager, tmp_path):
-    engine, state = make_run(row, place)
-    train(engine, state, 0, 2)
-    path = save_checkpoint(tmp_path, 2, TinyEngine(engine), state, FACTS)
-    unbroken = train(engine, state, 2, 4)
+    state = make_state(row, place)
+    train(state, 0, 2)
+    path = write_checkpoint(tmp_path, 2, state, FACTS)
+    unbroken = train(state, 2, 4)
 
-    other, other_state = make_run(row, place)
-    assert load_checkpoint(path, TinyEngine(other), other_state, FACTS) == 2
-    assert train(other, other_state, 2, 4) == unbroken
-    for ours, theirs in zip(engine.params, other.params, strict=True):
+    other = make_state(row, place)
+    assert checkpoints.load(path, other, FACTS) == 2
+    assert train(other, 2, 4) == unbroken
+    for ours, theirs in zip(state.engine.params, other.engine.params, strict=True):
         assert torch.equal(ours, theirs)
-    assert states_of(other_state.optimizer) == {ROWS[row].state}
-    first = save_checkpoint(tmp_path, 3, TinyEngine(engine), state, FACTS)
-    second = save_checkpoint(tmp_path, 4, TinyEngine(other), other_state, FACTS)
+    assert states_of(other.optimizer) == {ROWS[row].state}
+    first = write_checkpoint(tmp_path, 3, state, FACTS)
+    second = write_checkpoint(tmp_path, 4, other, FACTS)
     ours, theirs = (load_file(path / "optimizer.safetensors") for path in (first, second))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = (json.loads((path / "state.json").read_text()) for path in (first, second))
@@ -383,15 +384,15 @@ def test_the_compiled_step_follows_the_schedule(row, tmp_path):
     runs = []
     for stance in ("default", "force_eager"):
         with set_stance(stance):
-            engine, state = make_run(row)
-            train(engine, state, 0, 10)
-            path = save_checkpoint(tmp_path, 10 if stance == "default" else 11, TinyEngine(engine), state, FACTS)
-            train(engine, state, 10, 20)
-            resumed, resumed_state = make_run(row)
-            load_checkpoint(path, TinyEngine(resumed), resumed_state, FACTS)
-            train(resumed, resumed_state, 10, 20)
-        assert all(torch.equal(a, b) for a, b in zip(engine.params, resumed.params, strict=True))
-        runs.append(engine.params)
+            state = make_state(row)
+            train(state, 0, 10)
+            path = write_checkpoint(tmp_path, 10 if stance == "default" else 11, state, FACTS)
+            train(state, 10, 20)
+            resumed = make_state(row)
+            checkpoints.load(path, resumed, FACTS)
+            train(resumed, 10, 20)
+        assert all(torch.equal(a, b) for a, b in zip(state.engine.params, resumed.engine.params, strict=True))
+        runs.append(state.engine.params)
     moved = [(a - b).abs().max() for a, b in zip(runs[0], TinyModel().parameters(), strict=True)]
     for ours, theirs, distance in zip(*runs, moved, strict=True):
         assert (ours - theirs).abs().max() <= 0.02 * distance

@@ -14,7 +14,9 @@ from diffusers.pipelines.cogvideo import pipeline_cogvideox_image2video
 from PIL import Image
 
 from args import parse_training_args
+from cogvideox import encoding, loading
 from data.decode import read_frames
+from engine import objective
 
 
 PROMPTS = ["A red square moves right.", "a green circle grows, slowly"]
@@ -60,19 +62,17 @@ def record_training(monkeypatch, script, model_dir, root, out, bucket, num_clips
     """(inputs of the transformer in the script's first step, its draws by name)."""
     module = importlib.import_module(f"cogvideox_{script}")
     recorder, draws = Recorder(), {}
-    draw_normal, load_transformer = module.draw_normal, module.load_transformer
+    draw_normal, load_transformer = objective.draw_normal, loading.load_transformer
 
-    def keep(seed, name, positions, shape):
-        draws[name] = draw_normal(seed, name, positions, shape)
+    def keep(seed, name, *given):
+        draws[name] = draw_normal(seed, name, *given)
         return draws[name]
 
-    monkeypatch.setattr(module, "draw_normal", keep)
-    monkeypatch.setattr(
-        module, "load_transformer", lambda *args, **named: recorder.wrap(load_transformer(*args, **named))
-    )
-    monkeypatch.setattr(module, "draw_timesteps", lambda seed, positions, *rest: torch.full((len(positions),), 999))
+    monkeypatch.setattr(objective, "draw_normal", keep)
+    monkeypatch.setattr(loading, "load_transformer", lambda *given: recorder.wrap(load_transformer(*given)))
+    monkeypatch.setattr(objective, "draw_timesteps", lambda seed, positions, *rest: torch.full((len(positions),), 999))
     if "image" in script:  # the noise of training has no counterpart at inference
-        monkeypatch.setattr(module, "IMAGE_NOISE_MEAN", -torch.inf)
+        monkeypatch.setattr(encoding, "IMAGE_NOISE_MEAN", -torch.inf)
     key = {"text_to_video_lora": "t2v_lora", "text_to_video_sft": "t2v_sft"}.get(
         script, script.replace("image_to_video", "i2v")
     )

@@ -12,10 +12,10 @@ from base.errors import DataError
 from data.buckets import make_buckets
 from data.clip_lists import Clip
 from data.decode import read_frames
-from data.headers import probe, read_header
+from data.headers import read_header
 from data.picture import TO_SDR
 from data.videos import VideoDatasetWithResizing
-from synthetic_clips import FFMPEG, X264, encode, ffmpeg
+from synthetic_clips import FFMPEG, X264, encode, ffmpeg, probe
 from test_decode import write_variable
 
 

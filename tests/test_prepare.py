@@ -23,21 +23,20 @@ from safetensors.torch import load_file
 
 import prepare_dataset
 from args import parse_prepare_args
-from base import bars
+from base import bars, tensor_file
 from base.errors import DataError, UsageError
 from base.hashes import Hashes
 from data import artifacts, decode
 from data.buckets import Bucket, frame_times, make_buckets
 from data.clip_lists import read_clips, read_text_rows
 from data.decode import read_frames
-from data.headers import probe
 from data.latents import LatentDataset
 from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 from engine.objective import draw_generator
 from run import exits
 from run.exits import run_script
 from script_runs import run_ranks
-from synthetic_clips import draw_case, write_case, write_clip
+from synthetic_clips import draw_case, probe, write_case, write_clip
 from tiny_pipeline import make_tiny_pipeline
 
 
@@ -553,18 +552,21 @@ def test_an_interrupted_run_is_continued(prepare, prepared, monkeypatch):
 @pytest.mark.parametrize("fatal", [2, 6, 9, 11])
 def test_a_killed_run_leaves_no_half_files_and_is_continued(prepare, prepared, tmp_path, fatal):
     """SIGKILL in the middle of the n-th file: 4 embeddings, 6 latents, the manifest."""
-    writes, write_bytes, write_text = [], Path.write_bytes, Path.write_text
+    writes = []
 
-    def fatal_write(path, content, **options):
-        writes.append(path)
-        half = content[: len(content) // 2]
-        if len(writes) == fatal:
-            (write_text if isinstance(content, str) else write_bytes)(path, half, **options)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return (write_text if isinstance(content, str) else write_bytes)(path, content, **options)
+    def fatal_after(write):
+        def write_half(path, *content, **options):
+            writes.append(path)
+            is_last = len(writes) == fatal  # of several threads' writes
+            write(path, *content, **options)
+            if is_last:
+                os.truncate(path, path.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return write_half
 
     def run():
-        Path.write_bytes = Path.write_text = fatal_write
+        tensor_file.write_file, Path.write_text = fatal_after(tensor_file.write_file), fatal_after(Path.write_text)
         prepare(*EVERYTHING[:-1], out="killed")
 
     child = in_child(run, tmp_path / "log")
@@ -791,16 +793,16 @@ def test_numbers_that_are_not_finite_end_the_run(data, tiny, tmp_path, capsys, m
 
 def test_a_full_disk_ends_the_run_soon_and_a_rerun_completes(prepare, data, tiny, tmp_path, capsys, monkeypatch):
     write_lists(data, CAPTIONS * 4, ["a.mp4", "b.mp4", "c.mp4"] * 4)
-    serialize, encode, latents, encoded = artifacts.serialize, prepare_dataset.encode_videos, [], []
+    save, encode, latents, encoded = artifacts.save_tensors, prepare_dataset.encode_videos, [], []
 
-    def disk_full(tensors, metadata):
+    def disk_full(path, tensors, metadata):
         latents.extend(name for name in tensors if name == "moments")
         if len(latents) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return serialize(tensors, metadata)
+        return save(path, tensors, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "serialize", disk_full)
+        patch.setattr(artifacts, "save_tensors", disk_full)
         patch.setattr(prepare_dataset, "encode_videos", lambda *values: (encoded.append(1), encode(*values))[1])
         code, line = refusal(capsys, parse_prepare_args(arguments(tiny("5b"), data, tmp_path / "out", *LATENTS)))
     assert code == 74 and "No space left on device" in line

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import prepare_dataset
 from args import parse_prepare_args
-from data import preparing
 from data.artifacts import recorded_key
 from data.clip_lists import draw_places
 from data.prepared import SUFFIXES, Key, pixels_key
 from data.videos import VideoDataset
 from make_fixtures import PREPARED, prepare_argv
+from run import preparing
 from test_fixtures import old  # noqa: F401
 from test_prepare import (  # noqa: F401
     CAPTIONS,

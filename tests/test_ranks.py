@@ -1,16 +1,22 @@
 """What several ranks must agree on, in two processes on the CPU."""
 
 import json
+import os
+import signal
+import threading
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed
 
 from args import parse_training_args
+from base.ranks import group_store, meet
 from engine import compose
 from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from engine.update import TrainingState, update
 from test_scripts import run_ranks
+from test_update import engine_of
 
 
 NUM_RANKS = 2
@@ -71,7 +77,29 @@ def test_an_update_is_the_clipped_mean_of_all_gradients(on_two_ranks):
         optimizer = torch.optim.SGD([weight], lr=1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         gradient = torch.tensor([[6.0, 0.0], [0.0, 8.0]][rank])
-        result = update((weight * gradient).sum(), TrainingState([weight], optimizer, schedule), True, 2.5)
+        result = update((weight * gradient).sum(), TrainingState(engine_of(weight), optimizer, schedule), True, 2.5)
         return [float(result.grad_norm), *weight.tolist()]
 
     assert on_two_ranks(step) == [pytest.approx([5.0, -1.5, -2.0])] * NUM_RANKS
+
+
+def test_a_rank_that_waits_for_another_hears_ctrl_c(on_two_ranks):
+    """For hours, perhaps: the other hashes or uploads. A collective would hear it only when the other has come."""
+
+    def wait(rank):
+        if rank == 0:
+            group_store().wait(["has left"], timedelta(seconds=60))
+            return "never came"
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            meet("never")
+        group_store().set("has left", "")
+        return "left"
+
+    assert on_two_ranks(wait) == ["never came", "left"]
+
+
+def test_ranks_that_meet_hear_what_each_says(on_two_ranks):
+    assert (
+        on_two_ranks(lambda rank: [meet("first", f"{rank}"), meet("second")]) == [[["0", "1"], ["", ""]]] * NUM_RANKS
+    )

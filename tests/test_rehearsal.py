@@ -64,7 +64,7 @@ def test_the_rehearsal_leaves_nothing_and_a_resumed_run_has_none(train, module, 
 )
 def test_validation_that_runs_out_of_memory_is_tried_in_pieces(flags, first, second, train, monkeypatch, caplog):
     """(samples at once in the transformer, side of a tile as a part of diffusers'; 0: none) of each attempt."""
-    attempts, render = [], render_module.render_one_from_args
+    attempts, render = [], render_module.render_one
 
     def full(args, pipe, *rest):
         batches, block, vae = set(), pipe.transformer.transformer_blocks[0], pipe.vae
@@ -81,7 +81,7 @@ def test_validation_that_runs_out_of_memory_is_tried_in_pieces(flags, first, sec
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
         return np.zeros((9, 64, 96, 3), np.uint8)  # at this step tiles overlap by no whole latents
 
-    monkeypatch.setattr(render_module, "render_one_from_args", full)
+    monkeypatch.setattr(render_module, "render_one", full)
     monkeypatch.setattr(render_module, "TILE_STEP", 8)  # both sizes are less than the usual step
     with caplog.at_level(logging.WARNING):
         out = train("out", "--max_train_steps", "3", *PROMPT, *flags, raw=True)
@@ -99,7 +99,7 @@ def test_validation_that_never_fits_is_skipped_with_one_line(train, monkeypatch,
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
 
     plain = train("plain", "--max_train_steps", "3")
-    monkeypatch.setattr(render_module, "render_one_from_args", full)
+    monkeypatch.setattr(render_module, "render_one", full)
     with caplog.at_level(logging.WARNING):
         out = train("out", "--max_train_steps", "3", *PROMPT)
     failed = [record.getMessage() for record in caplog.records if "training goes on" in record.getMessage()]
@@ -110,7 +110,7 @@ def test_validation_that_never_fits_is_skipped_with_one_line(train, monkeypatch,
 @one_script
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_signal_ends_a_validation_and_the_run_with_a_checkpoint(at, train, stops, monkeypatch, tmp_path):
-    calls, render = [], render_module.render_one_from_args
+    calls, render = [], render_module.render_one
 
     def asked(*arguments):
         calls.append(None)
@@ -121,7 +121,7 @@ def test_a_signal_ends_a_validation_and_the_run_with_a_checkpoint(at, train, sto
 
     flags = ["--max_train_steps", "4", "--checkpointing_steps", "100", *PROMPT]
     with monkeypatch.context() as patches:
-        patches.setattr(render_module, "render_one_from_args", asked)
+        patches.setattr(render_module, "render_one", asked)
         line = stops(75, "out", *flags)
     out = tmp_path / "out"
     assert f"stopped by SIGTERM after step {at} of 4" in line and status(out)["state"] == "interrupted"

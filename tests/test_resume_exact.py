@@ -22,7 +22,7 @@ from tqdm import tqdm
 from args import parse_training_args
 from base.errors import UsageError
 from base.files import damage
-from run.checkpoints import load_checkpoint
+from run import checkpoints
 from run.exits import run_script
 from script_runs import SCRIPTS
 
@@ -212,4 +212,4 @@ def test_another_number_of_processes_is_refused(setting, finish, tmp_path):
     """The batches could be cut anew, but sums over them would round in another way: it would not be the same run."""
     finish("out")
     with pytest.raises(UsageError, match="its num_processes was 1, now it is 2"):
-        load_checkpoint(tmp_path / "out/checkpoint-4", None, None, {"num_processes": 2})
+        checkpoints.load(tmp_path / "out/checkpoint-4", None, {"num_processes": 2})

@@ -18,11 +18,12 @@ from args import parse_training_args
 from base.errors import DataError, NumbersError, StorageError, UsageError, UserError
 from base.files import write_json
 from base.status import RUN, RUN_ID_VARIABLE, begin_run
+from data.buckets import Bucket
 from engine.optimizers import make_lr_scheduler_from_args
 from run import launch
 from run.exits import run_script
-from run.launch import check_device_from_args, check_launcher_from_args, compute_dtype_from_args, shared_seed_from_args
-from run.steps import learning_rate_from_args, plan_steps_from_args
+from run.launch import check_device, check_launcher, compute_dtype, shared_seed
+from run.steps import make_plan, scaled_learning_rate
 from script_runs import run_ranks
 
 
@@ -58,7 +59,7 @@ def flags(*more):
 def test_compute_dtype(flag, launcher, stored, device, expected, monkeypatch):
     set_launcher(monkeypatch, launcher)
     args = flags(*(["--mixed_precision", flag] if flag else []))
-    assert compute_dtype_from_args(args, stored, device) == expected
+    assert compute_dtype(args, stored, device) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_compute_dtype(flag, launcher, stored, device, expected, monkeypatch):
 def test_refused_dtypes(flag, launcher, stored, device, message, monkeypatch):
     set_launcher(monkeypatch, launcher)
     with pytest.raises(UsageError, match=message):
-        compute_dtype_from_args(flags(*(["--mixed_precision", flag] if flag else [])), stored, device)
+        compute_dtype(flags(*(["--mixed_precision", flag] if flag else [])), stored, device)
 
 
 def set_launcher(monkeypatch, precision):
@@ -86,34 +87,49 @@ def set_launcher(monkeypatch, precision):
 
 def test_a_conversion_is_said_in_one_line(caplog):
     with caplog.at_level(logging.INFO):
-        compute_dtype_from_args(flags("--mixed_precision", "bf16"), BF16, CPU)
+        compute_dtype(flags("--mixed_precision", "bf16"), BF16, CPU)
         assert not caplog.records
-        compute_dtype_from_args(flags("--mixed_precision", "bf16"), FP16, CPU)
+        compute_dtype(flags("--mixed_precision", "bf16"), FP16, CPU)
     assert len(caplog.records) == 1 and "converted once" in caplog.text
 
 
 def test_a_real_model_on_a_cpu_needs_the_flag():
     with pytest.raises(UsageError, match=r"1\.7 billion.*--allow_cpu"):
-        check_device_from_args(flags(), 1.7e9, CPU)
-    check_device_from_args(flags("--allow_cpu"), 1.7e9, CPU)
-    check_device_from_args(flags(), 1.7e9, CUDA)
-    check_device_from_args(flags(), 1e6, CPU)
+        check_device(flags(), 1.7e9, CPU)
+    check_device(flags("--allow_cpu"), 1.7e9, CPU)
+    check_device(flags(), 1.7e9, CUDA)
+    check_device(flags(), 1e6, CPU)
 
 
 # ---------------------------------------------------------------- plan
 
 
+def clips(count):
+    """The buckets of as many clips, all of one size."""
+    return [Bucket(9, 64, 96)] * count
+
+
 def test_the_plan_of_the_flags():
-    args = flags("--num_train_epochs", "3", "--gradient_accumulation_steps", "4")
-    assert plan_steps_from_args(args, 10, 1) == (8, 3, 30, 4)
-    args = flags("--num_train_epochs", "3", "--gradient_accumulation_steps", "4", "--max_train_steps", "5")
-    assert plan_steps_from_args(args, 10, 1) == (5, 2, 20, 4)
+    args = flags("--train_batch_size", "1", "--num_train_epochs", "3", "--gradient_accumulation_steps", "4")
+    assert make_plan(args, clips(10), 1) == (8, 3, 30, 4, 10)
+    args = flags(
+        "--train_batch_size",
+        "1",
+        "--num_train_epochs",
+        "3",
+        "--gradient_accumulation_steps",
+        "4",
+        "--max_train_steps",
+        "5",
+    )
+    assert make_plan(args, clips(10), 1) == (5, 2, 20, 4, 10)
 
 
 def warnings_of(caplog, *more):
     """Of a plan for two processes and four batches an epoch."""
     caplog.clear()
-    plan_steps_from_args(flags(*more), 4, 2)
+    args = flags(*more)
+    make_plan(args, clips(4 * 2 * args.train_batch_size), 2)
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -140,7 +156,7 @@ def test_the_rate_that_is_told_is_the_schedules(caplog):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    plan_steps_from_args(args, 4, 1)
+    make_plan(args, clips(4 * args.train_batch_size), 1)
     assert f"reaches {max(rates):.3g} and never" in caplog.text
 
 
@@ -161,13 +177,13 @@ def test_checkpoints_and_validations_that_never_come_are_told(caplog):
 
 def test_scale_lr_counts_the_global_batch():
     args = ["--learning_rate", "1e-4", "--train_batch_size", "2", "--gradient_accumulation_steps", "3"]
-    assert learning_rate_from_args(flags(*args), 4) == 1e-4
-    assert learning_rate_from_args(flags(*args, "--scale_lr"), 4) == pytest.approx(24e-4)
+    assert scaled_learning_rate(flags(*args), 4) == 1e-4
+    assert scaled_learning_rate(flags(*args, "--scale_lr"), 4) == pytest.approx(24e-4)
 
 
 def test_a_given_seed_is_taken_0_included_and_an_unset_one_is_new():
-    assert shared_seed_from_args(flags("--seed", "0")) == 0
-    assert len({shared_seed_from_args(flags()) for _ in range(5)}) > 1
+    assert shared_seed(flags("--seed", "0")) == 0
+    assert len({shared_seed(flags()) for _ in range(5)}) > 1
 
 
 # ---------------------------------------------------------------- exit codes
@@ -376,11 +392,11 @@ def test_a_config_that_disagrees_with_a_flag_stops_the_run(monkeypatch, variable
     name = variable.removeprefix("ACCELERATE_").lower()
     for agreeing in ("auto", "none", "1" if "steps" in flag else "1.0"):
         monkeypatch.setenv(variable, agreeing)
-        check_launcher_from_args(flags())
+        check_launcher(flags())
     monkeypatch.setenv(variable, value)
     with pytest.raises(UsageError, match=rf"{flag} 1.* disagrees with {name}: {value} of the accelerate config"):
-        check_launcher_from_args(flags())
-    check_launcher_from_args(flags(flag, value))
+        check_launcher(flags())
+    check_launcher(flags(flag, value))
 
 
 FULL = {"ENOSPC", "EFBIG", "EDQUOT"}

@@ -17,12 +17,14 @@ from conftest import write_clip
 from data.clip_lists import read_clips
 from data.dataset import build_dataset_from_args, build_videos_from_args
 from data.decode import read_frames
-from data.headers import probe
 from data.latents import LatentDataset
-from run.checkpoints import find_checkpoint_from_args, load_checkpoint, save_checkpoint
-from run.output_dir import open_output_dir_from_args
+from run import checkpoints
+from run.checkpoints import write_checkpoint
+from run.output_dir import open_output_dir
+from synthetic_clips import probe
 from test_atomic_save import FolderEngine, flags
-from test_checkpointing import FACTS, MAIN, make_run
+from test_checkpointing import FACTS, MAIN, make_state, run_in
+from test_dataset import model
 
 
 # ---------------------------------------------------------------- booby traps
@@ -87,13 +89,13 @@ def test_a_trap_under_a_safe_name_is_not_sprung(tmp_path, canary):
 @pytest.mark.parametrize("hashed", [False, True])
 def test_traps_in_a_checkpoint_are_not_sprung(hashed, tmp_path, canary):
     """Beside its files, and in their place, with a manifest that says all is well."""
-    engine, state = make_run()
-    engine.__class__ = FolderEngine
-    path = save_checkpoint(tmp_path / "out", 3, engine, state, FACTS) if (tmp_path / "out").mkdir() is None else None
+    state = make_state(engine_class=FolderEngine)
+    (tmp_path / "out").mkdir()
+    path = write_checkpoint(tmp_path / "out", 3, state, FACTS)
     shutil.copy(path / "manifest.json", tmp_path / "manifest.json")
     for name in ("optimizer.bin", "optimizer.pt", "random_states_0.pkl", "scheduler.bin", "training_args.bin"):
         torch.save(Trap(canary), path / name)
-    assert load_checkpoint(path, engine, state, FACTS) == 3
+    assert checkpoints.load(path, state, FACTS) == 3
     torch.save(Trap(canary), path / "optimizer.safetensors")
     if hashed:
         (path / "manifest.json").unlink()
@@ -101,7 +103,7 @@ def test_traps_in_a_checkpoint_are_not_sprung(hashed, tmp_path, canary):
     with pytest.raises((UserError, Exception), match=r"whole|header|HeaderTooLarge"):
         args = flags(tmp_path / "out")
         shutil.copy(path / "state.json", tmp_path / "out/args.json")  # any JSON: the checkpoint is what is tried
-        load_checkpoint(find_checkpoint_from_args(args, MAIN, 100, {}), engine, state, FACTS)
+        checkpoints.load(checkpoints.find(args, run_in(tmp_path / "out"), 100, {}), state, FACTS)
 
 
 # ---------------------------------------------------------------- out of the folder
@@ -243,7 +245,7 @@ def test_the_flag_reaches_training_and_prepare(outside, tmp_path):
 
     def train(*more):
         args = parse_training_args("t2v_lora", ["--pretrained_model_name_or_path", "m", *columns, *more])
-        return build_dataset_from_args(args, 8, 0, 0.7)
+        return build_dataset_from_args(args, model(), 0)
 
     def prepare(*more):
         return build_videos_from_args(parse_prepare_args([*columns, "--output_dir", "o", *more]), 8)
@@ -256,7 +258,7 @@ def test_the_flag_reaches_training_and_prepare(outside, tmp_path):
     args = argparse.Namespace(**vars(parse_training_args("t2v_lora", [
         "--pretrained_model_name_or_path", "m", "--data_root", str(link), "--load_tensors", "--allow_outside_root",
     ])))  # fmt: skip
-    assert len(build_dataset_from_args(args, 8, 0, 0.7)) == 1
+    assert len(build_dataset_from_args(args, model(), 0)) == 1
 
 
 def test_a_run_resumes_nothing_from_a_folder_without_a_manifest(tmp_path):
@@ -265,5 +267,5 @@ def test_a_run_resumes_nothing_from_a_folder_without_a_manifest(tmp_path):
     torch.save({"step": 5}, tmp_path / "out/checkpoint-5/state.json")
     (tmp_path / "out/args.json").write_text(json.dumps({"flags": vars(flags(tmp_path / "out")), "seed": 1}))
     with pytest.raises(UserError):
-        open_output_dir_from_args(flags(tmp_path / "out"), MAIN)
-        find_checkpoint_from_args(flags(tmp_path / "out"), MAIN, 100, {})
+        open_output_dir(flags(tmp_path / "out"), MAIN)
+        checkpoints.find(flags(tmp_path / "out"), run_in(tmp_path / "out"), 100, {})

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from args import parse_training_args
 from base.errors import DataError
 from data.buckets import pack_batches
+from engine import compose, objective
+from run import exits
 from run.exits import run_script
 from script_runs import (
     EVERY_SCRIPT,
@@ -141,9 +143,9 @@ class Unread(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def between_logs(monkeypatch, module, guard):
+def between_logs(monkeypatch, guard):
     """`guard` holds from the end of the first update, which is told of, to that of the sixth: steps 2 to 6, whole."""
-    calls, stop_is_due = [], module.stop_is_due
+    calls, stop_is_due = [], exits.stop_is_due
 
     def watched(*arguments):
         calls.append(None)
@@ -154,7 +156,7 @@ def between_logs(monkeypatch, module, guard):
             guard.__enter__()
         return due
 
-    monkeypatch.setattr(module, "stop_is_due", watched)
+    monkeypatch.setattr(exits, "stop_is_due", watched)
     return calls
 
 
@@ -163,9 +165,9 @@ DROPOUTS = ["--text_dropout", "0.5", "--train_batch_size", "2"]
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["latents", "raw"])
-def test_no_step_between_logs_reads_what_it_computes(raw, train, module, monkeypatch):
+def test_no_step_between_logs_reads_what_it_computes(raw, train, monkeypatch):
     """As far as a CPU shows: values, and choices by values. test_gpu.py has what a GPU adds, copies."""
-    calls = between_logs(monkeypatch, module, Unread())
+    calls = between_logs(monkeypatch, Unread())
     precision = "no" if raw else "bf16"  # in which a VAE is slow on a CPU
     flags = [*STEPS_THAT_COUNT, *DROPOUTS, "--gradient_checkpointing", "--mixed_precision", precision]
     train("out", *flags, "--dataloader_num_workers", "1", raw=raw)  # workers may read: their tensors are on the host
@@ -363,14 +365,14 @@ def test_a_full_disk_ends_with_74_and_what_was_there_stays(train, stops):
 
 @pytest.mark.parametrize("script", LORA_SCRIPTS, indirect=True)
 @pytest.mark.parametrize("alpha", ["4", "1"])
-def test_plain_load_lora_weights_gives_the_trained_transformer(alpha, script, module, train, tiny, monkeypatch):
-    engines, build = [], module.build_lora_engine_from_args
+def test_plain_load_lora_weights_gives_the_trained_transformer(alpha, script, train, tiny, monkeypatch):
+    engines, build = [], compose.build_lora_engine_from_args
 
     def keep(*arguments, **options):
         engines.append(build(*arguments, **options))
         return engines[-1]
 
-    monkeypatch.setattr(module, "build_lora_engine_from_args", keep)
+    monkeypatch.setattr(compose, "build_lora_engine_from_args", keep)
     out = train("out", "--max_train_steps", "3", "--lora_alpha", alpha)
     trained = engines[0].transformer.eval()
     pipe = engines[0].pipeline_class.from_pretrained(tiny(script.kind), dtype=torch.float32)
@@ -412,17 +414,17 @@ def test_epochs_steps_and_the_last_partial_group(train):
     assert result_hash(steps) == result_hash(out / "checkpoint-2") and len(metrics(steps)) == 2
 
 
-def test_training_lowers_the_loss(train, module, monkeypatch):
+def test_training_lowers_the_loss(train, monkeypatch):
     """On four fixed draws of noise and timestep, in turn with every clip."""
 
     def fix(name):
-        draw = getattr(module, name)
+        draw = getattr(objective, name)
 
         def fixed(seed, *values):
             values = [[p % 4 for p in value] if isinstance(value, list) else value for value in values]
             return draw(seed, *values)
 
-        monkeypatch.setattr(module, name, fixed)
+        monkeypatch.setattr(objective, name, fixed)
 
     fix("draw_normal")
     fix("draw_timesteps")
@@ -550,11 +552,11 @@ def test_a_hub_token_is_written_nowhere(train):
     assert not [path for path in out.rglob("*") if path.is_file() and b"hf_canary" in path.read_bytes()]
 
 
-def test_a_defect_of_the_script_is_70_with_its_traceback(train, module, monkeypatch, tmp_path, capsys):
+def test_a_defect_of_the_script_is_70_with_its_traceback(train, monkeypatch, tmp_path, capsys):
     def broken(*arguments, **options):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(module, "add_noise", broken)
+    monkeypatch.setattr(objective, "add_noise", broken)
     with pytest.raises(SystemExit) as left:
         run_script(lambda: train("out"), tmp_path / "out")
     assert left.value.code == 70 and status(tmp_path / "out")["exit_code"] == 70

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from args import parse_training_args
 from base.errors import UsageError
 from cogvideox.loading import load_transformer
-from engine.compose import build_sft_engine_from_args, check_sft_fits_from_args
+from engine.compose import build_sft_engine_from_args
 from engine.master_weights import HostMasters, Masters
 from engine.sft import check_saved_transformer, load_weights, save_transformer, save_weights
+from run.levels import check_sft_fits
 
 
 CPU = torch.device("cpu")
@@ -182,7 +183,7 @@ def sft_flags(*more):
 
 
 def fits(*flags, weights=5.57e9, dtype=torch.bfloat16):
-    check_sft_fits_from_args(sft_flags(*flags), weights, dtype, torch.device("cuda"))
+    check_sft_fits(sft_flags(*flags), weights, dtype, torch.device("cuda"))
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(card_of_80_gb):
     with pytest.raises(UsageError, match=r"needs 93 GiB .* 79 GiB are free on the GPU; add --use_cpu_offload_optim"):
         fits()
     fits(weights=1.69e9)
-    check_sft_fits_from_args(sft_flags(), 5.57e9, torch.bfloat16, CPU)
+    check_sft_fits(sft_flags(), 5.57e9, torch.bfloat16, CPU)
 
 
 def test_what_makes_it_fit_is_counted(card_of_80_gb):

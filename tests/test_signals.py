@@ -43,7 +43,7 @@ one_script = pytest.mark.parametrize("script", ["t2v_lora"], indirect=True)
 
 
 def send_at(monkeypatch, module, call, number, name="update", rank=None):
-    """This process gets the signal at the given call of one of the script's functions."""
+    """This process gets the signal at the given call of `module`'s function `name`."""
     calls, original = [], getattr(module, name)
 
     def sending(*arguments, **options):
@@ -91,7 +91,7 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_continues(script,
 def test_signals_in_a_save_and_at_the_last_update_do_not_cut_them_short(train, stops, module, monkeypatch):
     unbroken = train("unbroken", "--max_train_steps", "3")
     with monkeypatch.context() as patches:
-        send_at(patches, module, 2, signal.SIGTERM, "save_checkpoint_from_args")
+        send_at(patches, module.checkpoints, 2, signal.SIGTERM, "save")
         stops(75, "broken", "--max_train_steps", "3")
     broken = unbroken.with_name("broken")
     assert checkpoints(broken) == [1, 2]
@@ -102,7 +102,7 @@ def test_signals_in_a_save_and_at_the_last_update_do_not_cut_them_short(train, s
 
 
 def test_before_the_first_step_it_leaves_at_once(stops, module, monkeypatch, tmp_path):
-    send_at(monkeypatch, module, 1, signal.SIGTERM, "load_transformer")
+    send_at(monkeypatch, module.loading, 1, signal.SIGTERM, "load_transformer")
     assert "interrupted by SIGTERM" in stops(75, "out", *STEPS)
     assert status(tmp_path / "out")["state"] == "interrupted" and checkpoints(tmp_path / "out") == []
 

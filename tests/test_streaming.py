@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from args import parse_training_args
 from base.errors import UsageError
+from base.tensor_file import weight_files
 from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_scheduler
-from cogvideox.folder import weight_files
 from cogvideox.inputs import rotary_embeddings
 from cogvideox.loading import load_transformer, load_vae
 from cogvideox.pipeline import make_pipeline

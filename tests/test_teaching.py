@@ -16,8 +16,11 @@ import prepare_dataset
 import world
 from args import parse_prepare_args, parse_training_args
 from base.files import release_locks
+from cogvideox import inputs
+from engine import objective
 from engine.lora_file import METADATA_KEY, WEIGHTS_NAME
 from judge import accuracy, colour_errors, judge
+from test_closed_loop import predict_noise
 from test_tiny_model import SHIPPED
 
 
@@ -142,30 +145,23 @@ def test_a_wrong_alpha_shows(lora, after, tmp_path, alpha):
     assert broken["concept" if alpha < 64 else "known"] < 0.4
 
 
-def do_not_scale(monkeypatch, module):
-    sample_latents = module.sample_latents
+def do_not_scale(monkeypatch):
+    sample_latents = inputs.sample_latents
 
     def unscaled(moments, noise, vae_config):
         return sample_latents(moments, noise, vae_config) / vae_config.scaling_factor
 
-    monkeypatch.setattr(module, "sample_latents", unscaled)
+    monkeypatch.setattr(inputs, "sample_latents", unscaled)
 
 
-def predict_noise(monkeypatch, module):
-    def loss(prediction, latents, noise, timesteps, alphas_cumprod):
-        return (prediction - noise).square().flatten(1).mean(1)
-
-    monkeypatch.setattr(module, "v_prediction_loss", loss)
-
-
-def predict_the_opposite(monkeypatch, module):
-    loss = module.v_prediction_loss
-    monkeypatch.setattr(module, "v_prediction_loss", lambda prediction, *given: loss(-prediction, *given))
+def predict_the_opposite(monkeypatch):
+    loss = objective.v_prediction_loss
+    monkeypatch.setattr(objective, "v_prediction_loss", lambda prediction, *given: loss(-prediction, *given))
 
 
 @pytest.mark.parametrize("break_it", [do_not_scale, predict_noise, predict_the_opposite])
 def test_a_broken_convention_shows(monkeypatch, prepared, tmp_path, after, break_it):
-    break_it(monkeypatch, script_of("lora"))
+    break_it(monkeypatch)
     broken = scores(load(teach(prepared, tmp_path / "lora", steps=120)))
     if break_it is do_not_scale:  # latents 16 % too small still have shapes
         assert broken["chroma"] < after["chroma"] - 4

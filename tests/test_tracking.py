@@ -100,14 +100,14 @@ def test_a_missing_tracker_is_refused_with_the_install_line(monkeypatch):
     args = parse_training_args("t2v_lora", ["--pretrained_model_name_or_path", "m", "--data_root", "d",
                                             "--report_to", "trackio"])  # fmt: skip
     with pytest.raises(UsageError, match="--report_to trackio: not installed; pip install trackio"):
-        tracking.tracker_names_from_args(args)
+        tracking.tracker_names(args)
 
 
 def test_all_is_what_is_installed(monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: name != "trackio" or None)
     args = parse_training_args("t2v_lora", ["--pretrained_model_name_or_path", "m", "--data_root", "d",
                                             "--report_to", "all"])  # fmt: skip
-    assert tracking.tracker_names_from_args(args) == ["wandb", "tensorboard"]
+    assert tracking.tracker_names(args) == ["wandb", "tensorboard"]
 
 
 def test_a_tracker_finds_the_console_when_it_is_imported(monkeypatch, tmp_path, capsys):

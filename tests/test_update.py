@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,16 @@ from engine.update import LossScaler, TrainingState, make_scaler, skips_on_devic
 from run.steps import plan_steps, sample_positions
 
 
+def engine_of(weight, masters=None, ema=None):
+    """What an update needs of an engine."""
+    return SimpleNamespace(params=[weight], masters=masters, ema=ema)
+
+
 def make_state(lr=0.1):
     weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = torch.optim.SGD([weight], lr=lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-    return weight, TrainingState([weight], optimizer, scheduler)
+    return weight, TrainingState(engine_of(weight), optimizer, scheduler)
 
 
 def test_accumulated_gradients_are_one_update():
@@ -81,7 +87,7 @@ def five_updates(optimizer_class, bad, device, on_device, monkeypatch):
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 10_000, device=device))
     optimizer = optimizer_class([weight], lr=0.1, weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-    state = TrainingState([weight], optimizer, schedule)
+    state = TrainingState(engine_of(weight), optimizer, schedule)
     with monkeypatch.context() as patches:
         patches.setattr("engine.update.skips_on_device", lambda state: on_device)
         results = []
@@ -113,9 +119,12 @@ def test_what_must_know_at_once_decides_on_the_host():
     state.optimizer = torch.optim.AdamW([weight], fused=True)
     assert skips_on_device(state)
     assert not skips_on_device(replace(state, scaler=LossScaler()))
-    assert not skips_on_device(replace(state, ema=object()))
+    assert not skips_on_device(replace(state, engine=engine_of(weight, ema=object())))
     masters = [kind([weight], torch.device("cpu")) for kind in (Masters, partial(HostMasters, dtype=torch.float32))]
-    assert [skips_on_device(replace(state, masters=kind)) for kind in masters] == [True, False]
+    assert [skips_on_device(replace(state, engine=engine_of(weight, masters=kind))) for kind in masters] == [
+        True,
+        False,
+    ]
 
 
 def test_groups_keep_order_and_limit():
@@ -144,7 +153,8 @@ def test_plan(batches, accumulation, epochs, max_steps, expected):
 
 
 def test_positions_do_not_depend_on_how_a_global_batch_is_cut():
-    whole = sample_positions(1, 4, 1, 0, 4)
-    ranks = sample_positions(1, 2, 2, 0, 2) + sample_positions(1, 2, 2, 1, 2)
-    accumulated = [position for micro_step in range(4, 8) for position in sample_positions(micro_step, 1, 1, 0, 1)]
-    assert whole == ranks == accumulated == [4, 5, 6, 7]
+    alone, *ranks = (SimpleNamespace(rank=rank, num_ranks=num) for rank, num in ((0, 1), (0, 2), (1, 2)))
+    whole = sample_positions(alone, 1, 4, 4)
+    shared = [position for rank in ranks for position in sample_positions(rank, 1, 2, 2)]
+    accumulated = [position for micro_step in range(4, 8) for position in sample_positions(alone, micro_step, 1, 1)]
+    assert whole == shared == accumulated == [4, 5, 6, 7]

@@ -32,11 +32,11 @@ from cogvideox.config import check_sample_size, read_config
 from cogvideox.encoding import fits
 from data.artifacts import write_video
 from data.buckets import Bucket
-from run import held_out as held_out_module
+from run import held_out, tracking, validation
 from run import render as render_module
-from run import tracking, validation
-from run.steps import StepPlan
+from run.steps import plan_steps
 from script_runs import ROOT, losses, result_hash, run_ranks
+from test_dataset import model
 from test_lora_inference import parse_args, render
 from tiny_pipeline import KINDS
 from world import draw_clips
@@ -72,7 +72,7 @@ def sampling(script, image):
 @pytest.fixture
 def black(monkeypatch):
     """Nothing is computed where only the moment of a validation matters: its videos are black."""
-    monkeypatch.setattr(render_module, "render_one_from_args", lambda *given: np.zeros((*SIZE, 3), np.uint8))
+    monkeypatch.setattr(render_module, "render_one", lambda *given: np.zeros((*SIZE, 3), np.uint8))
 
 
 def events(folder, name):
@@ -126,23 +126,24 @@ def test_the_noise_is_the_same_at_every_validation(train, sampling):
     assert video_bytes(other, 2, "1_0") != video_bytes(out, 2, "1_0")
 
 
-def due(plan, batches_per_epoch, **flags):
+def due(plan, **flags):
     args = types.SimpleNamespace(validation_steps=None, validation_epochs=50, **{})
     vars(args).update(flags)
     steps = range(1, plan.num_steps + 1)
-    return [step for step in steps if validation.is_due_from_args(args, plan, batches_per_epoch, step)]
+    return [step for step in steps if validation.is_due(args, plan, step)]
 
 
 def test_epochs_are_over_at_the_first_update_at_or_after_their_last_batch():
-    plan = StepPlan(num_steps=10, num_epochs=4, num_micro_steps=10, accumulation=1)
-    assert due(plan, 3, validation_epochs=1) == [3, 6, 9]
-    assert due(plan, 3, validation_epochs=2) == [6]
-    assert due(plan, 5, validation_epochs=1) == [5]  # not after the last update: the test after training does that
-    plan = StepPlan(num_steps=5, num_epochs=3, num_micro_steps=20, accumulation=4)
-    assert due(plan, 7, validation_epochs=1) == [2, 4]  # batches 7 and 14, within updates 2 and 4
-    assert due(plan, 2, validation_epochs=1) == [1, 2, 3, 4]  # several epochs an update
-    assert due(plan, 7, validation_steps=3) == [3]
-    assert due(plan, 7, validation_steps=5) == []
+    plan = plan_steps(batches_per_epoch=3, accumulation=1, num_epochs=1, max_steps=10)
+    assert due(plan, validation_epochs=1) == [3, 6, 9]
+    assert due(plan, validation_epochs=2) == [6]
+    plan = plan_steps(batches_per_epoch=5, accumulation=1, num_epochs=2)
+    assert due(plan, validation_epochs=1) == [5]  # not after the last update: the test after training does that
+    plan = plan_steps(batches_per_epoch=7, accumulation=4, num_epochs=1, max_steps=5)
+    assert due(plan, validation_epochs=1) == [2, 4]  # batches 7 and 14, within updates 2 and 4
+    assert due(plan._replace(batches_per_epoch=2), validation_epochs=1) == [1, 2, 3, 4]  # several epochs an update
+    assert due(plan, validation_steps=3) == [3]
+    assert due(plan, validation_steps=5) == []
 
 
 @only_t2v_lora
@@ -164,13 +165,13 @@ def test_the_untrained_model_is_left_out_where_asked(train, sampling, prepared, 
     assert [video_bytes(later, step) for step in (1, 2)] == [video_bytes(plain, step) for step in (1, 2)]
 
 
-def test_training_does_not_notice(train, module, sampling, prepared, script, monkeypatch):
+def test_training_does_not_notice(train, sampling, prepared, script, monkeypatch):
     """Bit-identical results; random state, train mode and the very parameters are as before."""
-    seen = []
+    seen, validate = [], validation.validate
 
-    def watched(args, accelerator, meter, engine, *rest):
+    def watched(args, run, meter, engine, *rest):
         before, objects = state_of_the_process(), list(engine.transformer.parameters())
-        validation.validate_from_args(args, accelerator, meter, engine, *rest)
+        validate(args, run, meter, engine, *rest)
         assert state_of_the_process() == before
         assert all(a is b for a, b in zip(objects, engine.transformer.parameters(), strict=True))
         seen.append(engine.transformer.training)
@@ -179,11 +180,11 @@ def test_training_does_not_notice(train, module, sampling, prepared, script, mon
         torch.rand(1), random.random(), np.random.rand()
         return render_one(*arguments)
 
-    render_one = render_module.render_one_from_args
+    render_one = render_module.render_one
     flags = ["--max_train_steps", "3", "--text_dropout", "0.5"]
     plain = train("plain", *flags)
-    monkeypatch.setattr(module, "validate_from_args", watched)
-    monkeypatch.setattr(render_module, "render_one_from_args", noisy)
+    monkeypatch.setattr(validation, "validate", watched)
+    monkeypatch.setattr(render_module, "render_one", noisy)
     held_out_flags = ["--validation_data_root", str(prepared(script.kind)), "--validation_num_clips", "2"]
     out = train("validated", *flags, *sampling(), *held_out_flags, "--validation_steps", "1")
     assert seen == [True] * 4 and len(sampled(out)) == 4
@@ -272,7 +273,7 @@ def test_the_size_is_what_was_given_else_the_most_used(argv, expected):
     base = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--load_tensors"]
     args = parse_training_args("t2v_lora", [*base, *argv])
     buckets = [Bucket(9, 128, 128), *[Bucket(9, 64, 96)] * 3, Bucket(17, 64, 96)]
-    assert validation.sample_size_from_args(args, buckets) == expected
+    assert validation.sample_size(args, buckets) == expected
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,7 @@ def test_a_size_that_cannot_be_rendered_stops_the_run_before_weights_are_read(st
 def read(*argv, image_to_video=True):
     base = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--load_tensors"]
     args = parse_training_args("i2v_lora", [*base, *argv])
-    return validation.read_prompts_from_args(args, image_to_video)
+    return validation.read_prompts(args, image_to_video)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +370,10 @@ class Pages(http.server.BaseHTTPRequestHandler):
         content = io.BytesIO()
         Image.new("RGB", (8, 6), (1, 2, 3)).save(content, "PNG")
         with contextlib.suppress(ConnectionError):
+            if self.path in ("/trickles", "/stalls"):
+                for _ in range(20):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1 if self.path == "/trickles" else 1)
             self.wfile.write(b"x" * 5000 if self.path == "/large" else content.getvalue())
 
     def log_message(self, *values):
@@ -387,15 +392,27 @@ def server():
 def test_images_are_fetched_from_urls(server, monkeypatch):
     for path in ("/image.png", "/to/image"):
         assert validation.open_image(server + path).getpixel((7, 5)) == (1, 2, 3)
-    for path, reason in (("/missing", "404"), ("/to/file", "file:///etc/passwd"), ("/to/ftp", "ftp")):
+    for path, reason in (("/missing", "404"), ("/to/file", "'file://'"), ("/to/ftp", "'ftp://'")):
         with pytest.raises(UsageError, match=reason) as caught:
             validation.open_image(server + path)
         assert len(str(caught.value).splitlines()) == 1
-    monkeypatch.setattr(validation, "FETCH_BYTES", 4000)
-    with pytest.raises(UsageError, match="larger than"):
+    for url, reason in (
+        ("http://127.0.0.1:9/image.png", "refused"),
+        ("http://a:b/c", "Invalid port"),
+        ("https:///x", "https"),
+    ):
+        with pytest.raises(UsageError, match=rf"cannot be read \(.*{reason}"):
+            validation.open_image(url)
+
+
+def test_what_is_fetched_has_a_largest_size_and_a_longest_time(server, monkeypatch):
+    with monkeypatch.context() as patches, pytest.raises(UsageError, match="larger than"):
+        patches.setattr(validation, "FETCH_BYTES", 4000)
         validation.open_image(server + "/large")
-    with pytest.raises(UsageError, match="refused"):
-        validation.open_image("http://127.0.0.1:9/image.png")
+    monkeypatch.setattr(validation, "FETCH_SECONDS", 0.4)
+    for path, reason in (("/trickles", "not complete after"), ("/stalls", "timed out")):
+        with pytest.raises(UsageError, match=reason):
+            validation.open_image(server + path)
 
 
 @only_i2v_lora
@@ -411,7 +428,7 @@ def test_images_are_fetched_once(train, server):
 
 @only_t2v_lora
 @pytest.mark.parametrize("raw", [True, False])
-def test_t5_and_the_vae_are_loaded_once(raw, train, module, sampling, monkeypatch):
+def test_t5_and_the_vae_are_loaded_once(raw, train, sampling, monkeypatch):
     loaded = []
 
     def counted(holder, name):
@@ -419,16 +436,16 @@ def test_t5_and_the_vae_are_loaded_once(raw, train, module, sampling, monkeypatc
         monkeypatch.setattr(holder, name, lambda *values, **named: loaded.append(name) or load(*values, **named))
 
     counted(encoding, "load_text_encoder")
-    counted(module, "load_vae")
-    counted(module, "load_transformer")
+    counted(loading, "load_vae")
+    counted(loading, "load_transformer")
     train("out", *sampling(), "--max_train_steps", "2", "--validation_steps", "1", raw=raw)
     assert sorted(loaded) == ["load_text_encoder", "load_transformer", "load_vae"]
 
 
 @only_t2v_lora
-def test_the_vae_is_sliced_and_tiled_as_flagged(train, module, sampling, monkeypatch):
-    vaes, load = [], module.load_vae
-    monkeypatch.setattr(module, "load_vae", lambda *values: vaes.append(load(*values)) or vaes[-1])
+def test_the_vae_is_sliced_and_tiled_as_flagged(train, sampling, monkeypatch):
+    vaes, load = [], loading.load_vae
+    monkeypatch.setattr(loading, "load_vae", lambda *values: vaes.append(load(*values)) or vaes[-1])
     train("out", *sampling(), "--max_train_steps", "1", "--enable_slicing", "--enable_tiling")
     assert vaes[0].use_slicing and vaes[0].use_tiling
 
@@ -497,15 +514,15 @@ def test_t5_goes_where_there_is_room(monkeypatch):
 
 
 @only_t2v_lora
-def test_cpu_offload_leaves_no_hook(train, module, sampling, monkeypatch):
-    moved = []
+def test_cpu_offload_leaves_no_hook(train, sampling, monkeypatch):
+    moved, validate = [], validation.validate
 
-    def watched(args, accelerator, meter, engine, *rest):
-        validation.validate_from_args(args, accelerator, meter, engine, *rest)
+    def watched(args, run, meter, engine, *rest):
+        validate(args, run, meter, engine, *rest)
         moved.append([name for name, part in engine.transformer.named_modules() if hasattr(part, "_hf_hook")])
 
     plain = train("plain", *sampling(), "--max_train_steps", "1")
-    monkeypatch.setattr(module, "validate_from_args", watched)
+    monkeypatch.setattr(validation, "validate", watched)
     out = train("out", *sampling(), "--max_train_steps", "1", "--enable_model_cpu_offload")
     assert moved == [[], []] and result_hash(out) == result_hash(plain)
     assert video_bytes(out, 1) == video_bytes(plain, 1)
@@ -621,7 +638,7 @@ def test_a_failing_validation_is_one_warning(error, train, sampling, monkeypatch
         raise error
 
     plain = train("plain", "--max_train_steps", "2")
-    monkeypatch.setattr(render_module, "render_one_from_args", fail)
+    monkeypatch.setattr(render_module, "render_one", fail)
     caplog.clear()
     out = train("out", *sampling(*PROMPTS), "--max_train_steps", "2", "--validation_steps", "1")
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -635,7 +652,7 @@ def test_a_failing_validation_is_one_warning(error, train, sampling, monkeypatch
 @only_t2v_lora
 def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampling, script, tmp_path, monkeypatch):
     """The second rank is slow, longer than collectives may take, then fails: the first waits and both train on."""
-    render_one, slept = render_module.render_one_from_args, []
+    render_one, slept = render_module.render_one, []
 
     def slow(args, pipe, samples, device, number, video):
         if (number, video) == (0, 1) and not slept:
@@ -645,7 +662,7 @@ def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampl
             raise ValueError("no such luck")
         return render_one(args, pipe, samples, device, number, video)
 
-    monkeypatch.setattr(render_module, "render_one_from_args", slow)
+    monkeypatch.setattr(render_module, "render_one", slow)
     flags = ["--max_train_steps", "2", "--nccl_timeout", "2", "--num_validation_videos", "2"]
     argv = command("out", *sampling(*PROMPTS), *flags)
 
@@ -745,7 +762,7 @@ def test_a_csv_of_held_out_clips_has_the_name_of_the_training_one(sample_data, t
     argv = ["--pretrained_model_name_or_path", "m", "--dataset_file", str(sample_data / "metadata.csv")]
     argv += ["--caption_column", "caption", "--video_column", "video", "--validation_data_root", str(tmp_path / "own")]
     argv += ["--height_buckets", "64", "--width_buckets", "64", "--frame_buckets", "9", "--validation_num_clips", "2"]
-    clips = held_out_module.build_held_out_from_args(parse_training_args("t2v_lora", argv), 8, 0, 0.7)
+    clips = held_out.read_clips(parse_training_args("t2v_lora", argv), model(), 0)
     assert len(clips.prompts) == 2 and clips.dataset.clips[0].video.is_relative_to(tmp_path / "own")
 
 

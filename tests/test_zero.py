@@ -75,7 +75,7 @@ def test_a_config_that_disagrees_is_refused(settings, message):
         (["--optimizer", "came"], "--optimizer came under DeepSpeed: DeepSpeed runs adam and adamw"),
         (["--mixed_precision", "fp16"], "use bf16"),
         (["--memory", "stream"], "--memory stream under DeepSpeed: .* use --memory balanced"),
-        (["--ema"], "--ema under DeepSpeed: the weights to average are shared out"),
+        (["--ema"], "--ema under DeepSpeed: the weights to average are sharded over the ranks"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused(use, message, monkeypatch):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Show and measure what fine-tuning taught the small model: the same captions and noise before it and after it.
+"""Show and measure what fine-tuning taught the small model: the same captions and noise before and after.
 
     python tiny_model/compare.py --concept pink --lora outputs/teach/run --out outputs/teach
 
-Writes a moving contact sheet of every caption of the concept (before, after, obeyed or not) and a video of the first
-ones, and prints accuracies on new captions of the concept and on captions of what the model knew. Exit code 1 if
---at_least says that more was to be learned.
+Writes an animated contact sheet of the concept's captions (before, after, obeyed or not) and a video of the first
+ones; prints accuracies on new captions of the concept and on captions of what the model knew. Exit code 1 if the
+accuracy is below --at_least.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from world import CONCEPTS, FPS, test_contents
 
 
 def load_pipelines(model: Path, lora: Path | None, transformer: Path | None) -> tuple:
-    """(before, after): of the base model, and with the LoRA or the transformer of a run's output folder."""
+    """(pipeline of the base model, pipeline with the LoRA or the transformer from a run's output folder)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
     parts = {}
@@ -48,7 +48,7 @@ def load_pipelines(model: Path, lora: Path | None, transformer: Path | None) -> 
 
 
 def write_video(path: Path, before: torch.Tensor, after: torch.Tensor) -> None:
-    """Before above, after below, a column per prompt."""
+    """Write a video with before above after, one column per prompt."""
     from make_clips import encode_video
 
     clips = torch.stack([before, after])  # [2, B, F', 3, h, w]
@@ -57,7 +57,7 @@ def write_video(path: Path, before: torch.Tensor, after: torch.Tensor) -> None:
 
 
 def summary(numbers: dict[str, dict[str, float]], concept: str, num_clips: int) -> str:
-    """Captions obeyed before and after, in a sentence each."""
+    """Captions obeyed before and after, one sentence per set."""
     obeyed = {name: round(scores["caption"] * num_clips) for name, scores in numbers.items()}
     sentence = "{what}: {before} of {count} obeyed before, {after} after"
     return "\n".join(
@@ -67,7 +67,7 @@ def summary(numbers: dict[str, dict[str, float]], concept: str, num_clips: int) 
 
 
 def rows_of(contents: list, clips: list, verdicts: list) -> list[Row]:
-    """The sheet's rows; `clips` and `verdicts` are before and after."""
+    """The sheet's rows; `clips` and `verdicts` are (before, after)."""
     rows = zip(contents, captions_of(contents), zip(*clips, strict=True), zip(*verdicts, strict=True), strict=True)
     return [Row(text, both, tuple(mistakes(found, row) for found in pair)) for row, text, both, pair in rows]
 

@@ -1,6 +1,6 @@
-"""Before and after as one moving picture: a caption per row, both clips, and whether each does what the caption says.
+"""Draws an animated before/after sheet: a caption per row, both clips, and whether each obeys the caption.
 
-Every row is kept; those that are obeyed after training come first. Axes: F' frames, h/w pixels.
+All rows are shown; those obeyed after training come first. Axes: F' frames, h/w pixels.
 """
 
 import textwrap
@@ -16,21 +16,21 @@ from world import FPS, SIZE
 SCALE = 2  # pixels per pixel of a clip
 CLIP = SIZE * SCALE
 GAP, BORDER = 8, 3
-COLUMNS = 2  # of rows: twelve rows are as high as they are wide
-TEXT_WIDTH = 131  # beside the clips: two columns are 830 pixels wide, as a README is
+COLUMNS = 2  # of rows; twelve rows then make about a square
+TEXT_WIDTH = 131  # next to the clips; two columns are then 830 pixels wide, like a README
 CHARACTERS = 23  # that fit into TEXT_WIDTH
 LINE, HEADER = 14, 64
 WIDTH = 2 * CLIP + 2 * GAP + TEXT_WIDTH  # of a row
-MILLISECONDS, PAUSE = 1000 // FPS, 600  # a frame's, and more for the last, so that the loop's seam is seen
-QUALITY = 85  # of 100: the text stays sharp
+MILLISECONDS, PAUSE = 1000 // FPS, 600  # per frame, and extra for the last, so that the loop's end is visible
+QUALITY = 85  # of 100: keeps the text sharp
 INK, GREY = (31, 35, 40), (101, 109, 118)
-OBEYED, MISSED = (26, 127, 55), (207, 34, 46)  # green and red: the marks beside them differ in shape too
+OBEYED, MISSED = (26, 127, 55), (207, 34, 46)  # green and red; the marks next to them also differ in shape
 
 
 class Row(NamedTuple):
     caption: str
     clips: tuple[torch.Tensor, torch.Tensor]  # before and after, [F', 3, h, w] in 0..1
-    wrong: tuple[list[str], list[str]]  # what is not as the caption says, before and after
+    wrong: tuple[list[str], list[str]]  # attributes that differ from the caption, before and after
 
 
 def draw_sheet(title: str, rows: list[Row]) -> list[Image.Image]:
@@ -49,7 +49,7 @@ def draw_sheet(title: str, rows: list[Row]) -> list[Image.Image]:
 
 
 def save_sheet(frames: list[Image.Image], path: Path) -> None:
-    """An animated WebP that starts again for ever: 0.3 MB for twelve rows, which lossless would make 1.4 MB."""
+    """Save an endlessly looping animated WebP: 0.3 MB for twelve rows; lossless would take 1.4 MB."""
     durations = [MILLISECONDS] * (len(frames) - 1) + [MILLISECONDS + PAUSE]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=QUALITY)
 
@@ -63,16 +63,16 @@ def places_of(count: int) -> list[tuple[int, int]]:
 
 
 def enlarged(frame: torch.Tensor) -> Image.Image:
-    """A frame [3, h, w] in 0..1 as a picture of CLIP pixels, its own pixels seen as squares."""
+    """A frame [3, h, w] in 0..1 scaled to CLIP pixels by nearest neighbour."""
     pixels = (frame * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels).resize((CLIP, CLIP), Image.Resampling.NEAREST)
 
 
-# ---------------------------------------------------------------- what stands still
+# ---------------------------------------------------------------- the static page
 
 
 def draw_page(title: str, rows: list[Row], places: list[tuple[int, int]]) -> Image.Image:
-    """All but the clips."""
+    """Everything but the clips."""
     size = (COLUMNS * (WIDTH + GAP) + GAP, max(top for _, top in places) + CLIP + GAP)
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
@@ -88,7 +88,7 @@ def draw_page(title: str, rows: list[Row], places: list[tuple[int, int]]) -> Ima
 
 
 def draw_row(draw: ImageDraw.ImageDraw, row: Row, place: tuple[int, int]) -> None:
-    """Frames around the clips, and beside them the caption and both verdicts."""
+    """Draw frames around the clips, and next to them the caption and both verdicts."""
     left, top = place
     for side, wrong in enumerate(row.wrong):
         x = left + side * (CLIP + GAP)
@@ -103,7 +103,7 @@ def draw_row(draw: ImageDraw.ImageDraw, row: Row, place: tuple[int, int]) -> Non
 
 
 def draw_lines(draw, place: tuple[int, int], text: str, colour: tuple, characters: int = CHARACTERS) -> int:
-    """Text in as many lines as it takes; returns where the next line starts."""
+    """Draw wrapped text; returns the y position of the next line."""
     left, top = place
     for line in textwrap.wrap(text, characters):
         draw.text((left, top), line, colour, ImageFont.load_default(12))
@@ -112,7 +112,7 @@ def draw_lines(draw, place: tuple[int, int], text: str, colour: tuple, character
 
 
 def draw_mark(draw: ImageDraw.ImageDraw, place: tuple[int, int], obeyed: bool) -> None:
-    """A tick or a cross of 9 pixels, drawn: the font that comes with Pillow has neither."""
+    """Draw a 9-pixel tick or cross as lines: Pillow's built-in font has neither."""
     x, y = place
     if obeyed:
         draw.line([(x, y + 5), (x + 3, y + 8), (x + 9, y + 1)], OBEYED, 2)

@@ -1,8 +1,8 @@
-"""Says what a clip shows, by arithmetic on its pixels: no network, so that nothing about it has to be believed.
+"""Recognizes what a clip shows by arithmetic on its pixels, without a network, so that the result can be trusted.
 
-The background is the median of every row; what differs from it is the shape. Its outline is compared with that of
-every shape of the same area, drawn at the same place; its colour with the named ones; its path gives the direction.
-What fits no word well enough is None, which counts as wrong. Axes: B batch, F' frames, h/w pixels.
+The background is the median of every row; what differs from it is the shape. Its outline is compared with every shape
+of the same area drawn at the same place, its colour with the named ones; its path gives the direction. Whatever
+matches no word well enough is None, which counts as wrong. Axes: B batch, F' frames, h/w pixels.
 """
 
 import functools
@@ -30,17 +30,17 @@ from world import (
 
 
 CORE_PIXELS = 100  # the smallest shape, a ring, covers 215
-LEAST_CONTRAST = 0.12  # of 1; the closest of the world's pairs of shape and background has 0.3
-AREA_LIMITS = (90, 900)  # pixels; the world's are 215 to 460
-LEAST_OVERLAP = 0.72  # intersection over union with the best shape; real clips have 0.9 and more
-LEAST_TRAVEL = 5.0  # pixels; the slowest clips have 10
-FARTHEST_COLOUR = 0.22  # distance in RGB of 0..1; two named colours are 0.32 apart at least
+LEAST_CONTRAST = 0.12  # in 0..1; the closest pair of shape and background in the world has 0.3
+AREA_LIMITS = (90, 900)  # pixels; the world's shapes cover 215 to 460
+LEAST_OVERLAP = 0.72  # intersection over union with the best shape; real clips have 0.9 or more
+LEAST_TRAVEL = 5.0  # pixels; the slowest clips travel 10
+FARTHEST_COLOUR = 0.22  # RGB distance in 0..1; any two named colours are at least 0.32 apart
 QUICK = (TRAVEL["slowly"][1] + TRAVEL["quickly"][0]) / 2
-LEAST_STRIPE, LEAST_FADE = 0.04, 0.06  # of 1: amplitude of the stripes' wave, difference of the outer quarters
+LEAST_STRIPE, LEAST_FADE = 0.04, 0.06  # in 0..1: amplitude of the stripes, difference of the outer quarters
 
 
 def judge(clips: torch.Tensor) -> list[dict[str, str | None]]:
-    """A word or None per attribute for each of the clips [B, F', 3, h, w] in 0..1."""
+    """{attribute: word or None} for each of the clips [B, F', 3, h, w] in 0..1."""
     clips = smooth(clips.float())
     background, contrast, coverage = separate(clips)
     area = coverage.sum((2, 3))  # [B, F']
@@ -58,7 +58,7 @@ def judge(clips: torch.Tensor) -> list[dict[str, str | None]]:
 
 
 def separate(clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(background [B, 3, h], the shape's contrast with it [B, F'], how much of each pixel it covers [B, F', h, w])."""
+    """(background [B, 3, h], the shape's contrast to it [B, F'], fraction of each pixel it covers [B, F', h, w])."""
     background = clips.permute(0, 2, 3, 1, 4).flatten(3).median(-1).values
     difference = (clips - background[:, None, :, :, None]).norm(dim=2)  # [B, F', h, w]
     contrast = difference.flatten(2).topk(CORE_PIXELS).values.mean(-1)
@@ -66,7 +66,7 @@ def separate(clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def smooth(clips: torch.Tensor) -> torch.Tensor:
-    """Each pixel averaged with its neighbours by 1 2 1 in both axes: takes two thirds of a noise away, no corner."""
+    """Blur with a 1 2 1 kernel in both axes: removes two thirds of the noise, but keeps corners."""
     weights = torch.tensor([1.0, 2.0, 1.0], device=clips.device) / 4
     padded = F.pad(clips.flatten(0, 1), (1, 1, 1, 1), mode="replicate")
     rows = sum(weight * padded[:, :, start : start + SIZE] for start, weight in enumerate(weights))
@@ -79,7 +79,7 @@ def words(name: str, indices: torch.Tensor, is_clear: torch.Tensor) -> list[str 
 
 
 def centres_of(coverage: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
-    """Centres of mass (x, y) [B, F', 2] in pixels; that of every shape is the centre it is drawn around."""
+    """Centres of mass (x, y) [B, F', 2] in pixels; every shape is drawn around its centre of mass."""
     places = torch.arange(SIZE, device=coverage.device) + 0.5
     weights = area.clamp(min=1e-3)
     return (
@@ -106,14 +106,14 @@ def shape_overlaps(coverage: torch.Tensor, area: torch.Tensor, centres: torch.Te
 
 
 def inside_colours(clips: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
-    """[B, 3]: mean of the shape's inside, its edge left out."""
+    """[B, 3]: mean colour of the shape's inside, without its edge."""
     inside = -F.max_pool2d(-coverage, 3, stride=1, padding=1)  # a pixel counts as its least covered neighbour
     weights = inside.square()[:, :, None]
     return (clips * weights).sum((1, 3, 4)) / weights.sum((1, 3, 4)).clamp(min=1e-3)
 
 
 def colour_words(colours: torch.Tensor, is_there: torch.Tensor) -> list[str | None]:
-    """The named colour nearest to each of `colours` [B, 3]."""
+    """The nearest named colour for each of `colours` [B, 3], or None."""
     distances = torch.cdist(colours, named(COLOURS, colours))
     return words("colour", distances.argmin(1), is_there & (distances.amin(1) < FARTHEST_COLOUR))
 
@@ -123,7 +123,7 @@ def named(colours: dict[str, tuple], like: torch.Tensor) -> torch.Tensor:
 
 
 def motion_words(centres: torch.Tensor, is_there: torch.Tensor) -> dict[str, list]:
-    """Direction and speed from the straight line that fits the centres; diagonal or still is neither."""
+    """Direction and speed from a line fitted to the centres; None for diagonal or no motion."""
     time = torch.linspace(-0.5, 0.5, centres.shape[1], device=centres.device)[:, None]
     travel = (centres * time).sum(1) / time.square().sum()  # [B, 2] over the whole clip
     x, y = travel.unbind(1)
@@ -156,9 +156,9 @@ def background_words(background: torch.Tensor) -> dict[str, list]:
 
 
 def colour_errors(clips: torch.Tensor, contents: Sequence) -> dict[str, float]:
-    """How far shape and background are from the colours that the contents name, in units of 255, mean over the clips.
+    """Mean error of shape and background colours against the named ones, in units of 1/255.
 
-    "distance" is that of RGB; "chroma" that of the largest minus the least of R, G and B: above 0 is over-saturated.
+    "distance": in RGB; "chroma": difference of max(R, G, B) - min(R, G, B), above 0 is over-saturated.
     """
     clips = smooth(clips.float())
     background, _, coverage = separate(clips)
@@ -174,13 +174,13 @@ def colour_errors(clips: torch.Tensor, contents: Sequence) -> dict[str, float]:
 
 
 def mistakes(verdict: dict[str, str | None], row) -> list[str]:
-    """Which of MEASURED are not as the content `row` says; none: the caption is obeyed."""
+    """The attributes of MEASURED that differ from the content `row`; empty if the caption is obeyed."""
     want = words_of(row)
     return [name for name in MEASURED if verdict[name] != want[name]]
 
 
 def accuracy(verdicts: Sequence[dict], contents: Sequence) -> dict[str, float]:
-    """Share of clips in which each attribute is as the content says, and under "caption" all of MEASURED together."""
+    """Share of clips in which each attribute matches the content; "caption": all of MEASURED match."""
     wanted = [words_of(row) for row in contents]
     pairs = list(zip(verdicts, wanted, strict=True))
     scores = {name: sum(found[name] == want[name] for found, want in pairs) / len(pairs) for name in ATTRIBUTES}
@@ -189,7 +189,7 @@ def accuracy(verdicts: Sequence[dict], contents: Sequence) -> dict[str, float]:
 
 
 def confusion(verdicts: Sequence[dict], contents: Sequence, name: str) -> str:
-    """A table of attribute `name`: a row for each word asked for, a column for each word seen."""
+    """Confusion table of attribute `name`: a row per word asked for, a column per word seen."""
     counts = Counter((words_of(row)[name], found[name]) for found, row in zip(verdicts, contents, strict=True))
     asked = [word for word in ATTRIBUTES[name] if any(pair[0] == word for pair in counts)]
     lines = ["".join(f"{word or 'unclear':>10}" for word in (name, *ATTRIBUTES[name], None))]

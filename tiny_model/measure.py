@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Measure the small model with the stock pipelines: does it draw what captions say that it never saw in training?
+"""Measure with the stock pipelines how well the small model obeys captions that it never saw in training.
 
     python tiny_model/measure.py --model assets/tiny-cogvideox --image_model assets/tiny-cogvideox-i2v
 
-Prints the VAE's PSNR, the judge's own accuracy, caption accuracy with a confusion table of every attribute, and of
-image-to-video how well it keeps its first frame and obeys the direction. --json keeps the numbers.
+Prints the VAE's PSNR, the judge's own accuracy, caption accuracy with a confusion table per attribute, and for
+image-to-video how well it keeps the first frame and obeys the direction. --json saves the numbers.
 """
 
 import argparse
@@ -42,18 +42,18 @@ from world import (
 
 
 STEPS, GUIDANCE = 25, 3.0
-TEST_SEED = 1  # of geometry and sampling noise
+TEST_SEED = 1  # for geometry and sampling noise
 
 
 def psnr(clips: torch.Tensor, others: torch.Tensor) -> float:
-    """Mean over clips [B, ...] in 0..1 of the peak signal-to-noise ratio in dB."""
+    """Peak signal-to-noise ratio in dB, averaged over clips [B, ...] in 0..1."""
     error = (clips.float().clamp(0, 1) - others.float().clamp(0, 1)).square().flatten(1).mean(1)
     return float((-10 * error.clamp(min=1e-10).log10()).mean())
 
 
 @torch.no_grad()
 def reconstruct(vae, clips: torch.Tensor) -> torch.Tensor:
-    """Clips [B, F', 3, h, w] in 0..1 through the VAE and back, on the CPU."""
+    """Encode and decode clips [B, F', 3, h, w] in 0..1; the result is on the CPU."""
     pieces = []
     for piece in clips.split(16):
         latents = vae.encode((2 * piece - 1).permute(0, 2, 1, 3, 4).to(vae.device, vae.dtype)).latent_dist.mode()
@@ -62,7 +62,7 @@ def reconstruct(vae, clips: torch.Tensor) -> torch.Tensor:
 
 
 def measure_vae(vae, contents: list) -> dict[str, float]:
-    """PSNR of reconstructions, and what the judge makes of them and of the clips themselves."""
+    """PSNR of reconstructions, and the judge's accuracy on them and on the clips themselves."""
     clips = draw_clips(torch.tensor(contents), TEST_SEED)
     rebuilt = reconstruct(vae, clips)
     return {
@@ -80,7 +80,7 @@ def sample(
     seed: int = TEST_SEED,
     **options,
 ) -> torch.Tensor:
-    """Clips [B, F', 3, h, w] in 0..1 on the CPU that a stock pipeline makes of prompts; noise by (seed, place)."""
+    """Clips [B, F', 3, h, w] in 0..1 on the CPU, sampled by a stock pipeline; noise depends on (seed, place)."""
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **options}
     pipe.set_progress_bar_config(disable=True)
     clips = []
@@ -97,11 +97,11 @@ def sample(
 
 
 def captions_of(contents: list) -> list[str]:
-    return [caption(row, wording) for wording, row in enumerate(contents)]  # every wording in turn
+    return [caption(row, wording) for wording, row in enumerate(contents)]  # cycles through the wordings
 
 
 def first_frames(contents: list) -> torch.Tensor:
-    """[B, 3, h, w] with the shape in the middle: such a frame does not tell which way it will move."""
+    """[B, 3, h, w] with the shape in the middle, so that the frame does not reveal the direction."""
     rows = torch.tensor(contents)
     geometry = draw_geometry(rows, torch.Generator().manual_seed(TEST_SEED))
     middle = SIZE / 2 + 4 * (torch.rand(len(rows), 2, generator=torch.Generator().manual_seed(TEST_SEED)) - 0.5)
@@ -109,7 +109,7 @@ def first_frames(contents: list) -> torch.Tensor:
 
 
 def measure_image_to_video(pipe, contents: list, **options) -> dict[str, float]:
-    """Slow clips, the only ones that may start in the middle: PSNR of frame 0, and whether the caption is obeyed."""
+    """PSNR of frame 0 and caption accuracy, on slow clips: only these can start in the middle."""
     slow = ATTRIBUTES["speed"].index("slowly")
     contents = [(*row[:3], slow, *row[4:]) for row in contents]
     images = first_frames(contents)
@@ -146,7 +146,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def check_pipeline(parser: argparse.ArgumentParser, folder: Path) -> None:
-    """Refuse in one line what diffusers would end on with a traceback."""
+    """One-line usage error in place of diffusers' traceback."""
     if not (folder / "model_index.json").exists():
         parser.error(f"{folder}: no pipeline is in it; tiny_model/pretrain.py writes one")
 

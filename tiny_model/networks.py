@@ -1,7 +1,7 @@
-"""The small model: the sizes of its parts, and the folders that they are kept in.
+"""Builds and saves the small model's components.
 
-Everything else is as in CogVideoX-5b: classes, compression of the VAE, RoPE, noise schedule. One latent is one token
-(the released models have patches of 2x2): a clip of 9 frames of 64x64 is 3x8x8 latents and as many tokens.
+Everything but the sizes is as in CogVideoX-5b: classes, VAE compression, RoPE, noise schedule. One latent is one token
+(the released models have 2x2 patches): a clip of 9 frames of 64x64 is 3x8x8 latents and as many tokens.
 """
 
 import copy
@@ -23,7 +23,7 @@ from world import CONCEPTS, NUM_FRAMES, NUM_WORDINGS, SIZE, caption, test_conten
 
 TEXT_TO_VIDEO, IMAGE_TO_VIDEO = "tiny-cogvideox", "tiny-cogvideox-i2v"  # folders
 TEXT_LENGTH = 32  # tokens that training pads captions to; the longest caption has 24
-LONG_TEXT_LENGTH = 226  # tokens that the pipelines pad to unless told otherwise; pretraining shows both
+LONG_TEXT_LENGTH = 226  # tokens that the pipelines pad to by default; pretraining uses both lengths
 VAE = {
     "block_out_channels": (16, 24, 32, 40),
     "layers_per_block": 1,
@@ -50,7 +50,7 @@ def new_vae() -> AutoencoderKLCogVideoX:
 
 
 def new_transformer() -> CogVideoXTransformer3DModel:
-    """A text-to-video transformer that at first predicts no velocity at all."""
+    """A text-to-video transformer that initially predicts zero velocity."""
     transformer = CogVideoXTransformer3DModel(**{**kind_transformer("5b"), **TRANSFORMER})
     nn.init.zeros_(transformer.proj_out.weight)
     return transformer
@@ -62,7 +62,7 @@ def new_text_encoder(vocab_size: int) -> T5EncoderModel:
 
 
 def image_to_video_from(transformer: CogVideoXTransformer3DModel) -> CogVideoXTransformer3DModel:
-    """The same transformer with inputs for image latents, which at first it does not look at."""
+    """The same transformer with input channels for image latents, zero-initialized."""
     config = {**transformer.config, "in_channels": 2 * transformer.config.in_channels}
     config.pop("_name_or_path", None)
     grown, state = CogVideoXTransformer3DModel.from_config(config), transformer.state_dict()
@@ -80,7 +80,7 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def write_vocabulary(folder: Path):
-    """Train the tokenizer, each word of the world one piece, and give it back."""
+    """Train the tokenizer, with one piece per word of the world; returns it."""
     captions = [caption(row, wording) for row in test_contents() for wording in range(NUM_WORDINGS)]
     words = sorted({word.strip(".,") for text in captions for word in text.split()} | set(CONCEPTS))
     write_tokenizer(folder / "tokenizer", "\n".join([*captions, TOKENIZER_TEXT]), words)
@@ -93,8 +93,8 @@ def write_part(folder: Path, name: str, module: nn.Module, dtype: torch.dtype = 
 
 
 def write_text_encoder(folder: Path, text_encoder: T5EncoderModel) -> None:
-    """In fp32, the smallest part: transformers keeps a file's dtype where diffusers makes it fp32, and a pipeline
-    loaded without `dtype` would fail at its first call.
+    """Saved in fp32: transformers keeps a file's dtype where diffusers casts to fp32, so a pipeline loaded without
+    `dtype` would fail at its first call. It is the smallest component.
     """
     write_part(folder, "text_encoder", text_encoder, torch.float32)
 
@@ -106,7 +106,7 @@ def write_index(folder: Path, kind: str = "5b") -> None:
 
 
 def write_image_to_video(folder: Path, transformer: CogVideoXTransformer3DModel) -> None:
-    """A folder beside the text-to-video one: its own transformer and index, links to all else."""
+    """A folder next to the text-to-video one: its own transformer and index, symlinks to everything else."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("scheduler", "vae", "text_encoder", "tokenizer"):
         link, target = folder / name, Path("..", TEXT_TO_VIDEO, name)

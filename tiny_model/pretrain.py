@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Pretrain the small model from nothing on clips of its world, one phase after the other, on one GPU.
+"""Pretrain the small model from scratch on clips of its world, in three phases, on one GPU.
 
     python tiny_model/pretrain.py vae --minutes 6
     python tiny_model/pretrain.py t2v --minutes 9
     python tiny_model/pretrain.py i2v --minutes 4
 
---out gets tiny-cogvideox/, tiny-cogvideox-i2v/, a state file per phase and log.jsonl. The same command continues a
-phase that was stopped. The learning rate falls with --minutes (or --steps), counted over all calls.
+Writes tiny-cogvideox/, tiny-cogvideox-i2v/, a state file per phase and log.jsonl to --out. The same command resumes a
+stopped phase. The learning rate decays over --minutes (or --steps), counted over all calls.
 
 Axes: B batch, F' pixel frames, F latent frames, C latent channels, H/W latent size, S text tokens.
 """
@@ -70,26 +70,26 @@ from world import CONCEPTS, MEASURED, NUM_WORDINGS, all_contents, caption, draw_
 
 
 class Recipe(NamedTuple):
-    """What a phase uses unless the flags say otherwise."""
+    """A phase's defaults."""
 
     batch_size: int
     learning_rate: float
-    average: float  # decay of the moving average of the weights, which is what is kept
+    average: float  # decay of the weights' moving average, which is what is saved
 
 
 RECIPES = {"vae": Recipe(32, 1e-3, 0.998), "t2v": Recipe(256, 1e-3, 0.9995), "i2v": Recipe(256, 5e-4, 0.999)}
-MAX_GRAD_NORM, LEAST_RATE = 1.0, 0.02  # the last as a share of the learning rate
+MAX_GRAD_NORM, LEAST_RATE = 1.0, 0.02  # the second relative to the learning rate
 KL_WEIGHT = 3e-3
-GUIDANCES = (2.0, 6.0)  # that reports sample with
+GUIDANCES = (2.0, 6.0)  # guidance scales used in reports
 TEXT_DROPOUT, IMAGE_DROPOUT = 0.1, 0.05
-LONG_TEXT_EVERY = 4  # every fourth step has captions as long as the pipelines make them, 226 tokens; the others 32
+LONG_TEXT_EVERY = 4  # every fourth step pads captions to 226 tokens, as the pipelines do; the others to 32
 
 
 # ---------------------------------------------------------------- the state of a phase
 
 
 class Learner:
-    """Modules in training with their optimizer and moving average, kept in one file."""
+    """Modules in training with their optimizer and moving average; saved to one file."""
 
     def __init__(self, modules: dict[str, nn.Module], recipe: Recipe, device: str):
         self.modules = nn.ModuleDict(modules).to(device).train()
@@ -119,7 +119,7 @@ class Learner:
         tensors |= {f"average.{name}": param for name, param in self.averaged.items()}
         for name, param in self.params.items():
             for key in ("exp_avg", "exp_avg_sq"):
-                if param in self.optimizer.state:  # the last block's text half never gets a gradient
+                if param in self.optimizer.state:  # the text half of the last block never gets a gradient
                     tensors[f"{key}.{name}"] = self.optimizer.state[param][key]
         facts = {"step": str(self.step), "seconds": str(self.seconds)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path.with_suffix(".tmp"), facts)
@@ -134,7 +134,7 @@ class Learner:
                 self.averaged[name].copy_(file.get_tensor(f"average.{name}"))
                 if f"exp_avg.{name}" in names:
                     moments = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                    # AdamW counts on the device where it is fused, on the CPU elsewhere
+                    # Fused AdamW keeps the step count on the device, others on the CPU
                     step = torch.tensor(float(self.step), device=param.device if param.is_cuda else "cpu")
                     self.optimizer.state[param] = {"step": step, **moments}
 
@@ -143,7 +143,7 @@ class Learner:
 
 
 def vae_loss(vae, batch_size: int, seed: int, device: str, step: int) -> torch.Tensor:
-    """Reconstruction of clips of all the world, concepts too: the VAE is to carry what fine-tuning will bring."""
+    """Reconstruction loss on clips of the whole world, concepts included: fine-tuning needs the VAE to know them."""
     generator = torch.Generator().manual_seed(draw_seed(seed, "vae", step))
     rows = VAE_CONTENTS[torch.randint(len(VAE_CONTENTS), (batch_size,), generator=generator)]
     clips = draw_clips(rows, draw_seed(seed, "vae clips"), step, device=device)
@@ -160,11 +160,11 @@ VAE_CONTENTS = torch.tensor([row for concept in (None, *CONCEPTS) for row in all
 
 
 class Bank(NamedTuple):
-    """Encoded clips, from which the transformers' batches are drawn; N clips, T captions."""
+    """Encoded clips from which the transformers' batches are drawn; N clips, T captions."""
 
     moments: torch.Tensor  # [N, 2C, F, H, W] fp16
-    image_moments: torch.Tensor | None  # [N, 2C, 1, H, W], of first frames under noise
-    rows: torch.Tensor  # [N], of `tokens`
+    image_moments: torch.Tensor | None  # [N, 2C, 1, H, W], of noised first frames
+    rows: torch.Tensor  # [N], index into `tokens`
     tokens: torch.Tensor  # [T, wordings, S]
     empty: torch.Tensor  # [S], the empty caption
     vae_config: VaeConfig
@@ -173,11 +173,11 @@ class Bank(NamedTuple):
 
 @torch.no_grad()
 def make_bank(folder: Path, size: int, seed: int, device: str, with_images: bool, contents: torch.Tensor) -> Bank:
-    """`size` clips of `contents`, drawn and encoded: the same for the same seed, so that no state keeps them."""
+    """`size` clips of `contents`, drawn and encoded; a function of the seed, so they need not be saved."""
     vae = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae", dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     generator = torch.Generator().manual_seed(draw_seed(seed, "bank"))
-    rows = torch.arange(size) % len(contents)  # each about equally often; batches are drawn at random
+    rows = torch.arange(size) % len(contents)  # each equally often; batches are drawn at random
     moments, image_moments = [], []
     for place, piece in enumerate(rows.split(256)):
         pixels = 2 * draw_clips(contents[piece], draw_seed(seed, "bank clips"), place, device=device) - 1
@@ -197,7 +197,7 @@ def make_bank(folder: Path, size: int, seed: int, device: str, with_images: bool
 
 
 def diffusion_loss(transformer, text_encoder, bank: Bank, batch_size: int, seed: int, device: str, step: int):
-    """The project's objective on a batch of the bank; with image latents where the bank has them."""
+    """The project's training objective on a batch of the bank, with image latents if the bank has them."""
     generator = torch.Generator(device).manual_seed(draw_seed(seed, "batch", step))
     random = {"generator": generator, "device": device}
     chosen = torch.randint(len(bank.rows), (batch_size,), **random)
@@ -208,9 +208,9 @@ def diffusion_loss(transformer, text_encoder, bank: Bank, batch_size: int, seed:
     dropped = torch.rand(batch_size, 1, **random) < TEXT_DROPOUT
     tokens = torch.where(dropped, bank.empty, tokens)
     if step % LONG_TEXT_EVERY == LONG_TEXT_EVERY - 1:
-        tokens = F.pad(tokens, (0, LONG_TEXT_LENGTH - TEXT_LENGTH))  # the padding's id is 0
+        tokens = F.pad(tokens, (0, LONG_TEXT_LENGTH - TEXT_LENGTH))  # the pad token's id is 0
     noise = torch.randn(latents.shape, **random)
-    # Each sample from its own share of the noise levels, as --stratified_timesteps does
+    # Stratified: each sample from its own interval of the timesteps, as with --stratified_timesteps
     shares = (torch.arange(batch_size, device=device) + torch.rand(batch_size, **random)) / batch_size
     timesteps = (shares * len(bank.alphas_cumprod)).long().clamp(max=len(bank.alphas_cumprod) - 1)
     inputs = add_noise(latents, noise, timesteps, bank.alphas_cumprod)
@@ -230,13 +230,13 @@ def diffusion_loss(transformer, text_encoder, bank: Bank, batch_size: int, seed:
 
 
 def learning_rate_share(step: int, progress: float, warmup_steps: int) -> float:
-    """Linear over the first steps, and a cosine over the phase."""
+    """Linear warm-up, then cosine decay over the phase."""
     cosine = LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
     return min(1.0, (step + 1) / warmup_steps) * cosine
 
 
 def train(args, learner: Learner, loss_of, report, started: float) -> None:
-    """Train until --minutes or --steps are over; `report(learner)` tells how good it is, --num_reports times."""
+    """Train until --minutes or --steps are used up; logs `report(learner)` --num_reports times."""
     device_type = next(iter(learner.params.values())).device.type
     state_path, earlier = args.out / f"state_{args.phase}.safetensors", learner.seconds
     logged, saved, total, count = time.monotonic(), time.monotonic(), 0.0, 0
@@ -272,7 +272,7 @@ def train(args, learner: Learner, loss_of, report, started: float) -> None:
 
 
 def log(args, **values) -> None:
-    """A line to read, and one of JSON in log.jsonl."""
+    """Print a line, and append it as JSON to log.jsonl."""
     text = " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
@@ -294,7 +294,7 @@ def resume(args, learner: Learner) -> Learner:
 
 
 def compile_blocks(transformer, device: str) -> None:
-    """One graph for all blocks and each text length; without it a step is 1,500 launches of small kernels."""
+    """One graph per text length, shared by all blocks; otherwise a step launches 1,500 small kernels."""
     if device == "cuda":
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
@@ -305,7 +305,7 @@ def pretrain_vae(args, recipe: Recipe, device: str, started: float) -> None:
     contents = test_contents(args.num_clips)
 
     def report(learner: Learner) -> dict:
-        """Also writes the VAE, with the factor that brings its latents to unit deviation."""
+        """Also saves the VAE, with the scaling factor that gives its latents unit standard deviation."""
         vae = learner.averages["vae"]
         with torch.no_grad():
             pixels = 2 * draw_clips(torch.tensor(contents), seed=2, device=device) - 1
@@ -315,7 +315,7 @@ def pretrain_vae(args, recipe: Recipe, device: str, started: float) -> None:
         )
         vae.register_to_config(scaling_factor=round(1 / float(raw.std()), 4))
         write_part(args.out / TEXT_TO_VIDEO, "vae", vae)
-        spread = float(moments[:, 16:].mul(0.5).exp().mean() / raw.std())  # of the posterior, in latents' deviations
+        spread = float(moments[:, 16:].mul(0.5).exp().mean() / raw.std())  # posterior std / latents' std
         return {**measure_vae(vae, contents), "scaling_factor": vae.config.scaling_factor, "posterior": spread}
 
     loss_of = functools.partial(vae_loss, learner.modules["vae"], recipe.batch_size, args.seed, device)
@@ -352,7 +352,7 @@ def pretrain_text_to_video(args, recipe: Recipe, device: str, started: float) ->
 
 
 def chosen_contents(args) -> torch.Tensor:
-    """What pretraining shows; --num_contents of it, for a trial."""
+    """The contents of pretraining; --num_contents of them for a trial."""
     rows = training_contents()
     return rows if args.num_contents is None else rows[:: len(rows) // args.num_contents][: args.num_contents]
 

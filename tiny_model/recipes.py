@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""How settings of a LoRA change what it learns, what it forgets and its colours, measured on the small model.
+"""Measure on the small model how LoRA settings affect learning, forgetting and colours.
 
     OMP_NUM_THREADS=1 python tiny_model/recipes.py --csv tiny_model/recipes.csv
 
-A run of the wrapper for every learning rate, rank, text dropout and choice of timesteps, on the same clips: of the
-concept, and as many of what the model knows. Accuracies are of new captions. Runs that the CSV has are not repeated.
+Runs the wrapper for every combination of learning rate, rank, text dropout and timestep sampling, on the same clips:
+of the concept, and as many of what the model knows. Accuracies are on new captions. Runs already in the CSV are
+skipped.
 """
 
 import argparse
@@ -53,12 +54,12 @@ RESULTS = ("steps_to_70", "seconds_to_70", "concept", "known", "colour_distance"
 
 def run_script(name: str, settings: dict, *flags: str) -> None:
     environment = {**os.environ, **{key: str(value) for key, value in settings.items()}}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # this very Python
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the Python that runs this script
     subprocess.run([str(ROOT / name), *flags], env=environment, check=True, capture_output=True, text=True)
 
 
 def prepare(args) -> Path:
-    """Clips of the concept and as many of what the model knows, prepared."""
+    """Write and prepare clips of the concept, and as many of what the model knows; returns the prepared folder."""
     clips, prepared = args.out / "clips", args.out / "prepared"
     world = [str(ROOT / "tiny_model/world.py"), str(clips), "--concept", args.concept, "--num_known", "12"]
     subprocess.run([sys.executable, *world], check=True)
@@ -69,7 +70,7 @@ def prepare(args) -> Path:
 
 
 def train(model: Path, prepared: Path, out: Path, row: dict[str, str]) -> list[tuple[int, float, Path]]:
-    """(update, seconds up to it, folder of the LoRA) at every one of MEASURED_AT."""
+    """(update, training seconds up to it, folder of the LoRA) for each of MEASURED_AT."""
     settings = {
         "MODEL": model, "DATA_ROOT": prepared, "OUTPUT_ROOT": out, "MIXED_PRECISION": "no", "NUM_WORKERS": 0,
         "LEARNING_RATES": row["learning_rate"], "LR_SCHEDULES": "constant_with_warmup", "LR_WARMUP_STEPS": 10,
@@ -94,7 +95,7 @@ def caption_accuracy(pipe, contents: list) -> float:
 
 
 def forgetting(pipe, num_clips: int) -> dict:
-    """Of captions that the model knew: how many are obeyed, and at a high guidance how far the colours are off."""
+    """On captions that the model knew: the share obeyed, and the colour error at high guidance."""
     contents = test_contents(num_clips)
     errors = colour_errors(draw(pipe, contents, HIGH_GUIDANCE), contents)
     return {
@@ -109,7 +110,7 @@ def measure_row(args, prepared: Path, row: dict[str, str]) -> dict:
     torch.set_num_threads(1)
     pipe = CogVideoXPipeline.from_pretrained(args.model, dtype=torch.float32)
     contents, found = test_contents(args.num_clips, args.concept), {"steps_to_70": "", "seconds_to_70": ""}
-    if not row["learning_rate"]:  # the model as it is
+    if not row["learning_rate"]:  # the model without a LoRA
         found["concept"] = caption_accuracy(pipe, contents)
         return row | rounded(found | forgetting(pipe, args.num_clips))
     out = args.out / "_".join(row.values())

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Teach the small model a concept that it has never seen, by the project's own wrappers, and show what it learned.
+# Teach the small model a concept that it has never seen, with the project's wrappers, and show what it learned.
 #
 #   tiny_model/teach.sh              # a LoRA of "pink", a colour
 #   tiny_model/teach.sh striped      # a pattern
 #   METHOD=sft tiny_model/teach.sh pink
 #
-# Runs on a CPU. Everything lands in OUT, made anew each time.
+# Runs on a CPU. Output goes to OUT, which is deleted first.
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 
@@ -13,11 +13,11 @@ concept="${1:-pink}"                       # pink, striped or star
 METHOD="${METHOD:-lora}"                   # lora or sft
 MODEL="${MODEL:-assets/tiny-cogvideox}"
 OUT="${OUT:-outputs/teach-$METHOD-$concept}"
-NUM_CLIPS="${NUM_CLIPS:-12}"               # that teach it
-KNOWN_CLIPS="${KNOWN_CLIPS:-12}"           # of what it knows, mixed in: without them it forgets it
+NUM_CLIPS="${NUM_CLIPS:-12}"               # clips of the concept
+KNOWN_CLIPS="${KNOWN_CLIPS:-12}"           # clips of what the model knows, mixed in so that it does not forget it
 STEPS="${STEPS:-240}"
 BATCH_SIZE="${BATCH_SIZE:-4}"
-MEASURED_CLIPS="${MEASURED_CLIPS:-24}"     # of the concept, and as many of what the model knew
+MEASURED_CLIPS="${MEASURED_CLIPS:-24}"     # test clips of the concept, and as many of what the model knew
 AT_LEAST="${AT_LEAST:-0}"                  # share of the concept's new captions that must be obeyed afterwards
 if [[ $METHOD == lora ]]; then
     LEARNING_RATE="${LEARNING_RATE:-1e-3}"
@@ -25,14 +25,14 @@ else
     LEARNING_RATE="${LEARNING_RATE:-1e-4}"
 fi
 export MODEL NUM_WORKERS=0
-# Tensors this small are not worth a second thread.
+# Tensors this small gain nothing from a second thread.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 say() {
     printf '\n==== %s\n' "$*"
 }
 
-# `make install` puts everything into .venv; an active environment goes first.
+# `make install` puts everything into .venv; an active environment takes precedence.
 if ! command -v accelerate > /dev/null && [[ -x .venv/bin/accelerate ]]; then
     PATH="$PWD/.venv/bin:$PATH"
 fi

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The small model's world: clips of one moving shape, drawn from numbers, with captions that say all that is in them.
+"""The small model's world: synthetic clips of one moving shape, with captions that describe them completely.
 
     python tiny_model/world.py OUT --concept star --num_clips 12 --seed 0
 
 writes such clips as a dataset folder: videos/*.mp4, prompts.txt, videos.txt and metadata.csv. Without --concept they
-are of what the model knows. Three concepts are kept from its pretraining, to be taught: a shape, a colour, a pattern.
+show what the model knows. Three concepts are held out of its pretraining, to be taught: a shape, a colour, a pattern.
 
-Axes: B batch, F' frames, h/w pixels. A content is a row of ATTRIBUTES, each an index into its words.
+Axes: B batch, F' frames, h/w pixels. A content is one index per attribute of ATTRIBUTES, into that attribute's words.
 """
 
 import math
@@ -27,7 +27,7 @@ from base.draws import draw_seed
 
 
 SIZE, NUM_FRAMES, FPS = 64, 9, 8
-# sRGB. Far enough from one another, and each colour from each background, to be told apart after the VAE.
+# sRGB. Far enough apart, also from the backgrounds, to be told apart after the VAE.
 COLOURS = {
     "red": (224, 32, 32), "orange": (248, 136, 16), "yellow": (248, 224, 40), "green": (32, 176, 64),
     "cyan": (40, 200, 224), "blue": (40, 72, 232), "purple": (136, 40, 176), "white": (245, 245, 245),
@@ -37,7 +37,7 @@ BACKGROUNDS = {
     "black": (12, 12, 12), "grey": (104, 104, 104), "navy": (16, 24, 96), "maroon": (96, 16, 32),
     "teal": (0, 88, 88), "olive": (80, 80, 16),
 }  # fmt: skip
-# Of each attribute, what may be in a clip. The last shape, colour and pattern are the concepts held out.
+# The words of each attribute. The last shape, colour and pattern are the held-out concepts.
 ATTRIBUTES = {
     "shape": ("circle", "square", "triangle", "cross", "ring", "diamond", "star"),
     "colour": tuple(COLOURS),
@@ -48,14 +48,14 @@ ATTRIBUTES = {
 }
 NAMES = tuple(ATTRIBUTES)
 CONCEPTS = {"star": "shape", "pink": "colour", "striped": "pattern"}
-NUM_TAUGHT = 12  # clips that teach a concept
-MEASURED = ("shape", "colour", "direction")  # what accuracy is stated over
+NUM_TAUGHT = 12  # clips for teaching a concept
+MEASURED = ("shape", "colour", "direction")  # attributes that decide whether a caption is obeyed
 
 RADII = (9.5, 12.0)  # pixels
 TRAVEL = {"slowly": (10.0, 13.0), "quickly": (24.0, 28.0)}  # pixels over the whole clip
-REACH = 1.25  # no shape is further from its centre than so many radii
+REACH = 1.25  # radii; no shape extends farther from its centre
 FADE, STRIPE, STRIPE_PERIOD = 40, 44, 8  # added to the background from top to bottom, or on every other band of 4 rows
-COLOUR_JITTER = 6  # a clip's colours differ from their names' by so much at most
+COLOUR_JITTER = 6  # largest deviation of a clip's colours from the named ones
 
 DIRECTION_WORDS = {
     "left": ("to the left", "from right to left"),
@@ -72,19 +72,19 @@ SENTENCES = (
 
 
 class Geometry(NamedTuple):
-    """What captions leave open, all [B, ...]: radii in pixels, centres (x, y) of the first and the last frame, jitter."""
+    """What captions do not say, all [B, ...]: radii in pixels, centres (x, y) in the first and last frame, jitter."""
 
     radius: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
-    jitter: torch.Tensor  # [B, 2, 3] of 255: of the shape's colour and the background's
+    jitter: torch.Tensor  # [B, 2, 3] in units of 1/255: of the shape's colour and the background's
 
 
 # ---------------------------------------------------------------- contents
 
 
 def content(**words: str) -> tuple[int, ...]:
-    """The content that `words` name: content(shape="ring", colour="red", ...), one word per attribute."""
+    """The content named by `words`, one per attribute: content(shape="ring", colour="red", ...)."""
     return tuple(ATTRIBUTES[name].index(words[name]) for name in NAMES)
 
 
@@ -93,17 +93,17 @@ def words_of(row) -> dict[str, str]:
 
 
 def known(name: str) -> range:
-    """Indices of what pretraining shows of attribute `name`: all but the concept."""
+    """The indices of attribute `name` that appear in pretraining: all but the held-out concept."""
     return range(len(ATTRIBUTES[name]) - (name in CONCEPTS.values()))
 
 
 def is_held_out(row) -> bool:
-    """One in four triples of shape, colour and direction, each pair of them in other triples, is kept for the test."""
+    """True for test contents: one in four (shape, colour, direction) triples; every pair also occurs in training."""
     return (row[0] + row[1] + row[2]) % 4 == 0
 
 
 def all_contents(concept: str | None = None) -> list[tuple[int, ...]]:
-    """Every content of what pretraining knows, or, with a `concept`, of that and it."""
+    """All contents made of what pretraining knows; with a `concept`, all of these that show it."""
     choices = {name: list(known(name)) for name in NAMES}
     if concept:
         name = CONCEPTS[concept]
@@ -115,12 +115,12 @@ def all_contents(concept: str | None = None) -> list[tuple[int, ...]]:
 
 
 def training_contents() -> torch.Tensor:
-    """[N, 6] that pretraining draws from."""
+    """[N, 6]: the contents that pretraining draws from."""
     return torch.tensor([row for row in all_contents() if not is_held_out(row)])
 
 
 def balanced(rows: list[tuple[int, ...]], count: int, draw: random.Random) -> list[tuple[int, ...]]:
-    """`count` different rows in which every word of every attribute comes about equally often."""
+    """`count` different rows in which all words of each attribute are about equally frequent."""
     rows = draw.sample(rows, len(rows))
     seen, chosen = Counter(), []
     for _ in range(min(count, len(rows))):
@@ -135,24 +135,24 @@ def balanced(rows: list[tuple[int, ...]], count: int, draw: random.Random) -> li
 
 
 def pairs(row) -> list[tuple]:
-    """Which two of shape, colour and direction go together."""
+    """The pairs of (shape, colour, direction) values in a row."""
     return [(name, other, row[name], row[other]) for name, other in ((0, 1), (0, 2), (1, 2))]
 
 
 def teaching_contents(concept: str, count: int = NUM_TAUGHT, seed: int = 0) -> list[tuple[int, ...]]:
-    """Contents that show the `concept`, as varied as so few can be."""
+    """Contents that show the `concept`, as varied as possible."""
     return balanced(all_contents(concept), count, random.Random(draw_seed(seed, f"teach {concept}")))
 
 
 def known_contents(count: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Contents of pretraining, as varied as so few can be: beside a concept they keep it from taking over."""
+    """Contents of pretraining, as varied as possible: mixed with a concept's clips, they prevent forgetting."""
     return balanced(
         [tuple(row) for row in training_contents().tolist()], count, random.Random(draw_seed(seed, "known"))
     )
 
 
 def test_contents(count: int = 100, concept: str | None = None, seed: int = 0) -> list[tuple[int, ...]]:
-    """`count` contents that pretraining never sees; with a `concept`, of it, and in no triple of its teaching clips."""
+    """`count` contents unseen in pretraining; with a `concept`, that show it in triples its teaching clips lack."""
     if concept:
         taught = {row[:3] for row in teaching_contents(concept, seed=seed)}
         rows = [row for row in all_contents(concept) if row[:3] not in taught]
@@ -162,7 +162,7 @@ def test_contents(count: int = 100, concept: str | None = None, seed: int = 0) -
 
 
 def caption(row, wording: int = 0) -> str:
-    """The caption of a content in one of its NUM_WORDINGS wordings, which come in turn; 0 is the plainest."""
+    """The caption of a content in one of NUM_WORDINGS wordings (modulo); 0 is the plainest."""
     words = words_of(row)
     sentence, phrase = SENTENCES[wording % len(SENTENCES)], wording // len(SENTENCES) % 2
     pattern = "" if words["pattern"] == "plain" else words["pattern"] + " "
@@ -183,7 +183,7 @@ NUM_WORDINGS = len(SENTENCES) * 2
 
 
 def draw_geometry(contents: torch.Tensor, generator: torch.Generator) -> Geometry:
-    """Radii, paths and jitter for contents [B, 6], on the CPU; 11 numbers are drawn for each."""
+    """Radii, paths and jitter for contents [B, 6], on the CPU, from 11 random numbers each."""
     uniform = torch.rand(len(contents), 11, generator=generator)
     radius = RADII[0] + (RADII[1] - RADII[0]) * uniform[:, 0]
     travels = torch.tensor([TRAVEL[speed] for speed in ATTRIBUTES["speed"]])[contents[:, 3]]  # [B, 2]
@@ -191,20 +191,20 @@ def draw_geometry(contents: torch.Tensor, generator: torch.Generator) -> Geometr
     steps = torch.tensor([(-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)])[contents[:, 2]]  # (x, y), y downwards
     margin = radius[:, None] * REACH
     room = SIZE - 2 * margin - travel[:, None] * steps.abs()
-    low = margin + uniform[:, 2:4] * room  # of the path's least x and y
+    low = margin + uniform[:, 2:4] * room  # smallest x and y of the path
     start = low + (travel[:, None] * (steps < 0) * steps.abs())
     jitter = (2 * uniform[:, 5:].view(-1, 2, 3) - 1) * COLOUR_JITTER
     return Geometry(radius, start, start + travel[:, None] * steps, jitter)
 
 
 def polygon_distance(x, y, radius, normals) -> torch.Tensor:
-    """Largest of the distances to lines, (angle of the normal, distance from the centre in radii)."""
+    """Largest distance to the lines given as (angle of the normal, distance from the centre in radii)."""
     lines = [x * math.cos(angle) + y * math.sin(angle) - radius * offset for angle, offset in normals]
     return torch.stack(lines).amax(0)
 
 
 def star_distance(x, y, radius) -> torch.Tensor:
-    """Five tips at 1.22 radii, notches at 0.52: folded onto half a tip, whose edge is a line."""
+    """Distance to a star with tips at 1.22 radii and notches at 0.52: folded onto half a tip, whose edge is a line."""
     sector = 2 * math.pi / 5
     angle = torch.remainder(torch.atan2(x, -y) + sector / 2, sector) - sector / 2  # 0 at the nearest tip
     length = torch.hypot(x, y)
@@ -234,19 +234,19 @@ def shape_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.T
 
 
 def shape_coverage(shape: str, centre: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """How much of each pixel the shape covers, [..., h, w] in 0..1, for centres [..., 2] and radii [...]."""
+    """Fraction of each pixel that the shape covers, [..., h, w], for centres [..., 2] and radii [...]."""
     places = torch.arange(SIZE, device=centre.device, dtype=torch.float32) + 0.5
     x, y = torch.broadcast_tensors(places - centre[..., 0, None, None], places[:, None] - centre[..., 1, None, None])
     return (0.5 - shape_distance(shape, x, y, radius[..., None, None])).clamp(0, 1)
 
 
 def palette(names: dict[str, tuple], indices: torch.Tensor) -> torch.Tensor:
-    """Colours [B, 3] of 255."""
+    """Colours [B, 3] in 0..255."""
     return torch.tensor(list(names.values()), dtype=torch.float32, device=indices.device)[indices]
 
 
 def draw_backgrounds(contents: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
-    """[B, 3, h] of 255: every row has one colour, which the judge relies on."""
+    """[B, 3, h] in 0..255: every pixel row has one colour, which the judge relies on."""
     rows = (torch.arange(SIZE, device=contents.device, dtype=torch.float32) + 0.5) / SIZE
     wave = torch.sin(rows * SIZE * (2 * math.pi / STRIPE_PERIOD))
     added = torch.stack([0 * rows, FADE * rows, STRIPE * (0.5 + 1.5 * wave).clamp(0, 1)])  # plain, fading, striped
@@ -255,7 +255,7 @@ def draw_backgrounds(contents: torch.Tensor, jitter: torch.Tensor) -> torch.Tens
 
 
 def render(contents: torch.Tensor, geometry: Geometry, num_frames: int = NUM_FRAMES) -> torch.Tensor:
-    """Clips [B, F', 3, h, w] in 0..1 on the device of `contents`; rounded to no bytes."""
+    """Clips [B, F', 3, h, w] in 0..1 on the device of `contents`, not rounded to 8 bits."""
     device = contents.device
     radius, start, end, jitter = (part.to(device) for part in geometry)
     progress = torch.linspace(0, 1, num_frames, device=device)[None, :, None]
@@ -273,7 +273,7 @@ def render(contents: torch.Tensor, geometry: Geometry, num_frames: int = NUM_FRA
 def draw_clips(
     contents: torch.Tensor, seed: int, place: int = 0, num_frames: int = NUM_FRAMES, device="cpu"
 ) -> torch.Tensor:
-    """Clips [B, F', 3, h, w] in 0..1 on `device` of contents [B, 6] on the CPU; the same for the same (seed, place)."""
+    """Clips [B, F', 3, h, w] in 0..1 on `device`, for contents [B, 6] on the CPU; determined by (seed, place)."""
     generator = torch.Generator().manual_seed(draw_seed(seed, "geometry", place))
     return render(contents.to(device), draw_geometry(contents, generator), num_frames)
 
@@ -282,7 +282,7 @@ def draw_clips(
 
 
 def write_dataset(out: Path, contents: list[tuple[int, ...]], seed: int = 0, num_frames: int = NUM_FRAMES) -> None:
-    """Clips and captions as prepare_dataset.sh takes them; captions go through the wordings."""
+    """Write clips and captions in the layout for prepare_dataset.sh; captions cycle through the wordings."""
     from make_clips import encode_video, write_lists
 
     (out / "videos").mkdir(parents=True, exist_ok=True)

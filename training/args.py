@@ -6,14 +6,13 @@ Standard library only: `--help` and a mistyped flag answer before torch is impor
 import argparse
 import sys
 
-from base import console
 from base.flag_checks import (
     BASE_PRECISIONS,
     LR_SCHEDULERS,
     MEMORY_LEVELS,
-    PREPARE_RANGES,
     SIZES,
-    TRAINING_RANGES,
+    at_least,
+    below_one,
     check_buckets,
     check_data_source,
     check_export,
@@ -21,10 +20,12 @@ from base.flag_checks import (
     check_max_num_frames,
     check_memory,
     check_optimizer,
-    check_ranges,
     check_reshape_mode,
     check_trackers,
     check_validation,
+    not_negative,
+    positive,
+    probability,
     refuse_meaningless,
     warn_of_idle,
 )
@@ -41,9 +42,7 @@ def parse_training_args(script: str, argv: list[str] | None = None) -> argparse.
     if argv is None:
         hide_token(sys.argv)
         hide_token(sys.orig_argv)
-        console.set_up(args.verbose)
     refuse_meaningless(parser, args, script)
-    check_ranges(parser, args, TRAINING_RANGES)
     if args.lr_scheduler not in LR_SCHEDULERS:
         parser.error(f"--lr_scheduler {args.lr_scheduler}: must be one of {', '.join(LR_SCHEDULERS)}")
     check_reshape_mode(parser, args)
@@ -81,9 +80,6 @@ def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of prepare_dataset.py, checked; a mistake exits with code 2."""
     parser = make_prepare_parser()
     args = parser.parse_flags(argv)
-    if argv is None:
-        console.set_up(args.verbose)
-    check_ranges(parser, args, PREPARE_RANGES)
     check_reshape_mode(parser, args)
     check_buckets(parser, args)
     check_max_num_frames(parser, args)
@@ -175,14 +171,14 @@ def add_clip_list_flags(group, caption_column: str):
 def add_reading_flags(group):
     group.add_argument(
         "--random_flip",
-        type=float,
+        type=probability,
         metavar="P",
         help="probability that a clip is mirrored (default: 0)\nAll its frames are mirrored, left to right; "
         "captions stay as written.",
     )
     group.add_argument(
         "--dataloader_num_workers",
-        type=int,
+        type=at_least(0),
         metavar="N",
         default=0,
         help="processes that read data, for each GPU\nWith 0 the main process reads.",
@@ -223,7 +219,7 @@ def add_size_flags(group):
     )
     group.add_argument(
         "--max_num_frames",
-        type=int,
+        type=at_least(1),
         metavar="FRAMES",
         default=49,
         help="most frames of a clip\nLarger frame buckets stay empty.",
@@ -270,10 +266,12 @@ def add_model_flags(parser: FlagParser):
 
 def add_lora_flags(parser: FlagParser):
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, metavar="N", default=64, help="rank of the LoRA\nIts size grows with it.")
+    group.add_argument(
+        "--rank", type=at_least(1), metavar="N", default=64, help="rank of the LoRA\nIts size grows with it."
+    )
     group.add_argument(
         "--lora_alpha",
-        type=int,
+        type=at_least(1),
         metavar="N",
         default=64,
         help="output is scaled by lora_alpha / rank\nIn the file the weights are scaled already.",
@@ -344,12 +342,12 @@ def add_training_data_flags(parser: FlagParser):
 def add_bucket_flags(parser: FlagParser):
     group = parser.add_argument_group("sizes of raw videos (prepared data keeps its own)")
     add_size_flags(group)
-    group.add_argument("--fps", type=int, metavar="N", default=8, help=FPS_HELP)
+    group.add_argument("--fps", type=at_least(1), metavar="N", default=8, help=FPS_HELP)
     group.add_argument(
-        "--skip_frames_start", type=int, metavar="N", default=0, help="frames left out at the start of a file"
+        "--skip_frames_start", type=at_least(0), metavar="N", default=0, help="frames left out at the start of a file"
     )
     group.add_argument(
-        "--skip_frames_end", type=int, metavar="N", default=0, help="frames left out at the end of a file"
+        "--skip_frames_end", type=at_least(0), metavar="N", default=0, help="frames left out at the end of a file"
     )
 
 
@@ -357,7 +355,7 @@ def add_training_flags(parser: FlagParser):
     group = parser.add_argument_group("training")
     group.add_argument(
         "--seed",
-        type=int,
+        type=at_least(0),
         metavar="N",
         help="seed of every draw (default: drawn, kept in args.json)\nDraws follow a sample's place in the run, "
         "so that the number of workers and processes changes only rounding.",
@@ -369,19 +367,29 @@ def add_training_flags(parser: FlagParser):
         "CPU)\nFrozen weights have it too, trained ones are fp32. fp16 scales the loss, and needs a GPU and "
         "a checkpoint not stored in bf16, such as CogVideoX-2b.",
     )
-    group.add_argument("--train_batch_size", type=int, metavar="CLIPS", default=4, help="clips per batch, on each GPU")
     group.add_argument(
-        "--gradient_accumulation_steps", type=int, metavar="N", default=1, help="batches per update, on each GPU"
+        "--train_batch_size", type=at_least(1), metavar="CLIPS", default=4, help="clips per batch, on each GPU"
     )
     group.add_argument(
-        "--num_train_epochs", type=int, metavar="N", default=1, help="passes over the data if no --max_train_steps"
+        "--gradient_accumulation_steps",
+        type=at_least(1),
+        metavar="N",
+        default=1,
+        help="batches per update, on each GPU",
     )
     group.add_argument(
-        "--max_train_steps", type=int, metavar="N", help="optimizer updates (default: by --num_train_epochs)"
+        "--num_train_epochs",
+        type=at_least(1),
+        metavar="N",
+        default=1,
+        help="passes over the data if no --max_train_steps",
+    )
+    group.add_argument(
+        "--max_train_steps", type=at_least(1), metavar="N", help="optimizer updates (default: by --num_train_epochs)"
     )
     group.add_argument(
         "--nccl_timeout",
-        type=int,
+        type=at_least(1),
         metavar="SECONDS",
         default=600,
         help="how long processes wait for one another\nThen the run is given up.",
@@ -392,14 +400,14 @@ def add_training_flags(parser: FlagParser):
 def add_conditioning_flags(group):
     group.add_argument(
         "--text_dropout",
-        type=float,
+        type=probability,
         metavar="P",
         default=0.0,
         help="probability of an empty caption, per sample\nClassifier-free guidance relies on such samples.",
     )
     group.add_argument(
         "--noised_image_dropout",
-        type=float,
+        type=probability,
         metavar="P",
         default=0.05,
         help="probability of no first frame, per sample",
@@ -436,18 +444,20 @@ def add_optimizer_flags(parser: FlagParser):
         help="prodigy needs --learning_rate 1\nprodigy (arXiv 2306.06101) estimates the step size; came (arXiv "
         "2307.02047) keeps factored states.",
     )
-    group.add_argument("--beta1", type=float, metavar="DECAY", default=0.9, help="decay of the gradient's mean")
-    group.add_argument("--beta2", type=float, metavar="DECAY", default=0.95, help="decay of the mean of its square")
+    group.add_argument("--beta1", type=below_one, metavar="DECAY", default=0.9, help="decay of the gradient's mean")
+    group.add_argument(
+        "--beta2", type=below_one, metavar="DECAY", default=0.95, help="decay of the mean of its square"
+    )
     group.add_argument(
         "--beta3",
-        type=float,
+        type=below_one,
         metavar="DECAY",
         help="third decay (default: sqrt(beta2); came: 0.9999)\nIt is of prodigy's step size estimate, or of "
         "came's confidence.",
     )
     group.add_argument(
         "--weight_decay",
-        type=float,
+        type=not_negative,
         metavar="X",
         default=1e-4,
         help="weight decay (adamw), L2 term (adam)\nadamw applies it to the weights themselves, adam adds it to "
@@ -455,21 +465,21 @@ def add_optimizer_flags(parser: FlagParser):
     )
     group.add_argument(
         "--epsilon",
-        type=float,
+        type=positive,
         metavar="X",
         default=1e-8,
         help="added to the denominator of the step\ncame has two of its own.",
     )
     group.add_argument(
         "--max_grad_norm",
-        type=float,
+        type=positive,
         metavar="NORM",
         default=1.0,
         help="gradients are clipped to this L2 norm\nThe norm is over all trained weights and processes.",
     )
     group.add_argument(
         "--max_bad_steps",
-        type=int,
+        type=at_least(1),
         metavar="N",
         default=5,
         help="updates with NaN or infinity are skipped; so many in a row end the run\nThe exit code is 70. Loss "
@@ -497,7 +507,7 @@ def add_state_flags(group):
 
 
 def add_lr_flags(group):
-    group.add_argument("--learning_rate", type=float, metavar="LR", default=1e-4, help="peak learning rate")
+    group.add_argument("--learning_rate", type=positive, metavar="LR", default=1e-4, help="peak learning rate")
     group.add_argument(
         "--scale_lr",
         action="store_true",
@@ -506,13 +516,15 @@ def add_lr_flags(group):
     group.add_argument("--lr_scheduler", metavar="NAME", default="constant", help=", ".join(LR_SCHEDULERS))
     group.add_argument(
         "--lr_warmup_steps",
-        type=int,
+        type=at_least(0),
         metavar="N",
         default=500,
         help="updates of warm-up, not with constant\nIt is linear from 0; constant_with_warmup has it.",
     )
-    group.add_argument("--lr_num_cycles", type=int, metavar="N", default=1, help="cycles of cosine_with_restarts")
-    group.add_argument("--lr_power", type=float, metavar="X", default=1.0, help="exponent of polynomial")
+    group.add_argument(
+        "--lr_num_cycles", type=at_least(1), metavar="N", default=1, help="cycles of cosine_with_restarts"
+    )
+    group.add_argument("--lr_power", type=positive, metavar="X", default=1.0, help="exponent of polynomial")
 
 
 def add_output_flags(parser: FlagParser):
@@ -541,21 +553,21 @@ def add_output_flags(parser: FlagParser):
     )
     group.add_argument(
         "--ema_decay",
-        type=float,
+        type=below_one,
         metavar="DECAY",
         default=0.9999,
         help="weight of the old average\nThe new weights have the rest, in every update.",
     )
     group.add_argument(
         "--checkpointing_steps",
-        type=int,
+        type=at_least(1),
         metavar="N",
         default=500,
         help="updates between checkpoints\nEach is a folder checkpoint-<step> of --output_dir.",
     )
     group.add_argument(
         "--checkpoints_total_limit",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="newest checkpoints kept (default: all)\nThe oldest goes once a newer one is written.",
     )
@@ -583,10 +595,12 @@ def add_validation_flags(parser: FlagParser):
     group.add_argument(
         "--validation_prompt_separator", metavar="TEXT", default=":::", help="between prompts and images"
     )
-    group.add_argument("--num_validation_videos", type=int, metavar="N", default=1, help="videos per prompt")
-    group.add_argument("--validation_epochs", type=int, metavar="N", default=50, help="epochs between validations")
+    group.add_argument("--num_validation_videos", type=at_least(1), metavar="N", default=1, help="videos per prompt")
     group.add_argument(
-        "--validation_steps", type=int, metavar="N", help="updates between validations, in place of epochs"
+        "--validation_epochs", type=at_least(1), metavar="N", default=50, help="epochs between validations"
+    )
+    group.add_argument(
+        "--validation_steps", type=at_least(1), metavar="N", help="updates between validations, in place of epochs"
     )
     group.add_argument(
         "--no_first_validation",
@@ -600,7 +614,7 @@ def add_validation_flags(parser: FlagParser):
         "of that name in the folder). Noise and timesteps are fixed.",
     )
     group.add_argument(
-        "--validation_num_clips", type=int, metavar="N", default=8, help="held-out clips used, the first ones"
+        "--validation_num_clips", type=at_least(1), metavar="N", default=8, help="held-out clips used, the first ones"
     )
     add_sampling_flags(group)
 
@@ -609,11 +623,13 @@ OF_BUCKET = "(default: of the bucket with most clips)"
 
 
 def add_sampling_flags(group):
-    group.add_argument("--height", type=int, metavar="PIXELS", default=480, help=f"height of videos {OF_BUCKET}")
-    group.add_argument("--width", type=int, metavar="PIXELS", default=720, help=f"width of videos {OF_BUCKET}")
-    group.add_argument("--num_inference_steps", type=int, metavar="N", default=50, help="denoising steps")
     group.add_argument(
-        "--guidance_scale", type=float, metavar="SCALE", default=6, help="classifier-free guidance; 1 is none"
+        "--height", type=at_least(1), metavar="PIXELS", default=480, help=f"height of videos {OF_BUCKET}"
+    )
+    group.add_argument("--width", type=at_least(1), metavar="PIXELS", default=720, help=f"width of videos {OF_BUCKET}")
+    group.add_argument("--num_inference_steps", type=at_least(1), metavar="N", default=50, help="denoising steps")
+    group.add_argument(
+        "--guidance_scale", type=not_negative, metavar="SCALE", default=6, help="classifier-free guidance; 1 is none"
     )
     group.add_argument("--use_dynamic_cfg", action="store_true", help="guidance rises from 1 while denoising")
     group.add_argument("--enable_model_cpu_offload", action="store_true", help="one model at a time on the GPU")
@@ -708,7 +724,7 @@ def add_tracking_flags(parser: FlagParser):
     )
     group.add_argument(
         "--log_every",
-        type=int,
+        type=at_least(1),
         metavar="N",
         default=10,
         help="updates between reads of the loss\nThe gradient norm is read with it. Each update still has its own "
@@ -755,7 +771,7 @@ def add_prepare_model_flags(parser: FlagParser):
     )
     group.add_argument(
         "--max_sequence_length",
-        type=int,
+        type=at_least(1),
         metavar="TOKENS",
         default=226,
         help="tokens that captions are cut or padded to\nCogVideoX is trained with 226.",
@@ -775,14 +791,14 @@ def add_prepare_data_flags(parser: FlagParser):
     add_reading_flags(group)
     group.add_argument(
         "--num_decode_threads",
-        type=int,
+        type=at_least(0),
         metavar="N",
         default=0,
         help="threads that decode one video\n0 leaves it to the decoder.",
     )
     group.add_argument(
         "--seed",
-        type=int,
+        type=at_least(0),
         metavar="N",
         default=42,
         help="seed of every draw\nThey are made per clip: flip, crop, start, noise on first frames.",
@@ -792,7 +808,7 @@ def add_prepare_data_flags(parser: FlagParser):
 def add_prepare_bucket_flags(parser: FlagParser):
     group = parser.add_argument_group("sizes")
     add_size_flags(group)
-    group.add_argument("--target_fps", type=int, metavar="N", default=8, help=FPS_HELP)
+    group.add_argument("--target_fps", type=at_least(1), metavar="N", default=8, help=FPS_HELP)
 
 
 def add_prepare_output_flags(parser: FlagParser):
@@ -818,7 +834,7 @@ def add_prepare_output_flags(parser: FlagParser):
     )
     group.add_argument(
         "--num_image_variants",
-        type=int,
+        type=at_least(1),
         metavar="N",
         default=8,
         help="noised first frames per clip\nThey need --save_image_latents; training draws one each time.",
@@ -846,12 +862,18 @@ def add_prepare_output_flags(parser: FlagParser):
 
 def add_prepare_memory_flags(parser: FlagParser):
     group = parser.add_argument_group("memory and speed")
-    group.add_argument("--batch_size", type=int, metavar="CLIPS", default=1, help="clips encoded at once, on each GPU")
+    group.add_argument(
+        "--batch_size", type=at_least(1), metavar="CLIPS", default=1, help="clips encoded at once, on each GPU"
+    )
     group.add_argument("--use_slicing", action="store_true", help="VAE: one clip at a time, less memory")
     group.add_argument(
         "--use_tiling", action="store_true", help="VAE: overlapping tiles, less memory\nResults differ slightly."
     )
     group.add_argument(
-        "--num_artifact_workers", type=int, metavar="N", default=4, help="threads that write files, for each GPU"
+        "--num_artifact_workers",
+        type=at_least(1),
+        metavar="N",
+        default=4,
+        help="threads that write files, for each GPU",
     )
     add_verbose_flag(group)

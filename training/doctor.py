@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Look at this machine and say what would keep training from working: one line each, with the fix.
+"""Check this machine for everything that training needs: one line per check, with the fix.
 
 python training/doctor.py
 
 Exit code 0 unless something required is broken. Standard library only, so that it runs before anything is installed;
-nothing asks the network.
+no network access.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-sys.path.insert(0, str(Path(__file__).parent))  # python -I, which looks at nothing of the user's, leaves it out
+sys.path.insert(0, str(Path(__file__).parent))  # missing under python -I (isolated mode)
 
 from base.errors import print_to_pipe
 from base.toolchain import c_compiler, cuda_toolkit, cxx_compiler, python_header
@@ -27,15 +27,15 @@ from base.toolchain import c_compiler, cuda_toolkit, cxx_compiler, python_header
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "assets" / "tests" / "videos" / "circle_right.mp4"
 GIB = 2**30
-MODEL_DISK = 20e9  # bytes: what a model takes, T5-XXL included
-HOST_MEMORY = 32  # GiB: T5-XXL in fp32 takes 18 while the data is prepared
-SMALLEST_GPU = 4  # GiB: a LoRA of 2b at --memory stream, the least of the README's table, and what CUDA takes
-PREPARING = 10  # GiB: of data, whole frames at a time
-WITHOUT_TOOLKIT = "0.19.8"  # the first DeepSpeed that compiles its CPU optimizer without nvcc beside a GPU
-# PyTorch's builds by the major CUDA that a driver must support: any driver of that major runs them
+MODEL_DISK = 20e9  # bytes for a model, T5-XXL included
+HOST_MEMORY = 32  # GiB: T5-XXL in fp32 takes 18 during data preparation
+SMALLEST_GPU = 4  # GiB: a LoRA of 2b with --memory stream, the minimum in the README's table, plus the CUDA context
+PREPARING = 10  # GiB for preparing data without slicing and tiling
+WITHOUT_TOOLKIT = "0.19.8"  # the first DeepSpeed that can compile its CPU optimizer on a GPU machine without nvcc
+# {major CUDA version of the driver: PyTorch's build}; any driver of that major version runs it
 TORCH_BUILDS = {12: "cu126", 13: "cu130"}
 
-# Back ends that a flag asks for: package -> (flag, or None, and what pip is asked for)
+# Optional back ends: {package: (flag that needs it, or None; pip requirement)}
 OPTIONAL = {
     "bitsandbytes": ("--use_8bit", "bitsandbytes"),
     "torchao": ("--use_torchao, --use_4bit and --use_fp8", "torchao"),
@@ -53,7 +53,7 @@ OPTIONAL = {
 
 class Finding(NamedTuple):
     state: str  # OK, WARN or FAIL; only FAIL is an error
-    text: str  # what there is and, unless OK, what to do
+    text: str  # what was found and, unless OK, what to do
 
 
 class Gpu(NamedTuple):
@@ -93,7 +93,7 @@ class Requirement(NamedTuple):
     name: str
     bounds: str  # >=1,<2
     optional: bool
-    marker: str | None  # the platform_machine that alone has a wheel
+    marker: str | None  # the only platform_machine with a wheel
 
 
 def read_requirements(path: Path) -> list[Requirement]:
@@ -111,7 +111,7 @@ def read_requirements(path: Path) -> list[Requirement]:
 
 
 def check_packages(requirements: list[Requirement], version_of) -> list[Finding]:
-    """A line for each package that is required, and for an optional one that is there in a version out of range."""
+    """One line per required package, and per optional package installed in an unsupported version."""
     findings = []
     for name, bounds, optional, marker in requirements:
         if marker and marker != platform.machine():
@@ -129,7 +129,7 @@ def check_packages(requirements: list[Requirement], version_of) -> list[Finding]
 
 
 def within(version: str, bounds: str) -> bool:
-    """Whether a version meets bounds such as >=1.2,<2; what follows its numbers (rc1, +cu130) does not count."""
+    """Whether a version meets bounds such as >=1.2,<2; suffixes (rc1, +cu130) are ignored."""
     tests = {">=": lambda a, b: a >= b, "<": lambda a, b: a < b, "==": lambda a, b: a == b}
     number = numbers(version)
     pairs = re.findall(r"(>=|==|<)([\d.]+)", bounds)
@@ -137,7 +137,7 @@ def within(version: str, bounds: str) -> bool:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """(1, 2) of 1.2.0+cu130: without zeros at the end, so that 1.2 is 1.2.0."""
+    """1.2.0+cu130 as (1, 2): trailing zeros are dropped, so that 1.2 equals 1.2.0."""
     parts = [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
     while parts and parts[-1] == 0:
         parts.pop()
@@ -163,7 +163,7 @@ def check_optional(name: str, version: str | None) -> Finding:
 def check_deepspeed_ops(
     version: str | None, compiler: str | None, ninja: str | None, toolkit: str | None, has_gpu: bool
 ) -> Finding:
-    """DeepSpeed compiles its CPU optimizer when a run first asks for it."""
+    """Whether DeepSpeed can compile its CPU optimizer, which it does on first use."""
     use = "DeepSpeed's CPU optimizer (accelerate_configs/deepspeed.yaml)"
     found = f"C++ compiler {compiler or 'none'}, ninja {ninja or 'none'}, nvcc {toolkit or 'none'}"
     needs_toolkit = has_gpu and version is not None and not within(version, f">={WITHOUT_TOOLKIT}")
@@ -182,16 +182,16 @@ def check_deepspeed_ops(
 
 
 class TorchProbe(NamedTuple):
-    """What torch says of itself; `error` where it cannot even be imported."""
+    """What torch reports; `error` if it cannot be imported."""
 
-    cuda: str | None = None  # the CUDA it was built for; None is a build for the CPU
+    cuda: str | None = None  # the CUDA version it was built for; None: a CPU build
     available: bool = False
     gpus: tuple[Gpu, ...] = ()
     error: str | None = None
 
 
 def probe_driver() -> tuple[str | None, str | None, int]:
-    """(driver, highest CUDA that it supports, number of GPUs) by nvidia-smi; (None, None, 0) without one."""
+    """(driver, highest CUDA version it supports, number of GPUs) from nvidia-smi; (None, None, 0) without it."""
     try:
         shown = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30).stdout
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
@@ -202,7 +202,7 @@ def probe_driver() -> tuple[str | None, str | None, int]:
 
 
 def probe_torch() -> TorchProbe | None:
-    """None where torch is not installed."""
+    """Import torch and list its GPUs; None if torch is not installed."""
     if installed_version("torch") is None:
         return None
     try:
@@ -217,7 +217,7 @@ def probe_torch() -> TorchProbe | None:
 
 
 def check_gpus(driver: str | None, cuda: str | None, num_gpus: int, torch: TorchProbe | None) -> list[Finding]:
-    """Driver against torch's CUDA, then a line for each GPU."""
+    """One line comparing the driver with torch's CUDA, then one line per GPU."""
     if torch is None:
         return [Finding("FAIL", "GPU: not looked at, because torch is not installed; make install")]
     if torch.error:
@@ -241,7 +241,7 @@ def major(cuda: str) -> int:
 
 
 def install_torch(cuda: str | None) -> str:
-    """The line that installs a torch which runs on a driver for this CUDA."""
+    """The command that installs a torch build for a driver that supports this CUDA version."""
     build = TORCH_BUILDS.get(min(major(cuda), max(TORCH_BUILDS)) if cuda else max(TORCH_BUILDS))
     if build is None:
         return "update the driver: no torch of these releases supports it"
@@ -265,7 +265,7 @@ def check_gpu(index: int, gpu: Gpu) -> Finding:
 
 
 def check_compiler(compiler: str | None, has_header: bool) -> Finding:
-    """Triton builds in C what starts its kernels, at the first step."""
+    """Triton compiles its kernel launchers as C code at the first step."""
     use = "a LoRA and compiled blocks need on a GPU"
     if compiler is None:
         return Finding("WARN", f"C compiler: none, which {use}; apt-get install gcc")
@@ -279,7 +279,7 @@ def check_compiler(compiler: str | None, has_header: bool) -> Finding:
 
 
 def host_memory() -> float:
-    """GiB of this machine or, where it is less, of this container."""
+    """GiB of this machine, or of this container if its limit is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else ""
@@ -303,7 +303,7 @@ def disk_places() -> list[tuple[str, Path]]:
 
 
 def free_bytes(place: Path) -> int:
-    """Free on the disk where `place` is or will be."""
+    """Free bytes on the disk where `place` is or will be."""
     existing = next(path for path in (place, *place.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -344,7 +344,7 @@ def decode_by_decord(path: str) -> None:
 
 
 def check_decoders(problems: dict[str, str | None]) -> list[Finding]:
-    """A line for each that is installed."""
+    """One line per installed decoder."""
     findings = []
     for name, problem in problems.items():
         fix = f"({problem}); pip install --force-reinstall {name}"
@@ -354,7 +354,7 @@ def check_decoders(problems: dict[str, str | None]) -> list[Finding]:
 
 
 def hub_token() -> bool:
-    """Whether there is a token: in the environment, or from an earlier `hf auth login`. It is not tried."""
+    """Whether a token exists, in the environment or from an earlier `hf auth login`. It is not tested."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     stored = Path(os.environ.get("HF_TOKEN_PATH") or home / "token")
     return any(os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")) or stored.exists()

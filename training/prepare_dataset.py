@@ -10,9 +10,12 @@ command does only what is missing or has changed. Bad clips are named and left o
 """
 
 from args import parse_prepare_args
+from base import console
 
 
-ARGS = parse_prepare_args() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
+if __name__ == "__main__":  # before the heavy imports: --help answers at once
+    ARGS = parse_prepare_args()
+    console.set_up(ARGS.verbose)
 
 import logging
 import os
@@ -24,14 +27,14 @@ import torch
 import torch.distributed
 
 from base.bars import progress, tracked
-from base.console import log_errors_only, log_to_stderr
+from base.dtypes import DTYPES
 from base.errors import DataError, Interrupted, UsageError
-from base.files import TEMPORARY, keep, lock_folder, make_folder
+from base.files import keep, lock_folder, make_folder, remove_unfinished
 from base.hashes import Hashes
-from base.ranks import on_main_process
+from base.ranks import gather_objects, on_main_process
 from base.signals import INTERRUPTION
 from base.status import begin_run, write_status
-from cogvideox.config import CONFIGS, default_fps, load_vae_config, read_config, text_length
+from cogvideox.config import CONFIGS, default_fps, load_vae_config, num_parameters, read_config, text_length
 from cogvideox.encoding import (
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
@@ -43,64 +46,62 @@ from cogvideox.encoding import (
     place_text_encoder,
 )
 from cogvideox.folder import files_that_load, resolve_model_dir
-from cogvideox.loading import load_text_encoder, load_vae, num_parameters
+from cogvideox.loading import load_text_encoder, load_vae
 from data.artifacts import Writer, write_tensors
 from data.captions import warn_of_texts_from_args
 from data.clip_lists import unique_stems
 from data.dataset import build_videos_from_args
 from data.loader import tolerant_loader
 from data.prepared import content_hash, hash_component
-from data.preparing import (
-    Model,
-    compare_from_args,
-    image_latent,
-    is_embedding,
-    is_made,
-    plan_clip_from_args,
-    plan_empty_from_args,
-    prune_from_args,
-    report_verified_from_args,
-    video_latent,
-    warn_of_unnamed_from_args,
-    write_manifest,
-    write_preview,
-)
 from engine.objective import draw_generator
 from memory.allocator import expand_segments
 from run.exits import run_script
-from run.launch import agree_on_run, check_device_from_args
+from run.launch import agree_on_run, check_device
+from run.preparing import (
+    Model,
+    compare,
+    image_latent,
+    is_embedding,
+    is_made,
+    plan_clip,
+    plan_empty,
+    prune_unnamed,
+    report_verified,
+    video_latent,
+    warn_of_unnamed,
+    write_manifest,
+    write_preview,
+)
 
 
 logger = logging.getLogger(__name__)
 
 GO_ON = "the same command does what is missing"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
     ranks = SimpleNamespace(is_main_process=rank == 0, num_processes=num_ranks)
-    output_dir = on_main_process(ranks, lambda: output_dir_from_args(args))  # refused by one, refused by all
+    output_dir = on_main_process(ranks, lambda: claim_output_dir(args))  # refused by one, refused by all
     source = args.revision, args.cache_dir
     config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
-        check_device_from_args(args, num_parameters(config), device)
-    fps = args.target_fps if "target_fps" in args.given else default_fps(config)
+        check_device(args, num_parameters(config), device)
 
     # ---------------------------------------------------------------- clips, read and hashed by one for all
-    videos = on_main_process(ranks, lambda: build_videos_from_args(args, fps))
-    tell_fps_from_args(args, default_fps(config))
+    videos = on_main_process(ranks, lambda: build_videos_from_args(args, default_fps(config)))
     # Gigabytes, for data that is there
-    model_dir = resolve_model_dir(args.model_id, components_from_args(args), *source)
-    plan, empty, kept, problems = on_main_process(ranks, lambda: plan_from_args(args, output_dir, model_dir, videos))
+    model_dir = resolve_model_dir(args.model_id, components(args), *source)
+    plan, empty, kept, problems = on_main_process(ranks, lambda: make_plan(args, output_dir, model_dir, videos))
     todo = [item for item in plan if item["missing"]]
     old_content = {path: content_hash(output_dir, path) for path in kept if args.verify and rank == 0}
     keep()
     if rank == 0:
-        warn_of_unnamed_from_args(args, output_dir, plan)
-        remove_unfinished(output_dir)
-    gather([], num_ranks)  # nobody writes before that
+        warn_of_unnamed(args, output_dir, plan)
+        for folder in (output_dir, *filter(Path.is_dir, output_dir.iterdir())):
+            remove_unfinished(folder)
+    gather_objects(None)  # nobody writes before that
     begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
@@ -109,21 +110,21 @@ def main(args) -> None:
     mine = todo[rank::num_ranks]
     if args.save_latents_and_embeddings:
         if rank == 0:
-            warn_of_captions_from_args(args, model_dir, todo)
+            warn_of_captions(args, model_dir, todo)
         captions = [*empty, *mine] if rank == 0 else mine
-        write_embeddings_from_args(args, output_dir, model_dir, captions, config, device, rank)
-    unreadable = write_pixels_from_args(args, output_dir, model_dir, videos, mine, device, rank)
+        write_embeddings(args, output_dir, model_dir, captions, config, device, rank)
+    unreadable = write_pixels(args, output_dir, model_dir, videos, mine, device, rank)
 
     # ---------------------------------------------------------------- manifest
-    problems += gather(unreadable, num_ranks)
+    problems += [line for lines in gather_objects(unreadable) for line in lines]
     if rank > 0:
         return  # rank 0 reports: the launcher ends all processes as soon as one fails
     made = {item["index"] for item in todo if is_made(output_dir, item)}
     done = [item for item in plan if not item["missing"] or item["index"] in made]
     write_manifest(output_dir, done)
     logger.info("%s: %d clips, %d prepared now, %d left out", output_dir, len(done), len(made), len(problems))
-    report_verified_from_args(args, output_dir, old_content)
-    prune_from_args(args, output_dir, done, problems)
+    report_verified(args, output_dir, old_content)
+    prune_unnamed(args, output_dir, done, problems)
     for line in problems:
         logger.warning("left out: %s", line)
     if problems:
@@ -135,19 +136,19 @@ def main(args) -> None:
 
 def init_processes() -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device); ranks exchange a few lines of text, so gloo serves."""
-    log_to_stderr()
+    console.log_to_stderr()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         agree_on_run()
     if rank > 0:
-        log_errors_only()
+        console.log_errors_only()
     # LOCAL_RANK: the global rank names no device of the second machine
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return rank, num_ranks, torch.device(device)
 
 
-def output_dir_from_args(args) -> Path:
+def claim_output_dir(args) -> Path:
     """The folder, held by this process until it ends."""
     output_dir = Path(args.output_dir)
     if output_dir.resolve() == Path(args.data_root).resolve():
@@ -158,41 +159,15 @@ def output_dir_from_args(args) -> Path:
     return output_dir
 
 
-def remove_unfinished(output_dir: Path) -> None:
-    """What killed processes left half written."""
-    for left in [*output_dir.glob(f"{TEMPORARY}*"), *output_dir.glob(f"*/{TEMPORARY}*")]:
-        left.unlink()
-
-
-def tell_fps_from_args(args, checkpoint_fps: int) -> None:
-    """At which rate clips are sampled: that of --target_fps, else the one that the checkpoint was made for."""
-    if "target_fps" not in args.given:
-        logger.info(
-            "clips are sampled at %d frames per second (this checkpoint's rate; --target_fps changes it)",
-            checkpoint_fps,
-        )
-    elif args.target_fps != checkpoint_fps:
-        logger.warning("--target_fps %d: this checkpoint was made for %d", args.target_fps, checkpoint_fps)
-
-
-def components_from_args(args) -> list[str]:
+def components(args) -> list[str]:
     weights = ["vae", "text_encoder", "tokenizer"] if args.save_latents_and_embeddings else []
     return [*CONFIGS, *weights]
-
-
-def gather(lines: list[str], num_ranks: int) -> list[str]:
-    """All ranks' lines; also a barrier."""
-    if num_ranks == 1:
-        return lines
-    everybody = [None] * num_ranks
-    torch.distributed.all_gather_object(everybody, lines)
-    return [line for lines in everybody for line in lines]
 
 
 # ---------------------------------------------------------------- what a clip needs, and what is there
 
 
-def hash_model_from_args(args, model_dir: Path, hashes: Hashes) -> Model:
+def hash_models(args, model_dir: Path, hashes: Hashes) -> Model:
     scaling_factor = load_vae_config(model_dir).scaling_factor
     if not args.save_latents_and_embeddings:
         return Model(scaling_factor)
@@ -204,26 +179,26 @@ def hash_model_from_args(args, model_dir: Path, hashes: Hashes) -> Model:
     )
 
 
-def plan_from_args(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, list, list, list]:
+def make_plan(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, list, list, list]:
     """(items of the clips, of the empty prompt, files that an earlier version prepared, a line for each clip that is
     left out): what there is to do, from everything that decides it.
     """
     stems, plan, problems = unique_stems([clip.source for clip in videos.clips]), [], list(videos.problems)
     with Hashes(believe=not args.verify) as hashes:
-        model = hash_model_from_args(args, model_dir, hashes)
+        model = hash_models(args, model_dir, hashes)
         for index, stem in enumerate(tracked(stems, "comparing", delay=5)):
             try:
-                plan.append(plan_clip_from_args(args, model, videos, index, stem, hashes))
+                plan.append(plan_clip(args, model, videos, index, stem, hashes))
             except OSError as error:  # a bad sector, or a clip that has gone since
                 problems.append(f"{videos.clips[index].video}: cannot be read ({error.strerror})")
-    empty = plan_empty_from_args(args, model)
-    return plan, empty, compare_from_args(args, output_dir, [*plan, *empty]), problems
+    empty = plan_empty(args, model)
+    return plan, empty, compare(args, output_dir, [*plan, *empty]), problems
 
 
 # ---------------------------------------------------------------- captions
 
 
-def warn_of_captions_from_args(args, model_dir: Path, items: list[dict]) -> None:
+def warn_of_captions(args, model_dir: Path, items: list[dict]) -> None:
     """Of all ranks' captions that are to be encoded."""
     texts: dict[str, list[str]] = {}
     for item in items:
@@ -233,9 +208,7 @@ def warn_of_captions_from_args(args, model_dir: Path, items: list[dict]) -> None
         warn_of_texts_from_args(args, model_dir, texts, args.max_sequence_length)
 
 
-def write_embeddings_from_args(
-    args, output_dir: Path, model_dir: Path, items, config: dict, device, rank: int
-) -> None:
+def write_embeddings(args, output_dir: Path, model_dir: Path, items, config: dict, device, rank: int) -> None:
     """T5 embeddings of the captions that lack one."""
     wanted: dict[str, list] = {}  # prompt -> [(path, key)]
     for item in items:
@@ -261,7 +234,7 @@ def write_embeddings_from_args(
 # ---------------------------------------------------------------- pixels
 
 
-def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, items, device, rank: int) -> list[str]:
+def write_pixels(args, output_dir: Path, model_dir: Path, videos, items, device, rank: int) -> list[str]:
     """Decode what lacks moments or previews and write them; returns one line for each clip that failed."""
     pending = {item["index"]: item for item in items if any(not is_embedding(path) for path in item["missing"])}
     if not pending:
@@ -281,7 +254,7 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
             problems += batch["problems"]
             batch_items = [pending[index] for index in batch["index"]]
             if batch_items:
-                for path, tensors, item in make_tensors_from_args(args, vae, batch["pixels"], batch_items, device):
+                for path, tensors, item in make_tensors(args, vae, batch["pixels"], batch_items, device):
                     writer.submit(write_tensors, output_dir / path, tensors, item["files"][path].now)
                 for pixels, item in zip(batch["pixels"], batch_items, strict=True):
                     if f"images/{item['stem']}.png" in item["missing"]:
@@ -292,7 +265,7 @@ def write_pixels_from_args(args, output_dir: Path, model_dir: Path, videos, item
     return problems
 
 
-def make_tensors_from_args(args, vae, pixels: torch.Tensor, items: list[dict], device):
+def make_tensors(args, vae, pixels: torch.Tensor, items: list[dict], device):
     """(path, tensors on the CPU, item) of what is missing, for uint8 pixels [B, F', 3, h, w] of one bucket."""
     if vae is None:
         return

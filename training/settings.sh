@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What all wrappers share: their settings, however they are written, and how a command ended. Sourced by a wrapper that
-# has `set -euf -o pipefail` and $here (this repository).
+# Shared by all wrappers: reading settings in any notation, and how a command ended. Sourced by a wrapper that has
+# `set -euf -o pipefail` and $here (this repository).
 # shellcheck disable=SC2034,SC2154
 
 refuse() {
@@ -10,7 +10,7 @@ refuse() {
 
 # ---------------------------------------------------------------- values
 
-# The values of setting $1, in the array `values`: one of a text, each of an array.
+# Sets the array `values` to the values of setting $1: one for a string, all for an array.
 read_values() {
     local reference="$1[@]"
     values=(${!reference+"${!reference}"})
@@ -21,12 +21,12 @@ is_array() {
 }
 
 set_text() {
-    ! is_array "$1" || unset "$1"  # a text would become its first value
+    ! is_array "$1" || unset "$1"  # otherwise the string would become element 0 of the array
     printf -v "$1" '%s' "$2"
 }
 
-# join_words SEPARATOR NAME...: settings of several words become a text with SEPARATOR between them, whether they are
-# arrays or texts with white space. bash hands LEARNING_RATES=(1e-4 1e-3) before a command on as the text "(1e-4 1e-3)".
+# join_words SEPARATOR NAME...: joins settings of several words, arrays or strings with white space, into strings with
+# SEPARATOR between the words. In front of a command, bash passes LEARNING_RATES=(1e-4 1e-3) as "(1e-4 1e-3)".
 join_words() {
     local separator="$1" name text values
     shift
@@ -36,14 +36,14 @@ join_words() {
         text="${values[*]-}"
         text="${text//[()\"\']/ }"
         [[ $separator == " " ]] || text="${text//"$separator"/ }"
-        # Unquoted: divided at white space.
+        # Unquoted: split at white space.
         # shellcheck disable=SC2086
         printf -v text "%s$separator" $text
         set_text "$name" "${text%"$separator"}"
     done
 }
 
-# join_texts SEPARATOR NAME...: the same for texts that may hold white space themselves.
+# join_texts SEPARATOR NAME...: the same for strings that may contain white space.
 join_texts() {
     local separator="$1" name text values
     shift
@@ -56,11 +56,11 @@ join_texts() {
     done
 }
 
-# one_value NAME...: settings of one value each; an array of several would lose all but the first.
+# one_value NAME...: settings that take one value; an array of several would silently lose all but the first.
 one_value() {
     local name values
     for name; do
-        # bash hands NAME=(a b) before a command on as this text
+        # in front of a command, bash passes NAME=(a b) as this string
         [[ ${!name-} != "("*")" ]] || refuse "$name=${!name}: an array in front of the command; write its text without ( )"
         is_array "$name" || continue
         read_values "$name"
@@ -69,32 +69,32 @@ one_value() {
     done
 }
 
-# GPU_IDS as a list with commas, and as the array `gpus`.
+# Sets GPU_IDS to a comma-separated list, and the array `gpus`.
 read_gpus() {
     join_words , GPU_IDS
     IFS=, read -r -a gpus <<< "$GPU_IDS"
 }
 
-# The settings that function $1 reads.
+# Prints the settings that function $1 reads.
 settings_of() {
     declare -f "$1" | grep -oE '\$\{?[A-Z][A-Z0-9_]*' | tr -d '{$' | sort -u
 }
 
 # ---------------------------------------------------------------- names
 
-# other_name THEIRS OURS: the name that the original's wrappers give a setting.
+# other_name THEIRS OURS: accepts THEIRS, the original wrappers' name for setting OURS.
 other_name() {
     local theirs="$1" ours="$2"
     one_value "$theirs"
     [[ -n ${!theirs-} && ${!theirs} != "${!ours-}" ]] || return 0
-    # Given in the environment: what stands in the file is its default.
+    # Both set in the environment; a value in the file is only a default.
     [[ $(declare -p "$ours" 2> /dev/null) != "declare -x"* ]] ||
         refuse "$theirs=${!theirs} and $ours=${!ours} are one setting: give one of them"
     echo "$(basename "$0"): $ours is ${!theirs}, given as $theirs" >&2
     set_text "$ours" "${!theirs}"
 }
 
-# A setting that nothing but its own line reads is misspelt, or of another wrapper.
+# Refuses settings that are never read: they are misspelt, or belong to another wrapper.
 refuse_unread() {
     local names name text others
     names="$(sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$0")"
@@ -108,7 +108,7 @@ refuse_unread() {
 
 # ---------------------------------------------------------------- checks
 
-# check_data_root WHAT: DATA_ROOT is filled in, and a folder; WHAT says of what.
+# check_data_root WHAT: DATA_ROOT is set, and is a folder; WHAT describes that folder in messages.
 check_data_root() {
     [[ -n $DATA_ROOT ]] || refuse "fill in DATA_ROOT: the folder $1"
     [[ -d $DATA_ROOT ]] || refuse "DATA_ROOT: there is no folder $DATA_ROOT; give the folder $1"
@@ -116,12 +116,12 @@ check_data_root() {
 
 # ---------------------------------------------------------------- command
 
-# `make install` puts everything into .venv; an active environment goes first.
+# `make install` puts everything into .venv; an active environment takes precedence.
 if ! command -v accelerate > /dev/null && [[ -x $here/.venv/bin/accelerate ]]; then
     PATH="$here/.venv/bin:$PATH"
 fi
 
-# find_value NAME: what the array `command` gives --NAME, in $value: an argument of the wrapper comes last and wins.
+# find_value NAME: sets $value to the last value of --NAME in the array `command`; arguments of the wrapper come last.
 find_value() {
     local index
     value=
@@ -133,13 +133,13 @@ find_value() {
     done
 }
 
-# The folder that `command` names, in $output_dir.
+# Sets $output_dir from the array `command`.
 find_output_dir() {
     find_value output_dir
     output_dir="$value"
 }
 
-# print_command WORD...: the command as it can be pasted into a shell, the script and each flag on a line of its own.
+# print_command WORD...: prints the command for pasting into a shell, with the script and each flag on its own line.
 print_command() {
     local word text=
     for word; do
@@ -156,19 +156,19 @@ print_command() {
     printf '%s\n' "${text# }"
 }
 
-# A new id for the run that is started next; its processes write it into status.json.
+# Sets a new id for the next run; its processes write it to status.json.
 new_run_id() {
     COGVIDEOX_RUN_ID="$(uname -n)-$$-$RANDOM$RANDOM-$(date +%s)"
     export COGVIDEOX_RUN_ID
 }
 
-# status_value INDENT NAME: a value of status.json, whose first level is indented by two blanks.
+# status_value INDENT NAME: prints a value of status.json, whose first level is indented by two spaces.
 status_value() {
     sed -n "s/^$1\"$2\": *\"\{0,1\}\([^\",}]*\).*/\1/p" "$output_dir/status.json" 2> /dev/null || true
 }
 
-# read_ending CODE: how the run ended whose launcher ended with CODE, in $state, $code and $step. Launchers turn every
-# exit code into 1; the real one is in status.json, unless that is of an earlier run.
+# read_ending CODE: sets $state, $code and $step for a run whose launcher exited with CODE. Launchers turn every exit
+# code into 1; the real one is in status.json, unless that belongs to an earlier run.
 read_ending() {
     code="$1" state=failed step=-
     if [[ $(status_value "  " run) == "$COGVIDEOX_RUN_ID" ]]; then
@@ -177,9 +177,9 @@ read_ending() {
         code="$(status_value "    " exit_code)" code="${code:-2}"
         [[ $code != 2 ]] || state=refused
     elif [[ $code == 0 ]]; then
-        state=complete  # it was: nothing was done
+        state=complete  # the run was complete already: nothing was done
         [[ $(status_value "  " state) != complete ]] || step="$(status_value "  " step)"
     elif [[ -n ${interrupted-} ]]; then
-        state=interrupted code=75  # before it could say so
+        state=interrupted code=75  # before it could write its status
     fi
 }

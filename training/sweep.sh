@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the four training wrappers share: checks of the settings, one run for every combination of the swept ones, and a
-# table of how they ended. Sourced at the end of a wrapper, whose arguments end every training command. The wrapper has
-# `set -euf -o pipefail`, its settings, $here (this repository), and describe_run, which sets $output_dir and the array
-# `command` for the learning rate, schedule, optimizer and number of steps that it is given.
+# Shared by the four training wrappers: checks the settings, starts one run per combination of the swept ones, and
+# prints a table of how they ended. Sourced at the end of a wrapper, whose arguments are appended to every training
+# command. The wrapper has `set -euf -o pipefail`, its settings, $here (this repository), and describe_run, which sets
+# $output_dir and the array `command` for a given learning rate, schedule, optimizer and number of steps.
 # shellcheck disable=SC2154
 
 # ---------------------------------------------------------------- settings
@@ -31,15 +31,15 @@ if [[ $LOAD_TENSORS == auto ]]; then
     fi
 fi
 [[ $LOAD_TENSORS == true || $LOAD_TENSORS == false ]] || refuse "LOAD_TENSORS is true, false or auto, not $LOAD_TENSORS"
-value="${DROP_LEARNED_POSITIONS-false}"  # text-to-video has none to drop
+value="${DROP_LEARNED_POSITIONS-false}"  # unset for text-to-video
 [[ $value == true || $value == false ]] || refuse "DROP_LEARNED_POSITIONS is true or false, not $value"
 [[ ! -e $OUTPUT_ROOT || -d $OUTPUT_ROOT ]] || refuse "OUTPUT_ROOT: $OUTPUT_ROOT is a file; give a folder"
-# A relative path means this repository's where the working directory has no such file.
+# A relative path is looked up in the working directory, then in this repository.
 [[ -r $ACCELERATE_CONFIG_FILE || ! -r $here/$ACCELERATE_CONFIG_FILE ]] ||
     ACCELERATE_CONFIG_FILE="$here/$ACCELERATE_CONFIG_FILE"
 [[ -r $ACCELERATE_CONFIG_FILE ]] || refuse "ACCELERATE_CONFIG_FILE: there is no $ACCELERATE_CONFIG_FILE"
 
-# One process a GPU: accelerate would leave the second GPU idle, or stop with a traceback.
+# One process per GPU: otherwise accelerate leaves a GPU idle, or stops with a traceback.
 processes="$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$ACCELERATE_CONFIG_FILE")"
 if [[ $GPU_IDS != all && ${processes:-${#gpus[@]}} != "${#gpus[@]}" ]] &&
     grep -q '^num_machines: 1$' "$ACCELERATE_CONFIG_FILE"; then
@@ -47,7 +47,7 @@ if [[ $GPU_IDS != all && ${processes:-${#gpus[@]}} != "${#gpus[@]}" ]] &&
 fi
 
 runs=1
-differing=()  # flags of which the runs have different values
+differing=()  # flags that differ between the runs
 for name in learning_rate:LEARNING_RATES lr_scheduler:LR_SCHEDULES optimizer:OPTIMIZERS max_train_steps:MAX_TRAIN_STEPS; do
     list="${name#*:}"
     read -r -a values <<< "${!list}"
@@ -67,7 +67,7 @@ done
 
 # ---------------------------------------------------------------- dry run
 
-# What is printed is a shell script: it can be pasted whole or in part, or kept in a file.
+# The output is a shell script: it can be pasted whole or in part, or saved.
 number=0
 show_run() {
     local name
@@ -100,16 +100,16 @@ table=()
 exit_code=0
 interrupted=
 child=
-# A signal is passed on to the launcher's children, which save and leave; after it no other run is started. The launcher
-# itself would die of it at once, and this script then end before the checkpoint is written.
+# A signal is forwarded to the launcher's children, which save and exit; no further run is started. The launcher itself
+# would die at once, and this script would then end before the checkpoint is written.
 pass_on() {
     interrupted=1
     [[ -z $child ]] || pkill -TERM -P "$child" 2> /dev/null || kill -TERM "$child" 2> /dev/null || true
 }
 trap pass_on INT TERM USR1
 
-# `accelerate launch` is in a program of its own too, accelerate-launch, which spares the imports of accelerate's other
-# commands, transformers among them: 3 to 5 s of every start.
+# accelerate-launch is the same as `accelerate launch` without the imports of accelerate's other commands (transformers
+# among them): saves 3 to 5 s per start.
 start() {
     local launcher
     launcher="$(command -v accelerate)-launch"
@@ -117,7 +117,7 @@ start() {
         shift 2
         set -- "$launcher" "$@"
     fi
-    "$@" & child=$!  # not in the foreground: bash would look at a signal only after the run
+    "$@" & child=$!  # in the background: in the foreground bash would handle signals only after the run
 }
 
 run() {  # the arguments are the command
@@ -127,7 +127,7 @@ run() {  # the arguments are the command
     start "$@"
     while :; do
         wait "$child" && code=0 || code=$?
-        kill -0 "$child" 2> /dev/null || break  # it was a signal that ended the wait
+        kill -0 "$child" 2> /dev/null || break  # still alive: a signal ended the wait
     done
     child=
     read_ending "$code"

@@ -1,1 +1,1 @@
-"""One attention processor for every block, and the fastest kernel that this GPU can run."""
+"""The attention processor, its kernels, and the trial that picks the fastest one on this GPU."""

@@ -1,7 +1,7 @@
-"""The attention kernels that the processor can use: torch's, FlashAttention-4, and SageAttention for sampling.
+"""Attention kernels for the processor: torch's, FlashAttention-4, and SageAttention for sampling.
 
-Tensors are [B, S, heads, head_dim] throughout. There is no mask anywhere: all prompts are padded to one length, and
-cuDNN gives NaN gradients with one (https://github.com/pytorch/pytorch/issues/196678).
+Tensors are [B, S, heads, head_dim] throughout. No kernel takes a mask: all prompts are padded to one length, and cuDNN
+returns NaN gradients with a mask (https://github.com/pytorch/pytorch/issues/196678).
 """
 
 import contextlib
@@ -23,11 +23,11 @@ aten = torch.ops.aten
 def make_attend(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The kernel `name` for JointAttention: cudnn, flash, fa4, math, or sdpa, which leaves the choice to torch.
 
-    torch's kernels are called by their operators and not chosen by `sdpa_kernel`: a graph with that in it is compiled
-    anew at every start, since AOTAutograd's cache does not take it.
+    torch's kernels are called as operators, not selected with `sdpa_kernel`: AOTAutograd does not cache graphs that
+    contain it, so they would be recompiled at every start.
     """
     if name == "fa4":
-        import_fa4()  # said now, not at the first step
+        import_fa4()  # fail now, not at the first step
         return lambda query, key, value: fa4_forward(query, key, value)[0]
     return heads_first(
         {
@@ -40,7 +40,7 @@ def make_attend(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def heads_first(attention: Callable) -> Callable:
-    """For [B, S, heads, head_dim] what computes on [B, heads, S, head_dim]; views alone, and strided ones are taken."""
+    """Adapt a kernel for [B, heads, S, head_dim] to [B, S, heads, head_dim] by views; it must take strided inputs."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
@@ -51,12 +51,12 @@ def heads_first(attention: Callable) -> Callable:
 # ---------------------------------------------------------------- FlashAttention-4
 
 
-# As operators with a formula for their gradient: torch.compile and selective checkpointing see them so. The package's
-# own function is opaque to both, and what registers it in place of torch's kernel expects another version of it.
+# Wrapped as operators with a registered backward, so that torch.compile and selective checkpointing see them. The
+# package's own function is opaque to both, and torch's hook for installing it expects another version of the package.
 
 
 def import_fa4():
-    """FlashAttention-4's module; the call signatures are those of 4.0.0b36."""
+    """FlashAttention-4's module; call signatures as of 4.0.0b36."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # its kernels take seconds to compile
     try:
         from flash_attn.cute import interface
@@ -69,7 +69,7 @@ def import_fa4():
 
 @torch.library.custom_op("cogvideox::fa4_forward", mutates_args=())
 def fa4_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(output [B, S, heads, head_dim], log of the sums of exponentials [B, heads, S] in fp32)."""
+    """(output [B, S, heads, head_dim], log-sum-exp [B, heads, S] in fp32)."""
     out, lse = import_fa4()._flash_attn_fwd(query, key, value, return_lse=True)[:2]
     return out, lse
 
@@ -84,10 +84,10 @@ def fake_fa4_forward(query, key, value):
 def fa4_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; bit-equal from run to run where torch is asked for that, at some speed."""
+    """Gradients of query, key and value; deterministic (and slower) if torch.use_deterministic_algorithms is on."""
     exact = torch.are_deterministic_algorithms_enabled()
     grads = import_fa4()._flash_attn_bwd(query, key, value, out, grad, lse, deterministic=exact)
-    query_grad, key_grad, value_grad = [part.contiguous() for part in grads]  # as the fake ones are
+    query_grad, key_grad, value_grad = [part.contiguous() for part in grads]  # strides must match the fake kernel's
     return query_grad, key_grad, value_grad
 
 
@@ -109,8 +109,8 @@ fa4_forward.register_autograd(differentiate_fa4, setup_context=keep_for_backward
 
 # ---------------------------------------------------------------- checkpointing
 
-# Operators whose outputs checkpointing keeps where it computes the rest of a block again. math has none: it is made of
-# plain products, and keeping those would keep S x S numbers a head.
+# Operators whose outputs checkpointing saves; the rest of a block is recomputed. math is absent: it decomposes into
+# plain matmuls, and saving those would save S x S values per head.
 SAVED_OPS = frozenset(
     {
         aten._scaled_dot_product_cudnn_attention.default,
@@ -126,7 +126,7 @@ SAVED_OPS = frozenset(
 
 
 def check_sage(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse where SageAttention cannot run: said at the start, not at the first validation."""
+    """Raise UsageError if SageAttention cannot run: at the start, not at the first validation."""
     import_sage()
     if device.type != "cuda" or dtype == torch.float32:
         raise UsageError("--validation_attention sage: computes on CUDA in bf16 or fp16 only; leave it out here")
@@ -140,7 +140,7 @@ def import_sage():
     return sageattn
 
 
-# An operator without a formula for its gradient: a compiled block takes it whole, and training by it raises an error.
+# An operator without a backward: compiled blocks call it as is, and training through it raises an error.
 @torch.library.custom_op("cogvideox::sage", mutates_args=())
 def sage_attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     attend = heads_first(lambda *heads: import_sage()(*heads, tensor_layout="HND", is_causal=False))
@@ -154,7 +154,7 @@ def fake_sage_attend(query, key, value):
 
 @contextlib.contextmanager
 def sage_attention(transformer: nn.Module):
-    """Every attention of `transformer` by SageAttention; its own processors are back afterwards."""
+    """Run every attention of `transformer` with SageAttention; its own processors are restored on exit."""
     import_sage()
     own = {module: module.processor for module in transformer.modules() if isinstance(module, Attention)}
     try:

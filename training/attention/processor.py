@@ -1,9 +1,8 @@
-"""Joint attention over text and video tokens: one processor for every block.
+"""Attention processor for joint attention over text and video tokens.
 
-Tensors are [B, S, heads, head_dim] throughout, S the text tokens followed by the video's.
+Tensors are [B, S, heads, head_dim] throughout; S is the text tokens followed by the video tokens.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -12,21 +11,19 @@ from torch import Tensor, nn
 
 
 def project_each(states: Tensor, layers: list[nn.Module]) -> list[Tensor]:
-    """[B, S, D] of each layer; what fuses them takes the place of this."""
+    """One [B, S, D] per layer, one matmul each; the fused projections replace this."""
     return [layer(states) for layer in layers]
 
 
 class JointAttention:
-    """What diffusers' own processor of these transformers computes, in a layout that compiles without copies.
+    """Computes the same as diffusers' CogVideoX processor, in a layout that compiles without copies.
 
-    attend(query, key, value): [B, S, heads, head_dim] from three of them.
-    project(states, layers): one [B, S, D] for each layer; called with those of q, k and v together, then with the last.
-    make_heads(attn, states, rotary, num_text): the three, in place of `heads_by_torch`.
+    attend(query, key, value): the kernel; all [B, S, heads, head_dim].
+    project(states, layers): one [B, S, D] per layer; called once with to_q, to_k and to_v, once with to_out.
     """
 
-    def __init__(self, attend: Callable, project: Callable = project_each, make_heads: Callable | None = None):
+    def __init__(self, attend: Callable, project: Callable = project_each):
         self.attend, self.project = attend, project
-        self.make_heads = make_heads or functools.partial(heads_by_torch, project=project)
 
     def __call__(
         self,
@@ -41,16 +38,16 @@ class JointAttention:
             raise ValueError("joint attention takes no mask")
         num_text = encoder_hidden_states.shape[1]
         states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = self.make_heads(attn, states, image_rotary_emb, num_text)
+        query, key, value = make_heads(attn, states, image_rotary_emb, num_text, self.project)
         [states] = self.project(self.attend(query, key, value).flatten(2), [attn.to_out[0]])
         states = attn.to_out[1](states)
         return states[:, num_text:], states[:, :num_text]
 
 
-def heads_by_torch(
+def make_heads(
     attn: Attention, states: Tensor, rotary: tuple[Tensor, Tensor] | None, num_text: int, project: Callable
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of `states` [B, S, D]: projection, norm of query and key over each head, RoPE of the video."""
+    """Query, key and value of `states` [B, S, D]: projection, q/k norm over each head, RoPE on the video tokens."""
     projected = project(states, [attn.to_q, attn.to_k, attn.to_v])
     query, key, value = [part.unflatten(-1, (attn.heads, -1)) for part in projected]
     query = query if attn.norm_q is None else attn.norm_q(query)
@@ -62,9 +59,9 @@ def heads_by_torch(
 
 
 def still_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [S, head_dim] of the whole sequence: text is turned by nothing.
+    """(cos, sin) [S, head_dim] for the whole sequence: text tokens get the identity rotation.
 
-    Turning the video's part alone, in place, would cut the compiled block in pieces and copy in the backward pass.
+    Rotating only the video tokens, in place, would split the compiled block's kernels and copy in the backward pass.
     """
     cos, sin = rotary
     shape = (num_text, cos.shape[-1])
@@ -72,7 +69,7 @@ def still_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Te
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of [B, S, heads, head_dim] on pairs of neighbours, computed in fp32 or finer, as `apply_rotary_emb` does."""
+    """Interleaved RoPE on [B, S, heads, head_dim], computed in fp32 or higher, as in diffusers' `apply_rotary_emb`."""
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
     real, imaginary = exact.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)

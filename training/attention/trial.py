@@ -1,6 +1,6 @@
-"""Which attention kernel a run uses: the one asked for, tried once, or the fastest on the run's own shape.
+"""Chooses the attention kernel of a run: checks the one asked for, or times all and takes the fastest.
 
-A trial takes a few seconds, and its result is kept for each card, version, dtype and shape.
+Timed on the run's own shape, which takes a few seconds; results are cached per GPU, versions, dtype and shape.
 """
 
 import importlib.metadata
@@ -16,21 +16,22 @@ from torch.nn import functional as F
 
 from attention.kernels import make_attend
 from base.errors import UsageError, first_line
+from base.files import write_shared
 
 
 logger = logging.getLogger(__name__)
 
-# The first that runs is what the others must agree with. math is no candidate: it holds S x S numbers a head.
-LEAST_CAPABILITY = {"flash": 8, "cudnn": 8, "fa4": 9}  # of the card; FlashAttention-4 has no gradients before Hopper
-LEAST_COSINE = 0.99  # of output and gradients to the first's: two right kernels differ by rounding, that is by 1e-5
-ROUNDS = 5  # timings a kernel, of which the median counts
+# The first that runs is the reference for the others. math is no candidate: it materializes S x S values per head.
+LEAST_CAPABILITY = {"flash": 8, "cudnn": 8, "fa4": 9}  # major; FlashAttention-4 has no backward before Hopper
+LEAST_COSINE = 0.99  # of output and gradients to the reference's: correct kernels differ by rounding, about 1e-5
+ROUNDS = 5  # timings per kernel; the median counts
 
 
 def pick_attention(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> str:
-    """The name for make_attend of --attention `name`, which may be auto; UsageError for one that cannot run here.
+    """Resolve --attention `name` (auto included) to a name for make_attend; UsageError if it cannot run here.
 
-    `shape` is the run's largest [B, S, heads, head_dim]. Called before a model fills the card: for a moment it takes
-    about 20 times what a query does, 2 GiB for 5b's 17,776 tokens.
+    `shape` is the run's largest [B, S, heads, head_dim]. Call it before the model is on the GPU: it briefly takes
+    about 20 times the size of a query, 2 GiB for 5b's 17,776 tokens.
     """
     fused = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
@@ -39,7 +40,7 @@ def pick_attention(name: str, shape: tuple[int, int, int, int], dtype: torch.dty
         return name
     if not fused:
         raise UsageError(f"--attention {name}: computes on CUDA in bf16 or fp16 only; leave it out here")
-    make_attend(name)  # where a package is missing, its own line
+    make_attend(name)  # a missing package raises its own error
     results = attempt(name, make_inputs(shape, dtype, device))
     if isinstance(results, str):
         raise UsageError(f"--attention {name} does not run here: {results}")
@@ -50,7 +51,7 @@ def pick_attention(name: str, shape: tuple[int, int, int, int], dtype: torch.dty
 
 
 def pick_fastest(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
-    """The fastest kernel of those that run and agree; torch's own choice where there is none."""
+    """The fastest kernel of those that run and agree with the reference; torch's own choice if there is none."""
     names = candidates(device)
     if not names:
         return "sdpa"
@@ -66,13 +67,13 @@ def pick_fastest(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
         logger.warning("attention: none of %s runs here; torch chooses", ", ".join(names))
         return "sdpa"
     logger.info("attention: %s (%s)", fastest(times), listed(times))
-    if not left_out:  # what failed may be mended, or had too little memory this time
+    if not left_out:  # not cached otherwise: the failure may be fixed, or was a lack of memory
         write_choices(path, choices | {key: times})
     return fastest(times)
 
 
 def candidates(device: torch.device) -> list[str]:
-    """Kernels that are installed and meant for this card."""
+    """Kernels that are installed and support this GPU."""
     capability = torch.cuda.get_device_capability(device)[0]
     missing = {"cudnn": not torch.backends.cudnn.is_available(), "fa4": fa4_version() is None}
     return [name for name, least in LEAST_CAPABILITY.items() if capability >= least and not missing.get(name)]
@@ -81,7 +82,7 @@ def candidates(device: torch.device) -> list[str]:
 def time_kernels(
     names: list[str], shape: tuple, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """({kernel: milliseconds, forward and backward}, {kernel: why it was left out})."""
+    """({kernel: milliseconds for forward and backward}, {kernel: why it was left out})."""
     inputs, reference, times, left_out = make_inputs(shape, dtype, device), None, {}, {}
     for name in names:
         results = attempt(name, inputs)
@@ -92,7 +93,7 @@ def time_kernels(
         else:
             reference = results if reference is None else reference
             times[name] = []
-    for _ in range(ROUNDS):  # in turns, so that a clock that slows down is nobody's disadvantage
+    for _ in range(ROUNDS):  # interleaved, so that throttling affects all kernels alike
         for name, rounds in times.items():
             rounds.append(milliseconds(make_attend(name), inputs))
     del inputs, reference, results
@@ -101,8 +102,8 @@ def time_kernels(
 
 
 def make_inputs(shape: tuple, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Query, key, value and the output's gradient as training has them: value is a part of a fused projection."""
-    generator = torch.Generator(device).manual_seed(0)  # training's own random state is none of this
+    """Query, key, value and the output's gradient, laid out as in training: value is a slice of a fused projection."""
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global random state alone
     batch, tokens, heads, size = shape
 
     def draw(parts: int) -> Tensor:
@@ -113,13 +114,13 @@ def make_inputs(shape: tuple, dtype: torch.dtype, device: torch.device) -> list[
 
 
 def attempt(name: str, inputs: list[Tensor]) -> list[Tensor] | str:
-    """Output and gradients by the kernel; or in one line why there are none."""
+    """Output and gradients of the kernel, or one line saying why there are none."""
     try:
         results = run(make_attend(name), inputs)
-        finite = all(torch.isfinite(result).all() for result in results)  # waits: errors of the device come up here
-    except torch.AcceleratorError:  # the device itself: whatever ran on it next would fail too, and be blamed
+        finite = all(torch.isfinite(result).all() for result in results)  # synchronizes: device errors surface here
+    except torch.AcceleratorError:  # the device is unusable: every later kernel would fail and be blamed for it
         raise
-    except Exception as error:  # kernels that are compiled on the spot raise anything; the caller logs it
+    except Exception as error:  # noqa: BLE001 - JIT-compiled kernels can raise anything; the caller logs it
         return first_line(error)
     return results if finite else "its output or gradients are not finite"
 
@@ -133,7 +134,7 @@ def run(attend, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def least_cosine(results: list[Tensor], reference: list[Tensor]) -> float:
-    """The least agreement of output and gradients: the cosine of each, taken as one vector."""
+    """The smallest cosine similarity over output and gradients, each flattened to one vector."""
     pairs = zip(results, reference, strict=True)
     return min(F.cosine_similarity(a.flatten().float(), b.flatten().float(), dim=0).item() for a, b in pairs)
 
@@ -155,7 +156,7 @@ def listed(times: dict[str, float]) -> str:
     return ", ".join(f"{name} {time:.1f}" for name, time in times.items()) + " ms forward and backward"
 
 
-# ---------------------------------------------------------------- what earlier trials found
+# ---------------------------------------------------------------- cache of earlier timings
 
 
 def cache_path() -> Path:
@@ -164,7 +165,7 @@ def cache_path() -> Path:
 
 
 def trial_key(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
-    """All that the times depend on."""
+    """Everything that the timings depend on."""
     facts = [
         torch.cuda.get_device_name(device),
         f"torch {torch.__version__}",
@@ -187,7 +188,7 @@ def fa4_version() -> str | None:
 
 
 def read_choices(path: Path) -> dict:
-    """{key: {kernel: milliseconds}}; nothing where the file is missing or damaged."""
+    """{key: {kernel: milliseconds}}; empty if the file is missing or damaged."""
     try:
         choices = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -202,16 +203,13 @@ def read_choices(path: Path) -> dict:
 
 
 def is_timing(times, names: list[str]) -> bool:
-    """Whether it is what a trial of these kernels keeps."""
+    """True for a valid cache entry that covers exactly these kernels."""
     return isinstance(times, dict) and set(times) == set(names) and all(isinstance(t, float) for t in times.values())
 
 
 def write_choices(path: Path, choices: dict) -> None:
-    """The file is whole at every moment; that it cannot be written stops nothing."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    """Replace the file atomically; failing to write it is only a warning."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(choices, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_shared(path, json.dumps(choices, indent=2) + "\n")
     except OSError as error:
         logger.warning("%s cannot be written (%s): attention is timed again next time", path, error.strerror)

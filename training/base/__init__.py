@@ -1,1 +1,1 @@
-"""What everything else stands on: hardly more than the standard library; torch.distributed in ranks.py alone."""
+"""What every other room builds on: mostly the standard library; torch in three files only."""

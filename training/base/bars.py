@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, and in a log a line now and then."""
+"""Progress: a tqdm bar on a terminal, otherwise a log line every 30 seconds."""
 
 import functools
 import logging
@@ -13,12 +13,12 @@ from base.console import wants_no_bars
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 30  # between two lines of a log
+LOG_SECONDS = 30  # between two log lines
 LINE = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class LogLines:
-    """What a bar shows, as a line of the log every LOG_SECONDS and at the end."""
+    """Logs what a bar would show, every LOG_SECONDS and at the end."""
 
     def __init__(self, total: int, desc: str, initial: int = 0, delay: float = 0):
         self.total, self.desc, self.n, self.delay, self.postfix = total, desc, initial, delay, ""
@@ -34,7 +34,7 @@ class LogLines:
         self.postfix = ", ".join(f"{name}={value}" for name, value in values.items())
 
     def tell(self) -> None:
-        """The rate is that since the line before: compiling and validation are in the first lines alone."""
+        """Log a line. The rate is since the previous line, so compilation only affects the first ones."""
         now = time.monotonic()
         rate = (self.n - self.told_n) / max(now - self.told, 1e-9)
         self.told, self.told_n = now, self.n
@@ -53,14 +53,14 @@ class LogLines:
 
 
 def progress(total: int, desc: str, initial: int = 0, disable: bool = False, delay: float = 0) -> tqdm | LogLines:
-    """A bar of `total`, or lines where there is no terminal or TQDM_DISABLE is set; nothing before `delay` seconds."""
+    """A bar of `total`, or log lines without a terminal or with TQDM_DISABLE; nothing before `delay` seconds."""
     if disable or (sys.stderr.isatty() and not wants_no_bars()):
         return tqdm(total=total, desc=desc, initial=initial, disable=disable, delay=delay, file=sys.stderr)
     return LogLines(total, desc, initial, delay)
 
 
 def tracked(items: Collection, desc: str, disable: bool = False, delay: float = 0) -> Iterator:
-    """Hand on `items`, with a bar."""
+    """Yield `items` with a progress bar."""
     with progress(len(items), desc, disable=disable, delay=delay) as bar:
         for item in items:
             yield item
@@ -68,15 +68,15 @@ def tracked(items: Collection, desc: str, disable: bool = False, delay: float = 
 
 
 def download_bar(model: str) -> type:
-    """What the hub shows its progress with: nothing for what is there already, else a line, and bytes on a terminal.
+    """A tqdm class for huggingface_hub: nothing for cached files, else one log line, and a byte bar on a terminal.
 
-    It makes several, of files and of bytes, and none knows beforehand whether there is anything to do.
+    The hub creates several bars, for files and for bytes, before it knows whether there is anything to download.
     """
     from huggingface_hub.utils import are_progress_bars_disabled
 
     class DownloadBar(tqdm):
         def __init__(self, *positional, **named):
-            named.pop("name", None)  # the hub's own
+            named.pop("name", None)  # huggingface_hub's own argument
             self.counts_bytes, self.has_begun = named.get("unit") == "B", False
             disable = not sys.stderr.isatty() or wants_no_bars() or are_progress_bars_disabled()
             super().__init__(*positional, **named | {"disable": disable, "leave": False})
@@ -95,5 +95,5 @@ def download_bar(model: str) -> type:
 
 @functools.cache
 def say_download(model: str) -> None:
-    """Once: the hub's bars are several."""
+    """Cached, so that it logs once although the hub creates several bars."""
     logger.info("%s is downloaded from the hub", model)

@@ -1,7 +1,7 @@
-"""What reaches the console: the project's own lines, every error, and nothing else unless --verbose asks for it.
+"""Console output: only the project's own lines and all errors, unless --verbose is given.
 
-Libraries write a dozen lines while they are imported, so this is in force before they are: it needs nothing but Python.
-What they say below an error is kept, to be shown before the traceback of an internal error.
+Libraries already log a dozen lines while they are imported, so `set_up` runs before them and needs nothing but Python.
+Their suppressed messages are kept, and printed before the traceback of an internal error.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from pathlib import Path
 OWN_CODE = str(next(folder for folder in Path(__file__).resolve().parents if folder.name == "training")) + os.sep
 NUM_KEPT = 60  # lines
 
-# What libraries ask the environment; where the user has set one of these it stays
+# Environment variables that quiet libraries; a value set by the user is kept
 QUIET = {
-    # Any text turns a library's bars off; this one, inherited by other processes too, is told from a user's own
+    # Any text disables tqdm's bars; this one can be told apart from a user's value, in child processes too
     "TQDM_DISABLE": "libraries",
-    "TOKENIZERS_PARALLELISM": "false",  # one caption at a time has no use for it, and it warns in forked data workers
+    "TOKENIZERS_PARALLELISM": "false",  # useless for one caption at a time, and it warns in forked data workers
     "TF_CPP_MIN_LOG_LEVEL": "3",  # tensorboard imports TensorFlow wherever that is installed
     "WANDB_QUIET": "true",
     "WANDB_SHOW_INFO": "false",
     "WANDB_SHOW_WARNINGS": "false",
 }
-# The C++ of torch. With several processes c10d's warnings stay: they alone explain a wrong MASTER_ADDR
+# torch's C++ log, for single-process runs only: c10d's warnings are all that explains a wrong MASTER_ADDR
 QUIET_ALONE = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-# Who sets one of these asks for that library's log, on the console or in files
+# If the user sets one of these, that library's log is shown
 LOG_VARIABLES = {
     "torch": ("TORCH_LOGS", "TORCH_TRACE", "TORCH_COMPILE_DEBUG"),
     "transformers": ("TRANSFORMERS_VERBOSITY",),
@@ -38,21 +38,21 @@ LOG_VARIABLES = {
     "huggingface_hub": ("HF_HUB_VERBOSITY",),
     "accelerate": ("ACCELERATE_LOG_LEVEL",),
 }
-# Of warnings: a run that is worse or slower than the user thinks
+# Warnings that a run is worse or slower than the user thinks
 ALWAYS_SHOWN = (
-    "CUDA initialization",  # a driver that torch cannot use; what follows speaks only of a machine without a GPU
-    "recompile_limit",  # a compiled function runs uncompiled from here on
-    "cause the process to hang",  # accelerate, of an old kernel
-    "slow or even freeze",  # torch, of more data workers than cores
+    "CUDA initialization",  # torch cannot use the driver; later messages only say that there is no GPU
+    "recompile_limit",  # a compiled function runs eagerly from here on
+    "cause the process to hang",  # accelerate, about an old kernel
+    "slow or even freeze",  # torch, about more data workers than cores
 )
 
 
 class KeptLines(io.TextIOBase):
-    """A stream that remembers its last lines."""
+    """A text stream that keeps its last NUM_KEPT lines."""
 
     def __init__(self):
         self.lines: collections.deque[str] = collections.deque(maxlen=NUM_KEPT)
-        self.part = ""  # of a line that is still written
+        self.part = ""  # the unfinished last line
 
     def write(self, text: str) -> int:
         *whole, self.part = (self.part + text).replace("\r", "\n").split("\n")
@@ -60,7 +60,7 @@ class KeptLines(io.TextIOBase):
         return len(text)
 
     def take(self) -> list[str]:
-        """The lines, which are forgotten."""
+        """Return the lines and forget them."""
         self.write("\n")
         taken = list(self.lines)
         self.lines.clear()
@@ -70,11 +70,11 @@ class KeptLines(io.TextIOBase):
 KEPT = KeptLines()  # of this process
 KEEPER = logging.StreamHandler(KEPT)
 KEEPER.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-IN_FORCE = False  # whether `set_up` has quieted this process
+IN_FORCE = False  # True once `set_up` has quieted this process
 
 
 class GatedLogger(logging.Logger):
-    """A logger whose records pass the gate, whatever handlers and levels its library gives it."""
+    """A logger whose records are filtered by `passes`, whatever handlers and levels its library sets."""
 
     def __init__(self, name: str, level: int = logging.NOTSET):
         super().__init__(name, level)
@@ -82,7 +82,7 @@ class GatedLogger(logging.Logger):
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Lines on stderr that leave a bar whole."""
+    """Logs to stderr without breaking progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with beside_bars():
@@ -90,7 +90,7 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 def set_up(verbose: bool = False) -> None:
-    """Before anything heavy is imported, in the process of a script: data workers are forked from it."""
+    """Quiet the libraries. Call it in the script's process before heavy imports; forked data workers inherit it."""
     global IN_FORCE
     log_to_stderr()
     if verbose:
@@ -107,23 +107,23 @@ def set_up(verbose: bool = False) -> None:
 
 
 def log_to_stderr() -> None:
-    """The project's lines; where logging is set up already it stays."""
+    """Log the project's lines to stderr, unless logging is configured already."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", handlers=[ConsoleHandler(sys.stderr)])
 
 
 def log_errors_only() -> None:
-    """The first process speaks for all; what libraries say in another still comes to the gate, and is kept there."""
+    """For ranks other than 0. Libraries' records are still filtered and kept, for the traceback of an error."""
     for handler in logging.root.handlers:
         handler.setLevel(logging.ERROR)
 
 
 def all_loggers() -> list[logging.Logger]:
-    named = list(logging.root.manager.loggerDict.values())  # some only stand in for a parent that nobody asked for
+    named = list(logging.root.manager.loggerDict.values())  # may include PlaceHolders for missing parents
     return [logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))]
 
 
 def is_quiet() -> bool:
-    """Whether `set_up` is in force here."""
+    """Whether `set_up` has quieted this process."""
     return IN_FORCE
 
 
@@ -136,7 +136,7 @@ def wants_no_bars() -> bool:
 
 
 def passes(record: logging.LogRecord) -> bool:
-    """Whether a record reaches the console; one that does not is kept."""
+    """Logging filter: whether a record reaches the console; the others are kept."""
     if record.levelno >= logging.ERROR or is_own(record) or is_asked_for(record.name) or is_always_shown(record):
         return True
     KEEPER.handle(record)
@@ -153,19 +153,19 @@ def is_asked_for(logger_name: str) -> bool:
 
 
 def is_always_shown(record: logging.LogRecord) -> bool:
-    """By the first process, which speaks for all."""
+    """Whether it is a warning of ALWAYS_SHOWN; on rank 0 only, to show it once."""
     if record.levelno < logging.WARNING or os.environ.get("RANK", "0") != "0":
         return False
     try:
         message = record.getMessage()
-    except (TypeError, ValueError, KeyError):  # a library's mistake, which its own logging call would survive
+    except (TypeError, ValueError, KeyError):  # a library's bad format arguments, which logging itself survives
         message = str(record.msg)
     return any(phrase in message for phrase in ALWAYS_SHOWN)
 
 
 @contextlib.contextmanager
 def capture_prints() -> Iterator[None]:
-    """Within, what is printed is kept too: for libraries that print instead of logging."""
+    """Capture stdout and stderr as well, for libraries that print instead of logging."""
     if not is_quiet():
         yield
         return
@@ -177,14 +177,14 @@ def capture_prints() -> Iterator[None]:
 
 
 def release_handlers() -> None:
-    """Handlers that libraries made of the captured streams would keep their errors for the rest of the run."""
+    """Point handlers that libraries created on the captured streams to stderr, or later errors would be hidden."""
     for handler in [handler for logger in all_loggers() for handler in logger.handlers]:
         if getattr(handler, "stream", None) is KEPT:
             handler.setStream(sys.stderr)
 
 
 def dump_kept() -> None:
-    """What libraries have said, on stderr: it may explain the error that follows."""
+    """Print the kept lines to stderr: they may explain the error that follows."""
     if lines := KEPT.take():
         print(f"libraries' last messages ({len(lines)}):", *lines, "", sep="\n", file=sys.stderr, flush=True)
 
@@ -194,7 +194,7 @@ def dump_kept() -> None:
 
 @contextlib.contextmanager
 def beside_bars() -> Iterator[None]:
-    """On a terminal, bars are taken away for what is written within, and drawn again below it."""
+    """On a terminal, clear progress bars while the body writes, and redraw them below."""
     tqdm = sys.modules.get("tqdm")
     if tqdm is None or not sys.stderr.isatty():
         yield
@@ -207,7 +207,7 @@ def beside_bars() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a small tool, whose docstring is its description: a mistake is one line, with no block of usage before it."""
+    """For small tools: the module docstring is the description, and an error is one line without the usage block."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)

@@ -1,4 +1,4 @@
-"""Every random choice as a pure function of its name and place, so that no worker, rank or restart can change it."""
+"""Seeds for random draws, as pure functions of name and place: independent of workers, ranks and restarts."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import hashlib
 def draw_seed(seed: int, name: str, *place: int | str) -> int:
     """A 63-bit seed for the draw `name` at `place` (an epoch and a clip, or a sample's position in the run).
 
-    A hash, not a sum: neighbouring places then give unrelated streams.
+    Hashed, not added, so that neighbouring places give unrelated streams.
     """
     text = "/".join([str(seed), name, *map(str, place)])
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()

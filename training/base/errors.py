@@ -1,4 +1,4 @@
-"""Errors that end a script: one clear line on stderr and a documented exit code, never a traceback."""
+"""Exceptions that end a script with one line on stderr and a documented exit code instead of a traceback."""
 
 import contextlib
 import os
@@ -8,58 +8,66 @@ import traceback
 from pathlib import Path
 
 
-ERROR_LOG = "COGVIDEOX_ERROR_LOG"  # where `keep_trace` writes: in the environment, so that data workers know it too
+# Exit codes, where possible those of sysexits.h; 0 is success
+REFUSED, BAD_DATA, INTERNAL, STORAGE, INTERRUPTED = 2, 65, 70, 74, 75
+ERROR_LOG = "COGVIDEOX_ERROR_LOG"  # path for `keep_trace`; an environment variable, so data workers inherit it
 
 
 class UserError(Exception):
-    """A problem that the user can mend. `str(error)` is the whole line shown: file, row, what is wrong, what to do."""
+    """A problem that the user can fix. `str(error)` is the whole line shown: file, row, what is wrong, what to do."""
 
-    exit_code = 70
+    exit_code = INTERNAL
 
 
 class UsageError(UserError):
-    """Flags that contradict one another, the machine, or what lies in the output folder."""
+    """Flags that contradict each other, the machine, or the contents of the output folder."""
 
-    exit_code = 2
+    exit_code = REFUSED
 
 
 class DataError(UserError):
     """Bad input data: a missing video, a corrupt clip, captions that do not match."""
 
-    exit_code = 65
+    exit_code = BAD_DATA
 
 
 class NumbersError(UserError):
-    """Training left the finite numbers."""
+    """Training produced NaN or infinity."""
 
-    exit_code = 70
+    exit_code = INTERNAL
 
 
 class MemoryFullError(UserError):
-    """The GPU's memory does not hold the run."""
+    """The run does not fit into memory."""
 
-    exit_code = 70
+    exit_code = INTERNAL
 
 
 class StorageError(UserError):
-    """The disk is full or cannot be written."""
+    """The disk is full or not writable."""
 
-    exit_code = 74
+    exit_code = STORAGE
 
 
 class Interrupted(UserError):
-    """Asked to stop, and stopped where the same command continues."""
+    """Stopped on request; the same command resumes."""
 
-    exit_code = 75
+    exit_code = INTERRUPTED
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, for a line of ours."""
+    """The first line of a library's error message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-NAMED = 5  # items that an error lists before it only counts
+def named_line(error: Exception) -> str:
+    """`first_line` after the error's class, for errors of any kind: `KeyError: 'x'`."""
+    kind, line = type(error).__name__, first_line(error)
+    return line if line == kind else f"{kind}: {line}"
+
+
+NAMED = 5  # items listed in an error; the rest are only counted
 
 
 def first_few(items: list[str]) -> str:
@@ -70,7 +78,7 @@ def first_few(items: list[str]) -> str:
 
 
 def keep_trace() -> Path:
-    """Append the traceback of the error at hand to the run's errors.log, for a line that names it; returns its path."""
+    """Append the current traceback to the run's errors.log; returns its path, to be named in the error line."""
     path = Path(os.environ.get(ERROR_LOG, ""))
     if not path.name or not path.parent.is_dir():
         path = Path(tempfile.gettempdir(), "cogvideox-errors.log")
@@ -80,8 +88,8 @@ def keep_trace() -> Path:
 
 
 def print_to_pipe(text: str) -> None:
-    """Print to stdout; a reader that has closed it, as `| head` does, is no error."""
+    """Print to stdout; a closed pipe, as with `| head`, is not an error."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit

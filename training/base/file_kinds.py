@@ -1,7 +1,7 @@
-"""What a file is that does not hold what its name says: as downloads and version control leave them."""
+"""Recognizes files that are not what their name says: Git LFS pointers, web pages, archives, cut downloads."""
 
 LOOKED_AT = 512  # bytes
-# How the file begins: what it is, and what to do
+# First bytes of the file -> what it is, and what to do
 STAND_INS = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself; run git lfs pull in its repository",
     b"version https://hawser.github.com/spec/": "a Git LFS pointer, not the file itself; run git lfs pull in its repository",
@@ -22,7 +22,7 @@ WEB_PAGES = (b"<!doctype html", b"<html", b"<?xml", b'{"error"', b'{"message"')
 
 
 def stand_in(path) -> str | None:
-    """What a download or version control has left in the file's place; None where it may be the file."""
+    """What a download or version control left in place of the file; None if it may be the file itself."""
     head = beginning(path)
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGES):
         return "a web page or an error message of a server, not the file itself; download it again"
@@ -32,7 +32,7 @@ def stand_in(path) -> str | None:
 
 
 def other_content(path) -> str | None:
-    """The same, or that the file is an archive or a text, which for some files is no fault."""
+    """`stand_in`, and also archives and text, which are legitimate for some files."""
     head = beginning(path)
     return stand_in(path) or archive(path) or (TEXT if is_text(head) else None)
 

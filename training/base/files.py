@@ -1,61 +1,103 @@
-"""Folders on disk that are whole or not there, whatever moment a process dies at, and that belong to one run at a time.
+"""Files and folders that are whole or not there, whatever moment a process dies at; folders that belong to one run at a time.
 
-A folder is written beside its place, flushed, described by `manifest.json` (size and SHA-256 of each file) and renamed.
-Network mounts may refuse to flush, to lock or to rename: the first two cost a warning, without the last nothing is whole.
+Each is written beside its place, under a name that `clean_up` knows, and renamed. A checkpoint is flushed before, and
+described by `manifest.json`: size and SHA-256 of each file. Network mounts may refuse to flush, to lock or to rename: the first two cost a warning, without the last nothing is whole.
 """
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from base.errors import StorageError, UsageError
-from base.hashes import file_hash
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TEMPORARY, REPLACED = ".tmp-", ".old-"  # what the names of unfinished and of replaced files and folders begin with
+ABANDONED = 24 * 3600  # seconds: an unfinished file in a folder without a lock is then of a process that was killed
 HASHING_THREADS = 4  # hashing runs beside Python: a file each
 # What a file system that cannot flush answers; EBADF where it wants a descriptor that is open for writing
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 held_locks: list[int] = []  # file descriptors; the system frees a lock when its process ends, however it ends
 undo: list[Callable[[], None]] = []  # what takes back the steps of a command that is not accepted yet, in their order
 warned: set[str] = set()  # lines that a run says once
+# Of each unfinished folder that will get a manifest: the SHA-256 of files whose writer took it, by `identity`
+noted: dict[Path, dict[tuple, str]] = {}
 
 
 # ---------------------------------------------------------------- writing
 
 
+def unfinished(path: Path) -> Path:
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path):
+    """A new folder beside `path`, removed at the end."""
+    folder = unfinished(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced_folder(target: Path):
+    """A new folder that becomes `target` if the body succeeds, and is removed if it fails."""
+    with scratch_folder(target) as folder:
+        yield folder
+        put_in_place(folder, target)
+
+
 @contextlib.contextmanager
 def written_folder(target: Path):
-    """A new folder that becomes `target` if the body succeeds, and is removed if it fails."""
-    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        write_manifest(temporary)
-        put_in_place(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """The same with a manifest, by which `damage` tells whether it is as it was written."""
+    with replaced_folder(target) as folder:
+        noted[folder] = {}
+        try:
+            yield folder
+            write_manifest(folder)
+        finally:
+            del noted[folder]
+
+
+def hashes_for_manifest(path: Path) -> dict | None:
+    """Where the writer of a file leaves its hash, by `identity`, so that nobody reads it again; None: nobody asks."""
+    return next((hashes for folder, hashes in noted.items() if folder in path.parents), None)
+
+
+def identity(path: Path) -> tuple:
+    """Of a file and its content, whatever it is renamed to."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def write_manifest(folder: Path) -> None:
-    """Flush every file of `folder` to the disk and, only then, write their sizes and hashes."""
+    """Flush every file of `folder` to the disk and, only then, write their sizes and hashes.
+
+    A hash that the writer took is of what was meant to be written: `damage` also finds what the disk made of it.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         flush(path)
+    known = noted.get(folder, {})
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        entries = list(pool.map(describe, paths))
+        entries = list(pool.map(lambda path: describe(path, known.get(identity(path))), paths))
     names = [path.relative_to(folder).as_posix() for path in paths]
     text = json.dumps({"version": 1, "files": dict(zip(names, entries, strict=True))}, indent=2) + "\n"
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
@@ -66,8 +108,16 @@ def write_manifest(folder: Path) -> None:
         flush_names(directory)
 
 
-def describe(path: Path) -> dict:
-    return {"size": path.stat().st_size, "sha256": file_hash(path, "sha256")}
+def describe(path: Path, digest: str | None = None) -> dict:
+    """`digest` is its hash, where that is known; else the file is read."""
+    return {"size": path.stat().st_size, "sha256": digest or file_hash(path, "sha256")}
+
+
+def file_hash(path: Path, algorithm: str = "blake2b") -> str:
+    """Read in pieces: memory does not grow with the file."""
+    make = (lambda: hashlib.blake2b(digest_size=16)) if algorithm == "blake2b" else algorithm
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, make).hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -140,7 +190,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a folder that nobody needs any more: it is gone at once, and that it cannot be deleted stops nothing."""
-    hidden = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
+    hidden = unfinished(folder)
     try:
         folder.rename(hidden)  # a process that dies now leaves no half of it under its own name
         shutil.rmtree(hidden)
@@ -156,23 +206,56 @@ def clean_up(parent: Path) -> None:
             remove(aside)
         else:
             rename(aside, target)  # killed between the two renames: the earlier one is still good
+    remove_unfinished(parent)
+
+
+def remove_unfinished(parent: Path, age: float = 0) -> None:
+    """Delete what killed processes left half written in `parent`, if nothing changed it for `age` seconds."""
     for left in sorted(parent.glob(f"{TEMPORARY}*")):
+        if age and not is_older(left, age):
+            continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
 
 
+def is_older(path: Path, age: float) -> bool:
+    """False for a file that is gone: its process has just renamed it."""
+    try:
+        return time.time() - path.stat().st_mtime > age
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
-def written_beside(path: Path):
-    """A temporary path that becomes `path` on success: a reader never sees half a file. Makes the folder."""
+def written_beside(path: Path, durable: bool = False):
+    """A temporary path that becomes `path` on success: a reader never sees half a file. Makes the folder.
+
+    `durable`: its content survives a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = unfinished(path)
     try:
         yield temporary
+        if durable:
+            flush(temporary)
         rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_shared(path: Path, text: str) -> None:
+    """Into a folder that processes share without a lock, as the user's cache: of those that write at once one wins.
+
+    Raises OSError alone.
+    """
+    try:
+        with written_beside(path) as temporary:
+            remove_unfinished(path.parent, ABANDONED)
+            temporary.write_text(text, encoding="utf-8")
+    except StorageError as error:
+        raise error.__cause__ from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import math
+from collections.abc import Callable
 
 from base.flag_parser import NO_MEANING, FlagParser
+from base.levels import HOST_LEVELS, LEVELS
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
@@ -22,8 +24,7 @@ REFUSED_INITS = {
     "eva": NEEDS_PASS,
     "mica": "it trains only half of the LoRA",
 }
-MEMORY_LEVELS = ("speed", "balanced", "offload", "stream", "auto", "plan")
-LORA_LEVELS = ("offload", "stream")  # they rely on weights that do not change
+MEMORY_LEVELS = (*LEVELS, "auto", "plan")
 BASE_PRECISIONS = ("bf16", "fp8", "int8", "nf4")
 TRACKERS = ("wandb", "tensorboard", "trackio", "all", "none")
 # Flags that do nothing without another one: (what they need, is it there, flags). Said in one warning, because the
@@ -64,66 +65,37 @@ RAW_VIDEOS_ONLY = (
     "skip_frames_end",
     "video_backend",
 )
-# Legal values: dest -> (what they are called in the error, test). Unset (None) is always legal.
-AT_LEAST_1 = ("an integer of 1 or more", lambda value: value >= 1)
-AT_LEAST_0 = ("an integer of 0 or more", lambda value: value >= 0)
-POSITIVE = ("a number above 0", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = ("a number of 0 or more", lambda value: 0 <= value < math.inf)
-PROBABILITY = ("a probability from 0 to 1", lambda value: 0 <= value <= 1)
-BELOW_1 = ("a number from 0 to below 1", lambda value: 0 <= value < 1)
-TRAINING_RANGES = {
-    "random_flip": PROBABILITY,
-    "text_dropout": PROBABILITY,
-    "noised_image_dropout": PROBABILITY,
-    "dataloader_num_workers": AT_LEAST_0,
-    "seed": AT_LEAST_0,
-    "fps": AT_LEAST_1,
-    "max_num_frames": AT_LEAST_1,
-    "skip_frames_start": AT_LEAST_0,
-    "skip_frames_end": AT_LEAST_0,
-    "rank": AT_LEAST_1,
-    "lora_alpha": AT_LEAST_1,
-    "ema_decay": BELOW_1,
-    "beta3": BELOW_1,
-    "height": AT_LEAST_1,
-    "width": AT_LEAST_1,
-    "num_validation_videos": AT_LEAST_1,
-    "validation_epochs": AT_LEAST_1,
-    "validation_steps": AT_LEAST_1,
-    "validation_num_clips": AT_LEAST_1,
-    "num_inference_steps": AT_LEAST_1,
-    "guidance_scale": NOT_NEGATIVE,
-    "train_batch_size": AT_LEAST_1,
-    "num_train_epochs": AT_LEAST_1,
-    "max_train_steps": AT_LEAST_1,
-    "gradient_accumulation_steps": AT_LEAST_1,
-    "checkpointing_steps": AT_LEAST_1,
-    "checkpoints_total_limit": AT_LEAST_1,
-    "learning_rate": POSITIVE,
-    "lr_warmup_steps": AT_LEAST_0,
-    "lr_num_cycles": AT_LEAST_1,
-    "lr_power": POSITIVE,
-    "beta1": BELOW_1,
-    "beta2": BELOW_1,
-    "weight_decay": NOT_NEGATIVE,
-    "epsilon": POSITIVE,
-    "max_grad_norm": POSITIVE,
-    "max_bad_steps": AT_LEAST_1,
-    "log_every": AT_LEAST_1,
-    "nccl_timeout": AT_LEAST_1,
-}
-PREPARE_RANGES = {
-    "random_flip": PROBABILITY,
-    "dataloader_num_workers": AT_LEAST_0,
-    "seed": AT_LEAST_0,
-    "target_fps": AT_LEAST_1,
-    "max_num_frames": AT_LEAST_1,
-    "max_sequence_length": AT_LEAST_1,
-    "batch_size": AT_LEAST_1,
-    "num_decode_threads": AT_LEAST_0,
-    "num_artifact_workers": AT_LEAST_1,
-    "num_image_variants": AT_LEAST_1,
-}
+
+
+# ---------------------------------------------------------------- numbers, each a `type=` of argparse
+
+
+def number(kind: type, description: str, is_legal: Callable) -> Callable[[str], int | float]:
+    """A `type=` that refuses all but legal numbers. NaN is none, because every comparison with it is False."""
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not is_legal(value):
+            raise argparse.ArgumentTypeError(f"{text or repr(text)}: must be {description}")
+        return value
+
+    return parse
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    return number(int, f"an integer of {smallest} or more", lambda value: value >= smallest)
+
+
+positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+not_negative = number(float, "a number of 0 or more", lambda value: 0 <= value < math.inf)
+probability = number(float, "a probability from 0 to 1", lambda value: 0 <= value <= 1)
+below_one = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+
+
+# ---------------------------------------------------------------- combinations
 
 
 def refuse_meaningless(parser: FlagParser, args: argparse.Namespace, script: str):
@@ -180,7 +152,7 @@ def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
         )
     if args.compile_blocks and args.no_compile_blocks:
         parser.error("--compile_blocks and --no_compile_blocks: give one of them")
-    if args.memory in LORA_LEVELS and script.endswith("sft"):
+    if args.memory in HOST_LEVELS and script.endswith("sft"):
         parser.error(
             f"--memory {args.memory}: moves frozen weights, and full fine-tuning has none; use --memory balanced with "
             "--use_cpu_offload_optimizer --offload_gradients"
@@ -221,14 +193,6 @@ def check_trackers(parser: FlagParser, args: argparse.Namespace):
             parser.error(f"--report_to {name}: {hint}")
     if len(names) > 1 and {"all", "none"} & set(names):
         parser.error(f"--report_to {args.report_to}: all and none stand alone")
-
-
-def check_ranges(parser: FlagParser, args: argparse.Namespace, ranges: dict):
-    """Refuses numbers outside of their range; NaN is outside of each."""
-    for dest, (description, is_legal) in ranges.items():
-        value = getattr(args, dest)
-        if value is not None and not is_legal(value):
-            parser.error(f"--{dest} {value}: must be {description}")
 
 
 def check_reshape_mode(parser: FlagParser, args: argparse.Namespace):

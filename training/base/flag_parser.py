@@ -11,7 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from base.errors import StorageError, print_to_pipe
+from base.errors import REFUSED, StorageError, print_to_pipe
 
 
 SCRIPTS = {
@@ -78,14 +78,27 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, prog: str, script: str):
         description = f"{DESCRIPTIONS[script]} {WRAPPERS[script]} calls it with settings for most runs."
         super().__init__(
-            prog=prog, usage=f"{prog} [flags]", description=description, epilog=EPILOG, allow_abbrev=False
+            prog=prog,
+            usage=f"{prog} [flags]",
+            description=description,
+            epilog=EPILOG,
+            allow_abbrev=False,
+            exit_on_error=False,
         )
         self.script = script  # key of FIRST, and of SCRIPTS where it trains
         self.argv: list[str] = []
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """What a flag's `type=` says of a value follows the flag, as in every other refusal: `--rank 0: must be ...`."""
+        try:
+            return super().parse_args(args, namespace)
+        except argparse.ArgumentError as error:
+            is_of_type = isinstance(error.__context__, argparse.ArgumentTypeError)
+            self.error(f"{error.argument_name} {error.message}" if is_of_type else str(error))
+
     def error(self, message: str):
         """Leaves with exit code 2."""
-        from base.status import REFUSED, note_refusal  # only here: --help is quick
+        from base.status import note_refusal  # only here: --help is quick
 
         self.say("error", message)
         output_dir = named_value(self.argv, "--output_dir")
@@ -222,11 +235,7 @@ def parts_of_help(action: argparse.Action) -> tuple[str, str, str]:
 
 def named_value(argv: list[str], flag: str) -> str | None:
     """The value of one flag, whatever the others are; None also for a flag without a value, of which argparse speaks."""
-    parser = argparse.ArgumentParser(
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(flag, dest="value")
     try:
         return parser.parse_known_args(argv)[0].value

@@ -1,7 +1,7 @@
-"""Hashes of whole files, remembered with the files' sizes and times, so that gigabytes are read once.
+"""File hashes, cached by size and times so that gigabytes are read once.
 
-What is remembered lies in the user's cache folder, a JSON file for each folder of files. Damaged, missing or read-only, it
-costs time alone: the files are read again.
+The cache is one JSON file per folder, in the user's cache folder. If it is damaged, missing or read-only, files are
+just read again.
 """
 
 import hashlib
@@ -15,22 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from base.errors import DataError, UsageError
+from base.files import file_hash, write_shared
 
 
 logger = logging.getLogger(__name__)
 
-# Seconds: a file that changed later might change again without another time, so coarse are some clocks. Where a file
-# server's clock differs by more, this guard is off, or files are hashed again for a while.
+# Seconds. A file modified more recently is not cached: with coarse clocks it could change again under the same times.
+# If a file server's clock is off by more, this check is void, or files are hashed again for a while.
 SETTLED = 0.1
 SAMPLED = 2**16  # bytes
-SAID_FROM = 2**30  # bytes that take seconds to read
-BLOB = re.compile(r"[0-9a-f]{64}")  # a large file in the hub's cache: its SHA-256, which other files' names are not
+SAID_FROM = 2**30  # bytes; larger files take seconds to read
+BLOB = re.compile(r"[0-9a-f]{64}")  # large files in the hub's cache are named by their SHA-256, small ones are not
 
 
 class Hashes:
-    """The hash of any file's content. With `believe` off nothing remembered counts, and all is read again, once.
+    """Content hashes of files, cached. With `believe` off, cached values are ignored and every file is read once.
 
-    Leaving the `with` block remembers what was read.
+    The cache is written when the `with` block ends.
     """
 
     def __init__(self, believe: bool = True):
@@ -39,7 +40,7 @@ class Hashes:
         self.changed: set[Path] = set()
 
     def of(self, path: Path, algorithm: str = "blake2b") -> str:
-        """In hex: blake2b of 16 bytes, or sha256, which a file in the hub's cache has as its name."""
+        """Hex digest: 16-byte blake2b, or sha256, which for a file in the hub's cache is its name."""
         real = Path(os.path.realpath(path))
         if self.believe and algorithm == "sha256" and is_blob(real):
             return real.name
@@ -73,37 +74,30 @@ class Hashes:
 
 
 def is_blob(path: Path) -> bool:
-    """True for a file of the hub's cache: <repository>/blobs/<hash>, which is never changed."""
+    """True for a file of the hub's cache, <repository>/blobs/<hash>, which is immutable."""
     return path.parent.name == "blobs" and bool(BLOB.fullmatch(path.name))
 
 
 def stamp_of(path: Path) -> list[int]:
-    """What changes with the content. Programs may set the time of modification back, not that of change."""
+    """[size, mtime, ctime], which change with the content. Programs can reset mtime, but not ctime."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def file_hash(path: Path, algorithm: str = "blake2b") -> str:
-    """Read in pieces: memory does not grow with the file."""
-    make = (lambda: hashlib.blake2b(digest_size=16)) if algorithm == "blake2b" else algorithm
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, make).hexdigest()
-
-
 def short_hash(name: str) -> str:
-    """8 hex digits that tell names apart."""
+    """8 hex digits to distinguish names."""
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
 
 
 def sampled_hash(path: Path) -> str:
-    """Tells a file from any other that may lie under its name, at the cost of two reads: size, start and end.
+    """Cheap content hash from size, start and end, two reads; tells apart files that may appear under the same name.
 
-    Of safetensors the header does not count, which holds more than the tensors.
+    For safetensors, the header is left out, since it also holds metadata.
     """
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
         end = file.seek(0, os.SEEK_END)
-        start = min(start, end)  # damaged files are named where they are read
+        start = min(start, end)  # damaged files are reported when they are loaded
         size = end - start
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
         for place in (start, start + max(0, size - SAMPLED)):
@@ -113,9 +107,9 @@ def sampled_hash(path: Path) -> str:
 
 
 def hash_files(paths: Sequence[Path]) -> str:
-    """A hash of the files' content, sampled: every start of a run takes it."""
+    """A combined `sampled_hash` of files; sampled because it is computed at every start."""
     try:
-        with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
+        with ThreadPoolExecutor(8) as pool:  # disk bound
             hashes = list(pool.map(sampled_hash, paths))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
@@ -129,7 +123,7 @@ def hash_rows(rows) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------- what is remembered
+# ---------------------------------------------------------------- the cache
 
 
 def memory_dir() -> Path:
@@ -145,19 +139,15 @@ def memory_path(folder: Path) -> Path:
 def read_entries(folder: Path) -> dict:
     try:
         entries = json.loads(memory_path(folder).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: a user without a home
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home directory
         return {}
     return entries if isinstance(entries, dict) else {}
 
 
 def write_entries(folder: Path, entries: dict) -> None:
-    """The file is whole at every moment. Of processes that write at once one wins; the others' files are read again."""
+    """Replace the file atomically. Of concurrent writers one wins; files hashed by the others are read again."""
     try:
-        path = memory_path(folder)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         present = {name: entry for name, entry in entries.items() if (folder / name).exists()}
-        temporary.write_text(json.dumps(present), encoding="utf-8")
-        temporary.replace(path)
+        write_shared(memory_path(folder), json.dumps(present))
     except (OSError, RuntimeError) as error:
         logger.warning("hashes of the files in %s cannot be kept (%s): every run reads them again", folder, error)

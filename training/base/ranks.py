@@ -1,4 +1,4 @@
-"""What the ranks of a run tell one another."""
+"""Communication between the ranks of a run, outside of training steps."""
 
 import time
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import torch.distributed
 from base.errors import UserError
 
 
-MEETING_SECONDS = 24 * 3600  # longest that ranks wait for one another outside of collectives
+MEETING_SECONDS = 24 * 3600  # timeout for barriers outside of collectives
 
 
 def on_main_process(accelerator, function: Callable):
-    """What `function()` returns on the main process, for all ranks. A UserError there is raised on all of them.
+    """Call `function()` on the main process and broadcast its result. A UserError is raised on all ranks.
 
-    Else the others would wait for a process that is gone, and say something else in its place.
+    Otherwise the others would wait for a process that is gone, and report a different error.
     """
     outcome = [None]
     if accelerator.is_main_process:
@@ -31,27 +31,33 @@ def on_main_process(accelerator, function: Callable):
 
 
 def meet(name: str, message: str = "") -> list[str]:
-    """Wait until every rank has come to `name`, a name used once a run; returns their messages, in order.
+    """Barrier `name` (unique per run) through the process group's store; returns each rank's message, in rank order.
 
-    Through the process group's store: a collective would wait for the GPU, and end the run where one rank takes longer
-    than --nccl_timeout.
+    Through the process group's store, not a collective: that would wait for the GPU, and end the run if a rank takes
+    longer than --nccl_timeout. A gloo group would not, but while it waits the first Ctrl-C is not heard, and a process
+    that leaves does not end before the others come.
     """
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return [message]
-    store = torch.distributed.distributed_c10d._get_default_store()
+    store = group_store()
     keys = [f"{name}/{rank}" for rank in range(torch.distributed.get_world_size())]
     store.set(keys[torch.distributed.get_rank()], message)
     deadline, pause = time.monotonic() + MEETING_SECONDS, 0.001
     while not store.check(keys):
         if time.monotonic() > deadline:
             raise UserError(f"{name}: another process did not come within {MEETING_SECONDS // 3600} hours")
-        time.sleep(pause)  # in slices, so that Ctrl-C is heard
+        time.sleep(pause)  # short, so that Ctrl-C is handled
         pause = min(1.2 * pause, 0.1)
     return [message.decode() for message in store.multi_get(keys)]
 
 
+def group_store() -> torch.distributed.Store:
+    """The key-value store that the ranks share: on the host, whatever the backend."""
+    return torch.distributed.group.WORLD.get_group_store()
+
+
 def gather_objects(value) -> list:
-    """`value` of every rank, by rank."""
+    """All-gather: `value` of every rank, in rank order."""
     if not torch.distributed.is_initialized():
         return [value]
     values = [None] * torch.distributed.get_world_size()
@@ -60,5 +66,5 @@ def gather_objects(value) -> list:
 
 
 def smallest_of_all_ranks(*numbers: float) -> list[float]:
-    """The smallest of each over all ranks, so that they choose alike."""
+    """Elementwise minimum over all ranks, so that they make the same choice."""
     return [min(values) for values in zip(*gather_objects(numbers), strict=True)]

@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM, SIGINT, SIGUSR1 or the launcher's death are noted, and the run leaves where nothing is lost.
+"""Graceful stop: SIGTERM, SIGINT, SIGUSR1 and the launcher's death are recorded, and the run ends at a safe point.
 
-Python calls handlers in the main thread between two of its own operations, so that noting is all they do, unless
-nothing is in flight: before the loop, while it waits for data, and where a body says so.
+Python runs handlers in the main thread between bytecodes, anywhere. So a handler only records the signal, and raises
+only while nothing can be lost: before the loop, while waiting for data, and inside `ending_body`.
 """
 
 import contextlib
@@ -13,31 +13,32 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from base.errors import INTERRUPTED
+
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-EXIT_CODE = 75  # interrupted, can be resumed
-ECHO = 0.3  # seconds; torchrun passes on the Ctrl-C that the terminal has sent to every process already
+ECHO = 0.3  # seconds; torchrun forwards the Ctrl-C that the terminal has already sent to every process
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Interruption:
-    """What this process has been asked: `reason` is the signal's name, None while it may go on."""
+    """Whether this process was asked to stop: `reason` is the signal's name, or None."""
 
     def __init__(self):
         self.reason: str | None = None
         self.at_once = True
 
     def note(self, number: int, frame) -> None:
-        """The handler."""
+        """Signal handler."""
         if self.reason is None:
             self.reason = signal.Signals(number).name
             if self.at_once:
                 raise KeyboardInterrupt
 
     def until_asked(self, batches: Iterable, alone: bool = True) -> Iterator:
-        """Hand on `batches`, and end before the next one, or while waiting for it, once this process is asked to stop.
+        """Yield `batches`; once asked to stop, end before the next batch, or while waiting for it.
 
-        Not `alone`: the ranks leave together, which is for the loop to do; nothing is cut short here.
+        Unless `alone`, nothing is cut short: all ranks must stop together, which the loop arranges.
         """
         iterator = iter(batches)
         while True:
@@ -52,7 +53,7 @@ class Interruption:
                 if self.reason is None:
                     raise
                 for worker in multiprocessing.active_children():
-                    worker.terminate()  # one that hangs would be waited for
+                    worker.terminate()  # otherwise a hanging worker would be joined forever
                 return
             finally:
                 self.at_once = False
@@ -60,7 +61,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def ending_body(self) -> Iterator[None]:
-        """A body that may be cut short, such as validation: the signal ends it, and what follows finds `reason` set."""
+        """For a body that may be cut short, such as validation: a signal ends it, and `reason` is set afterwards."""
         before = self.at_once
         try:
             self.at_once = True
@@ -72,14 +73,14 @@ class Interruption:
             self.at_once = before
 
 
-INTERRUPTION = Interruption()  # of this process: signals have no other owner
+INTERRUPTION = Interruption()  # global, because signals are per process
 
 
 @contextlib.contextmanager
 def caught_signals(before_abandoning: Callable[[], None]) -> Iterator[None]:
-    """Note signals in INTERRUPTION while the body, a whole script, runs. A second Ctrl-C ends the process at once.
+    """Record signals in INTERRUPTION while the body (a whole script) runs. A second Ctrl-C ends the process at once.
 
-    That one is for a thread to hear: the main one may be in a collective that never comes back.
+    A thread listens for the second one: the main thread may be stuck in a collective that never returns.
     """
     INTERRUPTION.__init__()
     follow_launcher()
@@ -99,7 +100,7 @@ def caught_signals(before_abandoning: Callable[[], None]) -> Iterator[None]:
 
 
 def abandon_on_second(heard: int, before_abandoning: Callable[[], None]) -> None:
-    """End the process at the second SIGINT; `heard` is the pipe that the system writes signals' numbers to."""
+    """End the process at the second SIGINT; `heard` is the read end of the wakeup pipe, one byte per signal."""
     first = None
     with open(heard, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
@@ -107,26 +108,26 @@ def abandon_on_second(heard: int, before_abandoning: Callable[[], None]) -> None
                 continue
             if first is not None and time.monotonic() - first > ECHO:
                 before_abandoning()
-                os._exit(EXIT_CODE)
+                os._exit(INTERRUPTED)
             first = first or time.monotonic()
 
 
 def follow_launcher() -> None:
-    """Get SIGTERM when the launcher dies: accelerate launch ends at a signal and would leave this process an orphan."""
+    """Get SIGTERM when the launcher dies: `accelerate launch` exits on a signal and would orphan this process."""
     if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         signal_at_parents_death(signal.SIGTERM)
 
 
 def signal_at_parents_death(number: int) -> None:
-    """Linux only; elsewhere nothing."""
+    """Linux only; does nothing elsewhere."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl:
         prctl(PR_SET_PDEATHSIG, int(number))
 
 
 def shield_worker(worker: int = 0) -> None:
-    """In a data worker: what is sent to the whole process group is for the training process, which needs its workers
-    to finish the step. A worker obeys its parent alone, and never outlives it.
+    """In a data worker: ignore signals sent to the whole process group, since the training process needs its workers
+    to finish the step. Only the parent's SIGTERM ends a worker, and it dies with its parent.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""`status.json`: how the last run in a folder ended, and which run that was.
+"""`status.json`: the id of the last run in an output folder, and how it ended.
 
-`accelerate launch` and torchrun turn every exit code into 1, so that wrappers read it here. A run is known by its id,
-never by the time of a file: the clock of a file server is not that of this machine.
+`accelerate launch` and torchrun turn every exit code into 1, so wrappers read the real one here. Runs are identified
+by id, not by file times: a file server's clock may differ from this machine's.
 """
 
 import json
@@ -9,16 +9,15 @@ import os
 import secrets
 from pathlib import Path
 
-from base.errors import StorageError
+from base.errors import REFUSED, StorageError
 from base.files import to_json, write_json
 
 
-RUN_ID_VARIABLE = "COGVIDEOX_RUN_ID"  # set by a wrapper for each run that it starts
-REFUSED = 2  # exit code
+RUN_ID_VARIABLE = "COGVIDEOX_RUN_ID"  # set by wrappers, a new one per run
 
 
 class Run:
-    """What this process belongs to: `id` is the same on all ranks, and another one each time."""
+    """The run that this process belongs to: `id` is the same on all ranks, and different for every run."""
 
     def __init__(self, launch_id: str | None = None):
         self.id = os.environ.get(RUN_ID_VARIABLE) or launch_id or secrets.token_hex(8)
@@ -29,7 +28,7 @@ RUN = Run()  # of this process
 
 
 def read_status(output_dir: Path) -> dict:
-    """The content of status.json; empty where it is missing or damaged."""
+    """The content of status.json; empty if it is missing or damaged."""
     try:
         content = json.loads((output_dir / "status.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -42,19 +41,19 @@ def write_status(output_dir: Path, state: str, exit_code: int, **more) -> None:
     path, content = output_dir / "status.json", {"state": state, "exit_code": exit_code, "run": RUN.id, **more}
     try:
         write_json(path, content)
-    except StorageError:  # a disk without renaming: in place, for it is what says so
+    except StorageError:  # a disk without rename: write in place, since this file is what reports the error
         path.write_text(to_json(content), encoding="utf-8")
 
 
 def is_of_this_run(status: dict) -> bool:
-    """True if a rank of this run has written it, or was refused."""
+    """True if a rank of this run wrote it, or was refused."""
     return RUN.id in (status.get("run"), status.get("refused", {}).get("run"))
 
 
 def begin_run(output_dir: Path, is_main_process: bool) -> None:
-    """All ranks call it where the folder begins to change.
+    """Remove the previous run's status. All ranks call it just before the folder is first changed.
 
-    What a killed run leaves must not be the status of the run before it. Another rank may have failed already.
+    Otherwise a killed run would leave the previous status behind. Keeps it if another rank of this run already failed.
     """
     RUN.has_begun = True
     if is_main_process and not is_of_this_run(read_status(output_dir)):
@@ -64,7 +63,7 @@ def begin_run(output_dir: Path, is_main_process: bool) -> None:
 def note_refusal(output_dir: Path, message: str, exit_code: int = REFUSED) -> None:
     """Tell the wrapper, if one started this, that the command was refused, or failed before it changed anything.
 
-    What is said of the run in the folder stays. Started by hand, nothing is written: the exit code says it.
+    The status of the run in the folder is kept. Without a wrapper nothing is written: the exit code is enough.
     """
     if RUN_ID_VARIABLE not in os.environ:
         return
@@ -74,7 +73,7 @@ def note_refusal(output_dir: Path, message: str, exit_code: int = REFUSED) -> No
 
 
 def forget_refusal(output_dir: Path) -> None:
-    """Drop a refusal: the command was accepted since."""
+    """Remove an earlier refusal, once the command has been accepted."""
     status = read_status(output_dir)
     if status.pop("refused", None):
         write_json(output_dir / "status.json", status)

@@ -1,4 +1,4 @@
-"""What Triton and DeepSpeed build with at a run's first step, and whether it is there."""
+"""Finds the compilers and headers that Triton and DeepSpeed need to build kernels at the first step."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ def c_compiler() -> str | None:
 
 
 def cxx_compiler() -> str | None:
-    """The one that torch's extensions are built with."""
+    """The compiler that torch's extensions use."""
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
@@ -30,7 +30,7 @@ def python_header() -> Path:
 
 
 def missing_for_triton() -> str | None:
-    """What is lacking, with the command that installs it; None if nothing is."""
+    """What is missing, with the command that installs it; None if nothing is."""
     if c_compiler() is None:
         return "there is no C compiler; apt-get install gcc"
     if not python_header().exists():

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
@@ -38,16 +39,6 @@ class Weights(NamedTuple):
     variant: str | None
 
 
-class ModelFacts(NamedTuple):
-    """What a model card must know of the base model."""
-
-    pipeline: str  # diffusers' classes
-    transformer: str
-    image_to_video: bool
-    apache_licence: bool  # else the CogVideoX LICENSE
-    fps: int
-
-
 def read_config(model_dir: Path, component: str) -> dict:
     """The component's JSON configuration; UsageError for a transformer that is no CogVideoX."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
@@ -73,21 +64,22 @@ def default_fps(transformer_config) -> int:
     return 16 if is_version_1_5(transformer_config) else 8
 
 
-def describe_model(transformer_config) -> ModelFacts:
-    """2b, the one without rotary positions, is under Apache-2.0; all others are under the CogVideoX LICENSE."""
-    image_to_video = takes_image(transformer_config)
-    return ModelFacts(
-        pipeline=(IMAGE_TO_VIDEO_PIPELINE if image_to_video else TEXT_TO_VIDEO_PIPELINE).__name__,
-        transformer=CogVideoXTransformer3DModel.__name__,
-        image_to_video=image_to_video,
-        apache_licence=not transformer_config.get("use_rotary_positional_embeddings", False),
-        fps=default_fps(transformer_config),
-    )
-
-
 def takes_image(transformer_config) -> bool:
     """True for an image-to-video transformer, which takes image latents beside the video's."""
     return transformer_config["in_channels"] == 2 * transformer_config.get("out_channels", 16)
+
+
+def num_parameters(transformer_config) -> float:
+    """About how many parameters: 12 d^2 of attention and feed-forward, 6 x 2 x d x time_embed_dim of modulation."""
+    width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+    per_block = 12 * width**2 + 12 * width * transformer_config.get("time_embed_dim", 512)
+    return transformer_config["num_layers"] * per_block
+
+
+def empty_transformer(transformer_config) -> CogVideoXTransformer3DModel:
+    """The transformer without memory for its weights, to count and to name them."""
+    with torch.device("meta"):
+        return CogVideoXTransformer3DModel.from_config(transformer_config)
 
 
 def text_length(transformer_config) -> int:
@@ -108,7 +100,7 @@ def check_task(model: str, transformer_config, image_to_video: bool) -> None:
         raise UsageError(f"{model}: {names[has_image]} model, and this script trains {names[image_to_video]} model")
 
 
-def check_buckets(transformer_config, buckets, drop_learned_positions: bool = False) -> None:
+def check_sizes(transformer_config, buckets, drop_learned_positions: bool = False) -> None:
     """Refuse sizes that the transformer's learned positions (5b-I2V) do not fit; warn of frame counts that the
     pipelines do not give back. `buckets` are (frames, height, width) in pixels.
     """

@@ -4,15 +4,15 @@ Axes: B batch, F' pixel frames, F latent frames, C latent channels, h/w pixels, 
 tokens, D text width.
 """
 
-import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX, training_utils
 
 from base.bars import tracked
+from base.levels import HOST_LEVELS
 from cogvideox.loading import load_text_encoder
 from memory.host import free_on_gpu
 from memory.weights import stream_weights
@@ -73,7 +73,7 @@ def encode_captions(
     if not prompts:
         return
     tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
-    place_text_encoder(text_encoder, device, streamed=level in ("offload", "stream"))
+    place_text_encoder(text_encoder, device, streamed=level in HOST_LEVELS)
     # One by one: a caption's neighbours would change the last bits of its embedding
     for prompt in tracked(prompts, "captions", delay=1):
         yield encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
@@ -98,9 +98,7 @@ def free_memory(device: torch.device) -> None:
     """Give back what models held to which no name is left."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a ring of weights may still be filling up for a pass that never comes
-    gc.collect()  # streamed blocks refer to themselves
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    training_utils.free_memory()  # it collects garbage first: streamed blocks refer to themselves
 
 
 def fits(model: torch.nn.Module, device: torch.device) -> bool:

@@ -8,28 +8,24 @@ from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from base.bars import download_bar
+from base.dtypes import WEIGHT_DTYPES
 from base.errors import UsageError, first_line
 from base.file_kinds import stand_in
 from base.hashes import Hashes
+from base.tensor_file import weight_files
 from cogvideox.config import (
-    CONFIGS,
-    VaeConfig,
     Weights,
     check_class,
-    check_task,
     load_scheduler,
     load_vae_config,
-    read_config,
 )
 
 
 WEIGHT_NAME = re.compile(r"\.(safetensors|bin)$|\.index\.(\w+\.)?json$")  # files of weights, and indices of several
 SETTINGS_SUFFIXES = {".json", ".model", ".txt"}
-SAFETENSORS_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def resolve_model_dir(model: str, components: list[str], revision: str | None = None, cache_dir: str | None = None):
@@ -71,13 +67,13 @@ def check_model_files(paths: list[Path]) -> None:
 
 def download_model(model: str, components: list[str], revision: str | None, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     patterns = ["model_index.json", *(name if name.endswith(".json") else f"{name}/*" for name in components)]
     try:
         options = {"revision": revision, "cache_dir": cache_dir, "tqdm_class": download_bar(model)}
         return Path(snapshot_download(model, allow_patterns=patterns, **options))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
             f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
             "reached, name a mirror by HF_ENDPOINT=https://..., or give the folder of a downloaded model"
@@ -95,34 +91,9 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
     try:
         with safe_open(files[0], framework="pt") as weights:
             name = next(iter(weights.keys()))
-            return SAFETENSORS_DTYPES[weights.get_slice(name).get_dtype()]
+            return WEIGHT_DTYPES[weights.get_slice(name).get_dtype()]
     except (SafetensorError, KeyError) as error:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
-
-
-def read_configs_from_args(args, image_to_video: bool) -> tuple[dict, VaeConfig]:
-    """The transformer's configuration and the VAE's, fetched alone: gigabytes follow for a model of the script's task
-    and for data that can be read.
-    """
-    model = args.pretrained_model_name_or_path
-    model_dir = resolve_model_dir(model, CONFIGS, args.revision, args.cache_dir)
-    config = read_config(model_dir, "transformer")
-    check_task(model, config, image_to_video)
-    if args.init_transformer is not None:
-        config = read_start_config_from_args(args, config)
-    return config, load_vae_config(model_dir)
-
-
-def resolve_model_from_args(args, with_encoders: bool) -> tuple[Path, Weights]:
-    """The model's folder with all that is needed of it, and the transformer's weights.
-
-    Of the VAE two numbers are needed, unless something is encoded; of the transformer none but --init_transformer.
-    """
-    weights = ["vae", "text_encoder", "tokenizer"] if with_encoders else ["vae/config.json"]
-    transformer = "transformer" if args.init_transformer is None else "transformer/config.json"
-    components = [transformer, "scheduler", *weights]
-    model_dir = resolve_model_dir(args.pretrained_model_name_or_path, components, args.revision, args.cache_dir)
-    return model_dir, weights_from_args(args, model_dir)
 
 
 def weights_from_args(args, model_dir: Path) -> Weights:
@@ -248,17 +219,6 @@ def hash_json(content) -> str:
 
 
 # ---------------------------------------------------------------- files
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors files of a model that diffusers saved, one or several."""
-    single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if variant:
-        single, index = (path.with_suffix(f".{variant}{path.suffix}") for path in (single, index))
-    if not index.exists():
-        return [single]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(shards))]
 
 
 def files_that_load(folder: Path, variant: str | None) -> list[Path]:

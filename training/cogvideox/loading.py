@@ -1,32 +1,20 @@
 """The models of a folder, each loaded in the dtype that is asked for."""
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import AutoTokenizer, T5EncoderModel
 
 from base.errors import UsageError
-from cogvideox.config import CONFIGS, attention_shape, default_fps, takes_image
+from base.startup import STARTUP
+from base.tensor_file import weight_files
+from cogvideox.config import Weights, empty_transformer
 from cogvideox.folder import (
-    read_configs_from_args,
-    resolve_model_dir,
-    stored_dtype,
     transformer_folder,
-    weight_files,
-    weights_from_args,
 )
-
-
-def num_parameters(transformer_config) -> float:
-    """About how many parameters: 12 d^2 of attention and feed-forward, 6 x 2 x d x time_embed_dim of modulation."""
-    width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
-    per_block = 12 * width**2 + 12 * width * transformer_config.get("time_embed_dim", 512)
-    return transformer_config["num_layers"] * per_block
 
 
 class TransformerWithoutBlocks(CogVideoXTransformer3DModel):
@@ -60,7 +48,13 @@ def load_transformer(
         load_blocks(blocks, "transformer_blocks.", weight_files(folder, variant), dtype)
         transformer.transformer_blocks = blocks
         transformer.register_to_config(num_layers=len(blocks), _class_name=type(transformer).__name__)
+    STARTUP.mark("loading")
     return transformer.requires_grad_(False).eval()
+
+
+def load_transformer_from_args(args, weights: Weights, dtype: torch.dtype, load_blocks: Callable | None):
+    """The transformer that training starts from."""
+    return load_transformer(weights.folder, dtype, weights.variant, args.drop_learned_positions, load_blocks)
 
 
 def load_whole(model_class, folder: Path, dtype: torch.dtype, **options):
@@ -71,36 +65,10 @@ def load_whole(model_class, folder: Path, dtype: torch.dtype, **options):
     return model
 
 
-def empty_transformer(transformer_config) -> CogVideoXTransformer3DModel:
-    """The transformer without memory for its weights, to count and to name them."""
-    with torch.device("meta"):
-        return CogVideoXTransformer3DModel.from_config(transformer_config)
-
-
-class Outline(NamedTuple):
-    """A model as far as its memory goes, before any weights are read."""
-
-    transformer: CogVideoXTransformer3DModel  # without memory
-    stored: torch.dtype
-    shape_of: Callable  # (buckets, batch size) -> [B, S, heads, head_dim] of the largest batch
-    fps: int
-    image_to_video: bool
-    scaling_factor: float | None = None
-
-
-def outline_of(config, stored: torch.dtype) -> Outline:
-    shape_of = functools.partial(attention_shape, config)
-    return Outline(empty_transformer(config), stored, shape_of, default_fps(config), takes_image(config))
-
-
-def read_outline_from_args(args, image_to_video: bool) -> Outline:
-    """From the configurations alone: of a model on the hub no weights are fetched, and it counts as stored in bf16."""
-    config, vae_config = read_configs_from_args(args, image_to_video)
-    model_dir = resolve_model_dir(args.pretrained_model_name_or_path, CONFIGS, args.revision, args.cache_dir)
-    weights = weights_from_args(args, model_dir)
-    has_weights = any(weights.folder.glob("*.safetensors"))
-    stored = stored_dtype(*weights) if has_weights else torch.bfloat16
-    return outline_of(config, stored)._replace(scaling_factor=vae_config.scaling_factor)
+def load_vae_from_args(args, model_dir: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKLCogVideoX:
+    """The VAE as a training run needs it: on `device`, but on the CPU where prepared data leaves it to validation."""
+    vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling)
+    return vae.to("cpu" if args.load_tensors else device)
 
 
 def load_vae(

@@ -3,13 +3,15 @@
 from diffusers import DiffusionPipeline
 
 
-def make_pipeline(pipeline_class, vae, scheduler, image_latent_scale: str, transformer) -> DiffusionPipeline:
-    """The stock pipeline around models that exist already, for prompts given as embeddings: it gets no T5.
+def make_pipeline(model, vae, scheduler, image_latent_scale: str, transformer) -> DiffusionPipeline:
+    """The stock pipeline of `model` around models that exist already, for prompts given as embeddings: it gets no T5.
 
     The schedule is a new one of the checkpoint's class and configuration: sampling changes its state.
     """
     scheduler = type(scheduler).from_config(scheduler.config)
-    pipe = pipeline_class(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    pipe = model.pipeline_class(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
+    )
     if image_latent_scale == "raw":
         use_raw_image_latents(pipe)
     return pipe

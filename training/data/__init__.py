@@ -1,1 +1,1 @@
-"""Clips in, batches of one size out; what is prepared on disk is the same as what is computed on the way."""
+"""From clip lists and video files to batches of one size; prepared latents equal those encoded during training."""

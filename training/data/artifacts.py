@@ -1,4 +1,4 @@
-"""Files of a prepared dataset: written beside and renamed, each with a key of everything that decided its content."""
+"""Reads and writes the files of a prepared dataset, atomically and with a cache key in each."""
 
 import hashlib
 import io
@@ -11,10 +11,10 @@ import av
 import torch
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 
 from base.errors import NumbersError
 from base.files import written_beside
+from base.tensor_file import bytes_of, save_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,14 @@ def recorded_key(path: Path) -> str | None:
                 return image.text.get("key")
         with safe_open(path, framework="pt") as tensors:
             key = (tensors.metadata() or {}).get("key")
-            return key and key.partition("\n")[0]  # JSON in one line, then the content's hash
+            return key and key.partition("\n")[0]  # first line: the key as JSON; second: hash of the content
     except (SafetensorError, OSError, SyntaxError) as error:  # PIL raises SyntaxError on a broken PNG
         logger.warning("%s: not readable (%s), made again", path, error)
         return None
 
 
 def is_intact(path: Path) -> bool:
-    """False if the tensors are no longer those that were written; files of before this was recorded count as intact."""
+    """False if the tensors no longer match the recorded hash; files without one, from earlier versions, are intact."""
     if path.suffix != ".safetensors":
         return True
     with safe_open(path, framework="pt") as file:
@@ -52,7 +52,7 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
 
 
@@ -60,21 +60,18 @@ def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             advice = (
                 "the model's files are damaged" if tensor.dtype == torch.float32 else "run again with --dtype fp32"
             )
             raise NumbersError(f"{path}: {name} is not finite in {tensor.dtype}; {advice}")
-    # One entry: the library writes several in random order, and equal files are to be equal bytes
-    content = serialize(tensors, metadata={"key": f"{key}\n{tensors_hash(tensors)}"})
     with written_beside(path) as temporary:
-        temporary.write_bytes(content)  # not save_file, which makes files that only their owner can read
+        save_tensors(temporary, tensors, {"key": f"{key}\n{tensors_hash(tensors)}"})
 
 
 def write_image(path: Path, pixels, key: str) -> None:
-    """A PNG of uint8 pixels [h, w, 3] with the key in its text."""
+    """Write a PNG of uint8 pixels [h, w, 3] with the key in a text chunk."""
     info = PngImagePlugin.PngInfo()
     info.add_text("key", key)
     with written_beside(path) as temporary:
@@ -82,11 +79,11 @@ def write_image(path: Path, pixels, key: str) -> None:
 
 
 def write_video(path: Path, frames, fps: int) -> None:
-    """An mp4 of uint8 frames [F', h, w, 3], hardly compressed; the same frames give the same bytes."""
+    """Write an mp4 of uint8 frames [F', h, w, 3], lightly compressed; the same frames give the same bytes."""
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    # A constant quantizer, not crf: x264's macroblock tree gives other bytes now and then (seen with 32x48 frames)
+    # A constant quantizer, not crf: x264's macroblock tree is not always deterministic (seen with 32x48 frames)
     options = {"threads": "1", **({"qp": "16"} if codec == "libx264" else {"qscale": "2"})}
-    content = io.BytesIO()  # in memory: an encoder that writes by itself loses the error of a full disk
+    content = io.BytesIO()  # in memory: an encoder that writes files itself loses the error of a full disk
     with av.open(content, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
@@ -98,7 +95,7 @@ def write_video(path: Path, frames, fps: int) -> None:
 
 
 class Writer:
-    """A few writing threads with a bounded queue: an error ends the run soon, and nothing piles up in memory."""
+    """A pool of writer threads with a bounded queue: errors surface early, and memory stays bounded."""
 
     def __init__(self, num_threads: int):
         self.pool, self.limit = ThreadPoolExecutor(num_threads), 2 * num_threads

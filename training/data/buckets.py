@@ -1,6 +1,6 @@
-"""Buckets: the (frames, height, width) that clips are brought to, and the order in which they are trained on.
+"""Assigns clips to buckets of (frames, height, width), and packs an epoch into batches of one bucket each.
 
-Pure arithmetic on the standard library: nothing here opens a file.
+Pure arithmetic, standard library only; nothing here opens a file.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import NamedTuple
 from base.draws import draw_seed
 
 
-ASPECT_TOLERANCE = math.log(1.05)  # aspect ratios within 5 % of the best count as equal: the crop hardly differs
+ASPECT_TOLERANCE = math.log(1.05)  # aspect ratios within 5 % of the best count as ties: the crop hardly differs
 
 
 class Bucket(NamedTuple):
-    """Frames and pixels of a clip as the VAE sees it."""
+    """Size of a clip as the VAE sees it, in frames and pixels."""
 
     frames: int
     height: int
@@ -25,13 +25,13 @@ class Bucket(NamedTuple):
 def make_buckets(
     frame_buckets: Iterable[int], height_buckets: Iterable[int], width_buckets: Iterable[int]
 ) -> list[Bucket]:
-    """Every combination once, sorted."""
+    """All combinations, without duplicates, sorted."""
     widths, heights = set(width_buckets), set(height_buckets)
     return sorted(Bucket(f, h, w) for f in set(frame_buckets) for h in heights for w in widths)
 
 
 def nearest_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bucket]) -> Bucket | None:
-    """The bucket with the most frames that the clip can fill, then nearest in aspect ratio, then in area; or None."""
+    """The bucket with the most frames that the clip can fill, then the nearest aspect ratio, then area; or None."""
     fitting = [bucket for bucket in buckets if bucket.frames <= num_frames]
     most_frames = max((bucket.frames for bucket in fitting), default=0)
     candidates = {bucket: aspect_distance(height, width, bucket) for bucket in fitting if bucket.frames == most_frames}
@@ -49,14 +49,14 @@ def area_distance(height: int, width: int, bucket: Bucket) -> float:
 
 
 def upscale(height: int, width: int, bucket: Bucket) -> float:
-    """Linear factor by which the clip is resized so that it just covers the bucket; above 1 it is enlarged."""
+    """Linear scale factor at which the clip just covers the bucket; above 1 it is enlarged."""
     return max(bucket.height / height, bucket.width / width)
 
 
 def num_sampled_frames(num_source_frames: int, source_fps: float, target_fps: float) -> int:
-    """How many frames a clip holds at `target_fps`: n frames span n - 1 periods.
+    """Number of frames of a clip at `target_fps`: n frames span n - 1 periods.
 
-    Up to half a period is forgiven (of the slower rate), so that 49 frames at a measured 8.01 fps are 49 at 8.
+    Tolerates up to half a period of the slower rate, so that 49 frames at a measured 8.01 fps are 49 frames at 8.
     """
     if num_source_frames < 1:
         return 0
@@ -65,7 +65,7 @@ def num_sampled_frames(num_source_frames: int, source_fps: float, target_fps: fl
 
 
 def frame_times(num_frames: int, fps: float, start: float = 0.0) -> list[float]:
-    """Seconds from the first frame at which a clip is sampled."""
+    """Sampling times in seconds from the clip's first frame."""
     return [start + frame / fps for frame in range(num_frames)]
 
 
@@ -75,16 +75,16 @@ def frame_times(num_frames: int, fps: float, start: float = 0.0) -> list[float]:
 def pack_batches(
     buckets_of_samples: Sequence[Hashable], batch_size: int, num_ranks: int, seed: int, epoch: int
 ) -> list[list[list[int]]]:
-    """[batch][rank] -> sample indices, of one bucket in each batch; nothing is dropped.
+    """[batch][rank] -> sample indices; each batch is from one bucket, and no sample is dropped.
 
-    A batch is cut from the epoch's permutation as one and then split over the ranks, so that batch size and number
-    of ranks can be traded without another order. What is left of a bucket at the end is filled up to a multiple of
-    the ranks with the bucket's own first samples: `num_repeated` counts them.
+    A global batch is cut from the epoch's permutation and then split over the ranks, so trading batch size for ranks
+    keeps the order. The remainder of a bucket is padded to a multiple of the ranks with the bucket's first samples;
+    `num_repeated` counts those.
     """
     order = list(range(len(buckets_of_samples)))
     random.Random(draw_seed(seed, "order", epoch)).shuffle(order)
     size = batch_size * num_ranks
-    batches, own = [], {}  # own: bucket -> its samples so far
+    batches, own = [], {}  # own: {bucket: its samples so far}
     for index in order:
         samples = own.setdefault(buckets_of_samples[index], [])
         samples.append(index)
@@ -104,12 +104,12 @@ def split(samples: list[int], num_ranks: int) -> list[list[int]]:
 
 
 def num_batches(buckets_of_samples: Iterable[Hashable], batch_size: int, num_ranks: int) -> int:
-    """Batches of an epoch, the same in every epoch."""
+    """Number of batches per epoch, the same for every epoch."""
     return sum(math.ceil(count / (batch_size * num_ranks)) for count in counts(buckets_of_samples))
 
 
 def num_repeated(buckets_of_samples: Iterable[Hashable], num_ranks: int) -> int:
-    """Samples that an epoch uses twice so that all ranks get equally many."""
+    """Number of samples used twice per epoch so that all ranks get equally many."""
     return sum(-count % num_ranks for count in counts(buckets_of_samples))
 
 

@@ -1,7 +1,7 @@
-"""T5's embeddings of a run's captions, in one file that all ranks of a machine map, and what T5 makes of the texts.
+"""Encodes a run's captions with T5 into one file that all ranks of a machine memory-map; warns about unreadable texts.
 
-T5-XXL gives 1.8 MiB a caption in bf16, 36 GiB for 20,000. From a mapped file a row is read when it is used, and what
-was read is the system's to drop where memory is short. Axes: N captions, S text tokens, D text width.
+T5-XXL gives 1.8 MiB per caption in bf16, 36 GiB for 20,000. Rows of a mapped file are read on use, and the system can
+drop them again when memory is short. Axes: N captions, S text tokens, D text width.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -21,24 +20,25 @@ from base.errors import StorageError, first_few
 from base.files import TEMPORARY, flush, free_bytes, rename, undo
 from base.hashes import stamp_of
 from base.ranks import meet
+from base.startup import STARTUP
+from base.tensor_file import describe, encoded
 from data.artifacts import recorded_key
 
 
 logger = logging.getLogger(__name__)
 
-STEM, TENSOR = "caption_embeds", "prompt_embeds"  # of the file, and in it
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors'
-SPACE = "\u2581"  # sentencepiece's, which stands before a word
-SHOWN = 40  # characters of a prompt that has no clip
+STEM, TENSOR = "caption_embeds", "prompt_embeds"  # names of the file and of the tensor in it
+SPACE = "\u2581"  # sentencepiece's marker at the start of a word
+SHOWN = 40  # characters of a validation prompt shown in warnings
 
 
 class CaptionEmbeds(Mapping):
-    """Prompt -> its embedding [S, D], in the mapped file."""
+    """{prompt: embedding [S, D]}, views into the memory-mapped file."""
 
     def __init__(self, path: Path, prompts: list[str]):
         self.rows = {prompt: row for row, prompt in enumerate(prompts)}
         with safe_open(path, framework="pt") as tensors:
-            self.table = tensors.get_tensor(TENSOR)  # [N, S, D], mapped, not read
+            self.table = tensors.get_tensor(TENSOR)  # [N, S, D], memory-mapped
 
     def __getitem__(self, prompt: str) -> torch.Tensor:
         return self.table[self.rows[prompt]]
@@ -54,12 +54,12 @@ class CaptionEmbeds(Mapping):
 
 
 def read_texts_from_args(args, dataset, held_out_clips, prompts: list[str]) -> dict[str, list[str]]:
-    """Each different text that a run encodes, the empty one among them, and the clips or flags that it belongs to."""
+    """{text: the clips or flags that use it} of every distinct text that a run encodes, the empty one included."""
     texts = {"": []}
     if not args.load_tensors:
         held_out_sources = held_out_clips.dataset.sources if held_out_clips.dataset else []
         clips = [*zip(dataset.prompts, dataset.sources, strict=True)]
-        clips += zip(held_out_clips.prompts, held_out_sources, strict=False)  # of a longer list the first
+        clips += zip(held_out_clips.prompts, held_out_sources, strict=False)  # sources may be a longer list
         for caption, source in clips:
             texts.setdefault(caption, []).append(source)
     for prompt in prompts:
@@ -72,7 +72,7 @@ def shortened(text: str) -> str:
 
 
 def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], max_length: int) -> None:
-    """Say what T5 cannot read, and what is cut: a line each, naming the first of what `texts` holds."""
+    """Warn about texts with characters unknown to T5, and about truncated ones: one line each, with the first few."""
     if args.id_token:
         texts = texts | {args.id_token: ["--id_token", *texts.get(args.id_token, [])]}
     tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
@@ -103,46 +103,40 @@ def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], 
 # ---------------------------------------------------------------- the file
 
 
-def encode_captions_from_args(
-    args,
-    accelerator,
-    model_dir: Path,
-    texts: dict[str, list[str]],
-    dtype: torch.dtype,
-    level: str | None,
-    text_shape: tuple[int, int],
-    encode: Callable,
+def encode_from_args(
+    args, run, model, texts: dict[str, list[str]], dtype: torch.dtype, level: str | None, encode: Callable
 ) -> CaptionEmbeds:
-    """The embedding [S, D] of each of `texts`: from the file of an interrupted run where it fits, else made now.
+    """The embeddings of `texts`: from the file of an interrupted run if it matches, else encoded now.
 
-    The ranks of a machine share the texts out, and read what all of them made. `encode` is encoding.encode_captions.
+    The ranks of a machine split the texts between them and read the common file. `encode`: encoding.encode_captions.
     """
-    prompts, max_length = list(texts), text_shape[0]
-    if accelerator.is_main_process:
-        warn_of_texts_from_args(args, model_dir, texts, max_length)
+    prompts, max_length = list(texts), model.text_shape[0]
+    if run.rank == 0:
+        warn_of_texts_from_args(args, model.folder, texts, max_length)
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    machine, place = divmod(accelerator.process_index, num_local)
+    machine, place = divmod(run.rank, num_local)
     path = Path(args.output_dir, f"{STEM}-{machine}.safetensors")
-    key = key_from_args(args, model_dir, prompts, dtype, max_length)
+    key = key_from_args(args, model.folder, prompts, dtype, max_length)
     if any(meet("captions-looked-for", "" if recorded_key(path) == key else "to be made")):
-        shape = len(prompts), *text_shape
+        shape = len(prompts), *model.text_shape
         header = file_header(key, shape, dtype)
         problem = reserve(path, header, shape, dtype) if place == 0 else ""
         if problems := [problem for problem in meet("captions-room", problem) if problem]:
             raise StorageError(problems[0])
         own = range(place, len(prompts), num_local)
-        given = (model_dir, prompts[place::num_local], dtype, accelerator.device, max_length, args.variant, level)
+        given = (model.folder, prompts[place::num_local], dtype, run.device, max_length, args.variant, level)
         write_rows(unfinished(path), len(header), own, encode(*given))
         meet("captions-written")
         if place == 0:
             flush(unfinished(path))
             rename(unfinished(path), path)
         meet("captions-in-place")
+    STARTUP.mark("encoding")
     return CaptionEmbeds(path, prompts)
 
 
 def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype, max_length: int) -> str:
-    """All that decides the file's content. T5 goes by sizes and times: hashing it would cost more than is spared."""
+    """Hash of everything that determines the file's content. T5's files count by size and time: hashing takes long."""
     paths = [path for part in ("text_encoder", "tokenizer") for path in sorted((model_dir / part).iterdir())]
     parts = {
         "prompts": prompts, "encoder": [[path.name, *stamp_of(path)] for path in paths], "variant": args.variant,
@@ -152,21 +146,21 @@ def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype,
 
 
 def unfinished(path: Path) -> Path:
-    """Where all ranks write; a killed run's is removed when its folder is opened."""
+    """The temporary file that all ranks write to; a killed run's is removed when its folder is next opened."""
     return path.with_name(f"{TEMPORARY}{path.name}")
 
 
 def reserve(path: Path, header: bytes, shape: tuple[int, int, int], dtype: torch.dtype) -> str:
-    """Begin the unfinished file; returns what is in the way, in one line, before T5 is loaded for nothing."""
+    """Create the temporary file at full size, before T5 is loaded; returns one line if the disk has no room for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # of other captions
+    path.unlink(missing_ok=True)  # outdated
     needed, free = embeds_bytes(shape, dtype), free_bytes(path.parent)
     if needed > free:
         return (
             f"{path}: the embeddings of {shape[0]} captions take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
             "are free there; make room, or choose an --output_dir on another disk"
         )
-    undo.extend([path.unlink, unfinished(path).unlink])  # of a command that is refused later
+    undo.extend([path.unlink, unfinished(path).unlink])  # if the command is refused later
     with open(unfinished(path), "wb") as file:
         file.write(header)
         file.truncate(len(header) + needed)
@@ -178,15 +172,12 @@ def embeds_bytes(shape: tuple[int, int, int], dtype: torch.dtype) -> int:
 
 
 def file_header(key: str, shape: tuple[int, int, int], dtype: torch.dtype) -> bytes:
-    """What a safetensors file of one tensor begins with: by hand, because its rows are written one by one."""
-    entry = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [0, embeds_bytes(shape, dtype)]}
-    text = json.dumps({"__metadata__": {"key": key}, TENSOR: entry}).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensor is aligned
-    return struct.pack("<Q", len(text)) + text
+    """Header of a safetensors file with one tensor, whose rows are written one by one."""
+    return encoded(describe({TENSOR: (dtype, shape)}, {"key": key}))
 
 
 def write_rows(path: Path, start: int, rows: range, embeds: Iterator[torch.Tensor]) -> None:
-    """Put each embedding [S, D] at its row of the tensor that begins at byte `start`."""
+    """Write each embedding [S, D] to its row of the tensor that begins at byte `start`."""
     with open(path, "r+b") as file:
         for row, embedding in zip(rows, embeds, strict=True):
             file.seek(start + row * embedding.nbytes)
@@ -194,6 +185,6 @@ def write_rows(path: Path, start: int, rows: range, embeds: Iterator[torch.Tenso
 
 
 def remove_caption_embeds(output_dir: Path) -> None:
-    """At the end of a run: nothing goes on from it."""
+    """Remove the file at the end of a run, which cannot be resumed any more."""
     for path in output_dir.glob(f"{STEM}-*.safetensors"):
-        path.unlink(missing_ok=True)  # by another rank
+        path.unlink(missing_ok=True)  # another rank may have removed it

@@ -1,4 +1,4 @@
-"""How a data set is written down: two text files or a CSV, captions kept exactly as written."""
+"""Reads lists of clips: two text files or a CSV; captions are kept exactly as written."""
 
 import csv
 import difflib
@@ -22,21 +22,21 @@ LAYOUTS = (
     "(--caption_column prompts.txt --video_column videos.txt), or a CSV (--dataset_file)"
 )
 
-TEXT_PAIRS = (("prompts.txt", "videos.txt"), ("prompt.txt", "videos.txt"))  # names in use for the two files
+TEXT_PAIRS = (("prompts.txt", "videos.txt"), ("prompt.txt", "videos.txt"))  # common names of the two files
 
 
 class Clip(NamedTuple):
-    """A video and its caption; `row` is the line (CSV: the row as a spreadsheet counts), `source` the path as written."""
+    """A video and its caption; `row`: the line (in a CSV, the spreadsheet's row), `source`: the path as written."""
 
     video: Path
     prompt: str
     row: int
     source: str
-    below_root: str = ""  # where `source` is absolute: the path from the data root on, which stays when the root moves
+    below_root: str = ""  # if `source` is absolute: relative to the data root, and so unchanged when the root moves
 
     @property
     def identity(self) -> str:
-        """What the clip is known by, wherever its root lies."""
+        """The clip's path, independent of where the data root is."""
         return self.below_root or self.source
 
 
@@ -54,10 +54,10 @@ def read_clips(
     allow_outside: bool = False,
     blank_captions: bool = False,
 ) -> list[Clip]:
-    """The clips of `<data_root>/<caption_column>` and `<video_column>`, or of the CSV `dataset_file`.
+    """Clips from `<data_root>/<caption_column>` and `<video_column>`, or from the CSV `dataset_file`.
 
-    Raises DataError for whatever does not match; missing videos are all named in one error. `blank_captions` are legal
-    where an id token makes captions of them.
+    Raises DataError for any mismatch; missing videos are listed in one error. `blank_captions`: blank captions are
+    allowed, because the id token fills them.
     """
     root = find_root(data_root, dataset_file)
     if dataset_file is None:
@@ -75,14 +75,14 @@ def read_clips(
 
 
 def from_root(root, source: str) -> str:
-    """An absolute path below the data root as a relative one; empty for any other."""
+    """An absolute path below the data root as a relative path; empty for any other path."""
     base = os.path.abspath(root)
     return os.path.relpath(source, base) if os.path.isabs(source) and is_below(source, base) else ""
 
 
 def as_on_disk(root, source: str) -> str:
-    """The relative path `source` as the disk spells it, where that differs by Unicode normalization alone: macOS gives
-    decomposed names, and most editors write composed ones. What is not there stays as it is.
+    """The relative path `source` as spelt on disk, if that differs only by Unicode normalization: macOS uses
+    decomposed names, most editors write composed ones. Unchanged if there is no such file.
     """
     if source.isascii() or os.path.exists(os.path.join(root, source)):
         return source
@@ -93,14 +93,14 @@ def as_on_disk(root, source: str) -> str:
 
 @functools.lru_cache
 def names_in(folder: str) -> dict[str, str]:
-    """Composed form -> name of what lies in a folder; empty if it is none."""
+    """{composed form: name on disk} of a folder's entries; empty if there is no such folder."""
     if not os.path.isdir(folder):
         return {}
     return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
 
 
 def refuse_missing_videos(root: Path, listing, clips: list[Clip]) -> None:
-    """DataError that names the rows whose video is not there, with what was likely meant."""
+    """Raise DataError for rows whose video is missing, with a guess at what was meant."""
     folders = [f"'{clip.source}' (row {clip.row})" for clip in clips if os.path.isdir(clip.video)]
     if folders:
         raise DataError(
@@ -116,7 +116,7 @@ def refuse_missing_videos(root: Path, listing, clips: list[Clip]) -> None:
 
 
 def likely_meant(root: Path, clip: Clip) -> str:
-    """What is there in place of a missing video, as the end of an error; empty if nothing is near."""
+    """The end of the error line for a missing video: a similar file that exists; empty if there is none."""
     if os.path.islink(clip.video):
         target = os.readlink(clip.video)
         fetch = "; run git annex get" if ".git/annex" in target else ""
@@ -133,7 +133,7 @@ def likely_meant(root: Path, clip: Clip) -> str:
 
 
 def find_root(data_root, dataset_file) -> Path:
-    """The folder that video paths are relative to: --data_root, or the CSV's own."""
+    """The folder that video paths are relative to: --data_root, or the CSV's folder."""
     if data_root is None and dataset_file is None:
         raise DataError(f"no data: {LAYOUTS}")
     root = Path(dataset_file).parent if data_root is None else Path(data_root)
@@ -143,9 +143,10 @@ def find_root(data_root, dataset_file) -> Path:
 
 
 def inside(root, source: str, place: str, allow_outside: bool = False) -> Path:
-    """The file that `source` names below `root`; DataError, starting with `place`, for URLs and for what leads out of it.
+    """The path of `source` below `root`; DataError, prefixed with `place`, for URLs and paths that lead outside.
 
-    By `..`, by an absolute path or by a link: a downloaded folder must not choose which files of this machine are read.
+    Outside by `..`, by an absolute path or by a link: a downloaded dataset must not choose which files of this machine
+    are read.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source) and not os.path.isfile(os.path.join(root, source)):
         raise DataError(f"{place}: '{source}' is a URL or protocol; only files inside {root} are read")
@@ -156,7 +157,7 @@ def inside(root, source: str, place: str, allow_outside: bool = False) -> Path:
     advice = "move the file inside, set --data_root above it, or pass --allow_outside_root"
     if not any(is_below(path, parent) for parent in (base, real_path(base))):
         raise DataError(f"{place}: '{source}' is outside of {root}; {advice}")
-    # Folders repeat: 100,000 clips of one folder are resolved in a second
+    # Resolve the folder, which is cached: 100,000 clips in one folder take a second
     real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_path(os.path.dirname(path)), "file")
     if not is_below(real, real_path(base)):
         raise DataError(f"{place}: '{source}' is a link to {os.path.realpath(path)}, outside of {root}; {advice}")
@@ -176,7 +177,7 @@ def is_below(path: str, folder: str) -> bool:
 
 
 def read_text_rows(root: Path, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
-    """Lines of the two files side by side; trailing blank lines do not count, but as `blank_captions` of videos."""
+    """The two files zipped line by line; trailing blank lines are ignored, except captions with `blank_captions`."""
     captions_path, videos_path = root / caption_column, root / video_column
     for path, flag in ((captions_path, "--caption_column"), (videos_path, "--video_column")):
         if not path.is_file():
@@ -206,7 +207,7 @@ def refuse_blank(path, row: int, what: str, text: str) -> None:
 
 
 def layout_hint(root: Path) -> str:
-    """What to pass, judged by the files that are there."""
+    """Which flags to pass, guessed from the files that exist."""
     for captions, videos in TEXT_PAIRS:
         if (root / captions).is_file() and (root / videos).is_file():
             return f"pass --caption_column {captions} --video_column {videos}"
@@ -217,7 +218,7 @@ def layout_hint(root: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines without their ending, \\n or \\r\\n; no other character ends a line (captions may hold U+2028)."""
+    """Lines without \\n or \\r\\n; no other character ends a line (captions may contain U+2028)."""
     lines = read_text(path).replace("\r\n", "\n").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
@@ -228,7 +229,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """UTF-8 text, with or without a byte order mark; line endings as they are."""
+    """UTF-8 text, with or without a byte order mark; line endings unchanged."""
     try:
         data = path.read_bytes()
         other = stand_in(path) or archive(path)
@@ -253,7 +254,7 @@ def read_text(path: Path) -> str:
 
 
 def read_csv_rows(dataset_file, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
-    """The two columns; every field is text, whatever it looks like."""
+    """The two columns of the CSV; every field is kept as text."""
     path = Path(dataset_file)
     if not path.is_file():
         raise DataError(f"{path}: no such file (--dataset_file)")
@@ -281,7 +282,7 @@ def read_csv_rows(dataset_file, caption_column: str, video_column: str, blank_ca
 
 
 def read_table(path: Path) -> list[list[str]]:
-    text = io.StringIO(read_text(path), newline="")  # keeps the line endings inside of captions
+    text = io.StringIO(read_text(path), newline="")  # keeps line endings inside captions
     reader = csv.reader(text, strict=True)
     try:
         return list(reader)
@@ -303,16 +304,17 @@ def find_column(path: Path, header: list[str], name: str, flag: str) -> int:
 
 
 def with_id_token(prompt: str, id_token: str | None) -> str:
-    """The caption with the token in front, one space between; of a blank caption the token alone."""
+    """The caption prefixed with the token and a space; just the token for a blank caption."""
     if not id_token:
         return prompt
     return f"{id_token} {prompt}" if prompt.strip() else id_token
 
 
 def draw_places(sources: Iterable[str]) -> list[str]:
-    """`source/window/repeat` of each clip, all that a draw about it depends on: other rows may come, go and move.
+    """`source/window/repeat` per clip: its random draws depend on this alone, so other rows may be added or moved.
 
-    The source is the path as written, but for ./ and the like, its n-th row is repeat n; the window, of clips cut into several, is 0.
+    `source` is the normalized path; `repeat` counts earlier rows with the same path; `window` is always 0, reserved
+    for clips cut into several.
     """
     seen: Counter[str] = Counter()
     places = []
@@ -323,7 +325,7 @@ def draw_places(sources: Iterable[str]) -> list[str]:
 
 
 def unique_stems(sources: Iterable[str]) -> list[str]:
-    """File names for what is made from each source path: safe, unique, and unchanged when other rows come or go.
+    """File stems for the outputs of each source path: safe, unique, and stable when other rows are added or removed.
 
     A source listed again (with another caption, say) gets -2, -3 and so on.
     """
@@ -333,7 +335,7 @@ def unique_stems(sources: Iterable[str]) -> list[str]:
         digest = short_hash(source)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(source).stem)[:150].lstrip("-._")
         stem = f"{name}-{digest}" if name else digest
-        seen[stem.lower()] += 1  # file systems that ignore case
+        seen[stem.lower()] += 1  # file systems may ignore case
         count = seen[stem.lower()]
         stems.append(stem if count == 1 else f"{stem}-{count}")
     return stems

@@ -1,4 +1,4 @@
-"""What PyAV does not expose of a container: boxes of an mp4 (ISO 14496-12), elements of a Matroska file (RFC 9559)."""
+"""Parses the container metadata that PyAV does not expose: mp4 boxes (ISO 14496-12), Matroska elements (RFC 9559)."""
 
 import os
 import struct
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 
-# Matroska: identifiers of elements
+# Matroska element ids
 SEGMENT, CLUSTER, TRACKS, TRACK_ENTRY, VIDEO = 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE, 0xE0
-MOST_HEADER_BYTES = 16  # of an identifier and a size, 8 each at most
+MOST_HEADER_BYTES = 16  # an id and a size, at most 8 bytes each
 
 
 def boxes(file: BinaryIO, start: int, end: int, names: tuple[bytes, ...]) -> Iterator[bytes]:
-    """Contents of the boxes at the path `names` between two offsets of an mp4."""
+    """Contents of the boxes at path `names` between two offsets of an mp4."""
     while start + 8 <= end:
         file.seek(start)
         size, name = struct.unpack(">I4s", file.read(8))
@@ -35,26 +35,26 @@ def file_boxes(path, *names: bytes) -> Iterator[bytes]:
 
 
 def elements(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(identifier, offset of the content, offset after it) of the Matroska elements between two offsets."""
+    """(id, start of the content, end of the content) of the Matroska elements between two offsets."""
     while start < end:
         file.seek(start)
         head = file.read(MOST_HEADER_BYTES).ljust(MOST_HEADER_BYTES, b"\xff")
         identifier_bytes = number_bytes(head[0])
         size_bytes = number_bytes(head[identifier_bytes])
         content = start + identifier_bytes + size_bytes
-        largest = (1 << 7 * size_bytes) - 1  # says that the size is unknown: to the end
+        largest = (1 << 7 * size_bytes) - 1  # all ones: unknown size, extends to the end
         size = int.from_bytes(head[identifier_bytes : identifier_bytes + size_bytes]) & largest
         start = end if size == largest else min(content + size, end)
         yield int.from_bytes(head[:identifier_bytes]), content, start
 
 
 def number_bytes(first: int) -> int:
-    """Length of a number by its first byte: one more than that has zeros in front."""
+    """Length of a variable-size integer from its first byte: the number of leading zeros plus 1."""
     return 9 - first.bit_length() if first else 8
 
 
 def matroska_videos(path) -> list[dict[int, int]]:
-    """The Video elements of the tracks, values as unsigned numbers, as far as they come before the first frames."""
+    """The Video elements of the tracks, {id: unsigned value}, as far as they precede the first frames."""
     with open(path, "rb") as file:
         return list(video_elements(file, 0, os.path.getsize(path)))
 

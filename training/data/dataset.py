@@ -1,4 +1,4 @@
-"""The data set that the flags describe."""
+"""Builds the dataset from the flags."""
 
 import logging
 
@@ -13,12 +13,10 @@ from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 logger = logging.getLogger(__name__)
 
 
-def build_dataset_from_args(
-    args, default_fps: float, seed: int, scaling_factor: float, image_to_video: bool = False
-) -> Dataset:
-    """What a training script reads: raw videos, or with --load_tensors prepared latents; captions with the id token.
+def build_dataset_from_args(args, model, seed: int) -> Dataset:
+    """The training dataset: videos, or prepared latents with --load_tensors; captions include the id token.
 
-    `scaling_factor`, the VAE's, tells latents that were prepared for another model.
+    Read from `model`: its task, its frame rate, and the VAE's scaling factor, to detect latents of another model.
     """
     if args.load_tensors:
         given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
@@ -30,11 +28,11 @@ def build_dataset_from_args(
             seed=seed,
             id_token=args.id_token,
             text_dropout=args.text_dropout > 0,
-            scaling_factor=scaling_factor,
+            scaling_factor=model.vae_config.scaling_factor,
             allow_outside=args.allow_outside_root,
-            with_images=image_to_video,
+            with_images=model.image_to_video,
         )
-        if image_to_video:
+        if model.image_to_video:
             latents.require_image_latents()
         return latents
     clips = read_clips_from_args(args)
@@ -42,7 +40,7 @@ def build_dataset_from_args(
     return make_videos_from_args(
         args,
         clips,
-        fps=fps_from_args(args, default_fps),
+        fps=choose_fps("--fps", args.fps if "fps" in args.given else None, model.fps),
         seed=seed,
         skip_frames_start=args.skip_frames_start,
         skip_frames_end=args.skip_frames_end,
@@ -55,9 +53,10 @@ def read_clips_from_args(args) -> list[Clip]:
     return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 
-def build_videos_from_args(args, fps: float) -> VideoDataset:
-    """What prepare_dataset.py reads: captions as written, bad clips left out and described in `problems`."""
+def build_videos_from_args(args, default_fps: float) -> VideoDataset:
+    """The dataset for prepare_dataset.py: captions as written; bad clips are left out and listed in `problems`."""
     clips = read_clips_from_args(args)
+    fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
     return make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
         fps_flag="--target_fps",
@@ -80,13 +79,13 @@ def buckets_from_args(args) -> list[Bucket]:
     return make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets)
 
 
-def fps_from_args(args, default_fps: float) -> float:
-    """--fps where given, else the rate that the checkpoint was made for."""
-    if "fps" not in args.given:
+def choose_fps(flag: str, given: int | None, default_fps: float) -> float:
+    """The flag's value if given, else the rate that the checkpoint was trained at."""
+    if given is None:
         logger.info(
-            "clips are sampled at %g frames per second (this checkpoint's rate; --fps changes it)", default_fps
+            "clips are sampled at %g frames per second (this checkpoint's rate; %s changes it)", default_fps, flag
         )
         return default_fps
-    if args.fps != default_fps:
-        logger.warning("--fps %d: this checkpoint was made for %g", args.fps, default_fps)
-    return args.fps
+    if given != default_fps:
+        logger.warning("%s %d: this checkpoint was made for %g", flag, given, default_fps)
+    return given

@@ -1,6 +1,6 @@
-"""Reading frames of video files by time, as a player shows them.
+"""Decodes frames at given times from video files, as a player shows them.
 
-Times are seconds from a file's first frame.
+Times are in seconds from the file's first frame.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from data.picture import SD_LINES, UNSPECIFIED, Caution, Picture, describe, fram
 
 logger = logging.getLogger(__name__)
 
-TIE = 1e-3  # seconds; a time midway between two frames takes the earlier one, also where a file rounds to 1 ms (mkv)
-SEEK_AFTER = 2.0  # seconds; nearer starts are decoded up to
-SEEK_MARGIN = 1.0  # seconds; seeking goes by decode times, which run ahead of display times
-LATE_STAMPS = {"avi", "asf"}  # formats that store when a frame is decoded, or when another is shown
-SEEKABLE = {"mp4", "matroska", "mpegts"}  # formats that store every frame's time, so that it is the same after a seek
+TIE = 1e-3  # seconds; midway between two frames the earlier one is taken, even if the file rounds to 1 ms (mkv)
+SEEK_AFTER = 2.0  # seconds; up to here, decoding from the start is used instead of a seek
+SEEK_MARGIN = 1.0  # seconds; seeking uses decode times, which run ahead of display times
+LATE_STAMPS = {"avi", "asf"}  # formats whose timestamps are decode times, or those of another frame
+SEEKABLE = {"mp4", "matroska", "mpegts"}  # formats that store every frame's time, so times are the same after a seek
 DECORD_FORMATS, DECORD_PIXELS = {"mp4", "matroska"}, {"yuv420p", "yuvj420p"}
-READ_WITH_PYAV = set()  # paths of which `say_pyav` has told
+READ_WITH_PYAV = set()  # paths that `say_pyav` has logged
 
 
 def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads: int = 0) -> np.ndarray:
-    """The frames nearest to the ascending `times`, uint8 [F, H, W, 3] RGB; DataError if they cannot all be had.
+    """The frames nearest to the ascending `times`, uint8 [F, H, W, 3] RGB; DataError if any cannot be read.
 
-    auto is PyAV: 49 frames at 8 fps from each of six H.264 clips (three 720x480, three about 340x256) took 0.83 s in
-    all with one thread and 0.77 s by default on 2 cores, decord 0.6 1.07 and 0.95 s, for the same bytes; and decord
-    hands out damaged frames as if they were good.
+    "auto" is PyAV: 49 frames at 8 fps from each of six H.264 clips (three 720x480, three about 340x256) took 0.83 s in
+    total with one thread and 0.77 s with default threads on 2 cores; decord 0.6 took 1.07 s and 0.95 s for the same
+    bytes, and returns damaged frames without an error.
     """
     try:
         with one_clip(path):
@@ -45,8 +45,8 @@ def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads
             return read_with_pyav(path, times, num_threads) if frames is None else frames
     except DataError as error:
         message = str(error)
-    # Afresh: the old one's traceback keeps the decoder and its threads; a process forked meanwhile would inherit it
-    # without them and hang when it is collected there
+    # A new exception: the old one's traceback keeps the decoder and its threads alive. A process forked meanwhile
+    # would inherit the decoder without its threads, and hang when it is garbage-collected there
     raise DataError(message)
 
 
@@ -54,7 +54,7 @@ def read_frames(path, times: Sequence[float], backend: str = "auto", num_threads
 
 
 class Shown(NamedTuple):
-    """A decoded frame and when it is shown. What builds on damaged data is damaged, up to the next key frame."""
+    """A decoded frame and its display time. Frames after a damaged one count as damaged up to the next key frame."""
 
     seconds: float
     frame: av.VideoFrame
@@ -62,7 +62,7 @@ class Shown(NamedTuple):
 
 
 def read_with_pyav(path, times: Sequence[float], num_threads: int) -> np.ndarray:
-    """A late start seeks. What a seek brings counts only if all went well; else the file is decoded from its start."""
+    """Seeks for a late start. If anything goes wrong after the seek, the file is decoded from its start instead."""
     if times[0] > SEEK_AFTER:
         with contextlib.suppress(DataError), one_clip(path, log=False):
             return decode_at(path, times, num_threads, seek=True)
@@ -93,7 +93,7 @@ def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.
                 previous = current
         except av.FFmpegError as error:
             broken = error.strerror
-        # The last frame stays for its duration; one before an error only until the next would be nearer
+        # The last frame is shown for its duration; the last one before an error for half, then the next is nearer
         if (
             previous is None
             or times[-1] > previous.seconds + stay(stream, previous.frame) / (2 if broken else 1) + TIE
@@ -107,9 +107,7 @@ def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.
 
 
 def display_stamps(path) -> list[float]:
-    """Seconds at which the frames are shown, from the packets: in order, for formats that give a frame the time of when
-    it was decoded.
-    """
+    """Display times in seconds, from the packets in sorted order; for formats whose frames carry decode times."""
     with opened(path) as (container, stream):
         packets = [packet for packet in in_one_order(path, container, stream) if packet.pts is not None]
     first = next((number for number, packet in enumerate(packets) if packet.is_keyframe), 0)
@@ -118,7 +116,7 @@ def display_stamps(path) -> list[float]:
 
 
 def warn_of_frame(path, frame: av.VideoFrame, picture: Picture) -> None:
-    """Name a clip that is not read as a player shows it, where only a decoded frame tells."""
+    """Warn about a clip that is not read as a player shows it, if only a decoded frame reveals it."""
     for caution in frame_cautions(frame):
         if caution not in picture.cautions:
             say_caution(path, caution)
@@ -126,13 +124,13 @@ def warn_of_frame(path, frame: av.VideoFrame, picture: Picture) -> None:
 
 @functools.cache
 def say_caution(path, caution: Caution) -> None:
-    """One line, once per clip and process."""
+    """Log one line, once per clip and process."""
     logger.warning('%s is %s; convert with ffmpeg -i IN -vf "%s" OUT.mp4', path, caution.what, caution.filter)
 
 
 def timed_frames(path, container, stream, start: float, seek: bool, stamps: list[float]) -> Iterator[Shown]:
-    """Frames in order of display, from some frame at or before `start` on; DataError for a seek that lands late, and
-    where times go backwards. `stamps` rule where they are given.
+    """Frames in display order, beginning at or before `start`; DataError if a seek lands too late or times go
+    backwards. `stamps`, if given, replace the frames' own times.
     """
     frames = decoded(container, stream)
     first = next(frames, None)
@@ -160,7 +158,7 @@ def timed_frames(path, container, stream, start: float, seek: bool, stamps: list
 
 
 def put(path, pixels: np.ndarray | None, place: int, image: np.ndarray, num_frames: int) -> np.ndarray:
-    """Writes an image at its place of uint8 [F, H, W, 3], made with the first: only wanted frames take memory."""
+    """Write `image` to its place in uint8 [F, H, W, 3], allocated at the first: only wanted frames take memory."""
     if pixels is None:
         pixels = np.empty((num_frames, *image.shape), np.uint8)
     if image.shape != pixels.shape[1:]:
@@ -170,7 +168,7 @@ def put(path, pixels: np.ndarray | None, place: int, image: np.ndarray, num_fram
 
 
 def stay(stream, frame: av.VideoFrame) -> float:
-    """Seconds for which the last frame stays: longer than a period where the rate varies."""
+    """Seconds for which the last frame is shown: may exceed a period if the rate varies."""
     period = 1 / header_rate(stream)
     return max(period, float((frame.duration or 0) * (stream.time_base or 0)))
 
@@ -192,27 +190,27 @@ def import_decord():
             "--video_backend decord: decord is not installed: pip install decord (x86-64 only), or use pyav"
         ) from error
     if is_quiet():
-        decord.logging.set_level(decord.logging.QUIET)  # what is wrong with a file is in the error that it raises
+        decord.logging.set_level(decord.logging.QUIET)  # its exceptions say what is wrong with a file
     return decord
 
 
 def read_with_decord(path, times: Sequence[float], num_threads: int) -> np.ndarray | None:
-    """The same from decord, or None, with one line, for a file in which it is not known to find the right frames.
+    """`read_with_pyav` with decord; logs a line and returns None for files where decord may return wrong frames.
 
-    decord 0.6 seeks by frame numbers, which loses count in open groups of pictures, intra refresh, HEVC, MPEG-4 and
-    files that do not begin at 0: so frames are decoded from the file's start, and their times compared with the packets'.
+    decord 0.6 seeks by frame number and miscounts with open GOPs, intra refresh, HEVC, MPEG-4 and files that do not
+    begin at 0. So frames are decoded from the file's start, and their times are compared with those of the packets.
     """
     stat = os.stat(path)
     decord, stamps = import_decord(), trusted_times(path, stat.st_size, stat.st_mtime_ns)
     if stamps is None:
-        return say_pyav(path, "decord is known to give other frames of such files")
+        return say_pyav(path, "decord is known to return wrong frames for such files")
     try:
         reader = decord.VideoReader(os.path.abspath(path), num_threads=num_threads)
         starts = reader.get_frame_timestamp(list(range(len(reader)))).astype(np.float64)[:, 0]  # [frames]
         if len(starts) != len(stamps) or abs(starts - starts[0] - stamps).max() > TIE:
-            return say_pyav(path, "decord gives its frames other times")
+            return say_pyav(path, "decord reports other frame times")
         if times[-1] > stamps[-1] + TIE:
-            return say_pyav(path, "decord does not know how long the last frame stays")
+            return say_pyav(path, "decord does not know how long the last frame is shown")
         nearest = np.searchsorted((stamps[1:] + stamps[:-1]) / 2 + TIE, times)
         images = {}
         for number in range(nearest[-1] + 1):
@@ -225,7 +223,7 @@ def read_with_decord(path, times: Sequence[float], num_threads: int) -> np.ndarr
 
 
 def say_pyav(path, reason: str) -> None:
-    """One line, once per clip and process: decord's reasons hold the time of day."""
+    """Log one line, once per clip and process. Not functools.cache: decord's messages contain the time of day."""
     if path not in READ_WITH_PYAV:
         READ_WITH_PYAV.add(path)
         logger.info("%s: read with PyAV (%s)", path, reason)
@@ -233,9 +231,9 @@ def say_pyav(path, reason: str) -> None:
 
 @functools.lru_cache(maxsize=10_000)
 def trusted_times(path, size: int, mtime_ns: int) -> np.ndarray | None:
-    """Seconds of every frame, ascending from 0, of a file that decord shows as a player does; else None.
+    """Times of all frames in seconds, ascending from 0, if decord shows the file as a player does; else None.
 
-    Remembered for the file's size and time: it takes the whole file to be demuxed.
+    Cached by the file's size and mtime, because it demuxes the whole file.
     """
     if not read_header(path).picture.is_plain:
         return None
@@ -243,10 +241,10 @@ def trusted_times(path, size: int, mtime_ns: int) -> np.ndarray | None:
         codec = stream.codec_context
         packets = [packet for packet in container.demux(stream) if packet.size]
         usual = codec.pix_fmt in DECORD_PIXELS and DECORD_FORMATS & formats_of(container)
-        described = codec.colorspace != UNSPECIFIED or codec.height <= SD_LINES  # decord takes BT.601 for the rest
+        described = codec.colorspace != UNSPECIFIED or codec.height <= SD_LINES  # decord assumes BT.601 otherwise
         if not (usual and described) or any(packet.pts is None or packet.is_discard for packet in packets):
             return None
         stamps = np.sort([float(packet.pts * packet.time_base) for packet in packets])
     gaps = np.diff(stamps)
-    has_gap = len(gaps) and gaps.max() > 1.5 * np.median(gaps)  # where packets are lost decord repeats a frame
+    has_gap = len(gaps) and gaps.max() > 1.5 * np.median(gaps)  # decord repeats a frame if packets are lost
     return None if has_gap else stamps - stamps[0]

@@ -1,6 +1,6 @@
-"""What a video file holds, from its header and, where that does not tell, from its packets: frames, rate, shown size.
+"""Reads frame count, frame rate and displayed size of a video, from its header or, if needed, from its packets.
 
-What a decoder raises is a DataError of the one clip.
+Whatever a decoder raises becomes a DataError for that clip.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ import av
 from av.codec.context import Flags
 from av.stream import Disposition
 
-from base.errors import DataError, UserError, first_line, keep_trace
+from base.errors import DataError, UserError, keep_trace, named_line
 from base.file_kinds import beginning, other_content
 from data.containers import file_boxes
 from data.picture import Picture, color_cautions, describe
 
 
-MISSING = 0.5  # seconds by which a file may end before the length that its header gives
-STARTS_OVER = 0.1  # seconds by which a packet's decode time may lie before its predecessor's
-# Containers that hold their frames themselves. Playlists and lists (hls, dash, concat, sdp, image2) name other files or
-# addresses, and what is a list is told by content: a list may call itself .mp4
+MISSING = 0.5  # seconds by which a file may end before the length in its header
+STARTS_OVER = 0.1  # seconds by which a packet's decode time may precede its predecessor's
+# Containers that hold their own frames. Playlists and lists (hls, dash, concat, sdp, image2) refer to other files or
+# URLs, and FFmpeg detects them by content: a playlist may be named .mp4
 CONTAINERS = (
     "mov", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "vvc", "av1", "obu", "ivf",
     "mjpeg", "h261", "h263", "vc1", "dirac", "cavsvideo", "gif", "apng", "jpegxl_anim", "ogg", "flv", "asf", "mxf", "nut",
@@ -36,12 +36,12 @@ CONTAINERS = (
         "png", "ppm", "psd", "qoi", "sgi", "sunrast", "tiff", "webp", "xbm", "xwd",
     )),
 )  # fmt: skip
-KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats whose header has the length; FFmpeg guesses others'
-OWN_SIZE = {"mp4", "avi"}  # formats that say how large the file is
+KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats with the length in the header; others are guessed
+OWN_SIZE = {"mp4", "avi"}  # formats whose header has the file size
 
 
 class VideoInfo(NamedTuple):
-    """Height and width as displayed."""
+    """Frame count, frame rate, and height and width as displayed."""
 
     num_frames: int
     fps: float
@@ -50,21 +50,16 @@ class VideoInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What is known of a file before its frames are read."""
+    """What is known about a file before its frames are decoded."""
 
     info: VideoInfo
     picture: Picture
 
 
-def probe(path) -> VideoInfo:
-    """Frame count, rate and displayed size; DataError for what is no readable video."""
-    return read_header(path).info
-
-
 @contextlib.contextmanager
 def one_clip(path, log: bool = True):
-    """Whatever the libraries raise within is a DataError of this clip: one line, what nobody foresaw with its traceback
-    in a log file, unless another attempt follows.
+    """Turn whatever the libraries raise inside into a one-line DataError for this clip. Unexpected errors leave their
+    traceback in a log file if `log`; off if another attempt follows.
     """
     try:
         yield
@@ -76,9 +71,9 @@ def one_clip(path, log: bool = True):
         ) from error
     except av.FFmpegError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); download or export it again") from error
-    except Exception as error:  # decoders are many and fed with anything: the other clips go on
+    except Exception as error:  # many decoders, arbitrary input: one clip must not stop the others
         trace = f"; traceback in {keep_trace()}" if log else ""
-        reason = f"{type(error).__name__}: {first_line(error)}{trace}"
+        reason = f"{named_line(error)}{trace}"
         raise DataError(f"{path}: cannot be read ({reason}); convert it to H.264") from error
 
 
@@ -94,7 +89,7 @@ def opened(path):
         raise DataError(f"{path}: empty file; download or export it again")
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
     source, kind = os.path.abspath(path), mimetypes.guess_type(path)[0] or ""
-    if kind.startswith("image/"):  # by its name FFmpeg would take a photo for a list of files, image2
+    if kind.startswith("image/"):  # by its name FFmpeg would open a photo as a file sequence, image2
         source = io.BytesIO(Path(path).read_bytes())
     try:
         container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
@@ -102,21 +97,21 @@ def opened(path):
         raise DataError(f"{path}: {why_not_opened(path, error)}") from error
     with container:
         stream = choose_stream(path, container)
-        stream.codec_context.flags |= Flags.unaligned  # a crop on the left is made to the pixel
+        stream.codec_context.flags |= Flags.unaligned  # exact left crop, not rounded for alignment
         yield container, stream
 
 
 def why_not_opened(path, error: Exception) -> str:
     if other := other_content(path):
         return other
-    if isinstance(error, av.ArgumentError):  # what a format that is not listed gives
+    if isinstance(error, av.ArgumentError):  # raised for formats that are not whitelisted
         return "a playlist, a list of files, or no video; only files that hold their frames are read"
     reason = getattr(error, "strerror", None) or error
     return f"not a readable video (no index: truncated download? {reason})"
 
 
 def choose_stream(path, container):
-    """The video stream that a player shows; cover pictures and single tiles of a photo are none."""
+    """The video stream that a player shows; cover pictures and the tiles of a photo are skipped or refused."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
     stream = best if best in streams else next(iter(streams), None)
@@ -130,9 +125,9 @@ def choose_stream(path, container):
 
 
 def read_header(path) -> Header:
-    """Facts and Picture of a video. Files whose header does not tell how many frames can be decoded are demuxed."""
+    """VideoInfo and Picture of a video. Demuxes files whose header does not give the number of decodable frames."""
     with one_clip(path), opened(path) as (container, stream):
-        colors = tuple(color_cautions(stream))  # the container's tags, which a decoder may drop
+        colors = tuple(color_cautions(stream))  # from the container's tags, which the decoder may overwrite
         counted = count_indexed(path, container, stream) or count_by_demuxing(path, container, stream)
         picture = describe(path, container, stream, counted.first, colors)
         height, width = picture.shown(stream.codec_context.height, stream.codec_context.width)
@@ -144,16 +139,16 @@ def read_header(path) -> Header:
 class Counted(NamedTuple):
     num_frames: int
     fps: float
-    first: av.VideoFrame | None  # decoded where packets were read
+    first: av.VideoFrame | None  # if packets were read
 
 
 def header_rate(stream) -> float:
-    """Frames per second; 1 for a still, which has no rate."""
+    """Frames per second; 1 for a still image, which has no rate."""
     return float(stream.average_rate or stream.guessed_rate or 1)
 
 
 def measured_rate(fps: float, num_frames: int, seconds: float) -> float:
-    """Frames over length, or `fps` where that is unknown or within the 1 % that rounding makes."""
+    """Frames divided by length; `fps` if the length is unknown or the two agree within 1 % (rounding)."""
     measured = num_frames / seconds if seconds > 0 else fps
     return measured if abs(measured / fps - 1) > 0.01 else fps
 
@@ -163,10 +158,10 @@ def formats_of(container) -> set[str]:
 
 
 def count_indexed(path, container, stream) -> Counted | None:
-    """The frames of an mp4, from an index that tells of all of them; DataError if the file ends before the last.
+    """The frames of an mp4 from its index; DataError if the file is cut off.
 
-    None where it does not: in fragments, of which only some were read, under an edit list, which hides frames, or
-    before a key frame.
+    None if the index is not enough: fragmented files (only some fragments are read), edit lists (which hide frames),
+    or a first frame that is not a key frame.
     """
     if "mp4" not in formats_of(container) or is_fragmented(path) or is_still(path):
         return None
@@ -178,7 +173,7 @@ def count_indexed(path, container, stream) -> Counted | None:
     edited = not entries or not entries[0].is_keyframe or any(entry.is_discard for entry in entries)
     if edited or len(entries) / fps < seconds - MISSING:
         return None
-    # The larger of two estimates: where the rate varies, the clip then never seems longer than it is
+    # The larger of two estimates: with a variable rate, the clip then never seems longer than it is
     return Counted(len(entries), max(fps, measured_rate(fps, len(entries), seconds)), None)
 
 
@@ -187,14 +182,14 @@ def is_fragmented(path) -> bool:
 
 
 def is_still(path) -> bool:
-    """True for a HEIF photo, whose turn is no track's."""
+    """True for a HEIF photo: its rotation is not stored in a track."""
     return next(file_boxes(path, b"moov"), None) is None
 
 
 def count_by_demuxing(path, container, stream) -> Counted:
-    """The frames that can be decoded, from the first key frame on; DataError for a file that is damaged or cut off.
+    """The decodable frames, from the first key frame on; DataError if the file is damaged or cut off.
 
-    Reads all packets, decodes the first frame and, where no header vouches for the file's end, the last ones.
+    Reads all packets, decodes the first frame and, unless the header proves the file complete, the last ones.
     """
     if "avi" in formats_of(container):
         refuse_cut_avi(path)
@@ -208,9 +203,9 @@ def count_by_demuxing(path, container, stream) -> Counted:
                 begin = min(begin, float(packet.pts * packet.time_base))
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if not (packet.is_keyframe or group):
-                continue  # nothing to build on
+                continue  # no reference frame yet
             if packet.is_keyframe or vouched:
-                group.clear()  # vouched: they are not decoded again
+                group.clear()  # vouched: the last group is not decoded
             group.append(packet)
             first = first or next(iter(packet.decode()), None)
             if not packet.is_discard:
@@ -220,9 +215,9 @@ def count_by_demuxing(path, container, stream) -> Counted:
         raise damaged_after(path, len(stamps), error) from error
     if first is None:
         raise DataError(f"{path}: no frame can be decoded; download or export it again")
-    if first.pts is None or None in stamps:  # a stream without a container: frames follow one another at one rate
+    if first.pts is None or None in stamps:  # a raw stream without a container: constant rate
         return Counted(len(good_frames(path)), header_rate(stream), first)
-    there = max(end, end - begin)  # some headers count from 0, others from the first frame
+    there = max(end, end - begin)  # the header's length counts from 0 in some files, from the first frame in others
     if there < promised - MISSING - 1 / header_rate(stream):
         raise DataError(f"{path}: cut off: {there:.1f} of {promised:.1f} s are in the file; download it again")
     is_whole = vouched and not group[-1].is_corrupt
@@ -233,7 +228,7 @@ def count_by_demuxing(path, container, stream) -> Counted:
 
 
 def in_one_order(path, container, stream) -> Iterator[av.Packet]:
-    """The packets that hold data; DataError where their times start over, but for an mp4's, which an edit list orders."""
+    """The non-empty packets; DataError if their times jump back, except in mp4, where an edit list may do so."""
     before, is_edited = -math.inf, "mp4" in formats_of(container)
     for packet in container.demux(stream):
         if is_empty(packet):
@@ -249,7 +244,7 @@ def in_one_order(path, container, stream) -> Iterator[av.Packet]:
 
 
 def is_empty(packet: av.Packet) -> bool:
-    """True for an AVI's sign that the last frame stays, and for the end; to a decoder it would always be the end."""
+    """True for an AVI's repeat-frame packet and for end of stream; a decoder would take both for end of stream."""
     return packet.size == 0
 
 
@@ -261,12 +256,12 @@ def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
 
 
 def promised_seconds(path, container, stream) -> float:
-    """Length of the video track by the header, 0 if unknown (the file's length may be another track's)."""
+    """Length of the video track from the header, 0 if unknown (the file's length may be another track's)."""
     formats = formats_of(container)
     if "avi" in formats or ("mp4" in formats and not is_fragmented(path)):
-        # Known to be whole, see `count_indexed` and `refuse_cut_avi`; the header's length is a guess, or that before edits
+        # Already checked by `count_indexed` or `refuse_cut_avi`; this length is a guess, or from before edits
         return 0.0
-    tag = stream.metadata.get("DURATION", "")  # what mkv writers put: 00:00:10.333000000
+    tag = stream.metadata.get("DURATION", "")  # mkv: 00:00:10.333000000
     with contextlib.suppress(ValueError):
         hours, minutes, seconds = tag.split(":")
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
@@ -277,7 +272,7 @@ def promised_seconds(path, container, stream) -> float:
 
 
 def refuse_cut_avi(path) -> None:
-    """DataError if the file is shorter than its first RIFF chunk; programs that write into a pipe leave its size open."""
+    """DataError if the file is shorter than its first RIFF chunk, whose size writers into a pipe leave open."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8)[4:], "little") + 8
     if (there := os.path.getsize(path)) < size < 2**32:
@@ -285,8 +280,8 @@ def refuse_cut_avi(path) -> None:
 
 
 def last_decodable(path, stream, group: list[av.Packet]) -> int:
-    """When the last good frame is shown, in the stream's time base: of the packets since the last key frame, or, where
-    those do not suffice (intra refresh), of the whole file.
+    """Timestamp of the last good frame, in the stream's time base: decodes the packets since the last key frame or, if
+    that gives none (intra refresh), the whole file.
     """
     stream.codec_context.flush_buffers()
     stamps = good_stamps(itertools.chain.from_iterable(map(stream.decode, [*group, None]))) or good_frames(path)
@@ -296,13 +291,13 @@ def last_decodable(path, stream, group: list[av.Packet]) -> int:
 
 
 def good_frames(path) -> list[int | None]:
-    """The times of all frames of a file that is decoded for this."""
+    """Timestamps of the good frames, from decoding the whole file."""
     with opened(path) as (container, stream):
         return good_stamps(decoded(container, stream))
 
 
 def good_stamps(frames: Iterator[av.VideoFrame]) -> list[int | None]:
-    """The times of the frames before the first damage, in the stream's time base."""
+    """Timestamps of the frames before the first damaged one, in the stream's time base."""
     stamps = []
     with contextlib.suppress(av.FFmpegError):
         stamps.extend(frame.pts for frame in itertools.takewhile(lambda frame: not frame.is_corrupt, frames))
@@ -310,13 +305,13 @@ def good_stamps(frames: Iterator[av.VideoFrame]) -> list[int | None]:
 
 
 def decoded(container, stream) -> Iterator[av.VideoFrame]:
-    """Frames from the first key frame on: what comes before it, in the file or in order of display, lacks its base."""
+    """Frames from the first key frame on; those before it, in file or display order, lack their reference frames."""
     begin = None
     for packet in container.demux(stream):
         if begin is None and packet.is_keyframe:
             begin = packet
         if begin is None or (is_empty(packet) and packet.dts is not None):
             continue
-        for frame in packet.decode():  # the last packet is empty and without a time: it brings what is left
+        for frame in packet.decode():  # the last packet is empty and has no time: it flushes the decoder
             if frame.pts is None or begin.pts is None or frame.pts >= begin.pts:
                 yield frame

@@ -1,7 +1,7 @@
-"""Prepared latents and embeddings -> samples, from a folder of prepare_dataset.py or of the original.
+"""Dataset of prepared latents and embeddings, written by prepare_dataset.py or in the original's .pt layout.
 
 Sizes come from the manifest. Axes: F latent frames, C latent channels, H/W latent size, S text tokens, D text width, K
-noised variants of a first frame.
+noised variants of the first frame.
 """
 
 import json
@@ -31,7 +31,7 @@ PREPARE_AGAIN = "run prepare_dataset.py --save_latents_and_embeddings --output_d
 
 
 class Latent(NamedTuple):
-    """Files of a prepared clip."""
+    """The files of a prepared clip, and where it came from."""
 
     moments: Path
     prompt_embeds: Path
@@ -43,12 +43,13 @@ class Latent(NamedTuple):
 
 
 class LatentDataset(Dataset):
-    """Moments and prompt embeddings from a folder of prepare_dataset.py, or one of .pt files in the original's layout.
+    """Moments and prompt embeddings from a folder of prepare_dataset.py, or .pt files in the original's layout.
 
-    `image_moments` are given if every clip has them, unless `with_images` is off: one of the K variants, drawn per epoch.
+    `image_moments` is included if every clip has them, unless `with_images` is off: one of the K variants, drawn per
+    epoch.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword, one a flag
         self,
         root,
         *,
@@ -119,12 +120,12 @@ class LatentDataset(Dataset):
         return sample
 
     def image_variants(self, index: int) -> torch.Tensor:
-        """Moments [K, 2C, 1, H, W] of the first frame; the original's [2C, 1, H, W] are K = 1."""
+        """Moments [K, 2C, 1, H, W] of the first frame; [2C, 1, H, W] in the original's layout, K = 1."""
         variants = read_tensor(self.latents[index].image_moments, "moments")
         return variants[None] if variants.ndim == 4 else variants
 
     def is_drawn(self) -> bool:
-        """True if one of several first frames is drawn; one command prepares equally many of each clip."""
+        """True if the first frame has several variants; all clips of a folder have the same number."""
         return self.has_image_latents and len(self.image_variants(0)) > 1
 
     def empty_prompt_embeds(self) -> torch.Tensor:
@@ -135,18 +136,18 @@ class LatentDataset(Dataset):
         return read_tensor(path, "prompt_embeds")
 
     def fingerprint(self, as_written: bool = True) -> str:
-        """A hash of which clips, captions and sizes are trained on, in which order; the manifest's paths count as written."""
+        """Hash of the clips, captions and sizes in their order; paths as written in the manifest."""
         return hash_rows((latent.source, latent.prompt, latent.bucket) for latent in self.latents)
 
     def content(self) -> str:
-        """A hash of the moments and embeddings that are read, wherever they lie."""
+        """Hash of the content of all files read, independent of their location."""
         files = (path for latent in self.latents for path in (latent.moments, latent.prompt_embeds))
         images = (latent.image_moments for latent in self.latents) if self.has_image_latents else ()
         return hash_files([*files, *images])
 
 
 def read_manifest(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) of every line that is not blank."""
+    """(line number, object) of every non-blank line."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -197,7 +198,7 @@ def refuse_missing(root: Path, latents: list[Latent]) -> None:
 
 
 def original_latents(root: Path, caption_column: str, video_column: str, allow_outside: bool) -> list[Latent]:
-    """Clips of the original's layout: text files, and .pt files named after the videos."""
+    """Clips in the original's layout: text files, and .pt files named after the videos."""
     if not (root / caption_column).is_file() and not (root / video_column).is_file():
         caption_column, video_column = "prompts.txt", "videos.txt"
     rows = read_text_rows(root, caption_column, video_column)
@@ -224,7 +225,7 @@ def original_latents(root: Path, caption_column: str, video_column: str, allow_o
 
 
 def pt_name(root: Path, source: str) -> str:
-    """<stem>.pt, else what the original made of names with several dots: all up to the first."""
+    """<stem>.pt, or, as the original named files with several dots, the name up to the first dot."""
     folder = root / "video_latents"
     names = f"{Path(source).stem}.pt", f"{Path(source).name.split('.')[0]}.pt"
     whole, cut = (as_on_disk(folder, name) for name in names)
@@ -232,14 +233,14 @@ def pt_name(root: Path, source: str) -> str:
 
 
 def refuse_shared(root: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """DataError where the original gave two clips, or two captions of one, the same name."""
+    """DataError if the original gave the same name to two clips, or to two captions of one clip."""
     owners: dict[str, Row] = {}
     for row, name in zip(rows, names, strict=True):
         first = owners.setdefault(name, row)
         if (first.source, first.prompt) != (row.source, row.prompt):
             raise DataError(
                 f"{root}: rows {first.row} and {row.row} ('{first.source}', '{row.source}') both lead to {name}, which "
-                f"is of one of them; {PREPARE_AGAIN.format(root)}"
+                f"holds only one of them; {PREPARE_AGAIN.format(root)}"
             )
 
 
@@ -261,7 +262,7 @@ def refuse_unknown_buckets(latents: list[Latent], buckets: Sequence[Bucket] | No
 def read_tensor(path: Path, name: str) -> torch.Tensor:
     """The tensor `name` of a .safetensors file, or the one tensor of a .pt file; DataError if it is not finite."""
     if path.suffix == ".pt":
-        tensor = read_pt(path).clone()  # off the file's memory map
+        tensor = read_pt(path).clone()  # copy out of the memory map
     else:
         try:
             with safe_open(path, framework="pt") as tensors:
@@ -275,7 +276,7 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def read_pt(path: Path, ndim: int | None = None) -> torch.Tensor:
-    """The tensor of a .pt file, mapped, not read; never runs code from it."""
+    """The tensor of a .pt file, memory-mapped; never executes code from it (weights_only)."""
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:

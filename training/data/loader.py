@@ -1,4 +1,4 @@
-"""Samples -> batches of one bucket, in an order that the list, seed and epoch decide."""
+"""Sampler and DataLoader: batches of one bucket each, in an order fixed by the dataset, seed and epoch."""
 
 import logging
 import time
@@ -15,13 +15,13 @@ from data.videos import VideoDataset
 
 logger = logging.getLogger(__name__)
 
-UNTIL_A_DEATH_IS_KNOWN = 5.0  # seconds, at most
+UNTIL_A_DEATH_IS_KNOWN = 5.0  # seconds that torch's SIGCHLD handler may take to report a dead worker, at most
 
 
 class BucketSampler(Sampler):
-    """A batch sampler: lists of sample keys for one rank, of one bucket each, on through the epochs.
+    """Batch sampler: lists of sample keys for one rank, each list from one bucket, continuing through all epochs.
 
-    The position is where the caller set it, never how far workers have read: iterating changes nothing.
+    Iterating does not change its state: the position is what the caller set, not how far workers have prefetched.
     """
 
     def __init__(
@@ -40,17 +40,18 @@ class BucketSampler(Sampler):
         repeated = num_repeated(self.bucket_of, num_ranks)
         if repeated and rank == 0:
             logger.info(
-                "%d of %d clips are used twice an epoch, to fill %d processes", repeated, len(self.bucket_of), num_ranks
+                "%d of %d clips are used twice per epoch, to fill %d processes",
+                repeated, len(self.bucket_of), num_ranks,
             )  # fmt: skip
         smallest = min(counts(self.bucket_of), default=0)
         if smallest < batch_size * num_ranks and rank == 0:
             logger.info(
-                "a bucket holds %d clips, less than a batch of %d: its batches are that small, none is left out",
+                "a bucket holds %d clips, fewer than a batch of %d: its batches are smaller, no clip is left out",
                 smallest, batch_size * num_ranks,
             )  # fmt: skip
 
     def set_epoch(self, epoch: int, consumed: int = 0) -> None:
-        """Start at this epoch, after `consumed` batches of it."""
+        """Start at `epoch`, after the first `consumed` batches of it."""
         self.first = epoch * self.per_epoch + consumed
 
     def __len__(self) -> int:
@@ -67,7 +68,7 @@ class BucketSampler(Sampler):
 
 
 class Guarded(Dataset):
-    """Hands a sample's error back in its place: torch would make one long traceback of it on the way from a worker."""
+    """Returns a UserError in place of the sample: raised in a worker, torch would turn it into one long traceback."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -80,7 +81,7 @@ class Guarded(Dataset):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Tensors stacked to [B, ...], everything else as lists."""
+    """Stack tensors to [B, ...]; everything else becomes lists."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
     return {name: torch.stack(values) if torch.is_tensor(values[0]) else values for name, values in batch.items()}
 
@@ -92,9 +93,9 @@ def collate_guarded(samples: list) -> dict:
 
 
 class ClipLoader(DataLoader):
-    """A DataLoader that raises a worker's UserError as it was, and says in one line that a worker was killed.
+    """A DataLoader that re-raises a worker's UserError unchanged, and reports a killed worker in one line.
 
-    With `tolerant` set, batches come without the failed samples, which `problems` describes, a line each.
+    With `tolerant` set, failed samples are dropped from batches and described in `problems`, one line each.
     """
 
     tolerant = False
@@ -116,21 +117,21 @@ class ClipLoader(DataLoader):
             ) from error
 
     def received(self) -> Iterator[dict]:
-        """torch's batches. Where one cannot be fetched because its worker has just died, torch's own word of that."""
+        """torch's batches. If fetching fails because a worker just died, gives torch time to raise its own error."""
         try:
             yield from super().__iter__()
         except (ConnectionError, EOFError):
-            time.sleep(UNTIL_A_DEATH_IS_KNOWN)  # torch raises it from a signal's handler, here
+            time.sleep(UNTIL_A_DEATH_IS_KNOWN)  # torch raises from its signal handler, during this sleep
             raise
 
 
 def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches in the sampler's order; a clip that cannot be read raises DataError."""
+    """A loader of batches in the sampler's order; an unreadable clip raises DataError."""
     return ClipLoader(
         Guarded(dataset),
         batch_sampler=sampler,
         num_workers=num_workers,
-        pin_memory=pin_memory and torch.cuda.is_available(),  # torch warns where there is no GPU to copy to
+        pin_memory=pin_memory and torch.cuda.is_available(),  # without a GPU torch warns
         collate_fn=collate_guarded,
         worker_init_fn=shield_worker,
     )
@@ -139,7 +140,7 @@ def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = 
 def tolerant_loader(
     dataset: VideoDataset, indices: Sequence[int], batch_size: int, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """Each of the samples once, in epoch 0, in batches of one bucket; bad ones as lines in batch["problems"]."""
+    """Each sample of `indices` once, in epoch 0, in batches of one bucket; bad clips as lines in batch["problems"]."""
     groups: dict[Bucket, list[int]] = {}
     for index in indices:
         groups.setdefault(dataset.bucket_of[index], []).append(index)

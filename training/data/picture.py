@@ -1,7 +1,7 @@
-"""How the frames of a file are to be shown: cropped, stretched, turned, in which colours.
+"""Displays decoded frames as a player does: crop, pixel aspect, rotation, colour conversion.
 
-What container and stream say is applied in this order, as players do. What is not applied (HDR, interlacing, two
-pictures in one) is a `Caution`: its clips are named, with the ffmpeg filter that converts them.
+Container and stream metadata are applied in this order. What is not applied (HDR, interlacing, stereo 3D) becomes a
+`Caution`: the clips are named in a warning, with the ffmpeg filter that converts them.
 """
 
 import io
@@ -20,13 +20,13 @@ from data.containers import boxes, matroska_videos
 
 UPRIGHT = (1, 0, 0, 1)
 UNCROPPED = (0, 0, 0, 0)
-LARGEST_ASPECT = 8  # of a pixel; more is a writer's mistake
-SD_LINES = 576  # players take BT.709 for taller pictures whose colours are not described, and BT.601 for others
+LARGEST_ASPECT = 8  # pixel aspect; more is a writer's mistake
+SD_LINES = 576  # for untagged colours, players assume BT.709 above this height and BT.601 otherwise
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 PROGRESSIVE = (0, 1)  # AV_FIELD_UNKNOWN, AV_FIELD_PROGRESSIVE
 MATROSKA_CROP = (0x54BB, 0x54AA, 0x54CC, 0x54DD)  # PixelCropTop, -Bottom, -Left, -Right
 
-# AVColorTransferCharacteristic, AVColorPrimaries: what is not listed is BT.709's, close to it, or not described
+# AVColorTransferCharacteristic, AVColorPrimaries; unlisted values are BT.709, close to it, or untagged
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 LINEAR_TRANSFERS = {8: "linear", 9: "logarithmic", 10: "logarithmic"}
 WIDE_PRIMARIES = {8: "film", 9: "BT.2020", 10: "XYZ", 11: "DCI-P3", 12: "Display P3"}
@@ -36,10 +36,10 @@ STEREO_LAYOUTS = {
     4: ("as a checkerboard", "checkerl"), 5: ("side by side", "sbsl"), 6: ("line by line", "irl"),
     7: ("column by column", "icl"),
 }  # fmt: skip
-STEREO_BOXES = {b"\1": 2, b"\2": 1}  # of Google's st3d box: one above the other, side by side
+STEREO_BOXES = {b"\1": 2, b"\2": 1}  # Google's st3d box: top-bottom, side by side
 SPHERICAL_V1 = bytes.fromhex("ffcc8263f8554a938814587a02521fdd")  # Google's uuid box in a track
 RECTILINEAR = 4  # AVSphericalProjection
-QUARTER_TURN = 0.02  # share of a matrix entry that rounding may leave
+QUARTER_TURN = 0.02  # tolerance for rounding, relative to the larger matrix entry
 
 TO_SDR = (
     "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
@@ -49,32 +49,32 @@ ON_WHITE = "format=rgba,split[a][b];[a]drawbox=c=white:t=fill:replace=1[a];[a][b
 
 
 class Caution(NamedTuple):
-    """What reading a clip does not apply, and the ffmpeg filter that makes a clip without it."""
+    """Something that is not applied when a clip is read, and the ffmpeg filter that converts the clip."""
 
     what: str  # completes "3 of 9 clips are ..."
     filter: str
 
 
-INTERLACED = Caution("interlaced, so that what moves is read with the edges of a comb", "bwdif")
-TRANSPARENT = Caution("transparent in part, and what lies beneath is read", ON_WHITE)
+INTERLACED = Caution("interlaced, so that moving edges are read with combing", "bwdif")
+TRANSPARENT = Caution("transparent in part, and read as if opaque", ON_WHITE)
 SPHERICAL = Caution("360-degree pictures", "v360=equirect:flat")
 
 
 class Picture(NamedTuple):
-    """What turns stored frames into shown ones: crop, then pixel aspect, then display matrix."""
+    """How stored frames become displayed ones: crop, then pixel aspect, then display matrix."""
 
     crop: tuple[int, int, int, int]  # pixels off top, bottom, left, right
-    aspect: Fraction  # width over height of a pixel
-    matrix: tuple[int, int, int, int]  # see `signs`; where frames are decoded, each one's own rules
+    aspect: Fraction  # width / height of a pixel
+    matrix: tuple[int, int, int, int]  # see `signs`; decoded frames use their own
     cautions: tuple[Caution, ...]
 
     @property
     def is_plain(self) -> bool:
-        """Shown as stored, in the colours that are read."""
+        """True if frames are displayed exactly as stored."""
         return (self.crop, self.aspect, self.matrix, self.cautions) == (UNCROPPED, 1, UPRIGHT, ())
 
     def stretched(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width with square pixels: the shorter side of a pixel is enlarged."""
+        """Height and width with square pixels: the shorter pixel side is scaled up."""
         if self.aspect > 1:
             return height, round(width * self.aspect)
         return round(height / self.aspect), width
@@ -87,8 +87,8 @@ class Picture(NamedTuple):
 
 
 def describe(path, container, stream, frame: av.VideoFrame | None = None, colors: tuple[Caution, ...] = ()) -> Picture:
-    """The Picture of a video stream, from its headers and, where one is at hand, a decoded frame. `colors`: cautions of
-    the container's tags, taken before a frame was decoded.
+    """The Picture of a video stream, from its headers and, if given, a decoded frame. `colors`: cautions from the
+    container's tags, taken before a frame was decoded.
     """
     formats, track, crop = container.format.name.split(","), b"", UNCROPPED
     height, width = stream.codec_context.height, stream.codec_context.width
@@ -108,7 +108,7 @@ def describe(path, container, stream, frame: av.VideoFrame | None = None, colors
 def show(frame: av.VideoFrame, picture: Picture) -> np.ndarray:
     """A decoded frame as a player shows it, uint8 [H, W, 3] RGB."""
     hd = frame.colorspace == UNSPECIFIED and frame.height > SD_LINES and not frame.format.is_rgb
-    # threads=1: starting threads costs more than converting a frame
+    # threads=1: starting threads takes longer than converting a frame
     image = frame.to_ndarray(format="rgb24", threads=1, **({"src_colorspace": "ITU709"} if hd else {}))
     if picture.crop != UNCROPPED:
         top, bottom, left, right = picture.crop
@@ -120,11 +120,14 @@ def show(frame: av.VideoFrame, picture: Picture) -> np.ndarray:
     return upright(image, signs(frame_matrix(frame)))
 
 
-# ---------------------------------------------------------------- turned
+# ---------------------------------------------------------------- rotation
 
 
 def add_unknown_type(cls, value: int) -> Type:
-    """A member for side data that FFmpeg knows and PyAV does not (18: EXIF and later ones), in place of its ValueError."""
+    """An enum member for side data types that FFmpeg knows and PyAV does not (18: EXIF, and later ones).
+
+    Without it PyAV raises ValueError on such files.
+    """
     member = object.__new__(cls)
     member._name_, member._value_ = f"UNKNOWN_{value}", value
     return member
@@ -134,26 +137,26 @@ Type._missing_ = classmethod(add_unknown_type)
 
 
 def frame_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """a, b, c, d of x' = a x + c y, y' = b x + d y, in any unit; UPRIGHT where nothing is said."""
+    """a, b, c, d of x' = a x + c y, y' = b x + d y, in any unit; UPRIGHT if the frame has no display matrix."""
     data = frame.side_data.get("DISPLAYMATRIX")
     return UPRIGHT if data is None else linear_part(struct.unpack("=9i", bytes(data)))
 
 
 def track_matrix(track: bytes) -> tuple[int, int, int, int]:
-    """The same of an mp4's track header (ISO 14496-12, 8.3.2), which PyAV gives only with a decoded frame."""
+    """The matrix in an mp4's track header (ISO 14496-12, 8.3.2), which PyAV exposes only on decoded frames."""
     header = first_box(track, b"tkhd")
     start = 28 + 3 * time_bytes(header)
     return linear_part(struct.unpack(">9i", header[start : start + 36])) if len(header) >= start + 36 else UPRIGHT
 
 
 def linear_part(matrix: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """UPRIGHT if it would show nothing: some writers leave it unset, all zero."""
+    """The matrix without translation; UPRIGHT if singular: some writers leave it all zero."""
     a, b, _, c, d, *_ = matrix
     return UPRIGHT if a * d == b * c else (a, b, c, d)
 
 
 def signs(matrix: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """The matrix to the nearest quarter turn, its entries 1, 0 and -1."""
+    """The matrix rounded to the nearest quarter turn, with entries 1, 0 and -1."""
     a, b, c, d = matrix
     a, b, c, d = (0, b, c, 0) if abs(b) > abs(a) else (a, 0, 0, d)
     quarter = tuple((value > 0) - (value < 0) for value in (a, b, c, d))
@@ -161,7 +164,7 @@ def signs(matrix: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
 
 
 def read_track(path, track_id: int) -> bytes:
-    """The mp4's `trak` box of that track, empty if there is none."""
+    """Content of the mp4's `trak` box with that id, empty if there is none."""
     with open(path, "rb") as file:
         for track in boxes(file, 0, file.seek(0, io.SEEK_END), (b"moov", b"trak")):
             header = first_box(track, b"tkhd")
@@ -176,19 +179,19 @@ def first_box(data: bytes, *names: bytes) -> bytes:
 
 
 def time_bytes(header: bytes) -> int:
-    """Bytes of a time in a full box: 8 in version 1, 4 in version 0."""
+    """Bytes per timestamp in a full box: 8 in version 1, 4 in version 0."""
     return 8 if header[:1] == b"\1" else 4
 
 
 def upright(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """An image [H, W, 3] turned and mirrored as its display matrix says."""
+    """Rotate and mirror an image [H, W, 3] by its display matrix."""
     a, b, c, d = matrix
     if a == 0:
         image = image.transpose(1, 0, 2)
     return image[:: b + d, :: a + c]
 
 
-# ---------------------------------------------------------------- cropped and stretched
+# ---------------------------------------------------------------- crop and aspect
 
 
 def pixel_aspect(stream) -> Fraction:
@@ -197,30 +200,30 @@ def pixel_aspect(stream) -> Fraction:
 
 
 def sample_entry(track: bytes) -> bytes:
-    """The first description of a track's samples: codec, sizes and the boxes that say how the picture is shown."""
+    """The track's first sample description: codec, sizes, and the boxes that say how to display the picture."""
     return first_box(track, b"mdia", b"minf", b"stbl", b"stsd")[8:]
 
 
 def clean_aperture(entry: bytes, height: int, width: int) -> tuple[int, int, int, int]:
-    """Pixels off top, bottom, left, right by a `clap` box (ISO 14496-12, 12.1.4); libavcodec leaves it to its caller."""
+    """Crop (top, bottom, left, right) by a `clap` box (ISO 14496-12, 12.1.4), which libavcodec does not apply."""
     place = entry.find(b"clap") + 4
     values = struct.unpack(">8i", entry[place : place + 32]) if 4 <= place <= len(entry) - 32 else ()
     if not values or min(values[1::2]) <= 0:
         return UNCROPPED
     shown_width, shown_height, x, y = (Fraction(*values[i : i + 2]) for i in range(0, 8, 2))
-    top = round((height - shown_height) / 2 + y)  # y: from the frame's middle to the aperture's
+    top = round((height - shown_height) / 2 + y)  # y: offset from the frame's centre to the aperture's
     left = round((width - shown_width) / 2 + x)
     return top, height - top - round(shown_height), left, width - left - round(shown_width)
 
 
 def matroska_crop(path, number: int) -> tuple[int, int, int, int]:
-    """The same of the Matroska file's video track of that number."""
+    """Crop of the Matroska file's video track `number`."""
     videos = matroska_videos(path)
     return tuple(videos[number].get(name, 0) for name in MATROSKA_CROP) if number < len(videos) else UNCROPPED
 
 
 def sensible_crop(crop: tuple[int, int, int, int], height: int, width: int) -> tuple[int, int, int, int]:
-    """The crop, or none if it reaches beyond the frame or leaves nothing of it."""
+    """The crop, or UNCROPPED if it extends beyond the frame or leaves nothing."""
     top, bottom, left, right = crop
     return crop if min(crop) >= 0 and top + bottom < height and left + right < width else UNCROPPED
 
@@ -229,21 +232,21 @@ def sensible_crop(crop: tuple[int, int, int, int], height: int, width: int) -> t
 
 
 def color_cautions(stream) -> Iterator[Caution]:
-    """Of the codec context, which has read the first frame's header."""
+    """HDR and wide-gamut cautions, from the codec context."""
     codec = stream.codec_context
-    # zscale refuses a matrix that is not described
+    # zscale refuses an untagged matrix
     first = "setparams=colorspace=bt709," if codec.colorspace == UNSPECIFIED else ""
     if codec.color_trc in HDR_TRANSFERS:
         yield Caution(f"HDR ({HDR_TRANSFERS[codec.color_trc]}), so that white is read as grey", first + TO_SDR)
     elif codec.color_trc in LINEAR_TRANSFERS:
-        yield Caution(f"of {LINEAR_TRANSFERS[codec.color_trc]} brightness, which is read as it is", first + TO_BT709)
+        yield Caution(f"of {LINEAR_TRANSFERS[codec.color_trc]} brightness, which is not converted", first + TO_BT709)
     elif codec.color_primaries in WIDE_PRIMARIES:
         gamut = WIDE_PRIMARIES[codec.color_primaries]
         yield Caution(f"of a wide gamut ({gamut}), so that colours are read too pale", first + TO_BT709)
 
 
 def layout_cautions(stream, track: bytes) -> Iterator[Caution]:
-    """Of the stream's header and an mp4's `trak` box."""
+    """Interlacing, alpha, 360-degree and stereo cautions, from the stream's header and an mp4's `trak` box."""
     entry = sample_entry(track)
     if stream.codec_context.field_order not in PROGRESSIVE:
         yield INTERLACED
@@ -253,7 +256,7 @@ def layout_cautions(stream, track: bytes) -> Iterator[Caution]:
         yield Caution("Dolby Vision without a picture for other players", TO_SDR)
     if b"sv3d" in entry or SPHERICAL_V1 in track:
         yield SPHERICAL
-    place = entry.find(b"st3d") + 8  # behind the name lie version and flags
+    place = entry.find(b"st3d") + 8  # skip the name, version and flags
     if place >= 8 and entry[place : place + 1] in STEREO_BOXES:
         yield stereo_caution(STEREO_BOXES[entry[place : place + 1]])
 
@@ -261,11 +264,12 @@ def layout_cautions(stream, track: bytes) -> Iterator[Caution]:
 def turn_cautions(matrix: tuple[int, int, int, int]) -> Iterator[Caution]:
     a, b, *_ = map(abs, matrix)
     if min(a, b) > QUARTER_TURN * max(a, b):
-        yield Caution("turned by other than quarter turns, of which the nearest is taken", "null")  # ffmpeg turns it
+        # "null": ffmpeg applies the rotation by itself
+        yield Caution("rotated by other than quarter turns; the nearest quarter turn is used", "null")
 
 
 def frame_cautions(frame: av.VideoFrame) -> Iterator[Caution]:
-    """Of what only a decoded frame tells."""
+    """Cautions that only a decoded frame reveals."""
     stereo, spherical = (side_data_number(frame, name) for name in ("STEREO3D", "SPHERICAL"))
     if stereo in STEREO_LAYOUTS:
         yield stereo_caution(stereo)
@@ -283,7 +287,7 @@ def stereo_caution(layout: int) -> Caution:
 
 
 def side_data_number(frame: av.VideoFrame, name: str) -> int | None:
-    """The number that a frame's side data begins with."""
+    """The first 32-bit integer of a frame's side data."""
     data = frame.side_data.get(name)
     return None if data is None else int.from_bytes(bytes(data)[:4], sys.byteorder)
 

@@ -1,9 +1,9 @@
-"""What lies in a prepared folder: the key of each file, whether it still holds, and files that no row names.
+"""Cache keys of a prepared folder: the key of each file, whether the file is up to date, and files that no row uses.
 
-A key is JSON of everything that decides a file's content. What does not is left out: batch size, slicing, threads, device
-and the libraries' versions change rounding at most; bucket lists and --max_num_frames act through the bucket that a clip
-gets; the VAE's tile sizes follow from its config.json, which is hashed. The code's own rules, as the filter of resizing,
-are the key's version.
+A key is JSON of everything that determines a file's content. Left out: batch size, slicing, threads, device and
+library versions, which change rounding at most; bucket lists and --max_num_frames, which act through the clip's
+bucket; and the VAE's tile sizes, which follow from its config.json, which is hashed. Rules in the code, such as the
+resize filter, are covered by the key's version.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 VERSION = 2
 CURRENT, EARLIER, MISSING = "current", "earlier", "missing"
 EMPTY = "prompt_embeds/_empty.safetensors"
-# The folders that preparing writes; a video has no key, the image written after it vouches for it
+# Output folders; a video has no key of its own: the image, written after it, stands for both
 SUFFIXES = {
     "videos": ".mp4", "images": ".png", "video_latents": ".safetensors", "image_latents": ".safetensors",
     "prompt_embeds": ".safetensors",
@@ -37,21 +37,21 @@ STEM = re.compile(r".*[0-9a-f]{8}(-\d+)?")  # clip_lists.unique_stems
 
 
 class Key(NamedTuple):
-    """What a file is written with, and what version 1 wrote for the same flags and files."""
+    """The key that is written now, and the one that version 1 wrote for the same flags and inputs."""
 
     now: str
     earlier: str
 
 
 class Component(NamedTuple):
-    """Hashes of a model's part: of all that it loads, and as version 1 took it."""
+    """Hashes of a model component: of all files that it loads, and as version 1 computed it."""
 
     now: str
     earlier: str
 
 
 def hash_component(folder: Path, loaded: Iterable[Path], hashes: Hashes) -> Component:
-    """`loaded` are the files of `folder` that decide what the part computes."""
+    """`loaded`: the files of `folder` that determine what the component computes."""
     digest = hashlib.sha256()
     for path in sorted(loaded):
         digest.update(f"{path.name} {hashes.of(path, 'sha256')}\n".encode())
@@ -59,7 +59,7 @@ def hash_component(folder: Path, loaded: Iterable[Path], hashes: Hashes) -> Comp
 
 
 def pixels_key(earlier: dict, place: str, decoder: str) -> dict:
-    """Of the frames of a clip, from the key of version 1, which lacked what draws depend on."""
+    """Key of a clip's frames: that of version 1, plus what the random draws depend on, which version 1 lacked."""
     return {
         "version": VERSION, **earlier, "reshape": earlier["reshape"] or "center", "flip": earlier["flip"] or 0.0,
         "place": place, "decoder": decoder,
@@ -71,8 +71,8 @@ def file_key(now: dict, earlier: dict) -> Key:
 
 
 def state_of(output_dir: Path, path: str, key: Key, in_full: bool = False) -> str:
-    """CURRENT if the file is there, readable and made from the same content with the same settings; EARLIER if so by the
-    rules of version 1; else MISSING. `in_full`: and if it still holds what was written.
+    """CURRENT if the file is readable and made from the same content and settings; EARLIER if so by version 1's key;
+    else MISSING. `in_full`: also verify the content hash.
     """
     if path.startswith("images/") and not video_of(output_dir, path).exists():
         return MISSING
@@ -85,7 +85,7 @@ def state_of(output_dir: Path, path: str, key: Key, in_full: bool = False) -> st
 
 
 def earlier_weights_hash(folder: Path) -> str:
-    """As version 1 took it: names, sizes and the first MiB of each file."""
+    """Version 1's hash: names, sizes and the first MiB of each file."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
@@ -95,7 +95,7 @@ def earlier_weights_hash(folder: Path) -> str:
 
 
 def content_hash(output_dir: Path, path: str) -> str:
-    """Of what a file holds beside its key; an image stands for its video too."""
+    """Hash of a file's content without its key; for an image, its video is included."""
     if path.startswith("images/"):
         with Image.open(output_dir / path) as image:
             content = image.tobytes() + video_of(output_dir, path).read_bytes()
@@ -109,22 +109,22 @@ def content_hash(output_dir: Path, path: str) -> str:
 
 
 def video_of(output_dir: Path, image: str) -> Path:
-    """The video that `images/<stem>.png` is the first frame of."""
+    """The video whose first frame is `images/<stem>.png`."""
     return output_dir / "videos" / f"{Path(image).stem}.mp4"
 
 
-# ---------------------------------------------------------------- files that no row names
+# ---------------------------------------------------------------- files that no row uses
 
 
 def named_files(paths: Iterable[str]) -> set[str]:
-    """`paths`, the video of each image among them, and the empty prompt's embedding."""
+    """`paths`, plus the video of each image and the empty prompt's embedding."""
     paths = set(paths)
     videos = {f"videos/{Path(path).stem}.mp4" for path in paths if path.startswith("images/")}
     return paths | videos | {EMPTY}
 
 
 def unnamed_files(output_dir: Path, named: set[str]) -> list[Path]:
-    """Files that are named as preparing names them and are not `named`; links and linked folders are somebody else's."""
+    """Files that look like ours by name but are not in `named`; symlinks, and linked folders, are left alone."""
     found = []
     for folder, suffix in SUFFIXES.items():
         if (output_dir / folder).is_symlink():
@@ -137,9 +137,9 @@ def unnamed_files(output_dir: Path, named: set[str]) -> list[Path]:
 
 
 def prune(output_dir: Path, named: set[str]) -> int:
-    """Remove what is not `named` and has a key, or is a video whose image has one; returns how many files."""
+    """Delete files not in `named` that have a key, or whose image has one; returns how many."""
     removed = 0
-    for path in keyed(output_dir, unnamed_files(output_dir, named)):  # a video goes before its image
+    for path in keyed(output_dir, unnamed_files(output_dir, named)):  # videos precede images, which hold their keys
         path.unlink()
         removed += 1
     return removed

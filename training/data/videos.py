@@ -1,8 +1,8 @@
-"""Videos -> samples: each clip cut, resized and flipped for its bucket.
+"""Datasets of videos: each clip is cut, resized, cropped and flipped for its bucket.
 
-A sample's key is epoch * len(dataset) + index: a worker then knows the epoch. Every draw about a clip is a function
-of (seed, epoch, its place of clip_lists.draw_places), so that no other row of the list changes it. Sizes come from
-headers; decoding happens in the workers. Axes: F' pixel frames, h/w pixels.
+A sample's key is epoch * len(dataset) + index, so a worker knows the epoch. Random draws for a clip depend only on
+(seed, epoch, its entry of clip_lists.draw_places), not on other rows of the list. Sizes come from headers; decoding
+happens in the workers. Axes: F' pixel frames, h/w pixels.
 """
 
 import logging
@@ -33,11 +33,11 @@ MAX_UPSCALE, WARN_UPSCALE = 4.0, 1.5  # linear factors
 class VideoDataset(Dataset):
     """Clips that already have the height and width of a bucket; nothing is resized.
 
-    `clips`, `bucket_of`, `prompts`, `sources` and `problems` hold what the headers said: bad clips raise one DataError, or with
-    on_problem="collect" are left out and described in `problems`, a line each.
+    `clips`, `bucket_of`, `prompts`, `sources` and `problems` are set from the headers. Bad clips raise one DataError;
+    with on_problem="collect" they are left out and described in `problems`, one line each.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword, one a flag
         self,
         clips: Sequence[Clip],
         buckets: Sequence[Bucket],
@@ -62,14 +62,14 @@ class VideoDataset(Dataset):
         if self.max_num_frames < self.smallest:
             raise UsageError(f"--max_num_frames {max_num_frames} is below the smallest frame bucket, {self.smallest}")
         if video_backend == "decord":
-            import_decord()  # the install line now, not from a worker
+            import_decord()  # fail now if it is missing, not in a worker
         self.keep_good(clips, on_problem)
         self.warn_of_sizes()
         self.warn_of_pictures()
 
     def keep_good(self, clips: Sequence[Clip], on_problem: str) -> None:
         """Sets clips, infos, bucket_of and problems from the headers."""
-        with ThreadPoolExecutor(8) as pool:  # mostly waiting for the disk
+        with ThreadPoolExecutor(8) as pool:  # disk bound
             headers = list(pool.map(header_or_error, clips))
         good, self.problems = [], []
         for clip, header in zip(clips, headers, strict=True):
@@ -128,7 +128,7 @@ class VideoDataset(Dataset):
             )  # fmt: skip
 
     def warn_of_pictures(self) -> None:
-        """Name the clips that are not read as a player shows them, and what converts them."""
+        """Warn about clips that are not read as a player shows them, with the ffmpeg filter that converts them."""
         sources: dict[Caution, list[str]] = {}
         for clip, cautions in zip(self.clips, self.cautions, strict=True):
             for caution in cautions:
@@ -147,14 +147,14 @@ class VideoDataset(Dataset):
         epoch, index = divmod(key, len(self))
         pixels = self.reshape(self.read(epoch, index), self.bucket_of[index], epoch, index)
         if self.draw("flip", epoch, index).random() < self.random_flip:
-            pixels = pixels.flip(-1)  # the whole clip at once
+            pixels = pixels.flip(-1)  # all frames alike
         self.check_shape(pixels, index)
         return {"pixels": pixels.contiguous(), "prompt": self.prompts[index], "index": index}
 
     def read(self, epoch: int, index: int) -> torch.Tensor:
-        """Frames of the clip at its own size, uint8 [F', 3, h, w]."""
+        """Frames of the clip at its native size, uint8 [F', 3, h, w]."""
         times = frame_times(self.bucket_of[index].frames, self.fps, self.start_time(epoch, index))
-        # In a worker one thread by default: the workers are the parallelism
+        # One thread per worker by default: the workers provide the parallelism
         num_threads = self.num_threads or int(get_worker_info() is not None)
         frames = read_frames(self.clips[index].video, times, self.backend, num_threads)
         if frames.shape[1:3] != self.infos[index][2:]:
@@ -162,16 +162,16 @@ class VideoDataset(Dataset):
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     def start_time(self, epoch: int, index: int) -> float:
-        """Seconds; where the clip is longer than its bucket a drawn place, else its start.
+        """Start in seconds: drawn if the clip is longer than its bucket, else the clip's start.
 
-        Starts lie on frames of the file: between them, rounding could repeat one frame and skip the next.
+        Always on a frame of the file: in between, rounding could repeat one frame and skip the next.
         """
         spare = self.spare_frames(index)
         first = self.draw("start", epoch, index).randint(0, spare) if spare else 0
         return (self.skip_start + first) / self.infos[index].fps
 
     def spare_frames(self, index: int) -> int:
-        """How many frames of the file later than the first one the clip's sample may start."""
+        """The number of frames of the file by which the sample's start may be delayed."""
         info, num_frames = self.infos[index], self.bucket_of[index].frames
         if self.num_frames(info) <= num_frames:
             return 0
@@ -182,7 +182,7 @@ class VideoDataset(Dataset):
         return random.Random(draw_seed(self.seed, name, epoch, self.places[index]))
 
     def is_drawn(self) -> bool:
-        """True if anything about a clip is left to a draw."""
+        """True if any clip depends on a random draw."""
         return self.random_flip > 0 or any(self.spare_frames(index) for index in range(len(self)))
 
     def reshape(self, pixels: torch.Tensor, bucket: Bucket, epoch: int, index: int) -> torch.Tensor:
@@ -201,19 +201,19 @@ class VideoDataset(Dataset):
         )
 
     def fingerprint(self, as_written: bool = False) -> str:
-        """A hash of which clips, captions and sizes are trained on, in which order; `as_written`: with absolute paths as
-        such, as earlier versions had it.
+        """Hash of the clips, captions and sizes in their order. `as_written`: absolute paths as they are, as in
+        earlier versions.
         """
         names = self.sources if as_written else [clip.identity for clip in self.clips]
         return hash_rows(zip(names, self.prompts, self.bucket_of, strict=True))
 
     def content(self) -> str:
-        """A hash of the clips' files, wherever they lie."""
+        """Hash of the content of the clips' files, independent of their location."""
         return hash_files([clip.video for clip in self.clips])
 
 
 class VideoDatasetWithResizing(VideoDataset):
-    """Clips brought to the nearest bucket: resized, aspect kept, until they cover it, then cut at the middle."""
+    """Clips brought to the nearest bucket: resized to cover it, keeping the aspect ratio, then center-cropped."""
 
     def match_size(self, clip: Clip, info: VideoInfo, num_frames: int) -> Bucket:
         bucket = nearest_bucket(num_frames, info.height, info.width, self.buckets)
@@ -247,7 +247,7 @@ class VideoDatasetWithResizing(VideoDataset):
 
 
 class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
-    """The same, cut at the middle (crop="center") or at a place drawn per clip and epoch (crop="random")."""
+    """Like VideoDatasetWithResizing, with crop="random" cropped at a random place per clip and epoch."""
 
     def __init__(self, clips: Sequence[Clip], buckets: Sequence[Bucket], *, crop: str = "center", **options):
         self.crop = crop
@@ -273,22 +273,22 @@ def header_or_error(clip: Clip) -> Header | DataError:
 
 
 def cover_size(height: int, width: int, bucket: Bucket) -> tuple[int, int]:
-    """The least height and width that keep the aspect and cover the bucket."""
+    """The smallest height and width that keep the aspect ratio and cover the bucket."""
     factor = upscale(height, width, bucket)
     return max(round(height * factor), bucket.height), max(round(width * factor), bucket.width)
 
 
 def cover_resize(pixels: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    """uint8 [F', 3, h, w] at the size that covers the bucket."""
+    """Resize uint8 [F', 3, h, w] to the size that covers the bucket."""
     size = cover_size(*pixels.shape[-2:], bucket)
     if size == pixels.shape[-2:]:
         return pixels
-    # On uint8: a quarter of the memory, and torch rounds and clips what bicubic overshoots
+    # On uint8: a quarter of the memory, and torch rounds and clamps bicubic overshoot
     return F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
 
 
 def summary(problems: list[str], num_clips: int) -> str:
-    """One line for any number of problems."""
+    """One line that summarizes any number of problems."""
     if len(problems) == 1:
         return problems[0]
     more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""

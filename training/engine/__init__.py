@@ -1,1 +1,1 @@
-"""What trains: weights, adapters and optimizers put together in one order, the loss and the update."""
+"""LoRA and full fine-tuning: trainable weights, optimizers, the training objective and the update."""

@@ -1,8 +1,8 @@
-"""The one place where techniques are composed: what is trained, precision, checkpointing, placement, in this order.
+"""Builds the LoRA and SFT engines; the one place where weights, precision and memory techniques are combined.
 
-Both engines answer alike: `params` (fp32, what the optimizer holds), `masters` (the same with the model's copies of
-them, where the model holds others), `ema` (their moving average, if one is kept), `save` and `check` (the result),
-`save_state` and `load_state` (what a run goes on from), `inference`.
+Both engines share an interface: `params` (fp32, for the optimizer), `masters` (`params` and the model's low-precision
+copies of them, if these differ), `ema` (moving average of `params`, if enabled), `save` and `check` (the result),
+`save_state` and `load_state` (for checkpoints), `inference`.
 """
 
 import contextlib
@@ -13,32 +13,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from attention.kernels import SAVED_OPS, make_attend
-from attention.norm_rope import can_fuse, norm_and_rotate
 from attention.processor import JointAttention
 from attention.trial import pick_attention
-from base.errors import UsageError
+from base.dtypes import DTYPES
+from base.levels import HOST_LEVELS
+from base.startup import STARTUP
 from base.toolchain import missing_for_triton
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 from engine.lora import (
     add_lora,
     check_saved_lora,
-    is_plain,
     load_lora,
     project,
-    project_apart,
     save_lora,
     save_unscaled,
     start_from_lora,
 )
 from engine.master_weights import HostMasters, Masters
-from engine.optimizers import make_optimizer_from_args, state_bytes_from_args
+from engine.optimizers import make_optimizer_from_args
 from engine.sft import (
     MASTERS_NAME,
     check_saved_transformer,
@@ -50,8 +48,7 @@ from engine.sft import (
     save_weights,
 )
 from memory.activations import offload_activations
-from memory.host import free_on_gpu
-from memory.quantization import frozen_linears, frozen_products, quantize_base
+from memory.quantization import frozen_linears, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks
 from memory.weights import load_blocks, stream_weights
 
@@ -59,7 +56,6 @@ from memory.weights import load_blocks, stream_weights
 logger = logging.getLogger(__name__)
 
 TRITON_CAPABILITY = (8, 0)  # Ampere: what Triton supports
-SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -70,13 +66,13 @@ class Engine:
     level: str | None  # of memory
 
     def gather(self) -> None:
-        """Fill `params` in before they are written, where ranks share them. All ranks must call it."""
+        """All-gather `params` before they are written, if they are sharded. All ranks must call it."""
         if self.masters:
             self.masters.gather()
 
     @contextlib.contextmanager
     def inference(self):
-        """The transformer as a pipeline needs it; back in training mode afterwards."""
+        """The transformer in eval mode without gradients; back in training mode on exit."""
         self.transformer.eval()
         try:
             with torch.no_grad():
@@ -111,7 +107,7 @@ class LoraEngine(Engine):
 
 @dataclass
 class SftEngine(Engine):
-    """A transformer in the compute dtype whose every weight is trained on an fp32 master."""
+    """A transformer in the compute dtype with all weights trained, on fp32 masters."""
 
     save_dtype: torch.dtype
     masters: Masters | None = None
@@ -119,7 +115,7 @@ class SftEngine(Engine):
 
     @property
     def result(self) -> list[torch.Tensor]:
-        """The weights that are written and rendered."""
+        """The weights that are saved and validated: the moving average if there is one."""
         return self.ema.shadow_params if self.ema else self.params
 
     def save(self, directory: Path) -> Path:
@@ -148,7 +144,7 @@ class SftEngine(Engine):
 
     @contextlib.contextmanager
     def averaged_weights(self):
-        """The moving average in the model, and afterwards what is trained, bit for bit."""
+        """Swap the moving average into the model; on exit the trained weights are restored bit for bit."""
         if self.ema is None:
             yield
         elif self.masters is None:
@@ -165,10 +161,10 @@ class SftEngine(Engine):
 def build_lora_engine_from_args(
     args, level, transformer: nn.Module, pipeline_class, shape: tuple, device: torch.device, seed: int, resumes: bool
 ) -> LoraEngine:
-    """`transformer`, on the CPU in the compute dtype and frozen, made ready to train a LoRA on `device`.
+    """Prepare `transformer`, frozen, on the CPU and in the compute dtype, for training a LoRA on `device`.
 
-    `level`: of memory, or None; `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` has no use
-    for --init_lora.
+    `level`: memory level or None; `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` ignores
+    --init_lora.
     """
     dtype = transformer.dtype
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
@@ -186,6 +182,7 @@ def build_lora_engine_from_args(
         masters = HostMasters(params, device, torch.float32, args.offload_gradients)
     set_memory_level_from_args(args, level, transformer, device)
     transformer.to(device).train()
+    STARTUP.mark("engine")
     trained = masters.params if masters else params
     return LoraEngine(transformer, trained, inference_facts_from_args(args), level, pipeline_class, masters)
 
@@ -199,9 +196,9 @@ def build_sft_engine_from_args(
     stored_dtype: torch.dtype,
     device: torch.device,
 ) -> SftEngine:
-    """`transformer`, on the CPU in fp32, made ready to train all its weights on `device`, computing in `dtype`.
+    """Prepare `transformer`, on the CPU in fp32, for training all its weights on `device` with compute in `dtype`.
 
-    `level` and `shape` as above. The masters start from the stored weights, not from their rounding to `dtype`.
+    `level` and `shape` as above. The masters start from the stored weights, before these are rounded to `dtype`.
     """
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
     set_attention(transformer, attend, device)
@@ -214,17 +211,18 @@ def build_sft_engine_from_args(
     elif dtype != torch.float32:
         masters = Masters(weights, device)
     set_memory_level_from_args(args, level, transformer, device)
-    nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns of modules that it has none of here
+    nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns about modules that do not exist here
     params = masters.params if masters else weights
     ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
     if ema:
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
-    save_dtype = SAVE_DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
+    STARTUP.mark("engine")
+    save_dtype = DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
     return SftEngine(transformer, params, inference_facts_from_args(args), level, save_dtype, masters, ema)
 
 
 def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
-    """The optimizer on the engine's weights; where the accelerate config turns DeepSpeed on, DeepSpeed itself."""
+    """The optimizer for the engine's weights, or DeepSpeed if the accelerate config turns it on."""
     if not uses_deepspeed():
         return make_optimizer_from_args(args, engine.params, learning_rate)
     config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -232,32 +230,30 @@ def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: 
 
 
 def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel that --attention means here, rank 0's choice on all ranks. Called before the model fills the card."""
+    """Resolve --attention to a kernel; all ranks take rank 0's choice. Call it before the model is on the GPU."""
     name = [pick_attention(args.attention, shape, dtype, device)]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(name, src=0)
+    STARTUP.mark("attention")
     return name[0]
 
 
 def set_attention(transformer: nn.Module, attend: Callable, device: torch.device) -> None:
-    """One attention processor for all blocks, on a GPU with products and passes over memory joined where they can be.
+    """Set one attention processor on all blocks; on a GPU it fuses projections, and q/k norm with RoPE, if possible.
 
-    On a CPU each layer computes by itself, bit for bit as the stock processor does.
+    On a CPU each layer computes by itself, bit-equal to the stock processor.
     """
     attentions = [block.attn1 for block in transformer.transformer_blocks]
     processor = JointAttention(attend)
     if device.type == "cuda":
-        adapted = [is_plain(layer) for attn in attentions for layer in (attn.to_q, attn.to_k, attn.to_v)]
-        fuse = uses_triton(device) and all(adapted) and all(can_fuse(attn.norm_q, attn.norm_k) for attn in attentions)
-        projection = functools.partial(project, linears=frozen_linears)
-        processor = JointAttention(attend, projection, fused_heads if fuse else None)
+        processor = JointAttention(attend, functools.partial(project, linears=frozen_linears))
     for attn in attentions:
         attn.processor = processor
 
 
 @functools.cache  # it warns once
 def uses_triton(device: torch.device) -> bool:
-    """True where Triton's kernels can be built and run."""
+    """True if Triton kernels can be compiled and run."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
         return False
     lack = missing_for_triton()
@@ -266,87 +262,37 @@ def uses_triton(device: torch.device) -> bool:
     return lack is None
 
 
-def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`heads_by_torch` of adapted layers, in one pass over memory after the products."""
-    bases, deltas = project_apart(states, [attn.to_q, attn.to_k, attn.to_v], frozen_products)
-    return norm_and_rotate(bases, deltas, attn.norm_q, attn.norm_k, rotary, num_text)
-
-
 def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, device: torch.device) -> None:
-    """What is kept for the backward pass and where, by `level` or --gradient_checkpointing; and compiled blocks.
+    """Apply checkpointing, compilation, activation offload and weight streaming, by `level` or by their flags.
 
-    With a level on a GPU blocks are compiled; else by --compile_blocks, or by the accelerate config's dynamo_backend.
+    Blocks are compiled with a level on a GPU, with --compile_blocks, or with the accelerate config's dynamo_backend.
     """
     if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # outside of the compiled blocks
-    elif level in ("balanced", "offload", "stream"):
+        transformer.enable_gradient_checkpointing()  # diffusers' own, around the compiled blocks
+    elif level in ("balanced", *HOST_LEVELS):
         checkpoint_blocks(transformer.transformer_blocks, SAVED_OPS)
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     by_level = level and not args.no_compile_blocks and uses_triton(device)
     if args.compile_blocks or by_level or backend != "no":
         compile_blocks(transformer.transformer_blocks, "inductor" if backend == "no" else backend)
-    if level in ("offload", "stream"):
+    if level in HOST_LEVELS:
         offload_activations(transformer.transformer_blocks, device)
     if level == "stream":
-        stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves them in host memory
+        stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves the blocks in host memory
 
 
 def block_loader_from_args(args, level: str | None, device: torch.device) -> Callable | None:
-    """What `load_transformer` is to fill the blocks with: nothing, unless their weights stay in host memory as they are."""
+    """The block loader for `load_transformer`, if the blocks' weights stay in host memory unquantized; else None."""
     if level == "stream" and args.base_precision == "bf16":
         return functools.partial(load_blocks, device=device)
     return None
 
 
 def inference_facts_from_args(args) -> dict:
-    """Choices of image-to-video training that a stock pipeline does not know of; empty for the defaults."""
+    """Image-to-video training options that a stock pipeline does not know about; empty for the defaults."""
     facts = {}
     if args.drop_learned_positions:
         facts["drop_learned_positions"] = True
     if args.image_latent_scale != "pipeline":
         facts["image_latent_scale"] = args.image_latent_scale
     return facts
-
-
-# ---------------------------------------------------------------- does it fit?
-
-
-def check_sft_fits_from_args(args, num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse, before anything is loaded, what GPU or host cannot hold even without activations."""
-    if device.type != "cuda" or uses_deepspeed():  # which shares out what it can
-        return
-    on_device, on_host = sft_bytes_per_weight_from_args(args, dtype)
-    size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"
-    free = free_on_gpu(device) / 2**30
-    if on_device * size > free:
-        raise UsageError(
-            f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device_from_args(args)}, and {free:.0f} GiB "
-            f"are free on the GPU; {how_to_need_less_from_args(args)}"
-        )
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this machine, each with masters of its own
-    available = psutil.virtual_memory().available / 2**30
-    if on_host * size * processes > available:
-        raise UsageError(
-            f"--use_cpu_offload_optimizer: {weights} needs {on_host * size * processes:.0f} GiB of host memory for fp32 "
-            f"weights, gradients and optimizer states of {processes} process(es), and {available:.0f} GiB are available"
-        )
-
-
-def sft_bytes_per_weight_from_args(args, dtype: torch.dtype) -> tuple[int, int]:
-    """(on the GPU, on the host) of one trained weight, with its gradient and all that is kept for it."""
-    trained = 4 + state_bytes_from_args(args) + (4 if args.ema else 0)
-    if args.use_cpu_offload_optimizer:
-        return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4
-    return trained + 4 + (0 if dtype == torch.float32 else dtype.itemsize), 0
-
-
-def what_lies_on_device_from_args(args) -> str:
-    if not args.use_cpu_offload_optimizer:
-        return "fp32 weights, gradients and optimizer states"
-    return "the weights" if args.offload_gradients else "the weights and fp32 gradients"
-
-
-def how_to_need_less_from_args(args) -> str:
-    if not args.use_cpu_offload_optimizer:
-        return "add --use_cpu_offload_optimizer, or train a LoRA, or a smaller model"
-    return ("" if args.offload_gradients else "add --offload_gradients, or ") + "train a LoRA, or a smaller model"

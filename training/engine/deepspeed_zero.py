@@ -1,8 +1,8 @@
-"""ZeRO (arXiv 1910.02054) by DeepSpeed: optimizer states and gradients shared out over the ranks, or kept on the host.
+"""DeepSpeed ZeRO (arXiv 1910.02054): optimizer states and gradients sharded over the ranks, or offloaded to the host.
 
-DeepSpeed is handed the trained weights alone, never the model: where that lies, what it computes in and how it is
-called stay as they are without. The accelerate config turns it on and says what is offloaded; all else comes from the
-flags. Stages 1 and 2: what stage 3 shares out besides, frozen weights, is a third of nothing for a LoRA.
+DeepSpeed gets only the trained weights, never the model: its placement, dtype and calls are the same as without
+DeepSpeed. The accelerate config turns it on and says what is offloaded; everything else comes from the flags. Stages 1
+and 2 only: stage 3 also shards the trained weights themselves, which for a LoRA saves almost nothing.
 """
 
 import copy
@@ -17,53 +17,54 @@ from torch import nn
 
 from base.console import capture_prints
 from base.errors import UsageError
+from base.levels import HOST_LEVELS
+from engine.optimizers import ADAMS, adam_settings_from_args
 
 
-OLDEST = "0.19"  # before it a backward pass without DeepSpeed's own forward counts as the first micro-step
+OLDEST = "0.19"  # earlier ones count a backward pass without DeepSpeed's own forward as the first micro-step
 SUPPORTED_STAGES = (1, 2)
-TORCH_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, the one optimizer that is run here
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's states; no other optimizer is supported here
 
 
 class ZeroMasters:
-    """fp32 masters that DeepSpeed holds, cut into flat pieces, of the model's `copies`.
+    """fp32 masters of the model's `copies`, held by DeepSpeed as flat shards.
 
-    `params` [fp32, on the host] is where they are filled in for files, by `gather`, and taken from, by `write_copies`.
+    `params` (fp32, on the host) is a full copy for files: filled by `gather`, and written back by `write_copies`.
     """
 
     def __init__(self, copies: list[nn.Parameter], device: torch.device, dtype: torch.dtype):
         self.copies = copies
-        # What the checkpoint says, not its rounding to `dtype`
+        # The checkpoint's values, before they are rounded to `dtype`
         self.params = [param.detach().to("cpu", torch.float32) for param in copies]
         for param in copies:
             param.data = param.data.to(device, dtype)
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Fill `params`. All ranks must call it."""
+        """All-gather the shards to `params`. All ranks must call it."""
         for param, piece in zip(self.params, self.copies, strict=True):
             param.copy_(full(piece))
 
     @torch.no_grad()
     def write_copies(self) -> None:
-        """Hand `params` to DeepSpeed and, rounded, to the model."""
+        """Copy `params` to DeepSpeed's masters and, rounded, to the model."""
         for param, piece in zip(self.params, self.copies, strict=True):
             set_full(piece, param)
             piece.copy_(param)
 
     @torch.no_grad()
     def read_copies(self) -> None:
-        """Take the weights that were loaded into the model."""
+        """Copy the model's weights, just loaded from a file, to `params` and DeepSpeed's masters."""
         for param, piece in zip(self.params, self.copies, strict=True):
             param.copy_(piece)
             set_full(piece, param)
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
-    """DeepSpeed's engine where an optimizer is expected: learning rates are read from it and set in it as usual."""
+    """DeepSpeed's engine behind torch's optimizer interface; learning rates are read and set as usual."""
 
     def __init__(self, engine, weights: list[nn.Parameter]):
-        # Not Optimizer's own: it would make groups of the whole weights
+        # No super().__init__: it would make param groups of the full weights
         self.engine, self.weights, self.gathered = engine, weights, {}
 
     @property
@@ -71,23 +72,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return self.engine.optimizer.optimizer.param_groups
 
     def backward(self, loss: torch.Tensor, last_micro_step: bool) -> None:
-        """Add to the gradients; `loss` is already divided by the number of micro-steps."""
+        """Accumulate gradients; `loss` is already divided by the number of micro-steps."""
         self.engine.set_gradient_accumulation_boundary(last_micro_step)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, closure=None) -> float:
-        """Average over the ranks, clip and apply; returns the norm before clipping, infinite where nothing was applied."""
+        """Average over the ranks, clip and apply. Returns the norm before clipping, infinite for a skipped step."""
         self.engine.step()
         return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """DeepSpeed has done it."""
+        """Nothing to do: DeepSpeed zeroes them in `step`."""
 
     def gather(self) -> None:
-        """Fetch what `state_dict` returns. All ranks must call it."""
+        """All-gather what `state_dict` returns. All ranks must call it."""
         steps = [entry["step"] for entry in self.engine.optimizer.optimizer.state.values() if "step" in entry]
         state = {}
-        if steps:  # none while every update so far was skipped
+        if steps:  # empty if every update so far was skipped
             state = {
                 index: {"step": float(steps[0])} | {name: full(weight, name).clone() for name in MOMENTS}
                 for index, weight in enumerate(self.weights)
@@ -96,25 +97,26 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.gathered = {"state": state, "param_groups": groups}
 
     def state_dict(self) -> dict:
-        """As torch's, of the last `gather`."""
+        """In torch's format, as of the last `gather`."""
         return self.gathered
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Into an optimizer that has made no step yet."""
+        """Load into an optimizer that has not stepped yet."""
         if state_dict["state"]:
             self.load_moments(state_dict["state"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 
     def load_moments(self, state: dict[int, dict]) -> None:
-        """Adam's, as torch keeps them by the number of the weight."""
+        """Load Adam's states from torch's format, keyed by the index of the weight."""
         step, zero = state[0]["step"], self.engine.optimizer
+        is_torchs = isinstance(zero.optimizer, tuple(ADAMS.values()))
         for group in self.param_groups:
             for piece in group["params"]:
                 entry = {name: torch.zeros_like(piece) for name in MOMENTS}
-                # DeepSpeedCPUAdam counts in a number, torch's Adam in a tensor
-                entry["step"] = torch.tensor(float(step)) if isinstance(zero.optimizer, TORCH_ADAMS) else int(step)
+                # DeepSpeedCPUAdam keeps the step as an int, torch's Adam as a tensor
+                entry["step"] = torch.tensor(float(step)) if is_torchs else int(step)
                 zero.optimizer.state[piece] = entry
         zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed does after its first step
         for index, weight in enumerate(self.weights):
@@ -123,14 +125,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
 
 def full(weight: nn.Parameter, name: str | None = None) -> torch.Tensor:
-    """The whole fp32 master of `weight`, or the Adam state `name` of it, on the host. All ranks must call it."""
+    """The full fp32 master of `weight`, or its Adam state `name`, on the host. All ranks must call it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     return (safe_get_full_optimizer_state(weight, name) if name else safe_get_full_fp32_param(weight)).cpu()
 
 
 def set_full(weight: nn.Parameter, value: torch.Tensor, name: str | None = None) -> None:
-    """Give each rank its piece of `value` as the fp32 master of `weight`, or as the Adam state `name` of it."""
+    """Set each rank's shard of the fp32 master of `weight`, or of its Adam state `name`, to `value`."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     value = value.float()
@@ -144,39 +146,33 @@ def set_full(weight: nn.Parameter, value: torch.Tensor, name: str | None = None)
 
 
 def uses_deepspeed() -> bool:
-    """True where the launcher says so; it is how accelerate knows too."""
+    """True if the launcher asks for DeepSpeed; accelerate reads the same variable."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_ranks: int, learning_rate: float):
-    """DeepSpeed on the masters' weights, with the flags' Adam; `config` is what the accelerate config says."""
+    """Start DeepSpeed on the masters' weights with the Adam of the flags; `config`: from the accelerate config."""
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     config = deepspeed_config_from_args(args, config, masters.copies[0].dtype, num_ranks)
-    settings = {
-        "lr": learning_rate,
-        "betas": (args.beta1, args.beta2),
-        "eps": args.epsilon,
-        "weight_decay": args.weight_decay,
-    }
+    settings = adam_settings_from_args(args, learning_rate)
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-        with capture_prints():  # how long it took to build, and with what
+        with capture_prints():  # it prints how it was built, and how long that took
             optimizer = DeepSpeedCPUAdam(masters.copies, **settings, adamw_mode=args.optimizer == "adamw")
     else:
-        optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-        optimizer = optimizer_class(masters.copies, **settings)
+        optimizer = ADAMS[args.optimizer](masters.copies, **settings)
     weights = nn.ParameterList(masters.copies)
     with capture_prints():
         engine = deepspeed.initialize(model=weights, optimizer=optimizer, config=config)[0]
-    # It looks in fp16 alone, and in fp32 has no setting for it: one bad sample would make every weight NaN
+    # By default it only checks in fp16, and fp32 has no setting for it: one bad sample would make every weight NaN
     engine.optimizer.check_grad_overflow = True
     masters.write_copies()
     return ZeroOptimizer(engine, masters.copies)
 
 
 def deepspeed_config_from_args(args, config: dict, dtype: torch.dtype, num_ranks: int) -> dict:
-    """The accelerate config's settings, what it leaves open filled in by the flags; UsageError where they disagree."""
+    """The accelerate config's settings, with "auto" filled in from the flags; UsageError if the two disagree."""
     config = copy.deepcopy(config)
     wanted = {
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -193,7 +189,7 @@ def deepspeed_config_from_args(args, config: dict, dtype: torch.dtype, num_ranks
     zero = config["zero_optimization"]
     if zero["stage"] not in SUPPORTED_STAGES:
         raise UsageError(f"DeepSpeed's zero_stage: {zero['stage']} is not supported; use 2 (or 1)")
-    zero.pop("offload_param", None)  # of stage 3
+    zero.pop("offload_param", None)  # only for stage 3
     config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
     config |= wanted
     config["fp16"] = {"enabled": False}
@@ -210,7 +206,7 @@ def installed_version() -> str | None:
 
 
 def check_deepspeed_from_args(args) -> None:
-    """Refuse what does not work together with DeepSpeed, which brings an optimizer of its own."""
+    """UsageError for flags that do not work with DeepSpeed, which brings its own optimizer."""
     if not uses_deepspeed():
         return
     version = installed_version()
@@ -233,11 +229,11 @@ def check_deepspeed_from_args(args) -> None:
             "give one of them",
         ),
         (
-            [f"--memory {args.memory}"] if args.memory in ("offload", "stream") else [],
+            [f"--memory {args.memory}"] if args.memory in HOST_LEVELS else [],
             "DeepSpeed runs backward passes that weights and activations in host memory cannot follow",
             "use --memory balanced",
         ),
-        (["--ema"] if args.ema else [], "the weights to average are shared out", "leave it out"),
+        (["--ema"] if args.ema else [], "the weights to average are sharded over the ranks", "leave it out"),
         (
             ["fp16"] if "fp16" in (args.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")) else [],
             "fp32 adapters would get no loss scaling",

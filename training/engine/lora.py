@@ -1,4 +1,4 @@
-"""Adapters in, adapters out: low-rank adaptation (arXiv 2106.09685) by peft, in files that diffusers loads."""
+"""LoRA adapters (arXiv 2106.09685) with peft: add, compute, save and load, in files that diffusers loads."""
 
 import re
 import warnings
@@ -32,15 +32,15 @@ from engine.lora_file import (
 
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-UNSCALED_NAME = "lora_unscaled.safetensors"  # of a checkpoint, see save_unscaled
+UNSCALED_NAME = "lora_unscaled.safetensors"  # in checkpoints, see save_unscaled
 ADAPTER = "default"  # peft's name for the trained adapter
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")  # of an adapted layer; the last is DoRA's
 
 
 class ComputeDtypeLinear(nn.Linear):
-    """A linear layer whose fp32 weight is cast to the input's dtype: the arithmetic that inference does.
+    """A linear layer that casts its fp32 weight to the input's dtype, so training computes what inference does.
 
-    peft would cast the input up instead: for a bf16 model 4 fp32 copies of the hidden states a block.
+    peft would cast the input up instead: 4 fp32 copies of the hidden states per block of a bf16 model.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -48,14 +48,14 @@ class ComputeDtypeLinear(nn.Linear):
 
 
 class ComputeDtypeDora(DoraLinearLayer):
-    """DoRA's part of an adapted layer (arXiv 2402.09353), its fp32 magnitudes cast to the input's dtype too.
+    """DoRA's part of an adapted layer (arXiv 2402.09353), with the fp32 magnitudes cast to the input's dtype.
 
-    Both sides of magnitude / norm are then rounded alike: without an update the quotient is 1, whatever the dtype.
+    Magnitude and norm are then rounded the same way: before the first update their quotient is exactly 1 in any dtype.
     """
 
     def forward(self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name="default"):
         weight = dequantize_module_weight(base_layer).to(x.dtype)
-        with torch.no_grad():  # section 4.3 of the paper: the norm counts as a constant
+        with torch.no_grad():  # section 4.3 of the paper: the norm is treated as a constant
             identity = torch.eye(weight.shape[1], device=x.device, dtype=x.dtype)
             norm = self.get_weight_norm(weight, lora_B(lora_A(identity)).T, scaling)
         scale = (self.weight.to(x.dtype) / norm).view(1, -1)
@@ -76,10 +76,10 @@ def add_lora(
     use_dora: bool = False,
     use_rslora: bool = False,
 ) -> list[nn.Parameter]:
-    """Add a trainable fp32 adapter on the linear layers whose names end so; returns its weights in a fixed order.
+    """Add a trainable fp32 adapter to all linear layers whose names end in `target_modules`; returns its parameters.
 
-    Drawn on the CPU from (seed, "lora_init"). The model is unchanged before the first update: B is zero, or with
-    `init` "orthogonal" B A is, up to rounding.
+    Initialized on the CPU from (seed, "lora_init"), parameters in a fixed order. The model's output is unchanged
+    before the first update: B is zero; with `init` "orthogonal", B A is zero up to rounding.
     """
     check_target_modules(transformer, target_modules)
     config = LoraConfig(
@@ -109,37 +109,36 @@ def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
 
 
 def project(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable) -> list[torch.Tensor]:
-    """What each of `layers` makes of the same `states` [B, S, D]: with plain adapters on all of them in few products.
+    """One output per layer for the same `states` [B, S, D]; fused into few matmuls if all layers have plain adapters.
 
-    `linears(states, layers)` gives the same of layers without adapters. Equal to peft's own path up to rounding.
+    `linears(states, layers)` does the same for layers without adapters. Equal to peft's own path up to rounding.
     """
     if all(is_plain(layer) for layer in layers):
-        bases, deltas = project_apart(states, layers, linears)
-        return [base + delta for base, delta in zip(bases, deltas, strict=True)]
+        return project_plain(states, layers, linears)
     if any(isinstance(layer, LoraLayer) for layer in layers):
         return [layer(states) for layer in layers]
     return linears(states, layers)
 
 
-def project_apart(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable):
-    """([what `linears` makes of the base layers], [each adapter's output]) of layers that are all plain."""
+def project_plain(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable) -> list[torch.Tensor]:
+    """`project` for layers that are all plain, see `is_plain`; their A matrices are one matmul."""
     down = torch.cat([layer.lora_A[ADAPTER].weight for layer in layers]).to(states.dtype)  # [layers x rank, D]
     narrow = F.linear(states, down).chunk(len(layers), dim=-1)
-    # The scale goes into B, which is small; peft scales the product, as large as the states
+    # Scale B, which is small; peft scales the output, which is as large as the states
     ups = [(layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]).to(states.dtype) for layer in layers]
     bases = linears(states, [layer.base_layer for layer in layers])
-    return bases, [F.linear(low, up) for low, up in zip(narrow, ups, strict=True)]
+    return [base + F.linear(low, up) for base, low, up in zip(bases, narrow, ups, strict=True)]
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """True for a layer with the trained adapter alone, switched on and neither merged nor DoRA."""
+    """True for a layer with only the trained adapter, enabled, not merged, and not DoRA."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
         return False
     return layer.active_adapters == [ADAPTER] and not layer.use_dora[ADAPTER]
 
 
 def check_target_modules(transformer: nn.Module, names: list[str] | tuple[str, ...]) -> None:
-    """Each name must be the end of linear layers' names, and of no other layer's."""
+    """UsageError unless each name is the end of at least one linear layer's name, and of no other layer's."""
     modules = dict(transformer.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     for wanted in names:
@@ -152,15 +151,15 @@ def check_target_modules(transformer: nn.Module, names: list[str] | tuple[str, .
 
 
 def name_in_block(name: str) -> str:
-    """A layer's name without the number of its block, so that it means that layer of every block."""
+    """A layer's name without the block index: matches that layer in every block."""
     return re.sub(r"^\w+\.\d+\.", "", name)
 
 
 def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: dict | None = None) -> Path:
     """Write the adapter so that `load_lora_weights(directory)` alone restores it, at its trained strength.
 
-    `facts`, what else inference must know, goes into the metadata's "training" entry, which diffusers leaves alone.
-    Equal runs write equal bytes. One tensor at a time is in memory.
+    `facts`, what else inference must know, goes into the metadata's "training" entry, which diffusers ignores.
+    Deterministic: equal runs write equal bytes. One tensor is copied to the host at a time.
     """
     config, prefix = transformer.peft_config[ADAPTER], f"{pipeline_class.transformer_name}."
     weights = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
@@ -178,9 +177,9 @@ def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: di
 
 
 def save_unscaled(transformer: nn.Module, directory: Path) -> None:
-    """Beside a checkpoint's LoRA: every B as it is trained, unless all come back bit for bit by division.
+    """Write the unscaled B matrices to a checkpoint, unless dividing the saved ones restores them bit for bit.
 
-    They do where the scaling is a power of two, but for numbers near the ends of fp32's range.
+    Division is exact if the scaling is a power of two, except near the ends of fp32's range.
     """
     weights = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     factors = scalings(transformer, weights)
@@ -194,7 +193,7 @@ def save_unscaled(transformer: nn.Module, directory: Path) -> None:
 
 
 def scalings(transformer: nn.Module, keys: Iterable[str]) -> dict[str, float]:
-    """The trained adapter's scaling by the key of each B among peft's `keys`."""
+    """{key of a B matrix: the trained adapter's scaling} for the B matrices among peft's `keys`."""
     layers = lora_layers(transformer)
     suffix = ".lora_B.weight"
     return {key: layers[key.removesuffix(suffix)].scaling[ADAPTER] for key in keys if key.endswith(suffix)}
@@ -203,7 +202,7 @@ def scalings(transformer: nn.Module, keys: Iterable[str]) -> dict[str, float]:
 def load_lora(transformer: nn.Module, directory: Path) -> None:
     """Load what `save_lora` and `save_unscaled` wrote into the trained adapter, bit for bit.
 
-    Any missing, unexpected or misshapen key is an error.
+    A missing or unexpected key, or a wrong shape, is an error.
     """
     path, unscaled = Path(directory, WEIGHTS_NAME), Path(directory, UNSCALED_NAME)
     file = read_lora(path)
@@ -213,7 +212,7 @@ def load_lora(transformer: nn.Module, directory: Path) -> None:
 
 
 def insert_lora(transformer: nn.Module, file: LoraFile, path: Path) -> None:
-    """Give the adapter the file's weights; where it scales B @ A otherwise, B makes up for it."""
+    """Load the file's weights into the adapter; if the scalings differ, B is rescaled so that the effect is equal."""
     current = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     differing = sorted(current.keys() ^ file.tensors.keys())
     differing += [key for key, tensor in file.tensors.items() if key in current and tensor.shape != current[key].shape]
@@ -230,15 +229,15 @@ def insert_lora(transformer: nn.Module, file: LoraFile, path: Path) -> None:
 def check_saved_lora(transformer: nn.Module, directory: Path) -> None:
     """Load the file as diffusers does, as a second adapter of the same transformer, and compare it with the trained one.
 
-    Never a second model in memory. An inequality is a defect of the toolkit, not of the user's input.
+    No second model in memory. A difference is a bug in this toolkit, hence RuntimeError.
     """
     check = "saved"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns of a second adapter
+        warnings.simplefilter("ignore")  # peft warns about a second adapter
         transformer.load_lora_adapter(directory, weight_name=WEIGHTS_NAME, adapter_name=check, prefix="transformer")
     try:
         for name, layer in lora_layers(transformer).items():
-            if layer.scaling[check] != 1:  # what readers without metadata take
+            if layer.scaling[check] != 1:  # what loaders that ignore the metadata use
                 raise RuntimeError(f"{directory}: {name} is scaled differently after saving")
             for part in PARTS:
                 check_part(f"{directory}: {name}", layer, part, check)
@@ -248,7 +247,7 @@ def check_saved_lora(transformer: nn.Module, directory: Path) -> None:
 
 
 def check_part(name: str, layer: LoraLayer, part: str, check: str) -> None:
-    """A saved part is the trained one, B times its scaling."""
+    """RuntimeError unless the saved part equals the trained one, B multiplied by its scaling."""
     weights = getattr(layer, part)
     if (check in weights) != (ADAPTER in weights):
         raise RuntimeError(f"{name} has other parts after saving")
@@ -264,9 +263,9 @@ def check_part(name: str, layer: LoraLayer, part: str, check: str) -> None:
 
 
 def start_from_lora(transformer: nn.Module, path: Path) -> None:
-    """Give the fresh adapter the effect of a LoRA's file, or of the one in a folder: diffusers', peft's, kohya's, ComfyUI's.
+    """Initialize the new adapter from a LoRA file or folder, in diffusers', peft's, kohya's or ComfyUI's keys.
 
-    The flags must be those that it was trained with: what differs is refused in one line that says what to give.
+    The flags must match those it was trained with; otherwise one UsageError lists the flags to give.
     """
     path = find_file(path)
     modules = {name for name, _ in transformer.named_modules()}
@@ -277,7 +276,7 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
     advice = [flag_advice(flag, theirs[flag], ours[flag]) for flag in theirs if theirs[flag] != ours[flag]]
     names = {name_in_block(layer) for layer in layers_in(file)}
     if names != {name_in_block(layer) for layer in lora_layers(transformer)}:
-        targets = file.config.get("target_modules")  # for peft also a pattern, which the flag does not take
+        targets = file.config.get("target_modules")  # peft also allows a regex, which the flag does not
         advice.append(
             f"give --lora_target_modules {' '.join(sorted(targets if isinstance(targets, list) else names))}"
         )
@@ -287,7 +286,7 @@ def start_from_lora(transformer: nn.Module, path: Path) -> None:
 
 
 def hash_lora(start: str | None) -> dict[str, str | None]:
-    """{"init_lora": hash of its tensors, None without one}; empty where it is gone, which stops no run that goes on."""
+    """{"init_lora": hash of its tensors, or None without one}; empty if the file is gone, fine for a resumed run."""
     path = find_file(Path(start)) if start else None
     if path and not path.is_file():
         return {}
@@ -295,7 +294,7 @@ def hash_lora(start: str | None) -> dict[str, str | None]:
 
 
 def flags_of_file(file: LoraFile, path: Path) -> dict:
-    """Those that it was trained with, by what it says. A fractional alpha is left out: --lora_alpha takes integers."""
+    """The flags it was trained with, as far as the file tells; without a fractional alpha, which no flag can give."""
     rank, alpha = rank_and_alpha(file, path)
     flags = {
         "rank": rank,

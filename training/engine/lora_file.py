@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from base import tensor_file
 from base.errors import UsageError
 from base.file_kinds import stand_in
-from base.files import flush_descriptor, written_beside
+from base.files import written_beside
 
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
@@ -49,9 +50,7 @@ PARTS = {
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
     "alpha": "alpha",
 }
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 ALIGNMENT = 64  # bytes: diffusers computes on the mapped file, and a CPU rounds otherwise where that is misaligned
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class LoraFile(NamedTuple):
@@ -189,24 +188,11 @@ def training_entry(facts: dict) -> dict[str, str]:
 
 def write_tensors(
     path: Path,
-    sizes: dict[str, tuple[torch.dtype, Iterable[int]]],
+    sizes: tensor_file.Sizes,
     tensor_of: Callable[[str], torch.Tensor],
     metadata: dict[str, str],
 ) -> None:
-    """A safetensors file of tensors of these dtypes and shapes, asked for one by one; equal content, equal bytes.
-
-    The format: length of the header, header in JSON, tensors without a gap. The library's own writer takes all tensors
-    at once and orders its header at random. Written beside and renamed.
-    """
-    header, end = {"__metadata__": metadata}, 0
-    for name, (dtype, shape) in sizes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with written_beside(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in sizes:
-            file.write(tensor_of(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        flush_descriptor(file.fileno())
+    """A safetensors file of tensors of these dtypes and shapes, asked for one by one; equal content, equal bytes."""
+    header = tensor_file.encoded(tensor_file.describe(sizes, metadata), ALIGNMENT, sort_keys=True)
+    with written_beside(path, durable=True) as temporary:
+        tensor_file.write_file(temporary, header, sizes, tensor_of)

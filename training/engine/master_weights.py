@@ -1,8 +1,8 @@
-"""fp32 masters (arXiv 1710.03740): the weights that the optimizer holds, where the model computes with copies of them.
+"""fp32 master weights (arXiv 1710.03740) for the optimizer, while the model computes with low-precision copies.
 
-In bf16 an update of 1e-5 is rounded away for every weight above 0.004; on an fp32 master it arrives. Masters lie on the
-device, or in host memory, where the optimizer then steps and keeps its states: of the GPU's memory that leaves the
-copies, and gradients unless these go to the host as well.
+In bf16, an update of 1e-5 is rounded away for every weight above 0.004; on an fp32 master it is not. Masters are on
+the device or in host memory. In host memory, the optimizer steps there and keeps its states there; the GPU then holds
+only the copies, and the gradients unless they are offloaded too.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 
-SLAB_BYTES = 2**30  # page-locked memory comes in powers of two: single tensors would take up to twice their size
-MOST_IN_FLIGHT = 8  # gradients on their way to the host; each is kept on the device until it is there
+SLAB_BYTES = 2**30  # torch rounds pinned allocations up to powers of two: pinned one by one, tensors could take double
+MOST_IN_FLIGHT = 8  # gradients being copied to the host; each is kept on the device until its copy is done
 
 
 class Masters:
-    """fp32 masters of `copies` on `device`. Gradients reach `master.grad` in fp32 as backward makes them.
+    """fp32 masters of `copies` on `device`. Hooks move each gradient to `master.grad` as soon as backward computes it.
 
-    Each gradient is moved at once, so that those in the model's dtype never all exist, and accumulation is in fp32.
+    So low-precision gradients never all exist at once, and accumulation is in fp32.
     """
 
     def __init__(self, copies: list[nn.Parameter], device: torch.device):
@@ -30,23 +30,23 @@ class Masters:
             copy.register_post_accumulate_grad_hook(lambda copy, master=master: move_gradient(copy, master))
 
     def gradients(self) -> list[torch.Tensor]:
-        """The accumulated gradients, wherever they lie: for averaging over the ranks, in place."""
+        """The accumulated gradients, on whatever device they are, to be averaged over the ranks in place."""
         return [master.grad for master in self.params if master.grad is not None]
 
     def deliver_gradients(self) -> None:
-        """Bring them to `master.grad`."""
+        """Move the accumulated gradients to `master.grad`."""
 
     def gather(self) -> None:
-        """Nothing to do: every rank holds all masters."""
+        """Nothing to do: every rank has all masters."""
 
     @torch.no_grad()
     def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
-        """Round `weights`, by default the masters, to the model's copies."""
+        """Copy `weights`, by default the masters, to the model, rounded to its dtype."""
         torch._foreach_copy_(self.copies, self.params if weights is None else weights)
 
     @torch.no_grad()
     def read_copies(self) -> None:
-        """Take the weights that were loaded into the model."""
+        """Copy the model's weights, just loaded from a file, to the masters."""
         torch._foreach_copy_(self.params, self.copies)
 
 
@@ -59,11 +59,11 @@ def move_gradient(copy: nn.Parameter, master: nn.Parameter) -> None:
 
 
 class HostMasters(Masters):
-    """fp32 masters in host memory of `copies`, which move to `device` in `dtype`: one by one, so that memory holds few twice.
+    """fp32 masters in pinned host memory; `copies` move to `device` in `dtype`, one by one to keep peak memory low.
 
-    Gradients are accumulated in fp32 on the device and fetched once per update. With `offload_gradients` each goes to
-    the host as soon as backward has made it, while backward goes on; a second one is added on the device to what the
-    host has, so that the sums are the same.
+    Gradients accumulate in fp32 on the device and are copied to the host once per update. With `offload_gradients`
+    each is copied as soon as backward has computed it, overlapping with the rest of backward; further micro-steps add
+    on the device to the value fetched from the host, so the sums are the same.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class HostMasters(Masters):
             self.params.append(nn.Parameter(memory))
         self.host_grads = list(host_memory(copies, device))
         self.device_grads: dict[int, torch.Tensor] = {}
-        self.arrived: set[int] = set()  # which of host_grads hold something
+        self.arrived: set[int] = set()  # indices of host_grads that hold a gradient
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.in_flight: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
         for index, copy in enumerate(copies):
@@ -93,7 +93,7 @@ class HostMasters(Masters):
             self.device_grads[index] = grad.float()
 
     def send_gradient(self, index: int, grad: torch.Tensor) -> None:
-        """Add `grad` to the host's, on a stream of its own."""
+        """Add `grad` to the gradient in host memory, on a side stream."""
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
@@ -107,7 +107,7 @@ class HostMasters(Masters):
             self.wait_for_gradients(MOST_IN_FLIGHT)
 
     def wait_for_gradients(self, most: int = 0) -> None:
-        """Until at most so many are on their way."""
+        """Block until at most `most` copies are in flight."""
         while len(self.in_flight) > most:
             self.in_flight.popleft()[0].synchronize()
 
@@ -131,16 +131,16 @@ class HostMasters(Masters):
 
     @torch.no_grad()
     def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
-        """Rounded on the device: torch's own copy would do it on the host, far slower.
+        """Rounds on the device: a direct copy would round on the host, far slower.
 
-        Nothing waits: the host changes its weights only after the gradients of a later forward came.
+        Needs no synchronization: the host changes its weights only after the gradients of a later forward arrived.
         """
         for copy, weight in zip(self.copies, self.params if weights is None else weights, strict=True):
             copy.copy_(weight.to(self.device, non_blocking=True))
 
 
 def host_memory(like: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """fp32 tensors on the host, shaped as `like`, page-locked where `device` is a GPU; made as they are taken."""
+    """Yield fp32 host tensors shaped like `like`, pinned if `device` is a GPU; allocated lazily."""
     shapes = [torch.empty_like(tensor, dtype=torch.float32, device="meta") for tensor in like]
     for group in group_by_bytes(shapes, SLAB_BYTES):
         sizes = [tensor.numel() for tensor in group]

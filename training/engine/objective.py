@@ -1,7 +1,7 @@
-"""The training objective of v-prediction diffusion, family-free and pure: draws, noise, loss.
+"""The v-prediction objective as pure functions, independent of the model: random draws, noise and loss.
 
-Axes: B batch, then anything. Everything is computed in fp32: `add_noise` of a scheduler casts alphas to the sample's
-dtype, which in bf16 leaves 193 of 1,000 noise levels distinct.
+Axes: B batch, then any others. Everything is computed in fp32: a diffusers scheduler's `add_noise` casts alphas to the
+sample's dtype, and in bf16 only 193 of the 1,000 noise levels stay distinct.
 """
 
 from collections.abc import Sequence
@@ -9,46 +9,57 @@ from collections.abc import Sequence
 import torch
 
 from base.draws import draw_seed
+from memory.host import to_device
+
+
+CPU = torch.device("cpu")
 
 
 def draw_generator(seed: int, name: str, *place: int | str) -> torch.Generator:
-    """A CPU generator for one draw: the same numbers on every device, rank, worker and after every restart."""
+    """A CPU generator for one draw: the same numbers on every device, rank and worker, and after a restart."""
     return torch.Generator("cpu").manual_seed(draw_seed(seed, name, *place))
 
 
-def draw_normal(seed: int, name: str, positions: Sequence[int | str], shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal [B, *shape] in fp32; row i depends on (seed, name, positions[i]) alone."""
-    return torch.stack([torch.randn(tuple(shape), generator=draw_generator(seed, name, p)) for p in positions])
+def draw_normal(
+    seed: int, name: str, positions: Sequence[int | str], shape: Sequence[int], device: torch.device = CPU
+) -> torch.Tensor:
+    """Standard normal [B, *shape] in fp32; row i depends only on (seed, name, positions[i]), not on the device."""
+    rows = [torch.randn(tuple(shape), generator=draw_generator(seed, name, p)) for p in positions]
+    return to_device(torch.stack(rows), device)
 
 
-def draw_uniform(seed: int, name: str, positions: Sequence[int | str]) -> torch.Tensor:
-    """Uniform [B] in [0, 1)."""
-    return torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in positions])
+def draw_uniform(seed: int, name: str, positions: Sequence[int | str], device: torch.device = CPU) -> torch.Tensor:
+    """Uniform [B] in [0, 1); row i depends only on (seed, name, positions[i])."""
+    return to_device(torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in positions]), device)
 
 
 def draw_timesteps(
-    seed: int, positions: Sequence[int], num_train_timesteps: int, num_strata: int | None = None
+    seed: int,
+    positions: Sequence[int],
+    num_train_timesteps: int,
+    num_strata: int | None = None,
+    device: torch.device = CPU,
 ) -> torch.Tensor:
     """Timesteps [B], uniform over 0 ... num_train_timesteps - 1.
 
-    With `num_strata`, the size of the global batch, each of its samples draws from its own share of the timesteps:
-    still uniform for a sample, but every update sees all noise levels.
+    With `num_strata`, the global batch size, each sample of a batch draws from its own interval of the timesteps:
+    still uniform per sample, but every update covers all noise levels.
     """
     uniform = draw_uniform(seed, "timestep", positions)
     if num_strata:
         uniform = (torch.tensor([stratum(seed, p, num_strata) for p in positions]) + uniform) / num_strata
-    return (uniform * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    return to_device((uniform * num_train_timesteps).long().clamp(max=num_train_timesteps - 1), device)
 
 
 def stratum(seed: int, position: int, num_strata: int) -> int:
-    """Which share of the timesteps the sample at `position` draws from: a new permutation every global batch."""
+    """The interval of the timesteps that the sample at `position` draws from: a new permutation per global batch."""
     update, place = divmod(position, num_strata)
     return int(torch.randperm(num_strata, generator=draw_generator(seed, "strata", update))[place])
 
 
 def noise_coefficients(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, ndim: int):
     """(sqrt(abar), sqrt(1 - abar)) at `timesteps` [B] in fp32, shaped [B, 1, ...] for tensors of `ndim` axes."""
-    abar = alphas_cumprod[timesteps].view(-1, *[1] * (ndim - 1))  # the schedulers keep fp64: 1 - abar loses nothing
+    abar = alphas_cumprod[timesteps].view(-1, *[1] * (ndim - 1))  # fp64 in the schedulers, so 1 - abar is accurate
     return abar.sqrt().float(), (1.0 - abar).sqrt().float()
 
 
@@ -68,7 +79,7 @@ def v_prediction_loss(
     """Loss [B] in fp32: mean squared error against the velocity sqrt(abar) noise - sqrt(1 - abar) x0.
 
     Equal to the 1/(1 - abar)-weighted error of the x0 that the velocity implies (arXiv 2202.00512, appendix D),
-    without its division by nearly zero at small timesteps.
+    without the division by almost zero at small timesteps.
     """
     signal, sigma = noise_coefficients(alphas_cumprod, timesteps, latents.ndim)
     target = signal * noise.float() - sigma * latents.float()

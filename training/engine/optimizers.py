@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules, and their states as plain tensors and JSON."""
+"""Optimizers and learning-rate schedules, and their states as plain tensors and JSON."""
 
 import importlib
 import logging
@@ -9,20 +9,17 @@ from diffusers.optimization import get_scheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from base.errors import UsageError
+from memory.quantization import FP8_CAPABILITY
 
 
 logger = logging.getLogger(__name__)
 
-CAME_BETA3 = 0.9999  # of the paper, arXiv 2307.02047
-CAME_EPSILONS = (1e-30, 1e-16)  # likewise: of the squared gradient, and of the instability
-PRODIGY_SMALL_LR = 0.1  # prodigy's learning rate is a factor of its own estimate: 1, or near it
-STATE_BYTES = {
-    "adam": 8,
-    "adamw": 8,
-    "prodigy": 16,
-    "came": 4,
-}  # per weight; came's first moment is the one not factored
-FP8_CAPABILITY = (8, 9)  # Ada; the kernels that torch makes for fp8 need it
+CAME_BETA3 = 0.9999  # from the paper, arXiv 2307.02047
+CAME_EPSILONS = (1e-30, 1e-16)  # likewise: for the squared gradient and the instability
+PRODIGY_SMALL_LR = 0.1  # prodigy's learning rate multiplies its own estimate: it should be about 1
+ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+# Per weight; came factors everything but the first moment
+STATE_BYTES = {"adam": 8, "adamw": 8, "prodigy": 16, "came": 4}
 
 
 # ---------------------------------------------------------------- optimizers
@@ -44,13 +41,12 @@ def make_optimizer_from_args(args, params: Iterable[torch.nn.Parameter], learnin
             betas=(args.beta1, args.beta2, beta3),
             weight_decay=args.weight_decay,
         )
-    optimizer_class = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    # One kernel, and no list of temporaries as large as the weights; also on the CPU, where masters may lie
-    return optimizer_class(params, **adam_settings_from_args(args, learning_rate), fused=True)
+    # fused: one kernel, without temporaries as large as the weights; also on the CPU, for masters in host memory
+    return ADAMS[args.optimizer](params, **adam_settings_from_args(args, learning_rate), fused=True)
 
 
 def state_bytes_from_args(args) -> int:
-    """What the optimizer keeps of each weight, in bytes."""
+    """Bytes of optimizer state per weight."""
     if args.use_8bit or args.use_fp8:
         return 2
     return 1 if args.use_4bit else STATE_BYTES[args.optimizer]
@@ -66,7 +62,7 @@ def adam_settings_from_args(args, learning_rate: float) -> dict:
 
 
 def make_prodigy_from_args(args, params: list[torch.nn.Parameter], learning_rate: float):
-    """Prodigy (arXiv 2306.06101). Its estimate of the step size is one number for all weights, kept in param_groups."""
+    """Prodigy (arXiv 2306.06101). Its step size estimate is one number for all weights, kept in param_groups."""
     if learning_rate < PRODIGY_SMALL_LR:
         logger.warning(
             "--learning_rate %g scales prodigy's own step size down as much: give 1 unless that is meant",
@@ -83,7 +79,7 @@ def make_prodigy_from_args(args, params: list[torch.nn.Parameter], learning_rate
 
 
 def make_low_bit_adam_from_args(args, params: list[torch.nn.Parameter], learning_rate: float):
-    """Adam or AdamW with states of 8 or 4 bits; tensors under 4,096 elements keep fp32 states."""
+    """Adam or AdamW with 8-bit or 4-bit states; tensors below 4,096 elements keep fp32 states."""
     settings = adam_settings_from_args(args, learning_rate)
     if args.use_8bit and not args.use_torchao:
         return make_bitsandbytes_adam(params, args.optimizer == "adamw", settings)
@@ -106,7 +102,7 @@ def make_low_bit_adam_from_args(args, params: list[torch.nn.Parameter], learning
 
 
 def make_bitsandbytes_adam(params: list[torch.nn.Parameter], is_adamw: bool, settings: dict):
-    """bitsandbytes' AdamW, or Adam made of it: its own Adam decays the weights themselves, as AdamW does."""
+    """bitsandbytes' AdamW, or Adam with L2 decay added by a hook: its own Adam decouples the decay, like AdamW."""
     optim = optional_module("bitsandbytes", "--use_8bit", "bitsandbytes").optim
     if is_adamw:
         return optim.AdamW8bit(params, **settings)
@@ -118,14 +114,14 @@ def make_bitsandbytes_adam(params: list[torch.nn.Parameter], is_adamw: bool, set
 
 @torch.no_grad()
 def add_decay(params: list[torch.nn.Parameter], weight_decay: float) -> None:
-    """Adam's weight decay: to the gradient, after clipping."""
+    """Adam's weight decay: added to the gradient, after clipping."""
     for param in params:
         if param.grad is not None:
             param.grad.add_(param, alpha=weight_decay)
 
 
 def optional_module(name: str, asked_for_by: str, package: str):
-    """A module that not every run needs; without it, the line that installs it."""
+    """Import an optional dependency; if it is missing, UsageError with the pip command."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -141,13 +137,13 @@ def make_lr_scheduler_from_args(args, optimizer: torch.optim.Optimizer, num_step
         args.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        # A polynomial divides by what follows the warm-up
+        # + 1: the polynomial schedule divides by the number of steps after the warm-up
         num_training_steps=max(num_steps, args.lr_warmup_steps + 1),
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    # torchao's learning rate is a tensor, which its compiled step reads; torch's schedules fill it. What they multiply
-    # is kept as a number, so that a resumed run multiplies in the same precision.
+    # torchao's learning rate is a tensor, which its compiled step reads and torch's schedules fill. The base rates are
+    # kept as floats, so that a resumed run multiplies in the same precision.
     lr_scheduler.base_lrs = [float(lr) for lr in lr_scheduler.base_lrs]
     for group in optimizer.param_groups:
         group["initial_lr"] = float(group["initial_lr"])
@@ -164,9 +160,9 @@ def schedule_state(lr_scheduler) -> dict:
 
 
 def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors by "<index>.<name>", the rest as JSON) of an optimizer's state_dict.
+    """Split an optimizer's state_dict into (tensors by "<index>.<name>", the rest as JSON).
 
-    A low-bit state is its inner tensors, "<index>.<name>.<part>", and in the rest what it takes to wrap them again.
+    A low-bit state becomes its inner tensors, "<index>.<name>.<part>", and what is needed to wrap them again.
     """
     tensors, values, wrapped, groups = {}, {}, {}, []
     for index, entry in optimizer_state["state"].items():
@@ -188,13 +184,13 @@ def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]
 
 
 def state_items(entry: dict) -> Iterator[tuple[str, object]]:
-    """Items of one weight's state; bitsandbytes nests the tensors in a dict more, and loads them without it too."""
+    """Items of one weight's state, flattened: bitsandbytes nests tensors in another dict, but loads them without."""
     for name, value in entry.items():
         yield from value.items() if isinstance(value, dict) else [(name, value)]
 
 
 def separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous, and none twice the same memory, which safetensors refuses: bitsandbytes' maps are shared."""
+    """Contiguous tensors that share no memory, which safetensors would refuse: bitsandbytes shares its maps."""
     seen, separated = set(), {}
     for key, tensor in tensors.items():
         place = tensor.data_ptr()
@@ -221,7 +217,7 @@ def join_tensors(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
 
 
 def low_bit_class(name: str) -> type:
-    """torchao's class of that name; no other text of a file becomes a class."""
+    """torchao's class of that name; only these three names from a file can become a class."""
     from torchao.optim.subclass_4bit import OptimState4bit
     from torchao.optim.subclass_8bit import OptimState8bit
     from torchao.optim.subclass_fp8 import OptimStateFp8
@@ -230,7 +226,7 @@ def low_bit_class(name: str) -> type:
 
 
 def to_json(context: list) -> list:
-    """Of a low-bit state: signedness, shape, and the dtype it stands for, always fp32 here."""
+    """The context of a low-bit state (signedness, shape, and the dtype it represents, always fp32 here) as JSON."""
     return [str(value) if isinstance(value, torch.dtype) else value for value in context]
 
 

@@ -2,22 +2,22 @@
 
 import contextlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from base.errors import UsageError
-from base.files import rename
+from base.files import replaced_folder, write_json
+from base.tensor_file import INDEX_NAME, WEIGHTS_NAME, save_tensors, sizes_of, write_as_library
 
 
 SUBFOLDER = "transformer"
 MASTERS_NAME = "masters.safetensors"
 EMA_NAME = "ema.safetensors"
+SHARD_SIZE = "10GB"  # of a file, as diffusers divides a model
 EMA_STEPS = "optimization_step"  # what EMAModel calls the number of updates that it has averaged
 
 
@@ -36,19 +36,6 @@ def exchange(params: list[nn.Parameter], others: list[torch.Tensor]) -> None:
         param.data, other.data = other.data, param.data
 
 
-@contextlib.contextmanager
-def weights_in(model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype):
-    """The model's weights on the CPU as `params` (fp32) rounded to `dtype`: for saving. The model is as before after."""
-    kept = [copy.data for copy in model.parameters()]
-    try:
-        for copy, param in zip(model.parameters(), params, strict=True):
-            copy.data = param.detach().to("cpu", dtype)
-        yield model
-    finally:
-        for copy, data in zip(model.parameters(), kept, strict=True):
-            copy.data = data
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -57,19 +44,35 @@ def save_transformer(
 ) -> Path:
     """Write `<directory>/transformer/` in `dtype`, as from_pretrained(directory, subfolder="transformer") reads it.
 
-    `facts`, what else inference must know, go into `training.json` there. Written beside and renamed; an earlier
-    one is removed only then.
+    `facts`, what else inference must know, go into `training.json` there. An earlier folder is replaced when this one is
+    complete.
     """
     target = Path(directory, SUBFOLDER)
-    temporary = target.with_name(f".tmp-{os.getpid()}-{SUBFOLDER}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with weights_in(model, params, dtype):
-        model.save_pretrained(temporary)
-    forget_source(temporary / "config.json")
-    if facts:
-        (temporary / "training.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    return rename(temporary, target)
+    with replaced_folder(target) as folder:
+        model.save_config(folder)
+        forget_source(folder / "config.json")
+        save_shards(model, params, dtype, folder)
+        if facts:
+            (folder / "training.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
+    return target
+
+
+def save_shards(model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype, folder: Path) -> None:
+    """The files of weights that diffusers' `save_pretrained` writes, without a second model in memory."""
+    tensors = model.state_dict()  # with buffers, which stay as they are
+    trained = dict(zip((name for name, _ in model.named_parameters()), params, strict=True))
+    sizes = sizes_of(tensors) | sizes_of(trained, dtype)
+    outlines = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in sizes.items()}
+    pattern = WEIGHTS_NAME.replace(".", "{suffix}.")
+    plan = split_torch_state_dict_into_shards(outlines, filename_pattern=pattern, max_shard_size=SHARD_SIZE)
+
+    def tensor_of(name: str) -> torch.Tensor:
+        return trained[name].detach().to("cpu", dtype) if name in trained else tensors[name]
+
+    for file, names in plan.filename_to_tensors.items():
+        write_as_library(folder / file, {name: sizes[name] for name in names}, tensor_of, {"format": "pt"})
+    if plan.is_sharded:
+        write_json(folder / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
 def forget_source(config_path: Path) -> None:
@@ -96,8 +99,7 @@ def check_saved_transformer(model: nn.Module, params: list[nn.Parameter], dtype:
 def save_weights(model: nn.Module, weights: list[torch.Tensor], path: Path, metadata: dict | None = None) -> None:
     """fp32 weights that a run goes on from, by the model's names of them."""
     names = (name for name, _ in model.named_parameters())
-    tensors = {name: weight.detach().cpu() for name, weight in zip(names, weights, strict=True)}
-    save_file(tensors, path, metadata)
+    save_tensors(path, dict(zip(names, weights, strict=True)), metadata)
 
 
 def load_weights(model: nn.Module, weights: list[torch.Tensor], path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""One optimizer update: backward, agreement of all ranks, clipping, step, schedule."""
+"""One optimizer update: backward, all-reduce, clipping, step, learning-rate schedule."""
 
 import math
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
+from engine.compose import Engine
 from engine.deepspeed_zero import ZeroOptimizer
-from engine.master_weights import HostMasters, Masters, group_by_bytes
+from engine.master_weights import HostMasters, group_by_bytes
 
 
 REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory
@@ -19,10 +20,10 @@ FIRST_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # torch.amp.GradScaler's; powers o
 
 @dataclass
 class LossScaler:
-    """fp16 gradients underflow: the loss is scaled up and the fp32 gradients down again, as far as they stay finite.
+    """Dynamic loss scaling for fp16, whose small gradients underflow: scales the loss up and the fp32 gradients down.
 
-    Not torch.amp.GradScaler, which copies its scale from the GPU without waiting, so that gradients in host memory may
-    be multiplied before it is there.
+    Not torch.amp.GradScaler: it copies its scale from the GPU asynchronously, so gradients in host memory could be
+    multiplied before the scale has arrived.
     """
 
     scale: float = FIRST_SCALE
@@ -48,28 +49,25 @@ class LossScaler:
 
 @dataclass
 class TrainingState:
-    """What an update changes; also what a checkpoint must hold."""
+    """Everything that an update changes, and therefore what a checkpoint must hold."""
 
-    params: list[torch.nn.Parameter]  # fp32
+    engine: Engine  # the weights
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: LossScaler | None = None  # fp16 only
-    masters: Masters | None = None  # params and the model's copies of them, where the model does not hold params
-    ema: object | None = None  # diffusers' EMAModel of params
 
     def gather(self) -> None:
-        """Bring to this rank what ranks share, before a checkpoint is written. All ranks must call it."""
-        if self.masters:
-            self.masters.gather()
+        """All-gather what is sharded over the ranks, before a checkpoint is written. All ranks must call it."""
+        self.engine.gather()
         if isinstance(self.optimizer, ZeroOptimizer):
             self.optimizer.gather()
 
 
 class Update(NamedTuple):
-    """`stepped`: an update is complete; `skipped`: it was not applied, its gradients were not finite.
+    """`stepped`: an update is complete; `skipped`: it was not applied because its gradients were not finite.
 
-    `searching`: the loss scaler of fp16 had room to lower its scale, which is how it finds it: nothing is wrong.
-    `skipped` and `grad_norm` are tensors [] where only the device knows them yet.
+    `searching`: skipped, but only because fp16's loss scale is still being lowered to a working value, which is
+    normal. `skipped` and `grad_norm` are tensors [] while only the device knows their values.
     """
 
     stepped: bool
@@ -80,17 +78,17 @@ class Update(NamedTuple):
 
 
 def make_scaler(dtype: torch.dtype) -> LossScaler | None:
-    """A scaler where the compute dtype needs one."""
+    """A loss scaler for fp16, else None."""
     return LossScaler() if dtype == torch.float16 else None
 
 
 def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_grad_norm: float) -> Update:
-    """Accumulate the gradient of `loss` and, at the last micro-step, apply it: the only norm is the clipping's.
+    """Accumulate the gradient of `loss` and, at the last micro-step, apply it.
 
-    `loss` is already divided by the number of micro-steps. Ranks talk once per update, never between micro-steps. The
-    host waits for the device only where `skips_on_device` says no.
+    `loss` is already divided by the number of micro-steps. Ranks communicate once per update, not per micro-step. The
+    host waits for the device only if `skips_on_device` is False. The gradient norm is computed once, for clipping.
     """
-    # Times 1, or NaN: a loss that is not finite spoils every gradient, also where those would have been finite
+    # Multiplies by 1, or by NaN if the loss is not finite, so that every gradient becomes non-finite too
     loss = loss * (1 + 0 * loss.detach())
     if isinstance(state.optimizer, ZeroOptimizer):
         return zero_update(loss, state, last_micro_step)
@@ -98,14 +96,14 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     if not last_micro_step:
         return Update(stepped=False)
 
-    masters = state.masters
-    average_gradients(masters.gradients() if masters else [p.grad for p in state.params if p.grad is not None])
+    masters = state.engine.masters
+    average_gradients(masters.gradients() if masters else [p.grad for p in state.engine.params if p.grad is not None])
     if masters:
         masters.deliver_gradients()
     if state.scaler:
-        state.scaler.unscale(state.params)
-    # After averaging, a non-finite gradient of one rank is non-finite on all: they agree without another message
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.params, max_grad_norm)
+        state.scaler.unscale(state.engine.params)
+    # After averaging, one rank's non-finite gradient is non-finite on all: they agree without further communication
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.engine.params, max_grad_norm)
     lr = float(state.optimizer.param_groups[0]["lr"])
     if skips_on_device(state):
         result = Update(stepped=True, skipped=step_if_finite(state, grad_norm), grad_norm=grad_norm, lr=lr)
@@ -117,27 +115,26 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
 
 
 def skips_on_device(state: TrainingState) -> bool:
-    """True where the optimizer itself leaves weights and states alone if the device says so: torch's fused Adam, for
-    torch.amp.GradScaler.
+    """True if the optimizer can skip a step by a flag on the device, as fused Adam does for torch.amp.GradScaler.
 
-    All others need the answer on the host, which then waits once an update: other optimizers, DeepSpeed, masters in
-    host memory, and what is to change with the weights alone: the moving average, fp16's scale.
+    Otherwise the host must know, and waits once per update: other optimizers, DeepSpeed, masters in host memory, and
+    whatever must not change in a skipped update: the moving average and fp16's loss scale.
     """
     skips = getattr(state.optimizer, "_step_supports_amp_scaling", False)
-    return skips and not (state.scaler or state.ema or isinstance(state.masters, HostMasters))
+    return skips and not (state.scaler or state.engine.ema or isinstance(state.engine.masters, HostMasters))
 
 
 def step_if_finite(state: TrainingState, grad_norm: torch.Tensor) -> torch.Tensor:
-    """Step where `grad_norm` [] is finite; returns whether it was skipped, as a bool [] on the device."""
+    """Step if `grad_norm` [] is finite; returns whether it was skipped, as a bool [] on the device."""
     skipped = ~grad_norm.isfinite()
     state.optimizer.found_inf = skipped.float()
     apply_gradients(state)
-    del state.optimizer.found_inf  # another step, without it, is not conditional
+    del state.optimizer.found_inf  # without it, a step is unconditional
     return skipped
 
 
 def decide_on_host(state: TrainingState, grad_norm: float) -> dict:
-    """Step where `grad_norm` is finite; what Update says of it."""
+    """Step if `grad_norm` is finite; returns the fields of Update that describe the outcome."""
     skipped = not math.isfinite(grad_norm)
     searching = skipped and state.scaler is not None and state.scaler.scale > 1
     if not skipped:
@@ -148,7 +145,7 @@ def decide_on_host(state: TrainingState, grad_norm: float) -> dict:
 
 
 def zero_update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool) -> Update:
-    """The same under DeepSpeed, which averages, clips and skips by itself."""
+    """`update` under DeepSpeed, which averages, clips and skips by itself."""
     state.optimizer.backward(loss, last_micro_step)
     if not last_micro_step:
         return Update(stepped=False)
@@ -159,16 +156,16 @@ def zero_update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool)
 
 
 def apply_gradients(state: TrainingState) -> None:
-    """Step the optimizer, and what follows its weights."""
+    """Step the optimizer, then update what depends on its weights: the model's copies and the moving average."""
     state.optimizer.step()
-    if state.masters:
-        state.masters.write_copies()
-    if state.ema:
-        state.ema.step(state.params)
+    if state.engine.masters:
+        state.engine.masters.write_copies()
+    if state.engine.ema:
+        state.engine.ema.step(state.engine.params)
 
 
 def average_gradients(grads: list[torch.Tensor]) -> None:
-    """Replace every gradient by its mean over the ranks. Some parameters never get one, the same on every rank."""
+    """Average the gradients over the ranks in place. Some parameters never get one, the same ones on every rank."""
     if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
         return
     for group in group_by_bytes(grads, REDUCE_BYTES):
@@ -181,6 +178,6 @@ def average_gradients(grads: list[torch.Tensor]) -> None:
 
 
 def reduce_device(grad: torch.Tensor) -> torch.device:
-    """Where ranks can add: NCCL on their GPUs only, so that gradients in host memory pass through those."""
+    """The device for all-reduce: NCCL needs GPU tensors, so gradients in host memory pass through the GPU."""
     on_gpu = "nccl" in torch.distributed.get_backend()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else grad.device

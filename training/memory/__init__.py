@@ -1,1 +1,1 @@
-"""What a block keeps, in how many bits and where it lies: each technique on a plain nn.Module."""
+"""Memory techniques on a plain nn.Module: recompute, offload, streaming, quantization; and the estimate of a run."""

@@ -1,6 +1,7 @@
-"""`offload_activations`: what autograd saves of a block lies in host memory until the backward pass comes to it.
+"""Offloads the tensors that autograd saves per block to host memory and prefetches them for the backward pass.
 
-It acts on a list of blocks that are called one after the other, compiled or not; with `stream_weights`, it goes first.
+`offload_activations` takes a list of blocks that are called in order, compiled or not. Apply it before
+`stream_weights`.
 """
 
 import functools
@@ -24,24 +25,24 @@ from memory.host import (
 )
 
 
-MIN_BYTES = 2**20  # of a saved tensor that is worth a copy
+MIN_BYTES = 2**20  # smaller saved tensors are not worth a copy
 
 
 @dataclass(eq=False)
 class SavedBlock:
-    """What autograd saved of one block in one forward pass."""
+    """What autograd saved for one block in one forward pass."""
 
     index: int
-    tensors: list["SavedTensor"] = field(default_factory=list)  # until the block's end decides what is sent
+    tensors: list["SavedTensor"] = field(default_factory=list)  # until the end of the block decides what is sent
     pieces: dict[int, "Piece"] = field(default_factory=dict)  # by address
-    num_bytes: int = 0  # of all pieces, as they come back
-    sent: object = None  # event: the host has them
-    arrived: object = None  # event: they are back
+    num_bytes: int = 0  # of all pieces, once back on the GPU
+    sent: object = None  # event: the copy to the host is done
+    arrived: object = None  # event: the copy back to the GPU is done
 
 
 @dataclass(eq=False)
 class SavedTensor:
-    """In autograd's hands for a tensor: still the tensor itself, or where in the block's memory it is to be found."""
+    """What autograd holds in place of a tensor: the tensor itself, or its view into the block's memory."""
 
     block: SavedBlock
     tensor: torch.Tensor | None
@@ -50,28 +51,28 @@ class SavedTensor:
 
 @dataclass(eq=False)
 class Piece:
-    """The memory of one or several saved tensors."""
+    """One storage, shared by one or more saved tensors."""
 
-    source: torch.Tensor | None  # on the GPU, kept until it has been copied
+    source: torch.Tensor | None  # on the GPU, kept until the copy is done
     host: torch.Tensor
-    offset: int  # in bytes, among all that comes back for the block
+    offset: int  # bytes from the start of the block's slot
 
 
 class HostActivations:
-    """Saved tensors of blocks in host memory; two buffers on the GPU take in turn what comes back.
+    """The blocks' saved tensors in host memory, fetched back into two alternating GPU buffers.
 
-    One forward pass at a time: its backward pass comes before the next forward pass with gradients.
+    One forward pass at a time: its backward pass must run before the next forward pass with gradients.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, min_bytes: int):
         self.blocks, self.device, self.min_bytes = blocks, device, min_bytes
         self.outward, self.inward = Copies(device), Copies(device)
         self.host: list[torch.Tensor | None] = [None] * len(blocks)
-        self.slots: list[torch.Tensor | None] = [None, None]  # of blocks with an even and an odd number
+        self.slots: list[torch.Tensor | None] = [None, None]  # for blocks with an even and an odd index
         self.free = [self.inward.mark(), self.inward.mark()]
         self.saved: list[SavedBlock | None] = [None] * len(blocks)
-        self.block: SavedBlock | None = None  # that the forward pass is in
-        self.inside: int | None = None  # that the backward pass is in
+        self.block: SavedBlock | None = None  # the block the forward pass is in
+        self.inside: int | None = None  # index of the block the backward pass is in
 
     # ---- forward
 
@@ -85,7 +86,7 @@ class HostActivations:
         self.block = self.saved[index] = SavedBlock(index)
         with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             outputs = call(*args, **kwargs)
-        if index + 1 < len(self.saved):  # the last block's are needed at once: they stay
+        if index + 1 < len(self.saved):  # the backward pass starts with the last block, so its tensors stay
             self.send(self.block, fixed_storages(self.blocks[index], (args, kwargs), outputs))
         self.block.tensors.clear()
         if index and self.saved[index - 1]:
@@ -94,7 +95,7 @@ class HostActivations:
         return outputs
 
     def forget(self) -> None:
-        """Be done with a pass, which an error may have ended anywhere."""
+        """Reset after a pass, which an error may have ended anywhere."""
         for block in filter(None, self.saved):
             self.release(block)
             if block.arrived:
@@ -104,7 +105,7 @@ class HostActivations:
         self.free = [self.inward.mark(), self.inward.mark()]
 
     def pack(self, tensor: torch.Tensor):
-        plain = type(tensor) is torch.Tensor and tensor.device.type == self.device.type  # cuda is cuda:0
+        plain = type(tensor) is torch.Tensor and tensor.device.type == self.device.type  # by type: "cuda" != "cuda:0"
         if not plain or tensor.untyped_storage().nbytes() < self.min_bytes:
             return tensor
         saved = SavedTensor(self.block, tensor)
@@ -112,7 +113,10 @@ class HostActivations:
         return saved
 
     def send(self, block: SavedBlock, fixed: set[int]) -> None:
-        """Start the copies of all that `block` saved, but for `fixed` memory. The same memory is copied once."""
+        """Start copying what `block` saved to the host, except `fixed` storages. Each storage is copied once.
+
+        A storage that the previous block saved too (its output is this block's input) reuses that host copy.
+        """
         previous = self.saved[block.index - 1] if block.index else None
         before = previous.pieces if previous else {}
         new_bytes, new = 0, []
@@ -139,7 +143,7 @@ class HostActivations:
         block.sent = self.outward.start(pairs, after=[self.outward.mark()])
 
     def host_memory(self, index: int, num_bytes: int) -> torch.Tensor:
-        """At least so much for block `index`, the same every step; more only for a larger video than before."""
+        """The pinned buffer of block `index`, reused every step; it grows only for a larger video than before."""
         host = self.host[index]
         if host is None or host.nbytes < num_bytes:
             self.outward.api.synchronize()  # before memory goes that copies may still use
@@ -148,7 +152,7 @@ class HostActivations:
         return host
 
     def release(self, block: SavedBlock) -> None:
-        """Give back the GPU's memory of what was sent, one block later, when that does not have to be waited for."""
+        """Free the GPU memory of what was sent: one block later, when the copy is done and nothing has to wait."""
         if block.sent:
             wait(block.sent)
         for piece in block.pieces.values():
@@ -169,7 +173,7 @@ class HostActivations:
             wait(block.arrived)
 
     def fetch(self, index: int) -> None:
-        """Start bringing block `index` back, unless that has been done."""
+        """Start copying block `index` back to the GPU, unless that has been done."""
         block = self.saved[index] if index >= 0 else None
         if block is None or not block.pieces or block.arrived:
             return
@@ -184,7 +188,7 @@ class HostActivations:
         if self.slots[place] is None or self.slots[place].nbytes < needed:
             self.slots[place] = None
             self.slots[place] = torch.empty(needed, dtype=torch.uint8, device=self.device)
-            self.free[place] = self.inward.mark()  # what the memory was before may still be in use
+            self.free[place] = self.inward.mark()  # the memory's previous use may still be running
         return self.slots[place]
 
     def unpack(self, saved) -> torch.Tensor:
@@ -203,9 +207,9 @@ class HostActivations:
 
 
 def fixed_storages(block: nn.Module, inputs, outputs) -> set[int]:
-    """Addresses of what lives longer than a block's pass: its weights, and inputs that all blocks share.
+    """Addresses of storages that outlive a block's pass: its weights, and inputs that all blocks share.
 
-    An input that the block hands on, changed, has the shape of an output; others, such as rotary tables, are shared.
+    Inputs shaped like an output are activations, different for every block; others, such as RoPE tables, are shared.
     """
     shapes = {leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)}
     shared = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.shape not in shapes]
@@ -214,7 +218,7 @@ def fixed_storages(block: nn.Module, inputs, outputs) -> set[int]:
 
 
 def offload_activations(blocks: nn.ModuleList, device: torch.device, min_bytes: int = MIN_BYTES) -> HostActivations:
-    """Keep in host memory what autograd saves of `blocks`, from `min_bytes` on. Losses and gradients stay the same bits."""
+    """Offload tensors of `min_bytes` or more that autograd saves for `blocks`; losses and gradients stay bit-equal."""
     activations = HostActivations(blocks, device, min_bytes)
     watch(blocks, activations)
     return activations

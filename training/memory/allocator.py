@@ -1,7 +1,7 @@
-"""torch's memory on the GPU in segments that grow by pages: less of it is held and not used.
+"""Turns on expandable segments in torch's CUDA allocator, which reduce fragmentation.
 
-By default torch asks for memory in blocks of fixed size, and what does not fit into a gap of one asks for a further one.
-How much either holds is in benchmarks/speed.csv. See "Optimizing memory usage" in torch's notes on CUDA.
+By default torch allocates segments of fixed size, and a tensor that fits into no gap takes another one. The memory
+reserved both ways is in benchmarks/speed.csv. See "Optimizing memory usage" in torch's notes on CUDA.
 """
 
 import logging
@@ -16,25 +16,25 @@ from base.errors import first_line
 logger = logging.getLogger(__name__)
 
 SETTING = "expandable_segments"
-# torch's own, of which it takes the first that is set, the last the newest; what a user sets there stands
+# torch reads the first of these that is set (the last is the newest name). A user's setting is left alone
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def given_settings() -> str | None:
-    """What the environment tells torch's allocator, if anything."""
+    """The allocator settings in the environment, if any."""
     return next((os.environ[name] for name in VARIABLES if name in os.environ), None)
 
 
 def uses_expandable_segments() -> bool:
-    """Whether segments grow: unless the environment configures torch's allocator otherwise."""
+    """Whether segments are expandable: yes, unless the environment configures torch's allocator otherwise."""
     given = given_settings()
     return given is None or re.findall(rf"{SETTING}\s*:\s*(\w+)", given)[-1:] == ["True"]
 
 
 def expand_segments(device: torch.device) -> None:
-    """Let segments grow from here on. Where the driver cannot map pages, a warning, and torch's default.
+    """Turn expandable segments on. If the driver cannot map pages, warn and keep torch's default.
 
-    Raises what torch does where the GPU cannot be used at all.
+    Raises torch's own error if the GPU cannot be used at all.
     """
     if device.type != "cuda" or given_settings() is not None:
         return
@@ -42,12 +42,12 @@ def expand_segments(device: torch.device) -> None:
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:
-        os.environ[VARIABLES[-1]] = f"{SETTING}:False"  # for the estimates, too
+        os.environ[VARIABLES[-1]] = f"{SETTING}:False"  # read by `uses_expandable_segments`, for the estimates
         configure(f"{SETTING}:False")
-        torch.empty(1, device=device)  # or it was something else
-        logger.warning("GPU memory cannot grow by pages here, so that more of it is needed: %s", first_line(error))
+        torch.empty(1, device=device)  # raises if the cause was another
+        logger.warning("expandable segments do not work here, so more GPU memory is needed: %s", first_line(error))
 
 
 def configure(settings: str) -> None:
-    """Give torch's allocator settings in the form of its variables, which it reads but once."""
-    torch._C._accelerator_setAllocatorSettings(settings)  # torch.cuda's own function for it is deprecated
+    """Apply settings, in the syntax of the environment variables, which torch itself reads only once."""
+    torch._C._accelerator_setAllocatorSettings(settings)  # torch.cuda's public function is deprecated

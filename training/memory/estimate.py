@@ -1,94 +1,95 @@
-"""What a run takes of GPU and host memory at each level, by a closed formula, and the fastest level that fits.
+"""Estimates the GPU and host memory of a run at each level in closed form, and picks the fastest level that fits.
 
-Calibrated on the peaks of benchmarks/*.csv, which the tests hold it to within 10 %. Bytes throughout; u is one tensor of
-[B, S, D] in the compute dtype, 104 MiB for CogVideoX-5b at 49x480x720.
+Fitted to the peaks in benchmarks/*.csv; tests check that it is within 10 % of them. Everything is in bytes; u is the
+size of one [B, S, D] tensor in the compute dtype, 104 MiB for CogVideoX-5b at 49x480x720.
 """
 
 import math
 from typing import NamedTuple
 
+from base.levels import HOST_LEVELS, LEVELS
+from memory.host import NUM_SLOTS
+
 
 GIB = 2**30
-FASTEST_FIRST = ("speed", "balanced", "offload", "stream")
-CHECKPOINTING = "checkpointing"  # --gradient_checkpointing without a level
-RING_SLOTS = 3  # blocks of weights on the GPU in `stream`
-RETURN_SLOTS = 2  # blocks of saved activations that come back, in `offload` and `stream`
-# In u: what one block's backward pass takes at most, beside what is saved
+CHECKPOINTING = "checkpointing"  # --gradient_checkpointing without a memory level
+RETURN_SLOTS = 2  # blocks of saved activations fetched back at a time, in `offload` and `stream`
+# In u: peak of one block's backward pass, on top of what is saved
 TRANSIENT = {"speed": 8.0, "balanced": 16.1, CHECKPOINTING: 20.7, "offload": 16.1, "stream": 16.1}
-SAVED_BY_SPEED = 13.1  # u a block, in compiled ones
-# u of one sample: learned and sinusoidal positions in fp32, and what adding them to the hidden states takes
+SAVED_BY_SPEED = 13.1  # u per compiled block
+# u of one sample: learned and sinusoidal positions in fp32, and the temporaries of adding them to the hidden states
 POSITIONS, ADDING_POSITIONS = 2.0, 2.6
-FP8_TRANSIENT = 4.6  # u more: rounded copies of activations and gradients
-# What torch's allocator holds beyond what is used: so much at least, and in u what optimizer states, which come with
-# the first update, may half fill
+FP8_TRANSIENT = 4.6  # additional u: rounded copies of activations and gradients
+# Fragmentation, what torch's allocator reserves beyond what is allocated: a minimum, plus u, of which optimizer
+# states, allocated at the first update, can reuse up to half their own size
 UNUSED_AT_LEAST = 0.4 * GIB
 UNUSED = {"speed": 6.0, "balanced": 6.0, CHECKPOINTING: 9.0, "offload": 6.0, "stream": 6.0}
 FP8_UNUSED = 3.5
-EXPANDABLE_UNUSED = 4.1  # u, instead of all that, in segments that grow
-SAVED_BY_SPEED_EAGER = 20.3  # of the stock block, simulated
-DEEPSPEED = 0.8 * GIB  # its buckets of gradients
-HOST_BASE = 2.5 * GIB  # Python, torch, CUDA's libraries
-LOADING = 1.6 * GIB  # and what reading a model takes beside its weights
-CONVERTED = 0.65  # of weights of another dtype in the file: what their conversion leaves to the host's allocator
-MAPPED = 0.16  # of weights whose file is mapped into memory and copied to the GPU as it is
-RENDERING = 1.0 * GIB  # of the host: the VAE, and videos
+EXPANDABLE_UNUSED = 4.1  # u, replaces all of the above with expandable segments
+SAVED_BY_SPEED_EAGER = 20.3  # u per stock block, simulated
+DEEPSPEED = 0.8 * GIB  # its gradient buckets
+HOST_BASE = 2.5 * GIB  # Python, torch, CUDA libraries
+LOADING = 1.6 * GIB  # temporaries of loading a model, without its weights
+CONVERTED = 0.65  # share of the weights that the host allocator keeps after converting them from the file's dtype
+MAPPED = 0.16  # share of the weights, when the file is memory-mapped and copied to the GPU unconverted
+RENDERING = 1.0 * GIB  # on the host: the VAE and the videos
 T5_XXL, T5_STREAMED = 8.96 * GIB, 1.4 * GIB  # on the GPU
-T5_HOST = 16.0 * GIB  # of the host: a copy, and the pages of its file, which the system may take back
-DENOISING = 13.8  # u of a sample: a block without gradients. Guidance makes it two, one by one where room is short
-# The VAE at work on one video; it works through 8 frames at a time, whole ones of 480x720 or tiles
+T5_HOST = 16.0 * GIB  # on the host: a copy, and the page cache of its file, which the system can reclaim
+DENOISING = 13.8  # u per sample: a block without gradients. Guidance doubles the batch, or takes two passes
+# The VAE at work on one video, 8 frames at a time: whole frames of 480x720, or tiles
 VAE = 0.4 * GIB
 DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB
-VIDEO = 3.6 * 3  # numbers a pixel: overlapping tiles, rows of them and the video, 3 channels each
-ENCODING, ENCODING_TILED = 8.2 * GIB, 2.3 * GIB  # the second not measured: in the ratio of frames to tiles above
-# What torch holds beside it: where there is room, in small pieces where there is, and at `offload` and `stream` at least
+VIDEO = 3.6 * 3  # values per pixel: overlapping tiles, rows of tiles and the video, 3 channels each
+ENCODING, ENCODING_TILED = 8.2 * GIB, 2.3 * GIB  # the second is not measured: scaled like decoding above
+# Fragmentation meanwhile: with ample memory; in small pieces with ample memory; minimum at `offload` and `stream`
 CODING_UNUSED, SMALL_UNUSED, SMALL_UNUSED_AT_LEAST = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
-EXPANDABLE_CODING_UNUSED = 0.55  # of that in segments that grow
-PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # a weight; None: as computed
+EXPANDABLE_CODING_UNUSED = 0.55  # factor on these with expandable segments
+PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # per weight; None: the compute dtype's size
 
 
-class Run(NamedTuple):
-    """What the formula reads. Weights are counted, not measured."""
+class Workload(NamedTuple):
+    """Inputs of the formula. Weights are counted, not measured."""
 
     shape: tuple[int, int, int, int]  # [B, S, heads, head_dim] of the largest batch
     num_blocks: int
     num_weights: int
     num_block_weights: int  # of all blocks
-    num_block_linears: int  # of these in attention and feed-forward, which may be quantised
+    num_block_linears: int  # of these, weights of attention and feed-forward, which can be quantized
     num_trained: int
     is_lora: bool
     deepspeed: bool
     rotary: bool
     item_bytes: int  # of the compute dtype
     base_precision: str
-    state_bytes: int  # of the optimizer, for each trained weight
-    host_optimizer: int  # bytes on the host for each trained weight; 0: the optimizer is on the GPU
+    state_bytes: int  # of the optimizer, per trained weight
+    host_optimizer: int  # bytes on the host per trained weight; 0: the optimizer is on the GPU
     host_gradients: bool
-    converted: bool  # the files' weights are of another dtype
+    converted: bool  # the files hold another dtype
     compiled: bool
     area: int  # pixels of the largest frame
     pixels: int  # of all frames of the largest clip
-    raw: bool  # videos are encoded as training goes
-    renders: bool  # sample videos
+    raw: bool  # videos are encoded during training
+    renders: bool  # validation renders videos
     sliced: bool
     tiled: bool
-    offloads_models: bool  # the transformer leaves the GPU while others work
-    expandable: bool  # torch's segments grow, memory/allocator.py
+    offloads_models: bool  # the transformer leaves the GPU while the VAE runs
+    expandable: bool  # expandable segments, memory/allocator.py
     num_processes: int  # on this machine
 
 
 class Need(NamedTuple):
-    """Peaks in bytes: of the GPU what is used and what torch holds, and of the host for all processes."""
+    """Peaks in bytes: allocated and reserved on the GPU, and on the host for all processes."""
 
     allocated: float
     reserved: float
     host: float
 
 
-def need(run: Run, level: str, roomy: bool = False) -> Need:
-    """What `run` takes at `level`, a name of FASTEST_FIRST or CHECKPOINTING.
+def need(run: Workload, level: str, roomy: bool = False) -> Need:
+    """The peaks of `run` at `level`, one of LEVELS or CHECKPOINTING.
 
-    `roomy`: where there is more than that, T5 encodes on the GPU, torch keeps what rendering no longer uses, and the
-    system the pages of T5's file.
+    `roomy`: what it uses if more than the minimum is free: T5 then encodes on the GPU, torch keeps cached memory after
+    rendering, and the system keeps the pages of T5's file.
     """
     unit = unit_bytes(run)
     resident = weights_on_gpu(run, level) + trained_bytes(run)
@@ -103,17 +104,17 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
         transient += FP8_TRANSIENT * unit
     gradients = 0 if run.host_gradients else 4 * run.num_trained
     peak = gradients + saved + transient
-    if not run.is_lora:  # gradients come as activations go
+    if not run.is_lora:  # gradients are allocated as activations are freed
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused_bytes(run, eager)
-    thrifty = level in ("offload", "stream")  # T5 is streamed there, and videos are rendered in small pieces
-    returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # their memory stays
+    thrifty = level in HOST_LEVELS  # streams T5, and renders videos in small pieces
+    returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # the slots stay allocated
     coding = coding_bytes(run, resident + returning, roomy, thrifty)
     if coding:
         share = EXPANDABLE_CODING_UNUSED if run.expandable else 1
         reserved = max(reserved, coding + share * coding_unused(run, roomy, thrifty))
-        # What torch holds for training is given back before rendering; a loop that encodes holds both all the time
+        # Memory cached by training is released before rendering; a loop that encodes holds both all the time
         reserved += share * CODING_UNUSED if roomy and run.raw else 0
         allocated = max(allocated, coding)
     if roomy and (run.raw or run.renders):
@@ -122,19 +123,19 @@ def need(run: Run, level: str, roomy: bool = False) -> Need:
     return Need(allocated, reserved, host_peak(run, level, roomy))
 
 
-def unit_bytes(run: Run) -> int:
+def unit_bytes(run: Workload) -> int:
     batch, tokens, heads, head_dim = run.shape
     return batch * tokens * heads * head_dim * run.item_bytes
 
 
-def kept_bytes(run: Run) -> int:
-    """Of a block in `balanced`: its input, the attention's output and log-sum-exp."""
+def kept_bytes(run: Workload) -> int:
+    """Saved per block at `balanced`: its input, the attention's output and log-sum-exp."""
     batch, tokens, heads, _ = run.shape
     return 2 * unit_bytes(run) + batch * tokens * heads * 4
 
 
-def unused_bytes(run: Run, level: str) -> float:
-    """What torch holds in training and does not use."""
+def unused_bytes(run: Workload, level: str) -> float:
+    """Reserved but not allocated during training."""
     unit = unit_bytes(run)
     if run.expandable:
         return EXPANDABLE_UNUSED * unit
@@ -142,7 +143,7 @@ def unused_bytes(run: Run, level: str) -> float:
     return UNUSED_AT_LEAST + max(unused - states_bytes(run) / 2, 0)
 
 
-def saved_bytes(run: Run, level: str) -> float:
+def saved_bytes(run: Workload, level: str) -> float:
     """Activations on the GPU when the backward pass begins."""
     if level == "speed":
         return run.num_blocks * (SAVED_BY_SPEED if run.compiled else SAVED_BY_SPEED_EAGER) * unit_bytes(run)
@@ -150,21 +151,19 @@ def saved_bytes(run: Run, level: str) -> float:
         return run.num_blocks * kept_bytes(run)
     if level == CHECKPOINTING:
         return run.num_blocks * unit_bytes(run)
-    return (RETURN_SLOTS + 1) * kept_bytes(run)  # the last block's stay where they are
+    return (RETURN_SLOTS + 1) * kept_bytes(run)  # + 1: the last block's are not offloaded
 
 
-def weights_on_gpu(run: Run, level: str) -> float:
+def weights_on_gpu(run: Workload, level: str) -> float:
     weights = run.num_weights * run.item_bytes - quantised_bytes(run)
     if level != "stream":
         return weights
     blocks = run.num_block_weights * run.item_bytes - quantised_bytes(run)
-    return weights - blocks + min(RING_SLOTS, run.num_blocks) * blocks / run.num_blocks
+    return weights - blocks + min(NUM_SLOTS, run.num_blocks) * blocks / run.num_blocks
 
 
-def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float:
-    """GPU memory while the VAE encodes or decodes, 0 if it never does. Where room is short for whole frames or large
-    tiles, it decodes alone.
-    """
+def coding_bytes(run: Workload, resident: float, roomy: bool, thrifty: bool) -> float:
+    """GPU memory while the VAE encodes or decodes, 0 if it never does. If memory is short, it decodes alone."""
     scale = run.area / (480 * 720)
     coding = 0
     if run.renders:
@@ -182,21 +181,21 @@ def coding_bytes(run: Run, resident: float, roomy: bool, thrifty: bool) -> float
     return coding
 
 
-def coding_unused(run: Run, roomy: bool, thrifty: bool) -> float:
-    """What torch reserves beyond coding_bytes; what a loop that encodes holds all the time is counted by its caller."""
+def coding_unused(run: Workload, roomy: bool, thrifty: bool) -> float:
+    """Reserved beyond coding_bytes; the caller adds what a loop that encodes holds all the time."""
     if thrifty:
         return SMALL_UNUSED if roomy else SMALL_UNUSED_AT_LEAST
-    if run.raw or run.offloads_models:  # the latter: the transformer's place serves the VAE
+    if run.raw or run.offloads_models:  # the latter: the VAE reuses the transformer's memory
         return 0
     return CODING_UNUSED if roomy and run.renders else 0
 
 
-def host_peak(run: Run, level: str, roomy: bool) -> float:
-    """Of all processes of this machine; ranks share the weights that are streamed."""
+def host_peak(run: Workload, level: str, roomy: bool) -> float:
+    """Peak of all processes on this machine; ranks share streamed weights."""
     full = run.num_weights * run.item_bytes
     weights, travelling, shared = full - quantised_bytes(run), 0, 0
     loading = LOADING + full * (1 if run.converted or run.base_precision != "bf16" else MAPPED)
-    if level in ("offload", "stream"):
+    if level in HOST_LEVELS:
         travelling = (run.num_blocks - 1) * kept_bytes(run)
     if level == "stream":
         shared = weights
@@ -213,63 +212,63 @@ def host_peak(run: Run, level: str, roomy: bool) -> float:
     if run.renders:
         peak += RENDERING
     total = shared + run.num_processes * (HOST_BASE + peak)
-    if run.raw or run.renders:  # T5 is gone before the transformer comes
+    if run.raw or run.renders:  # T5 is freed before the transformer is loaded
         total = max(total, run.num_processes * (HOST_BASE + LOADING + text_encoder_on_host(run, level, roomy)))
     return total
 
 
-def text_encoder_on_host(run: Run, level: str, roomy: bool) -> float:
-    """While captions are encoded. Weights that go from their file to the GPU as they are leave hardly a trace."""
-    # --enable_model_cpu_offload is among them as measured, 21.6 GiB for 5b; why, was not found out
-    copied = run.converted or run.offloads_models or level in ("offload", "stream")
+def text_encoder_on_host(run: Workload, level: str, roomy: bool) -> float:
+    """T5 while captions are encoded. Weights that go to the GPU unconverted take hardly any host memory."""
+    # --enable_model_cpu_offload belongs here by measurement, 21.6 GiB for 5b; the cause is unknown
+    copied = run.converted or run.offloads_models or level in HOST_LEVELS
     if not copied:
         return MAPPED * T5_XXL
     return T5_HOST if roomy else T5_XXL
 
 
-def quantised_bytes(run: Run) -> float:
-    """What --base_precision saves."""
+def quantised_bytes(run: Workload) -> float:
+    """Bytes that --base_precision saves."""
     item = PRECISION_BYTES[run.base_precision]
     return 0 if item is None else run.num_block_linears * (run.item_bytes - item)
 
 
-def trained_bytes(run: Run) -> float:
-    """On the GPU for all the time: fp32 adapters, or fp32 masters beside the model's weights, and optimizer states."""
+def trained_bytes(run: Workload) -> float:
+    """Always on the GPU: fp32 adapters, or fp32 masters beside the model's weights; and optimizer states."""
     masters = 0 if run.item_bytes == 4 and not run.is_lora else 4
     if run.host_optimizer:
         return run.num_trained * (4 if run.is_lora else 0)
     return run.num_trained * masters + states_bytes(run)
 
 
-def states_bytes(run: Run) -> int:
-    """Of the optimizer, on the GPU."""
+def states_bytes(run: Workload) -> int:
+    """Optimizer states on the GPU."""
     return 0 if run.host_optimizer else run.num_trained * run.state_bytes
 
 
-def levels_of(run: Run) -> tuple[str, ...]:
-    """Those that the task can have, the fastest first."""
-    return FASTEST_FIRST if run.is_lora and not run.deepspeed else ("speed", "balanced")
+def levels_of(run: Workload) -> tuple[str, ...]:
+    """The levels available for this task, fastest first."""
+    return LEVELS if run.is_lora and not run.deepspeed else ("speed", "balanced")
 
 
 def fits(needed: Need, gpu_bytes: float, host_bytes: float) -> bool:
-    """Estimates: 5 % are left free."""
+    """Leaves 5 % free, since these are estimates."""
     return needed.reserved * 1.05 <= gpu_bytes and needed.host * 1.05 <= host_bytes
 
 
-def fastest_that_fits(run: Run, gpu_bytes: float, host_bytes: float) -> str | None:
-    """None if no level does."""
+def fastest_that_fits(run: Workload, gpu_bytes: float, host_bytes: float) -> str | None:
+    """The fastest level that fits, or None."""
     return next((level for level in levels_of(run) if fits(need(run, level), gpu_bytes, host_bytes)), None)
 
 
-def closest(run: Run, gpu_bytes: float, host_bytes: float) -> tuple[str, Need]:
-    """The level that lacks the least, and what it needs."""
+def closest(run: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, Need]:
+    """The level that is least short of memory, and what it needs."""
     needs = {level: need(run, level) for level in levels_of(run)}
     level = min(needs, key=lambda level: max(needs[level].reserved / gpu_bytes, needs[level].host / host_bytes))
     return level, needs[level]
 
 
-def table(run: Run, gpu_bytes: float | None, host_bytes: float) -> str:
-    """A line for each level; `gpu_bytes` None: there is no GPU to compare with."""
+def table(run: Workload, gpu_bytes: float | None, host_bytes: float) -> str:
+    """One line per level; `gpu_bytes` is None without a GPU."""
     lines = [f"{'--memory':12} {'GPU, reserved':>14} {'allocated':>12} {'host':>12}  fits here"]
     for level in (CHECKPOINTING, *levels_of(run)):
         needed = need(run, level)

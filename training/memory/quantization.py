@@ -1,8 +1,8 @@
-"""Frozen weights in fewer bits, for LoRA training: fp8 (faster on Ada and newer), int8 and nf4 (arXiv 2305.14314; smaller).
+"""Quantized frozen weights for LoRA training: fp8 (faster on Ada and newer), int8 and nf4 (arXiv 2305.14314; smaller).
 
-Quantised are the linear layers of attention and feed-forward in the blocks, which meet every token. adaLN, embeddings
-and the output layer act on one vector or once a step: 14 % of a 5b's weights and 21 % of a 2b's stay as they are.
-Axes: M tokens, K input features, N output features.
+Quantizes the linear layers of attention and feed-forward in the blocks, which are applied to every token. adaLN,
+embeddings and the output layer act on one vector per sample or run once per step: they stay as they are, 14 % of a
+5b's weights and 21 % of a 2b's. Axes: M tokens, K input features, N output features.
 """
 
 import functools
@@ -21,24 +21,24 @@ logger = logging.getLogger(__name__)
 
 BASE_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
-FP8_CAPABILITY = (8, 9)  # Ada: the first cards that multiply it
-SMALLEST_AMAX = 1e-30  # below any gradient in bf16; rows of zeros need a divisor
+FP8_CAPABILITY = (8, 9)  # Ada: the first GPUs with fp8 matmul, and the first that torch compiles fp8 kernels for
+SMALLEST_AMAX = 1e-30  # divisor for rows of zeros; below any bf16 gradient
 INT8_MAX = 127
-NF4_BLOCK, NF4_STATISTICS_BLOCK = 64, 256  # weights a scale, scales a scale of their own
+NF4_BLOCK, NF4_STATISTICS_BLOCK = 64, 256  # weights per scale, scales per second-level scale
 
 
 # ---------------------------------------------------------------- the model
 
 
 def quantize_base(transformer: nn.Module, precision: str, device: torch.device | None = None) -> None:
-    """Replace the frozen linear layers of all blocks, plain ones and those under a LoRA, by ones of `precision`.
+    """Replace the frozen linear layers of all blocks, plain or under a LoRA, by layers quantized to `precision`.
 
-    One at a time, computed on `device` and left where the weights lie: two whole copies never exist. Adapters are added
-    before: peft would not know how to adapt these.
+    One layer at a time, computed on `device` and stored where the weights were: the model never exists twice. Adapters
+    must be added before, because peft cannot adapt the quantized layers.
     """
     kind = {"fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}[precision]
     blocks, before, after, total = transformer.transformer_blocks, 0, 0, num_bytes(transformer)
-    # Names, not modules: these would keep the weights that were replaced
+    # Names, not modules: a list of modules would keep the replaced weights alive
     for name in [name for name, _ in blocks.named_modules() if name.endswith(BASE_LINEARS)]:
         name = f"{name}.base_layer" if isinstance(blocks.get_submodule(name), LoraLayer) else name
         linear = blocks.get_submodule(name)
@@ -49,8 +49,8 @@ def quantize_base(transformer: nn.Module, precision: str, device: torch.device |
         parent, _, own_name = name.rpartition(".")
         setattr(blocks.get_submodule(parent), own_name, small)
     logger.info(
-        "--base_precision %s: frozen weights take %.2f GiB instead of %.2f; the layers that meet one vector, %.0f %% of "
-        "all, keep theirs",
+        "--base_precision %s: frozen weights take %.2f GiB instead of %.2f; layers that run on one vector per sample, "
+        "%.0f %% of all weights, keep their precision",
         precision,
         (total - before + after) / 2**30,
         total / 2**30,
@@ -59,12 +59,12 @@ def quantize_base(transformer: nn.Module, precision: str, device: torch.device |
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Of the frozen parameters."""
+    """Bytes of the frozen parameters."""
     return sum(param.nbytes for param in module.parameters() if not param.requires_grad)
 
 
 def bytes_unquantized(transformer: nn.Module) -> int:
-    """Of all parameters, quantised layers counted as they came."""
+    """Bytes of all parameters, quantized layers counted at their original size."""
     num_bytes = sum(param.nbytes for param in transformer.parameters())
     for layer in transformer.modules():
         if isinstance(layer, FrozenLinear):
@@ -74,7 +74,7 @@ def bytes_unquantized(transformer: nn.Module) -> int:
 
 
 def check_base_precision(precision: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse what this machine cannot compute; called before anything is loaded."""
+    """Raise UsageError for what this machine cannot compute; called before anything is loaded."""
     if precision == "fp8":
         check_fp8(dtype, device)
     if precision == "nf4":
@@ -83,10 +83,10 @@ def check_base_precision(precision: str, dtype: torch.dtype, device: torch.devic
 
 def check_fp8(dtype: torch.dtype, device: torch.device) -> None:
     if device.type != "cuda":
-        logger.warning("--base_precision fp8: only a GPU computes in it; here its rounding is imitated, in fp32")
+        logger.warning("--base_precision fp8: only a GPU computes in fp8; here its rounding is emulated in fp32")
         return
     if dtype != torch.bfloat16:
-        raise UsageError("--base_precision fp8: its products come in bf16 alone; give --mixed_precision bf16")
+        raise UsageError("--base_precision fp8: its matmuls return bf16 only; give --mixed_precision bf16")
     if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise UsageError(
@@ -107,10 +107,10 @@ def import_bitsandbytes():
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer that is not trained; subclasses store its weight [N, K] and make it again.
+    """A frozen linear layer; subclasses quantize its weight [N, K] and dequantize it for each matmul.
 
     `qweight` and `compute_dtype` are the names by which peft finds device and dtype for further adapters. There is no
-    `weight`: peft would merge an adapter into it, and the sum would be lost.
+    `weight` on purpose: peft would merge an adapter into the dequantized copy, and the result would be lost.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -120,23 +120,19 @@ class FrozenLinear(nn.Module):
         self.bias = linear.bias
 
     def store(self, **tensors: torch.Tensor) -> None:
-        """As parameters, so that they are moved, streamed and counted like any weight."""
+        """Register as frozen parameters, so that they are moved, streamed and counted like any weight."""
         for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return frozen_linears(x, [self])[0]
 
-    def dequantized(self) -> torch.Tensor:
-        """The weight [N, K] that is computed with."""
-        return self.unpack(self.compute_dtype, *self.stored())
-
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 class Fp8Linear(FrozenLinear):
-    """e4m3 with a scale a row; inputs and gradients are rounded to e4m3 too, with a scale a token."""
+    """e4m3 weight with a scale per row; inputs and gradients are rounded to e4m3 too, with a scale per token."""
 
     @torch.no_grad()
     def __init__(self, linear: nn.Linear):
@@ -153,7 +149,7 @@ class Fp8Linear(FrozenLinear):
 
 
 class Int8Linear(FrozenLinear):
-    """int8 with a scale a row."""
+    """int8 weight with a scale per row."""
 
     @torch.no_grad()
     def __init__(self, linear: nn.Linear):
@@ -171,7 +167,7 @@ class Int8Linear(FrozenLinear):
 
 
 class Nf4Linear(FrozenLinear):
-    """bitsandbytes' 4-bit NormalFloat in blocks of 64, whose scales are of 8 bits: 0.516 bytes a weight."""
+    """bitsandbytes' 4-bit NormalFloat in blocks of 64 with 8-bit scales: 0.516 bytes per weight."""
 
     @torch.no_grad()
     def __init__(self, linear: nn.Linear):
@@ -182,9 +178,9 @@ class Nf4Linear(FrozenLinear):
         )
         self.store(
             qweight=packed.view(self.out_features, -1),  # [N, K / 2]
-            statistics=state.absmax,  # uint8, an index into `code`, a block
-            code=state.state2.code.clone(),  # [256]; bitsandbytes keeps one for all
-            statistics_scale=state.state2.absmax,  # of 256 statistics
+            statistics=state.absmax,  # uint8 per block, an index into `code`
+            code=state.state2.code.clone(),  # [256]; cloned, since bitsandbytes shares one between all layers
+            statistics_scale=state.state2.absmax,  # per 256 statistics
             statistics_mean=state.offset,  # []
         )
 
@@ -205,7 +201,7 @@ class Nf4Linear(FrozenLinear):
 
 
 def frozen_linears(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
-    """The output [..., N] of each of `layers` for one input [..., K], with what can be shared between them shared."""
+    """Outputs [..., N] of `layers` for the same input [..., K], sharing work between them where possible."""
     products = frozen_products(x, layers)
     if len(products) == len(layers):
         return products
@@ -213,10 +209,10 @@ def frozen_linears(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.T
 
 
 def frozen_products(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.Tensor]:
-    """The output of each of `layers`, or a list of one that holds all of them side by side, where one product gives it.
+    """One output per layer; or a single one with all of them concatenated, if one matmul computes them.
 
-    Plain linear layers take part as well, frozen ones in one product. Nothing but the stored weights is kept for the
-    backward pass, which gives the gradient of `x` alone.
+    Plain frozen linear layers are fused as well. Only the stored weights are saved for the backward pass, which
+    returns the gradient of `x` alone.
     """
     kind = type(layers[0])
     if any(type(layer) is not kind for layer in layers):
@@ -238,15 +234,15 @@ def as_it_is(dtype: torch.dtype, weight: torch.Tensor, again: bool = False) -> t
 
 
 class WeightOnlyProduct(torch.autograd.Function):
-    """x W^T + b of layers of one kind side by side, as one product; W in x's dtype is made in each pass and kept in none.
+    """x W^T + b for layers of one kind, concatenated into one matmul; W is dequantized in each pass and never saved.
 
-    Inputs: x, `unpack`, the number of layers; for each of them bias, or None, and what `unpack` takes. The backward pass
-    makes W `again`: in other words than the forward pass, for a compiler that finds the same twice keeps the first, 2
-    bytes a weight.
+    Inputs: x, `unpack`, the number of layers; then per layer the bias or None, and the arguments of `unpack`. The
+    backward pass dequantizes W with `again`, written differently from the forward pass: otherwise common-subexpression
+    elimination keeps the first W alive, 2 bytes per weight.
     """
 
     @staticmethod
-    def forward(ctx, *inputs):  # by one name: dynamo takes as many names as there are inputs for a forward without ctx
+    def forward(ctx, *inputs):  # one *inputs: with further names, dynamo counts them as for a forward without ctx
         x, unpack, num_layers, *stored = inputs
         ctx.save_for_backward(*stored)
         ctx.unpack, ctx.num_layers = unpack, num_layers
@@ -257,16 +253,16 @@ class WeightOnlyProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        stored = ctx.saved_tensors  # read once: checkpointing refuses a second time
+        stored = ctx.saved_tensors  # read once: checkpointing raises on a second read
         _, parts = by_layer(stored, ctx.num_layers)
         weights = [ctx.unpack(grad.dtype, *tensors, again=True) for tensors in parts]
-        # One after the other: other words for joining them
+        # Pairwise concatenation, for the same reason as `again`
         joined = functools.reduce(lambda first, second: torch.cat([first, second]), weights)
         return grad @ joined, None, None, *[None] * len(stored)
 
 
 def by_layer(stored: Sequence, num_layers: int) -> tuple[list, list]:
-    """(the first of each layer's tensors, the others of each layer)."""
+    """(the first tensor of each layer, the remaining tensors of each layer)."""
     size = len(stored) // num_layers
     parts = [stored[start : start + size] for start in range(0, len(stored), size)]
     return [part[0] for part in parts], [part[1:] for part in parts]
@@ -277,9 +273,9 @@ def join(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
 
 
 class Fp8Products(torch.autograd.Function):
-    """x W^T + b of each layer in fp8; inputs: x, and for each layer qweight, scale and bias, or None.
+    """x W^T + b of each layer in fp8; inputs: x, then per layer qweight, scale and bias (or None).
 
-    Written as plain operations, which the compiler joins with what makes x and the gradients.
+    Plain operations, so that the compiler fuses the rounding with whatever produces x and the gradients.
     """
 
     @staticmethod
@@ -287,7 +283,7 @@ class Fp8Products(torch.autograd.Function):
         x, *stored = inputs
         qweights, scales, biases = stored[0::3], stored[1::3], stored[2::3]
         ctx.save_for_backward(*qweights, *scales)
-        rows, row_scales = round_rows(x.flatten(0, -2))  # once, for all layers
+        rows, row_scales = round_rows(x.flatten(0, -2))  # once for all layers
         return tuple(
             scaled_matmul(rows, row_scales, qweight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
             for qweight, scale, bias in zip(qweights, scales, biases, strict=True)
@@ -295,11 +291,11 @@ class Fp8Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        """One product: the weights' scales go to the gradients' columns, before those are rounded."""
+        """One matmul for all layers: the weights' scales are folded into the gradients before those are rounded."""
         stored, num_layers = ctx.saved_tensors, len(grads)
         qweights, scales = stored[:num_layers], stored[num_layers:]
         rows, row_scales = round_rows(*(grad.flatten(0, -2) * s.t() for grad, s in zip(grads, scales, strict=True)))
-        # fp8 kernels want the second operand along the sum, here over N: a copy, 1 % of the product's time
+        # fp8 kernels need the second operand contiguous along the reduction, here N: a copy, 1 % of the matmul's time
         turned = join(qweights).t().contiguous()  # [K, N]
         ones = torch.ones(len(turned), 1, dtype=torch.float32, device=turned.device)
         grad = scaled_matmul(rows, row_scales, turned, ones, None, grads[0].dtype)
@@ -307,9 +303,9 @@ class Fp8Products(torch.autograd.Function):
 
 
 def round_rows(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values / scale in e4m3, side by side, scale [M, 1] in fp32); the largest of a row becomes e4m3's largest.
+    """(values / scale in e4m3, concatenated; scale [M, 1] in fp32). The largest value of a row maps to e4m3's maximum.
 
-    What follows from NaN is NaN. Joined after rounding: in fp32 the gradients of q, k, v would be written and read again.
+    NaN stays NaN. Concatenated after rounding: in fp32, q, k, v gradients would make another round trip to memory.
     """
     largest = [part.abs().amax(dim=-1, keepdim=True).float() for part in values]
     scale = functools.reduce(torch.maximum, largest).clamp_min(SMALLEST_AMAX) / FP8_MAX
@@ -317,9 +313,9 @@ def round_rows(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scaled_matmul(a, a_scale, b, b_scale, bias, dtype: torch.dtype) -> torch.Tensor:
-    """(a * a_scale) (b * b_scale)^T + bias [M, N] in `dtype`, of e4m3 a [M, K], b [N, K]; scales [M, 1] and [N, 1].
+    """(a * a_scale) (b * b_scale)^T + bias [M, N] in `dtype`, for e4m3 a [M, K], b [N, K]; scales [M, 1] and [N, 1].
 
-    M is any number; K and N are multiples of 16. On the CPU the same rounded values are multiplied in fp32.
+    Any M; K and N must be multiples of 16. On the CPU the same rounded values are multiplied in fp32.
     """
     if a.is_cuda:
         return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True)

@@ -1,7 +1,7 @@
-"""What a block keeps for the backward pass: everything, or its inputs and the outputs of a few costly operations.
+"""Selective activation checkpointing and torch.compile, per transformer block.
 
-Checkpointing lies inside of the block, so that torch.compile sees both as one graph, drops what no gradient needs (of a
-frozen block the last product of the feed-forward) and fuses the rest.
+Checkpointing happens inside the block, so torch.compile sees forward and recompute as one graph, drops what no
+gradient needs (in a frozen block, the last feed-forward matmul) and fuses the rest.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
-STATES = ("hidden_states", "encoder_hidden_states")  # what a block takes first, and gives
-MOST_GRAPHS = 64  # of a block, one a bucket; torch gives up compiling after 8
+STATES = ("hidden_states", "encoder_hidden_states")  # a block's first two inputs, and its outputs
+MOST_GRAPHS = 64  # compiled graphs per block, one per bucket; torch's default stops compiling after 8
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module], saved_ops: list) -> None:
-    """Compute the blocks again in the backward pass, except for what `saved_ops` gave, which is kept.
+    """Recompute the blocks in the backward pass; only their inputs and the outputs of `saved_ops` are kept.
 
-    Sublinear memory (arXiv 1604.06174), selective as in arXiv 2205.05198. By class, not by instance: blocks of one class
-    share one compiled graph.
+    Checkpointing as in arXiv 1604.06174, selective as in arXiv 2205.05198. Applied to the class, not the instance, so
+    that all blocks of a class share one compiled graph.
     """
     names = sorted(map(str, saved_ops))
     context_fn = functools.partial(selective_contexts, *names)
-    context_fn.cache_hash = "keeps " + ", ".join(names)  # AOTAutograd's cache on disk takes no policy without one
+    context_fn.cache_hash = "keeps " + ", ".join(names)  # without it, AOTAutograd's disk cache is bypassed
     classes = {}
     for block in blocks:
         cls = type(block)
@@ -38,18 +38,19 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], saved_ops: list) -> None:
 
 
 def selective_contexts(*names: str):
-    """What `checkpoint` wants of a selective policy: keep the outputs of the operators `names` ("aten.mm.default").
+    """`context_fn` for torch's `checkpoint` that keeps the outputs of the operators `names` ("aten.mm.default").
 
-    By name, since an operator cannot be pickled, and a policy that cannot is compiled anew at every start (13 s).
+    Names, because operators cannot be pickled, and a policy that cannot be pickled is recompiled at every start (13
+    s).
     """
     operators = [functools.reduce(getattr, name.split("."), torch.ops) for name in names]
     return create_selective_checkpoint_contexts(operators)
 
 
 def checkpointed_class(cls: type, context_fn) -> type:
-    """`cls` with a forward pass that is checkpointed wherever gradients are recorded."""
+    """`cls` with its forward pass checkpointed whenever grad is enabled."""
 
-    plain_forward = cls.forward  # taken here: torch.compile cannot trace through the class
+    plain_forward = cls.forward  # bound here: torch.compile cannot trace the lookup on the class
 
     def forward(self, *inputs, **named):
         if not torch.is_grad_enabled():
@@ -59,7 +60,8 @@ def checkpointed_class(cls: type, context_fn) -> type:
         def run(*values):
             return plain_forward(self, *values[: len(inputs)], **dict(zip(names, values[len(inputs) :], strict=True)))
 
-        # Nothing in a block is random: no state to keep. By position, since hooks on saved tensors see only those
+        # Blocks draw no random numbers, so there is no RNG state to preserve. Inputs are passed by position because
+        # saved-tensor hooks do not see keyword arguments
         options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context_fn}
         return checkpoint(run, *inputs, *named.values(), **options)
 
@@ -67,15 +69,16 @@ def checkpointed_class(cls: type, context_fn) -> type:
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
-    """torch.compile the blocks' forward pass, keys unchanged. One graph serves all, and a further one each bucket.
+    """torch.compile the blocks' forward pass, without changing state dict keys. All blocks share one graph per bucket.
 
-    Hooks on a block stay outside of the graph.
+    Hooks on a block stay outside the graph.
     """
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    # Else a graph that holds an autograd function of ours is compiled anew at every start; its code is in the key
+    # Without this, graphs that contain our autograd functions are recompiled at every start. The cache key does not
+    # cover their code: `code_tag` adds it
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     tag = code_tag()
-    if not torch.compiler.config.cache_key_tag.endswith(tag):  # the user's own stays
+    if not torch.compiler.config.cache_key_tag.endswith(tag):  # a tag set by the user is kept
         torch.compiler.config.cache_key_tag += tag
     classes = {}
     for block in blocks:
@@ -89,7 +92,7 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> No
 
 @functools.cache
 def code_tag() -> str:
-    """What the compile cache does not see of a graph: the code behind custom operators, their backward passes too."""
+    """Hash of the code that the compile cache does not see: custom operators and their backward passes."""
     rooms = Path(__file__).resolve().parents[1]
     sources = [path.read_bytes() for path in sorted(rooms.rglob("*.py"))]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -98,9 +101,9 @@ def code_tag() -> str:
 
 
 def like_other_blocks(block: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-    """The first block's inputs as all others get theirs: with a gradient, and with plain strides.
+    """Make the first block's inputs look like every other block's: requiring grad, and contiguous.
 
-    It would else be compiled apart, which takes 10 s, against 1 ms a step for a gradient that nobody needs.
+    Without this, block 0 gets a graph of its own (10 s to compile); the unused gradient costs 1 ms per step.
     """
     inputs = [as_others(value) if place < len(STATES) else value for place, value in enumerate(inputs)]
     return tuple(inputs), {name: as_others(value) if name in STATES else value for name, value in named.items()}
@@ -111,7 +114,7 @@ def as_others(states: torch.Tensor) -> torch.Tensor:
 
 
 class NeedsGradient(torch.autograd.Function):
-    """A copy that needs a gradient, which is dropped as soon as it is there; a leaf would keep both to the step's end."""
+    """A copy that requires grad and drops the gradient at once; a leaf would keep both until the end of the step."""
 
     @staticmethod
     def forward(ctx, states, anchor):

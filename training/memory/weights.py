@@ -1,7 +1,7 @@
-"""`stream_weights`: frozen weights lie in host memory and come block by block, in the order of either pass.
+"""Keeps frozen weights in host memory and streams them to the GPU block by block, in both passes.
 
-It acts on a list of blocks that are called one after the other, compiled or not. A video's 17,776 tokens use every
-weight so often that the copies take a fifth of the time of the compute.
+`stream_weights` takes a list of blocks that are called in order, compiled or not. With 17,776 tokens per video,
+copying a block takes a fifth of the time of computing it.
 """
 
 import functools
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 
 class WeightRing:
-    """Frozen weights and buffers of blocks in host memory, one flat piece a block; a few slots on the GPU take turns.
+    """Frozen weights and buffers in host memory, one flat buffer per block, and a ring of slots on the GPU.
 
-    Block i always comes to slot i % slots, so that each tensor has one address on the GPU: what autograd or compiled
-    code holds of it in the forward pass is right again in the backward pass. Outside of its block's pass every tensor
-    is in host memory, so that state dicts and adapters see the weights as they are.
+    Block i always uses slot i % slots, so each tensor has a fixed GPU address: what autograd or compiled code saved in
+    the forward pass is valid again in the backward pass. Outside its block's pass every tensor points to host memory,
+    so state dicts and adapters see the real weights.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, num_slots: int):
@@ -58,7 +58,7 @@ class WeightRing:
             ]
             for index, (tensors, home) in enumerate(zip(self.tensors, self.host, strict=True))
         ]
-        self.holds: list[int | None] = [None] * num_slots  # number of the block that is there or on its way
+        self.holds: list[int | None] = [None] * num_slots  # index of the block that is there or in flight
         self.free = [self.copies.mark() for _ in self.slots]
         self.ready = list(self.free)
         self.inside: int | None = None  # the block whose tensors are on the GPU
@@ -72,7 +72,7 @@ class WeightRing:
         following = index + len(self.slots)
         if following < len(self.host):
             self.fetch(following)
-        elif not torch.is_grad_enabled():  # the next pass starts anew; a backward pass starts with what is here
+        elif not torch.is_grad_enabled():  # the next pass is a forward; a backward starts with the blocks in the slots
             self.fetch(index % len(self.slots))
         before_backward(outputs, functools.partial(self.enter_backward, index))
         return outputs
@@ -87,11 +87,11 @@ class WeightRing:
 
     def finish_backward(self) -> None:
         self.leave()
-        for index in range(len(self.slots)):  # what the next pass starts with: mostly there
+        for index in range(len(self.slots)):  # the first blocks of the next forward pass, mostly there already
             self.fetch(index)
 
     def enter(self, index: int) -> None:
-        """The tensors of block `index` on the GPU; those of any other in host memory."""
+        """Point the tensors of block `index` to its slot on the GPU, and those of the block before to host memory."""
         self.leave()
         self.fetch(index)
         wait(self.ready[index % len(self.slots)])
@@ -106,7 +106,7 @@ class WeightRing:
         self.inside = None
 
     def fetch(self, index: int) -> None:
-        """Start the copy of block `index` to its slot, unless it is there."""
+        """Start copying block `index` to its slot, unless it is there."""
         place = index % len(self.slots)
         if self.holds[place] == index:
             return
@@ -116,9 +116,9 @@ class WeightRing:
 
 
 def stream_weights(blocks: nn.ModuleList, device: torch.device, num_slots: int = NUM_SLOTS) -> WeightRing:
-    """Keep the frozen weights of `blocks` in host memory, exact, and at most `num_slots` blocks of them on `device`.
+    """Keep the frozen weights of `blocks` in host memory, unrounded, with at most `num_slots` blocks on `device`.
 
-    What is trainable is left alone, and all that `.to()` moves.
+    Trainable parameters are not streamed; `.to()` still moves them, and leaves streamed tensors alone.
     """
     ring = WeightRing(blocks, device, num_slots)
     for block in blocks:
@@ -128,7 +128,7 @@ def stream_weights(blocks: nn.ModuleList, device: torch.device, num_slots: int =
 
 
 def streamed_tensors(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
-    """(dictionary of its module, name there, tensor) of each frozen weight and buffer, in a fixed order."""
+    """(the module's dict that holds it, its name there, tensor) of each frozen weight and buffer, in a fixed order."""
     seen = set()
     for module in block.modules():
         for owner in (module._parameters, module._buffers):
@@ -142,7 +142,7 @@ def streamed_tensors(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor
 
 
 def apply_to_rest(block: nn.Module, streamed: list, function: Callable, recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, which `.to()` and its like use, on all but the streamed tensors."""
+    """nn.Module._apply, which `.to()` and the like call, on all but the streamed tensors."""
     for owner, name, _ in streamed:
         owner[name] = None
     try:
@@ -153,7 +153,7 @@ def apply_to_rest(block: nn.Module, streamed: list, function: Callable, recurse:
 
 
 def host_home(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The flat piece of host memory that holds `tensors` one after the other; unless one does, they move into a new one."""
+    """The flat host buffer that holds `tensors` back to back; moves them to a new one if they do not share one."""
     if not is_home(tensors, device):
         flat = page_locked(flat_bytes(tensors), device)
         for tensor, view in zip(tensors, views_in(flat, tensors), strict=True):
@@ -180,7 +180,7 @@ def byte_offset(tensor: torch.Tensor) -> int:
 
 
 def extent_bytes(tensor: torch.Tensor) -> int:
-    """From a tensor's first element to its last, whatever its strides."""
+    """Bytes from a tensor's first element to its last, whatever its strides."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -192,13 +192,13 @@ def flat_bytes(tensors: list[torch.Tensor]) -> int:
 
 
 def view_in(flat: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
-    """A view of `flat` from byte `offset` on, with the dtype, shape and strides of `like`."""
+    """A view of `flat` at byte `offset`, with the dtype, shape and strides of `like`."""
     piece = flat[offset : offset + extent_bytes(like)].view(like.dtype)
     return piece.as_strided(like.shape, like.stride())
 
 
 def views_in(flat: torch.Tensor, tensors: list[torch.Tensor], offset: int = 0) -> Iterator[torch.Tensor]:
-    """One after the other, from byte `offset` on, as far as there is room."""
+    """Views for `tensors` back to back from byte `offset`, as far as they fit."""
     for tensor in tensors:
         if offset + extent_bytes(tensor) > flat.nbytes:
             return
@@ -209,17 +209,17 @@ def views_in(flat: torch.Tensor, tensors: list[torch.Tensor], offset: int = 0) -
 def load_blocks(
     blocks: nn.ModuleList, prefix: str, files: list[Path], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Fill `blocks`, built on the meta device, from safetensors `files`, whose keys start with `prefix`, in `dtype`.
+    """Load `blocks`, built on the meta device, in `dtype`, from safetensors `files` whose keys start with `prefix`.
 
-    Straight into the memory that `stream_weights` uses for `device`: never twice in host memory, never on the GPU. The
-    ranks of one machine share it, and one of them reads the files.
+    Loads straight into the memory that `stream_weights` uses for `device`: no second copy in host memory, none on the
+    GPU. The ranks of a machine share that memory; one of them reads the files.
     """
     places = [place for block in blocks.to(dtype).requires_grad_(False) for place in streamed_tensors(block)]
     tensors = [tensor for *_, tensor in places]
     file, fills = memory_file(flat_bytes(tensors))
     views = views_in(page_locked(flat_bytes(tensors), device, file), tensors)
     if file >= 0:
-        os.close(file)  # the memory stays as long as somebody has it mapped
+        os.close(file)  # the memory lives as long as a process has it mapped
     for (owner, name, tensor), view in zip(places, views, strict=True):
         owner[name] = nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
     wanted = {f"{prefix}{name}": tensor for name, tensor in [*blocks.named_parameters(), *blocks.named_buffers()]}
@@ -233,13 +233,13 @@ def load_blocks(
                     target.copy_(weights.get_tensor(key))
     if wanted:
         raise UsageError(f"{files[0].parent}: lacks {min(wanted)}; download the model again")
-    gather_objects(None)  # not before the memory is filled
+    gather_objects(None)  # barrier: no rank uses the shared memory before it is filled
 
 
 def memory_file(num_bytes: int) -> tuple[int, bool]:
-    """(a file in memory, whether this rank is to fill it): one for all ranks of a machine, where the system lets them.
+    """(memfd, whether this rank fills it): one file for all ranks of a machine if the system allows it, else one each.
 
-    Not in /dev/shm, which containers make small. It goes with the last process that has it. -1 for a single process.
+    A memfd, not /dev/shm, which is small in containers; freed with the last process that maps it. -1 without ranks.
     """
     if not torch.distributed.is_initialized():
         return -1, True
@@ -250,12 +250,12 @@ def memory_file(num_bytes: int) -> tuple[int, bool]:
     path, name_there = next(offer[1:] for offer in offers if offer[0] == socket.gethostname())
     shared = own
     try:
-        # Containers may share a host's name and not its processes: only the file itself says which it is
+        # Containers may share a hostname but not /proc: check that the file is the one that was offered
         if name_there != name and name_there in os.readlink(path):
             shared = os.open(path, os.O_RDWR)
     except OSError as error:
-        logger.warning("this process holds frozen weights of its own, those of %s are out of reach (%s)", path, error)
-    gather_objects(None)  # who offers keeps the file open until here
+        logger.warning("this process keeps its own copy of the frozen weights: cannot open %s (%s)", path, error)
+    gather_objects(None)  # barrier: the offering rank keeps its file open until all have opened it
     if shared != own:
         os.close(own)
     return shared, shared == own

@@ -10,14 +10,16 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from base.errors import Interrupted, NumbersError, UsageError
 from base.files import damage, remove, write_json, written_folder
 from base.ranks import on_main_process
 from base.signals import INTERRUPTION
+from base.tensor_file import save_tensors
 from engine.optimizers import join_tensors, schedule_state, split_tensors
 from engine.update import TrainingState
+from run.held_out import data_identity
 from run.output_dir import (
     checkpoint_dirs,
     is_complete,
@@ -34,16 +36,16 @@ logger = logging.getLogger(__name__)
 # ---------------------------------------------------------------- save
 
 
-def save_checkpoint(output_dir: Path, step: int, engine, state: TrainingState, facts: dict) -> Path:
+def write_checkpoint(output_dir: Path, step: int, state: TrainingState, identity: dict) -> Path:
     """Write `checkpoint-<step>/`: what has that name is complete, an earlier one of that name included."""
     tensors, optimizer = split_tensors(state.optimizer.state_dict())
-    refuse_bad_numbers([*engine.params, *tensors.values()])
+    refuse_bad_numbers([*state.engine.params, *tensors.values()])
     target = output_dir / f"checkpoint-{step}"
     with written_folder(target) as folder:
-        engine.save_state(folder)
-        save_file(tensors, folder / "optimizer.safetensors")
+        state.engine.save_state(folder)
+        save_tensors(folder / "optimizer.safetensors", tensors)
         content = {
-            **facts,
+            **identity,
             "step": step,
             "optimizer": optimizer,
             "lr_scheduler": schedule_state(state.lr_scheduler),
@@ -65,24 +67,23 @@ def refuse_bad_numbers(tensors: list[torch.Tensor]) -> None:
         )
 
 
-def save_checkpoint_from_args(args, accelerator, step: int, engine, state: TrainingState, facts: dict) -> None:
+def save(args, run, step: int, state: TrainingState, identity: dict) -> None:
     """A checkpoint by the main process, the oldest removed after it is complete; the other ranks wait."""
-    output_dir = Path(args.output_dir)
     state.gather()
-    if accelerator.is_main_process:
-        save_checkpoint(output_dir, step, engine, state, facts)
-        prune_checkpoints(output_dir, args.checkpoints_total_limit, step)
-    accelerator.wait_for_everyone()
+    if run.rank == 0:
+        write_checkpoint(run.output_dir, step, state, identity)
+        prune_checkpoints(run.output_dir, args.checkpoints_total_limit, step)
+    run.accelerator.wait_for_everyone()
 
 
-def leave_if_interrupted_from_args(
-    args, accelerator, first_step: int, step: int, num_steps: int, engine, state: TrainingState, facts: dict
+def leave_if_interrupted(
+    args, run, first_step: int, step: int, num_steps: int, state: TrainingState, identity: dict
 ) -> None:
     """After the loop: where it ended early, all ranks leave with a checkpoint of the last update, exit code 75."""
     if step == num_steps:
         return
     if step > first_step and step % args.checkpointing_steps:
-        save_checkpoint_from_args(args, accelerator, step, engine, state, facts)
+        save(args, run, step, state, identity)
     reason = INTERRUPTION.reason or "a signal to another process"
     raise Interrupted(f"stopped by {reason} after step {step} of {num_steps}; the same command continues from there")
 
@@ -100,15 +101,15 @@ def prune_checkpoints(output_dir: Path, limit: int | None, newest: int) -> None:
 # ---------------------------------------------------------------- load
 
 
-def find_checkpoint_from_args(args, accelerator, num_steps: int, content: dict) -> Path | None:
+def find(args, run, num_steps: int, content: dict) -> Path | None:
     """The checkpoint to go on from: a path as written, a name or step in output_dir, or the newest whole one there.
 
     None: start at step 0, because there is none. The main process looks, and hashes, for all.
     """
-    return on_main_process(accelerator, lambda: choose_checkpoint_from_args(args, num_steps, content))
+    return on_main_process(run.accelerator, lambda: choose_checkpoint(args, num_steps, content))
 
 
-def choose_checkpoint_from_args(args, num_steps: int, content: dict) -> Path | None:
+def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
         newest = newest_whole(output_dir)
@@ -159,26 +160,31 @@ def newest_whole(output_dir: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, engine, state: TrainingState, facts: dict) -> int:
+def run_identity(run, dataset, held_out_clips) -> dict:
+    """What a checkpoint records of its run, besides the flags, and what a run that goes on from it must share."""
+    return {"seed": run.seed, "num_processes": run.num_ranks, **data_identity(dataset, held_out_clips)}
+
+
+def load(path: Path, state: TrainingState, identity: dict) -> int:
     """Restore weights, optimizer, schedule and scaler of a whole checkpoint; returns the step.
 
-    `facts` must equal those saved, but for the rule of draws about clips.
+    `identity` must equal that saved, but for the rule of draws about clips.
     """
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if facts.get("draws") and "draws" not in saved:
+    if identity.get("draws") and "draws" not in saved:
         logger.warning(
             "%s: made when starts, crops, flips, first frames and the noise on held-out clips were drawn by a clip's place "
             "in the list; from here on they are drawn by its path, so that they differ from those before",
             path,
         )
-    if "data_as_written" in facts and saved.get("data") == facts["data_as_written"]:  # of an earlier version
-        saved["data"] = facts["data"]
-    for name, value in facts.items():
+    if "data_as_written" in identity and saved.get("data") == identity["data_as_written"]:  # of an earlier version
+        saved["data"] = identity["data"]
+    for name, value in identity.items():
         if name not in ("draws", "data_as_written") and saved.get(name) != value:
             raise UsageError(
                 f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
             )
-    engine.load_state(path)
+    state.engine.load_state(path)
     state.optimizer.load_state_dict(join_tensors(load_file(path / "optimizer.safetensors"), saved["optimizer"]))
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler:

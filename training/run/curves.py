@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from base.files import written_beside
+
 
 WINDOW = 20  # updates of the running mean
 HELD_OUT = "held_out_loss"  # the event that validation writes between the updates
@@ -46,7 +48,8 @@ def draw_losses(runs: dict[str, Path], figure_path: Path, window: int = WINDOW) 
             axes.set_prop_cycle(color=colormaps["tab20"].colors)
         fill_axes(axes, drawn, window)
         place(figure)
-        figure.savefig(figure_path)
+        with written_beside(figure_path) as temporary:
+            figure.savefig(temporary)
     return [name for name in runs if name not in drawn]
 
 

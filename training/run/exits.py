@@ -11,24 +11,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed
-from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from base.console import beside_bars, dump_kept
-from base.errors import ERROR_LOG, MemoryFullError, StorageError, UserError, first_line
+from base.errors import (
+    ERROR_LOG,
+    INTERNAL,
+    INTERRUPTED,
+    REFUSED,
+    STORAGE,
+    MemoryFullError,
+    StorageError,
+    UserError,
+    first_line,
+)
 from base.files import free_bytes, keep, nearest_folder, take_back
-from base.ranks import meet
+from base.ranks import group_store, meet
 from base.signals import INTERRUPTION, caught_signals
-from base.status import REFUSED, RUN, is_of_this_run, note_refusal, read_status, write_status
+from base.status import RUN, is_of_this_run, note_refusal, read_status, write_status
 from data.buckets import Bucket
 from engine.deepspeed_zero import uses_deepspeed
 from memory.allocator import uses_expandable_segments
 from run.launch import launch_id
-from run.meter import memory_report
+from run.metrics import memory_report
 
 
-INTERNAL, STORAGE, INTERRUPTED = 70, 74, 75  # exit codes
 FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 STORAGE_ERRORS = FULL_DISK | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 GO_ON = "the same command continues from the last checkpoint"
@@ -37,19 +44,19 @@ GO_ON = "the same command continues from the last checkpoint"
 # ---------------------------------------------------------------- asked to stop, or out of memory
 
 
-def stop_is_due(accelerator: Accelerator, step: int) -> bool:
+def stop_is_due(run, step: int) -> bool:
     """True on all ranks after the same `step` if any was asked to stop. Ranks meet on the host: no GPU is waited for."""
     asked = INTERRUPTION.reason is not None
-    if accelerator.num_processes == 1:
+    if run.num_ranks == 1:
         return asked
     asked_of_ranks = meet(f"stop-{step}", "asked" if asked else "")
     # All have come here, so that none still reads what was said a step ago
-    torch.distributed.distributed_c10d._get_default_store().delete_key(f"stop-{step - 1}/{accelerator.process_index}")
+    group_store().delete_key(f"stop-{step - 1}/{run.rank}")
     return any(asked_of_ranks)
 
 
 @contextlib.contextmanager
-def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket], level: str | None, is_lora: bool):
+def explained_oom(args, device: torch.device, buckets: Sequence[Bucket], level: str | None, is_lora: bool):
     """Within, a GPU whose memory is full is one line: peak, largest batch, and the flags that would make it fit.
 
     `level`: of memory that the run has, whichever --memory auto chose.
@@ -62,7 +69,7 @@ def explained_oom_from_args(args, device: torch.device, buckets: Sequence[Bucket
         raise MemoryFullError(
             f"the GPU's memory is full{f' (peak {peak:.1f} GiB)' if peak else ''}: batches of {args.train_batch_size} "
             f"with up to {largest.frames} frames of {largest.height}x{largest.width} (height x width). To make it fit, "
-            f"the cheapest first: {'; '.join(memory_savers_from_args(args, level, is_lora))}. {oom_line(error)}"
+            f"the cheapest first: {'; '.join(memory_savers(args, level, is_lora))}. {oom_line(error)}"
         ) from error
 
 
@@ -72,7 +79,7 @@ def oom_line(error: torch.cuda.OutOfMemoryError) -> str:
     return line.partition(" If reserved but unallocated")[0] if uses_expandable_segments() else line
 
 
-def memory_savers_from_args(args, level: str | None, is_lora: bool) -> list[str]:
+def memory_savers(args, level: str | None, is_lora: bool) -> list[str]:
     """Flags not in use that lower the peak of a run at `level`, by what they cost in speed and quality."""
     is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
     batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps

@@ -11,8 +11,6 @@ are joined until diffusers' model has a module of that name; added in fp32 with 
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +18,12 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
+from base.dtypes import FILE_DTYPES
 from base.errors import UsageError
-from base.files import TEMPORARY, rename, write_json
+from base.files import replaced_folder, write_json
+from base.tensor_file import INDEX_NAME, weight_files
 from engine.lora_file import (
     COMFYUI_PREFIX,
-    DTYPES,
     WEIGHTS_NAME,
     comfyui_module,
     kohya_module,
@@ -40,7 +39,6 @@ from engine.sft import SUBFOLDER
 
 COMFYUI_NAME = "pytorch_lora_weights_comfyui.safetensors"
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
-BASE_NAME = "diffusion_pytorch_model"  # diffusers' name of a model's weight files
 
 
 class LoraWeights(NamedTuple):
@@ -51,7 +49,7 @@ class LoraWeights(NamedTuple):
     magnitude: torch.Tensor | None = None
 
 
-def export_lora_from_args(args, base_dir: Path, variant: str | None, only_missing: bool = False) -> None:
+def export_lora(args, base_dir: Path, variant: str | None, only_missing: bool = False) -> None:
     """What --export asks for, beside the LoRA in output_dir. `base_dir` holds the transformer that it was trained on."""
     output_dir = Path(args.output_dir)
     for form, name, export in (("comfyui", COMFYUI_NAME, export_comfyui), ("kohya", KOHYA_NAME, export_kohya)):
@@ -107,19 +105,12 @@ def export_up_down(lora_path: Path, target: Path, name_of: Callable[[str], str])
 def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | None = None) -> None:
     """Write the folder `target`: the model of `base_dir` with the LoRA added, every weight in the dtype it is stored in.
 
-    Sums are made in fp32 of the stored weights and rounded once. Written beside and renamed.
+    Sums are made in fp32 of the stored weights and rounded once.
     """
     layers, facts, _ = read_layers(lora_path)
-    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        merge_files(layers, base_dir, temporary, variant, dropped_weights(facts))
-        write_config(base_dir, temporary, facts)
-        shutil.rmtree(target, ignore_errors=True)
-        rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replaced_folder(target) as folder:
+        merge_files(layers, base_dir, folder, variant, dropped_weights(facts))
+        write_config(base_dir, folder, facts)
 
 
 def merge_files(
@@ -127,11 +118,13 @@ def merge_files(
 ) -> None:
     """The weight files, named and divided as the base's are, and the index of several."""
     missing, weight_map, total = set(layers), {}, 0
-    for source in base_files(base_dir, variant):
+    for source in weight_files(base_dir, variant):
         name = source.name.replace(f".{variant}", "") if variant else source.name
         with safe_open(source, framework="pt") as base:
             names = sorted(set(base.keys()) - dropped)
-            sizes = {key: (DTYPES[base.get_slice(key).get_dtype()], base.get_slice(key).get_shape()) for key in names}
+            sizes = {
+                key: (FILE_DTYPES[base.get_slice(key).get_dtype()], base.get_slice(key).get_shape()) for key in names
+            }
 
             def tensor_of(key: str, base=base) -> torch.Tensor:
                 weight, layer = base.get_tensor(key), layers.get(key.removesuffix(".weight"))
@@ -145,7 +138,7 @@ def merge_files(
         raise RuntimeError(f"{base_dir}: holds no weight for {sorted(missing)[0]}, which the LoRA changes")
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(target / f"{BASE_NAME}.safetensors.index.json", index)
+        write_json(target / INDEX_NAME, index)
 
 
 def merged_weight(weight: torch.Tensor, layer: LoraWeights) -> torch.Tensor:
@@ -156,16 +149,6 @@ def merged_weight(weight: torch.Tensor, layer: LoraWeights) -> torch.Tensor:
     norm = torch.linalg.norm(weight.flatten(1), dim=1)  # [out]
     scale = layer.magnitude.float().flatten() / norm
     return weight * scale.view(-1, *[1] * (weight.dim() - 1))
-
-
-def base_files(base_dir: Path, variant: str | None) -> list[Path]:
-    """The weight files of a diffusers model, of `variant` where one is named."""
-    suffix = f".{variant}" if variant else ""
-    index = base_dir / f"{BASE_NAME}.safetensors.index{suffix}.json"
-    if not index.exists():
-        return [base_dir / f"{BASE_NAME}{suffix}.safetensors"]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [base_dir / name for name in sorted(set(names))]
 
 
 def dropped_weights(facts: dict) -> set[str]:

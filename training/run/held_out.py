@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import send_to_device
 from torch.utils.data import Dataset
 
 from base.draws import draw_seed
@@ -18,6 +17,7 @@ from data.buckets import Bucket
 from data.dataset import build_dataset_from_args
 from data.loader import collate
 from engine.objective import draw_normal
+from memory.host import to_device
 
 
 DRAW_RULE = "source, window, repeat"
@@ -47,9 +47,7 @@ class HeldOut:
     device: torch.device
 
 
-def build_held_out_from_args(
-    args, default_fps: float, seed: int, scaling_factor: float, image_to_video: bool = False
-) -> HeldOutClips:
+def read_clips(args, model, seed: int) -> HeldOutClips:
     """Read like the training data, but never flipped, dropped or cut at random."""
     if args.validation_data_root is None:
         return HeldOutClips(None, [], [])
@@ -62,26 +60,24 @@ def build_held_out_from_args(
         "video_reshape_mode": "none" if args.video_reshape_mode == "none" else "center",
     }
     flags = argparse.Namespace(**vars(args) | changes)
-    dataset = build_dataset_from_args(flags, default_fps, seed, scaling_factor, image_to_video)
+    dataset = build_dataset_from_args(flags, model, seed)
     count = args.validation_num_clips
     return HeldOutClips(dataset, dataset.bucket_of[:count], dataset.prompts[:count])
 
 
-def data_facts(dataset: Dataset, held_out_clips: HeldOutClips) -> dict:
+def data_identity(dataset: Dataset, held_out_clips: HeldOutClips) -> dict:
     """What checkpoints record of the data, and by which rule a run draws about clips: None where it draws nothing."""
     is_drawn = bool(held_out_clips.prompts) or dataset.is_drawn()
     hashes = {"data": dataset.fingerprint(), "data_as_written": dataset.fingerprint(as_written=True)}
     return {**hashes, "draws": DRAW_RULE if is_drawn else None}
 
 
-def encode_held_out(
-    accelerator, clips: HeldOutClips, encode: Callable, losses_of: Callable, seed: int, num_timesteps: int
-) -> HeldOut:
+def encode_clips(run, clips: HeldOutClips, encode: Callable, losses_of: Callable, num_timesteps: int) -> HeldOut:
     """`encode(batch, seed, positions)` gives what `losses_of(*inputs, noise, timesteps) -> [B]` takes, latents first."""
-    own_seed, device = draw_seed(seed, "held_out"), accelerator.device
+    own_seed, device = draw_seed(run.seed, "held_out"), run.device
     encoded = {}
-    for index in range(accelerator.process_index, len(clips.prompts), accelerator.num_processes):
-        batch, place = send_to_device(collate([clips.dataset[index]]), device), clips.dataset.places[index]
+    for index in range(run.rank, len(clips.prompts), run.num_ranks):
+        batch, place = to_device(collate([clips.dataset[index]]), device), clips.dataset.places[index]
         encoded[place] = [tensor.cpu() for tensor in encode(batch, own_seed, [place])]
     return HeldOut(encoded, len(clips.prompts), losses_of, own_seed, num_timesteps, device)
 

@@ -5,8 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # of httpx, or since its version 2 of httpx2
 
 from base.errors import StorageError, UsageError, first_line
 from base.hashes import short_hash
@@ -18,7 +18,7 @@ from run.model_card import CARD_NAME, LOSS_NAME
 logger = logging.getLogger(__name__)
 
 # Of the client: refusals and disks, names that are none, its own transfer of large files, the line
-HUB_ERRORS = (OSError, ValueError, RuntimeError, httpx.HTTPError)
+HUB_ERRORS = (OSError, ValueError, RuntimeError, HTTPError)
 # All that is ever uploaded: no args.json, which may name local paths, no checkpoints, logs or optimizer states
 UPLOADED = (
     CARD_NAME, LOSS_NAME, "pytorch_lora_weights*.safetensors", f"{SUBFOLDER}/*", "samples/*.mp4", "samples/*.txt",
@@ -26,18 +26,18 @@ UPLOADED = (
 LONGEST_NAME = 96  # characters of a repository's name that the hub takes
 
 
-def check_hub_from_args(args, accelerator) -> str | None:
+def check_hub(args, accelerator) -> str | None:
     """The repository to upload to, made if it is not there; UsageError now, not after training, if it cannot be.
 
     Without --push_to_hub, and on the other processes, None, and nothing asks the network.
     """
     if not args.push_to_hub:
         return None
-    repo = on_main_process(accelerator, lambda: make_repo_from_args(args))
+    repo = on_main_process(accelerator, lambda: make_repo(args))
     return repo if accelerator.is_main_process else None
 
 
-def make_repo_from_args(args) -> str:
+def make_repo(args) -> str:
     """The repository's whole name; it is there, and this user may write it."""
     api = HfApi(token=args.hub_token)
     wanted = args.hub_model_id or default_repo_name(Path(args.output_dir).resolve().name)
@@ -68,7 +68,7 @@ def default_repo_name(folder: str) -> str:
     return f"{begin or 'cogvideox-finetune'}-{digest}"
 
 
-def push_from_args(args, repo: str) -> None:
+def push(args, repo: str) -> None:
     """Upload what is on the list; StorageError, with the command to do it by hand, if that fails."""
     try:
         HfApi(token=args.hub_token).upload_folder(

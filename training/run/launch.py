@@ -5,9 +5,9 @@ import logging
 import os
 import secrets
 import socket
-import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -15,17 +15,22 @@ import torch.distributed
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from base.console import capture_prints, log_errors_only, log_to_stderr
+from base.dtypes import DTYPES
 from base.errors import UsageError
+from base.ranks import group_store
+from base.startup import STARTUP
 from base.status import RUN
 from engine.deepspeed_zero import check_deepspeed_from_args, uses_deepspeed
 from memory.allocator import expand_segments
 from memory.quantization import check_base_precision
-from run.tracking import tracking_options_from_args
+from run.hub import check_hub
+from run.output_dir import open_output_dir
+from run.tracking import tracking_options
 
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"no": DTYPES["fp32"], "fp16": DTYPES["fp16"], "bf16": DTYPES["bf16"]}  # as --mixed_precision says
 REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
 # What the launcher exports of its config, where that sets it
 LAUNCHER_VARIABLES = {
@@ -33,20 +38,6 @@ LAUNCHER_VARIABLES = {
     "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
 }
 LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
-
-
-class Start:
-    """Seconds from the launch to the first update, by part."""
-
-    def __init__(self):
-        self.parts: dict[str, float] = {}
-        self.since = launch_time()
-
-    def mark(self, part: str) -> None:
-        """What was done since the last mark is `part`."""
-        now = time.time()
-        self.parts[part] = round(self.parts.get(part, 0.0) + now - self.since, 2)
-        self.since = now
 
 
 def find_launcher() -> psutil.Process | None:
@@ -72,26 +63,45 @@ def launch_id() -> str | None:
 def agree_on_run() -> None:
     """All ranks take the id of the first: several machines have a launcher each, and mpirun is none of those known."""
     if torch.distributed.is_initialized():
-        store = torch.distributed.distributed_c10d._get_default_store()
+        store = group_store()
         if torch.distributed.get_rank() == 0:
             store.set("run", RUN.id)
         RUN.id = store.get("run").decode()
 
 
-START = Start()  # of this process
+class Run(NamedTuple):
+    """The processes of a run, and what they have agreed on."""
+
+    accelerator: Accelerator
+    device: torch.device
+    rank: int
+    num_ranks: int
+    seed: int
+    output_dir: Path
+    hub_repo: str | None  # to upload to; None on the other ranks
 
 
-def init_accelerator_from_args(args) -> Accelerator:
+def open_run(args) -> Run:
+    """Start the processes, and claim the output folder and the repository: what cannot be had is refused here."""
+    accelerator = init_accelerator(args)
+    ranks = (accelerator.device, accelerator.process_index, accelerator.num_processes)
+    hub_repo = check_hub(args, accelerator)
+    earlier_seed = open_output_dir(args, accelerator)
+    seed = shared_seed(args) if earlier_seed is None else earlier_seed
+    return Run(accelerator, *ranks, seed, Path(args.output_dir), hub_repo)
+
+
+def init_accelerator(args) -> Accelerator:
     """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
-    START.parts.clear()
-    START.mark("imports")
+    STARTUP.begin(launch_time())
+    STARTUP.mark("imports")
     log_to_stderr()
-    check_launcher_from_args(args)
+    check_launcher(args)
     check_deepspeed_from_args(args)
     # No backend named: accelerate takes nccl on GPUs and gloo on CPUs, and fails on one process with one named
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
     cpu = not torch.cuda.is_available() and not uses_deepspeed()  # accelerate would leave DeepSpeed out
-    options = tracking_options_from_args(args)
+    options = tracking_options(args)
     if uses_deepspeed():
         import deepspeed  # noqa: F401 - its logger takes stdout as it is at the import, which accelerate makes below
     with capture_prints():  # DeepSpeed's, which builds an operator here
@@ -106,7 +116,7 @@ def init_accelerator_from_args(args) -> Accelerator:
     return accelerator
 
 
-def shared_seed_from_args(args) -> int:
+def shared_seed(args) -> int:
     """--seed, or one drawn by rank 0 for all."""
     if args.seed is not None:
         return args.seed
@@ -116,7 +126,7 @@ def shared_seed_from_args(args) -> int:
     return seed[0]
 
 
-def compute_dtype_from_args(args, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def compute_dtype(args, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """--mixed_precision, else what the launcher's configuration says, else bf16 on CUDA and fp32 on a CPU.
 
     The launcher exports "no" both for "no" and for nothing said; so that "no" decides nothing.
@@ -134,15 +144,15 @@ def compute_dtype_from_args(args, stored: torch.dtype, device: torch.device) -> 
         raise UsageError("fp16 trains on CUDA only; use --mixed_precision no or bf16 here")
     if name == "fp16" and stored == torch.bfloat16:
         raise UsageError("this checkpoint is stored in bf16 and overflows in fp16; use --mixed_precision bf16")
-    if DTYPES.get(name) is None:
+    if PRECISIONS.get(name) is None:
         raise UsageError(f"mixed_precision: {name} of the accelerate config is not supported; use no, fp16 or bf16")
-    check_base_precision(args.base_precision, DTYPES[name], device)
-    if stored != DTYPES[name]:
-        logger.info("weights stored in %s are converted once and computed in %s", stored, DTYPES[name])
-    return DTYPES[name]
+    check_base_precision(args.base_precision, PRECISIONS[name], device)
+    if stored != PRECISIONS[name]:
+        logger.info("weights stored in %s are converted once and computed in %s", stored, PRECISIONS[name])
+    return PRECISIONS[name]
 
 
-def check_launcher_from_args(args) -> None:
+def check_launcher(args) -> None:
     """Refuse an accelerate config whose accumulation or clipping is not the flags': each has one source of truth."""
     for dest, variable in LAUNCHER_VARIABLES.items():
         text = os.environ.get(variable, "auto")
@@ -156,7 +166,7 @@ def check_launcher_from_args(args) -> None:
             )
 
 
-def check_device_from_args(args, num_parameters: float, device: torch.device) -> None:
+def check_device(args, num_parameters: float, device: torch.device) -> None:
     """Refuse a model of real size without a GPU, unless --allow_cpu."""
     if device.type == "cpu" and num_parameters > REAL_SIZE and not args.allow_cpu:
         raise UsageError(

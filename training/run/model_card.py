@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from base.files import write_text
 from engine.sft import SUBFOLDER
 from run.export import COMFYUI_NAME, KOHYA_NAME
-from run.steps import learning_rate_from_args
+from run.steps import scaled_learning_rate
 
 
 LOSS_NAME, CARD_NAME = "loss.png", "README.md"
@@ -23,43 +23,40 @@ MODEL_LICENCE = {
     "license_name": "cogvideox-license",
     "license_link": "https://huggingface.co/zai-org/CogVideoX-5b/blob/main/LICENSE",
 }
-PACKAGES = ("torch", "diffusers", "transformers", "peft")
+PACKAGES = ("torch", "diffusers", "transformers", "peft")  # to use the result; args.json says what made it
 NO_PROMPT = "A lighthouse stands in the rain."  # of the example, where the run had none
 
 
-class RunFacts(NamedTuple):
-    """What the outputs of a run must know besides its flags. Only `weights` and the repository name a place."""
+class RunSummary(NamedTuple):
+    """What is told of a run, besides its flags, once it is complete."""
 
-    model: NamedTuple  # of the family: classes, task, licence, frames per second
-    weights: NamedTuple  # that training started from: their folder and variant
-    transformer: str  # their SHA-256
-    bucket_of: list  # of every clip: (frames, height, width)
+    run: NamedTuple  # launch.Run
+    model: NamedTuple  # of the family: classes, task, licence, frame rate, the weights that training starts from
+    content: dict  # hashes of what it was trained on, see output_dir.CONTENT
+    buckets: list  # of every clip: (frames, height, width)
     size: tuple  # that videos are rendered at
     dtype: torch.dtype
-    seed: int
-    num_ranks: int
-    num_steps: int
+    plan: NamedTuple  # steps.StepPlan
     is_lora: bool
-    hub_repo: str | None  # to upload to; None on the other ranks
 
 
-def write_card_from_args(args, facts: RunFacts) -> None:
+def write_card(args, summary: RunSummary) -> None:
     """`README.md`: equal runs write equal cards but for the versions; never a path, date or host."""
     output_dir = Path(args.output_dir)
     samples = last_samples(output_dir)
-    data = ModelCardData(**card_data_from_args(args, facts, samples))
-    name = facts.hub_repo or output_dir.resolve().name
+    data = ModelCardData(**card_data(args, summary, samples))
+    name = summary.run.hub_repo or output_dir.resolve().name
     parts = [
         f"# {name.split('/')[-1]}",
         *(["<Gallery />"] if samples else []),
-        introduction_from_args(args, facts),
-        training_table_from_args(args, facts),
+        introduction(args, summary),
+        training_table(args, summary),
         *([f"![Training loss]({LOSS_NAME})"] if (output_dir / LOSS_NAME).exists() else []),
         "## Use",
-        f"```python\n{usage_from_args(args, facts, name)}```",
-        *usage_notes_from_args(args, facts),
+        f"```python\n{usage(args, summary, name)}```",
+        *usage_notes(args, summary),
         "## Licence",
-        licence_text(hub_base_from_args(args), facts),
+        licence_text(hub_base(args), summary),
         "## Versions",
         ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES),
     ]
@@ -67,20 +64,20 @@ def write_card_from_args(args, facts: RunFacts) -> None:
     write_text(output_dir / CARD_NAME, text)
 
 
-def hub_base_from_args(args) -> str | None:
+def hub_base(args) -> str | None:
     """The base model where it is one of the hub; a local folder is nobody's business."""
     model = args.pretrained_model_name_or_path
     return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).is_dir() else None
 
 
-def card_data_from_args(args, facts: RunFacts, samples: list[tuple[str, str]]) -> dict:
+def card_data(args, summary: RunSummary, samples: list[tuple[str, str]]) -> dict:
     """The card's metadata; `samples` are (prompt, path in the repository)."""
-    base, task = hub_base_from_args(args), task_of(facts)
-    data = {"base_model": base, "base_model_relation": "adapter" if facts.is_lora else "finetune"} if base else {}
+    base, task = hub_base(args), task_of(summary)
+    data = {"base_model": base, "base_model_relation": "adapter" if summary.is_lora else "finetune"} if base else {}
     data |= {"library_name": "diffusers", "pipeline_tag": task}
-    data |= licence_data(base, facts)
+    data |= licence_data(base, summary)
     data["tags"] = [task, "diffusers", "diffusers-training", "cogvideox", "cogvideox-diffusers"]
-    if facts.is_lora:
+    if summary.is_lora:
         data["tags"] += ["lora", "template:diffusion-lora"]
     if args.id_token:
         data["instance_prompt"] = args.id_token
@@ -89,8 +86,8 @@ def card_data_from_args(args, facts: RunFacts, samples: list[tuple[str, str]]) -
     return data
 
 
-def task_of(facts: RunFacts) -> str:
-    return "image-to-video" if facts.model.image_to_video else "text-to-video"
+def task_of(summary: RunSummary) -> str:
+    return "image-to-video" if summary.model.image_to_video else "text-to-video"
 
 
 def last_samples(output_dir: Path) -> list[tuple[str, str]]:
@@ -104,36 +101,36 @@ def last_samples(output_dir: Path) -> list[tuple[str, str]]:
     return [(text, path.relative_to(output_dir).as_posix()) for text, path in zip(texts, videos, strict=True)]
 
 
-def introduction_from_args(args, facts: RunFacts) -> str:
-    what = "A LoRA for" if facts.is_lora else "Full fine-tuning of"
-    base = hub_base_from_args(args)
-    model = f"[{base}](https://huggingface.co/{base})" if base else f"a CogVideoX {task_of(facts)} model"
+def introduction(args, summary: RunSummary) -> str:
+    what = "A LoRA for" if summary.is_lora else "Full fine-tuning of"
+    base = hub_base(args)
+    model = f"[{base}](https://huggingface.co/{base})" if base else f"a CogVideoX {task_of(summary)} model"
     token = f" Every caption began with `{args.id_token}`: begin prompts with it." if args.id_token else ""
-    return f"{what} {model}.{start_text_from_args(args, facts)}{token}"
+    return f"{what} {model}.{start_text(args, summary)}{token}"
 
 
-def start_text_from_args(args, facts: RunFacts) -> str:
+def start_text(args, summary: RunSummary) -> str:
     """Of a transformer that was fine-tuned before: where it lay is nobody's business, by the hash one finds it."""
     if args.init_transformer is None:
         return ""
-    belongs = " It belongs on that transformer, not on the base model's." if facts.is_lora else ""
-    digest = facts.transformer[:16]
+    belongs = " It belongs on that transformer, not on the base model's." if summary.is_lora else ""
+    digest = summary.content["transformer"][:16]
     return f" Training started from a fine-tuned transformer of that model (SHA-256 of its weights: `{digest}...`).{belongs}"
 
 
-def training_table_from_args(args, facts: RunFacts) -> str:
+def training_table(args, summary: RunSummary) -> str:
     """What was trained, one row a fact."""
-    sizes = sorted(set(map(tuple, facts.bucket_of)))
+    sizes = sorted(set(map(tuple, summary.buckets)))
     texts = [f"{frames} frames of {height}x{width}" for frames, height, width in sizes]
-    clips_per_update = args.train_batch_size * args.gradient_accumulation_steps * facts.num_ranks
-    schedule = f"{learning_rate_from_args(args, facts.num_ranks):g}, {args.lr_scheduler}"
+    clips_per_update = args.train_batch_size * args.gradient_accumulation_steps * summary.run.num_ranks
+    schedule = f"{scaled_learning_rate(args, summary.run.num_ranks):g}, {args.lr_scheduler}"
     has_warmup = args.lr_warmup_steps and args.lr_scheduler != "constant"
     rows = {
-        "Task": f"{task_of(facts)}, {'LoRA' if facts.is_lora else 'every weight'}",
-        "Clips": f"{len(facts.bucket_of)}, of {texts[0] if len(texts) == 1 else f'{len(texts)} sizes'}",
-        "Updates": f"{facts.num_steps}, of {clips_per_update} clips each",
+        "Task": f"{task_of(summary)}, {'LoRA' if summary.is_lora else 'every weight'}",
+        "Clips": f"{len(summary.buckets)}, of {texts[0] if len(texts) == 1 else f'{len(texts)} sizes'}",
+        "Updates": f"{summary.plan.num_steps}, of {clips_per_update} clips each",
     }
-    if facts.is_lora:
+    if summary.is_lora:
         variants = (" (DoRA)" if args.use_dora else "") + (" (rank-stabilised)" if args.use_rslora else "")
         rows["Rank, alpha"] = f"{args.rank}, {args.lora_alpha}{variants}"
         rows["Layers"] = " ".join(f"`{name}`" for name in args.lora_target_modules)
@@ -141,15 +138,15 @@ def training_table_from_args(args, facts: RunFacts) -> str:
         rows["Weights"] = f"their moving average, decay {args.ema_decay}"
     frozen = "" if args.base_precision == "bf16" else f", most frozen weights in {args.base_precision}"
     rows |= {
-        "Optimizer": optimizer_text_from_args(args),
+        "Optimizer": optimizer_text(args),
         "Learning rate": schedule + (f", warm-up of {args.lr_warmup_steps} updates" if has_warmup else ""),
-        "Precision": f"computed in {dtype_name(facts.dtype)}, trained weights in float32{frozen}",
-        "Seed": str(facts.seed),
+        "Precision": f"computed in {dtype_name(summary.dtype)}, trained weights in float32{frozen}",
+        "Seed": str(summary.run.seed),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def optimizer_text_from_args(args) -> str:
+def optimizer_text(args) -> str:
     bits = {"use_8bit": "8-bit", "use_4bit": "4-bit", "use_fp8": "fp8"}
     states = [f", {name} states" for flag, name in bits.items() if getattr(args, flag)]
     return args.optimizer + "".join(states) + (", on the CPU" if args.use_cpu_offload_optimizer else "")
@@ -159,15 +156,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def licence_data(base: str | None, facts: RunFacts) -> dict:
+def licence_data(base: str | None, summary: RunSummary) -> dict:
     """The card's metadata of the licence: of the released models it is known, `unknown` for any other base."""
     if base is None or base.split("/")[0] not in MODEL_OWNERS:
         return {"license": "unknown"}
-    return APACHE if facts.model.apache_licence else MODEL_LICENCE
+    return APACHE if summary.model.has_apache_licence else MODEL_LICENCE
 
 
-def licence_text(base: str | None, facts: RunFacts) -> str:
-    licence = licence_data(base, facts)
+def licence_text(base: str | None, summary: RunSummary) -> str:
+    licence = licence_data(base, summary)
     if licence == APACHE:
         return (
             "The base model is under the Apache License 2.0, which lets changed weights be passed on with a copy of it, "
@@ -197,49 +194,51 @@ class RawFirstFramePipeline({pipeline}):
 '''
 
 
-def usage_from_args(args, facts: RunFacts, name: str) -> str:
+def usage(args, summary: RunSummary, name: str) -> str:
     """Python that renders a video with the result called `name`: a repository, or a folder."""
-    model, is_on_top = facts.model, facts.is_lora and args.init_transformer is not None
-    own_transformer = not facts.is_lora or args.drop_learned_positions or is_on_top
-    dtype = f"torch.{dtype_name(facts.dtype)}"
+    is_on_top = summary.is_lora and args.init_transformer is not None
+    pipeline, transformer = summary.model.pipeline_class.__name__, summary.model.transformer_class.__name__
+    own_transformer = not summary.is_lora or args.drop_learned_positions or is_on_top
+    dtype = f"torch.{dtype_name(summary.dtype)}"
     lines = [
         "import torch",
-        f"from diffusers import {model.pipeline}{f', {model.transformer}' if own_transformer else ''}",
-        f"from diffusers.utils import export_to_video{', load_image' if model.image_to_video else ''}",
+        f"from diffusers import {pipeline}{f', {transformer}' if own_transformer else ''}",
+        f"from diffusers.utils import export_to_video{', load_image' if summary.model.image_to_video else ''}",
     ]
-    pipeline = model.pipeline
     if args.image_latent_scale == "raw":
         lines += ["", *RAW_FIRST_FRAME.format(pipeline=pipeline).splitlines()]
         pipeline = "RawFirstFramePipeline"
-    base = hub_base_from_args(args)
+    base = hub_base(args)
     hint = "" if base else "  # fill in: the model that was fine-tuned"
     lines += ["", f'base_model = "{base or "path/to/base_model"}"{hint}']
     if is_on_top:
         lines.append('fine_tuned = "path/to/fine_tuned"  # fill in: the fine-tuning that the LoRA was trained on')
     if own_transformer:
-        source = "fine_tuned" if is_on_top else "base_model" if facts.is_lora else json.dumps(name, ensure_ascii=False)
-        drops = facts.is_lora and args.drop_learned_positions
+        source = (
+            "fine_tuned" if is_on_top else "base_model" if summary.is_lora else json.dumps(name, ensure_ascii=False)
+        )
+        drops = summary.is_lora and args.drop_learned_positions
         positions = ", use_learned_positional_embeddings=False" if drops else ""
         lines += [
-            f"transformer = {model.transformer}.from_pretrained(",
+            f"transformer = {transformer}.from_pretrained(",
             f'    {source}, subfolder="transformer", dtype={dtype}{positions}',
             ")",
         ]
     part = ", transformer=transformer" if own_transformer else ""
     lines.append(f"pipe = {pipeline}.from_pretrained(base_model{part}, dtype={dtype})")
-    if facts.is_lora:
+    if summary.is_lora:
         lines.append(f"pipe.load_lora_weights({json.dumps(name, ensure_ascii=False)})")
     lines += ["pipe.enable_model_cpu_offload()", "pipe.vae.enable_slicing()", "pipe.vae.enable_tiling()"]
-    return "\n".join(lines) + "\n\n" + rendering_from_args(args, facts)
+    return "\n".join(lines) + "\n\n" + rendering(args, summary)
 
 
-def rendering_from_args(args, facts: RunFacts) -> str:
+def rendering(args, summary: RunSummary) -> str:
     """The call of `pipe`, as validation renders."""
-    frames, height, width = facts.size
+    frames, height, width = summary.size
     own_prompt = f"{args.id_token} {NO_PROMPT}" if args.id_token else NO_PROMPT
     prompts = (args.validation_prompt or own_prompt).split(args.validation_prompt_separator)
     values = [
-        *(['image=load_image("first_frame.png")'] if facts.model.image_to_video else []),
+        *(['image=load_image("first_frame.png")'] if summary.model.image_to_video else []),
         f"prompt={json.dumps(prompts[0].strip(), ensure_ascii=False)}",
         f"num_frames={frames}",
         f"height={height}",
@@ -250,17 +249,17 @@ def rendering_from_args(args, facts: RunFacts) -> str:
         'generator=torch.Generator("cpu").manual_seed(42)',
     ]
     call = "".join(f"    {value},\n" for value in values)
-    return f'video = pipe(\n{call}).frames[0]\nexport_to_video(video, "output.mp4", fps={facts.model.fps})\n'
+    return f'video = pipe(\n{call}).frames[0]\nexport_to_video(video, "output.mp4", fps={summary.model.fps})\n'
 
 
-def usage_notes_from_args(args, facts: RunFacts) -> list[str]:
+def usage_notes(args, summary: RunSummary) -> list[str]:
     """Paragraphs below the example."""
     notes = []
-    if facts.is_lora:
+    if summary.is_lora:
         notes.append(
             "Alpha / rank is in the weights already: a strength of 1.0, the default, is what was trained, in every reader."
         )
-    if args.drop_learned_positions and facts.is_lora:
+    if args.drop_learned_positions and summary.is_lora:
         notes.append("It was trained without the base model's learned positions, hence the transformer above.")
     if "comfyui" in args.export:
         notes.append(f"`{COMFYUI_NAME}` is the same LoRA for ComfyUI's own nodes, at strength 1.0.")
@@ -269,6 +268,6 @@ def usage_notes_from_args(args, facts: RunFacts) -> list[str]:
     if "merged" in args.export:
         notes.append(
             f"`{SUBFOLDER}/` is the transformer that it was trained on with the LoRA added, for "
-            f'`{facts.model.transformer}.from_pretrained(..., subfolder="{SUBFOLDER}")`; it needs no LoRA file.'
+            f'`{summary.model.transformer_class.__name__}.from_pretrained(..., subfolder="{SUBFOLDER}")`; it needs no LoRA file.'
         )
     return notes

@@ -11,10 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from base.errors import UsageError
-from base.files import REPLACED, clean_up, keep, lock_folder, make_folder, rename, undo, write_json
+from base.files import (
+    REPLACED,
+    clean_up,
+    keep,
+    lock_folder,
+    make_folder,
+    remove_unfinished,
+    rename,
+    undo,
+    write_json,
+)
 from base.flag_parser import recorded_flags
 from base.ranks import on_main_process
-from base.status import read_status
+from base.startup import STARTUP
+from base.status import begin_run, read_status
 from engine.lora import hash_lora
 
 
@@ -37,7 +48,7 @@ MEMORY_FLAGS = {
     "offload_gradients",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
-# What these name may lie elsewhere when a run goes on: what they hold is compared, see content_from_args
+# What these name may lie elsewhere when a run goes on: what they hold is compared, see check_content
 DATA_FLAGS = ("data_root", "dataset_file", "video_column", "caption_column")
 MODEL_FLAGS = ("pretrained_model_name_or_path", "revision", "variant", "init_transformer")
 CONTENT_FLAGS = {*DATA_FLAGS, *MODEL_FLAGS, "init_lora"}
@@ -52,16 +63,16 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 CONSTANT_SCHEDULES = {"constant", "constant_with_warmup"}
 
 
-def open_output_dir_from_args(args, accelerator) -> int | None:
+def open_output_dir(args, accelerator) -> int | None:
     """Make or re-open `output_dir`. Returns the seed that a run to go on with there had drawn, else None.
 
     Refuses, with UsageError on all ranks, a folder that another process writes, or that holds another run, unless
-    --overwrite moves it aside. Where the command is refused, here or until `record_run_from_args`, all stays as it was.
+    --overwrite moves it aside. Where the command is refused, here or until `record_run`, all stays as it was.
     """
-    return on_main_process(accelerator, lambda: claim_output_dir_from_args(args))
+    return on_main_process(accelerator, lambda: claim_output_dir(args))
 
 
-def claim_output_dir_from_args(args) -> int | None:
+def claim_output_dir(args) -> int | None:
     output_dir = Path(args.output_dir)
     keep()  # of a run before it in this process
     make_folder(output_dir)
@@ -77,6 +88,8 @@ def claim_output_dir_from_args(args) -> int | None:
     if not (args.overwrite or is_new):
         refuse_other_run(args, output_dir, "choose another --output_dir, or pass --overwrite to move it aside")
     clean_up(output_dir)
+    for folder in output_dir.glob("samples/*"):
+        remove_unfinished(folder)
     return None if args.overwrite or is_new or args.seed is not None else read_record(output_dir)["seed"]
 
 
@@ -135,7 +148,7 @@ def holds_run(output_dir: Path) -> bool:
     return bool(checkpoint_dirs(output_dir)) or is_complete(output_dir)
 
 
-def content_from_args(args, accelerator, dataset, hash_model: Callable[[], dict]) -> dict[str, str | None]:
+def check_content(args, run, dataset, hash_model: Callable[[], dict]) -> dict[str, str | None]:
     """Hashes of all that a run is trained on, see CONTENT; UsageError on all ranks where output_dir holds a run on
     something else. The main process reads for all.
     """
@@ -153,7 +166,7 @@ def content_from_args(args, accelerator, dataset, hash_model: Callable[[], dict]
             refuse_other_content(args, Path(args.output_dir), content, advice)
         return content
 
-    return on_main_process(accelerator, read)
+    return on_main_process(run.accelerator, read)
 
 
 def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> None:
@@ -199,7 +212,7 @@ def is_complete(output_dir: Path) -> bool:
     return read_status(output_dir).get("state") == "complete"
 
 
-def is_complete_from_args(args, num_steps: int) -> bool:
+def is_done(args, num_steps: int) -> bool:
     """True if the output folder holds the result of these very steps: the same command again has nothing to do."""
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint not in (None, "latest") or not is_complete(output_dir):
@@ -210,7 +223,15 @@ def is_complete_from_args(args, num_steps: int) -> bool:
     return step >= num_steps
 
 
-def write_record_from_args(args, seed: int, content: dict) -> None:
+def record_run(args, run, content: dict) -> None:
+    """args.json anew, and the status of an earlier run dropped: from here on the folder is this run's."""
+    if run.rank == 0:
+        write_record(args, run.seed, content)
+    begin_run(run.output_dir, run.rank == 0)
+    STARTUP.mark("checkpoint")
+
+
+def write_record(args, seed: int, content: dict) -> None:
     """args.json: the flags as given, which of them were given, the seed in force, hashes of `content`, the packages."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     record = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "content": content}

@@ -19,7 +19,9 @@ from torch import nn
 
 from attention.kernels import sage_attention
 from base.bars import LOG_SECONDS, tracked
+from base.errors import named_line
 from base.files import write_text
+from base.levels import HOST_LEVELS
 from data.artifacts import write_video
 from data.buckets import Bucket
 from engine.objective import draw_generator
@@ -46,11 +48,6 @@ class Samples:
     make_pipeline: Callable[[nn.Module], object]  # of a transformer
 
 
-def one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
-
-
 @contextlib.contextmanager
 def keep_random_state(device: torch.device):
     """The generators of torch, Python and numpy as they were before."""
@@ -63,42 +60,42 @@ def keep_random_state(device: torch.device):
         np.random.set_state(numpy)
 
 
-def render_from_args(args, accelerator, engine, samples: Samples, directory: Path) -> None:
+def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     """Write this rank's share of the videos, each with its prompt beside it: <prompt>_<video>.mp4 and .txt."""
-    transformer, is_thrifty = engine.transformer, engine.level in ("offload", "stream")
+    transformer, is_thrifty = engine.transformer, engine.level in HOST_LEVELS
     jobs = [(number, video) for number in range(len(samples.prompts)) for video in range(args.num_validation_videos)]
-    own_jobs = jobs[accelerator.process_index :: accelerator.num_processes]
+    own_jobs = jobs[run.rank :: run.num_ranks]
     if not own_jobs:
         return
     pipe = samples.make_pipeline(transformer)
-    shows_bar = accelerator.is_main_process and sys.stderr.isatty()
+    shows_bar = run.rank == 0 and sys.stderr.isatty()
     pipe.set_progress_bar_config(disable=not shows_bar, leave=False, desc="validation")
     sage = args.validation_attention == "sage"
-    offload, device = args.enable_model_cpu_offload, accelerator.device
+    offload, device = args.enable_model_cpu_offload, run.device
     if is_thrifty:
         logger.info("at --memory %s videos are rendered in small pieces", engine.level)
     tiles = SMALLEST if is_thrifty else SMALL  # of the second attempt
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
             with in_small_pieces(pipe, SMALL) if is_thrifty else contextlib.nullcontext():
-                render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
+                render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
             return
         except torch.cuda.OutOfMemoryError as error:
             logger.warning(
-                "validation: %s; tried again in small pieces, with one model at a time on the GPU", one_line(error)
+                "validation: %s; tried again in small pieces, with one model at a time on the GPU", named_line(error)
             )
         with in_small_pieces(pipe, tiles):
             offload = offload or device.type == "cuda"
-            render_jobs_from_args(args, pipe, samples, device, directory, own_jobs, offload)
+            render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
 
 
-def render_jobs_from_args(
+def render_jobs(
     args, pipe, samples: Samples, device: torch.device, directory: Path, jobs: list[tuple[int, int]], offload: bool
 ) -> None:
     with placed(pipe, device, offload):
         # On a terminal the pipeline shows a bar of its own
         for number, video in tracked(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
-            frames = render_one_from_args(args, pipe, samples, device, number, video)
+            frames = render_one(args, pipe, samples, device, number, video)
             path = directory / f"{number}_{video}.mp4"
             write_video(path, frames, samples.fps)
             write_text(path.with_suffix(".txt"), samples.prompts[number] + "\n")
@@ -156,7 +153,7 @@ def in_small_tiles(vae, tiles: float):
             setattr(vae, name, value)
 
 
-def render_one_from_args(args, pipe, samples: Samples, device: torch.device, number: int, video: int) -> np.ndarray:
+def render_one(args, pipe, samples: Samples, device: torch.device, number: int, video: int) -> np.ndarray:
     """uint8 frames [F', h, w, 3]. The noise depends on seed, prompt and video alone: validations can be compared."""
     num_frames, height, width = samples.size
     more = {}

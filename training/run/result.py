@@ -1,28 +1,27 @@
 """The end of a run, rehearsed before its first step: room on the disk, the result, what lies beside it, the upload."""
 
 import logging
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from base.errors import StorageError, first_line
-from base.files import TEMPORARY, damage, free_bytes, keep, write_json, written_folder
+from base.files import damage, free_bytes, keep, scratch_folder, write_json, written_folder
 from base.ranks import on_main_process
-from base.status import begin_run, forget_refusal, read_status, write_status
+from base.status import forget_refusal, read_status, write_status
+from base.tensor_file import save_tensors
 from data.captions import remove_caption_embeds
 from engine.optimizers import state_bytes_from_args
 from memory.quantization import bytes_unquantized
 from run.checkpoints import refuse_bad_numbers
 from run.curves import draw_losses
-from run.export import export_lora_from_args
-from run.hub import push_from_args
-from run.meter import memory_report
-from run.model_card import LOSS_NAME, RunFacts, write_card_from_args
-from run.output_dir import checkpoint_dirs, write_record_from_args
+from run.export import export_lora
+from run.hub import push
+from run.metrics import memory_report
+from run.model_card import LOSS_NAME, RunSummary, write_card
+from run.output_dir import checkpoint_dirs
 from run.tracking import finish_trackers
 
 
@@ -34,76 +33,65 @@ SAID_FROM = 2**30  # bytes: a result of less is written in no time
 # ---------------------------------------------------------------- rehearsed before the first step
 
 
-def record_run_from_args(args, accelerator, engine, seed: int, first_step: int, num_steps: int, content: dict) -> None:
-    """Before the first step, the main process: check the disk, rehearse checkpoints and the end, write args.json, drop the
-    status of an earlier run.
-    """
+def rehearse(args, run, engine, first_step: int, num_steps: int) -> None:
+    """Before the first step, on the main process: is there room on the disk, and can checkpoints and the result be written?"""
     keep()
-    on_main_process(accelerator, lambda: check_disk_from_args(args, engine, first_step, num_steps))
-    on_main_process(accelerator, lambda: rehearse_checkpoint(Path(args.output_dir)))
+    on_main_process(run.accelerator, lambda: check_disk(args, engine, first_step, num_steps))
+    on_main_process(run.accelerator, lambda: rehearse_checkpoint(run.output_dir))
     if first_step == 0:
-        rehearse_end_from_args(args, accelerator, engine)
-    if accelerator.is_main_process:
-        write_record_from_args(args, seed, content)
-    begin_run(Path(args.output_dir), accelerator.is_main_process)
+        rehearse_end(args, run.accelerator, engine)
 
 
 def rehearse_checkpoint(output_dir: Path) -> None:
     """Write a small checkpoint and one in its place, read it back and remove it: StorageError for a disk that cannot."""
-    folder = output_dir / f"{TEMPORARY}{os.getpid()}-rehearsed-checkpoint"
-    target, tensors = folder / "checkpoint-0", {"step": torch.arange(2)}
+    tensors = {"step": torch.arange(2)}
     try:
-        folder.mkdir()
-        for step in (1, 2):
-            with written_folder(target) as unfinished:
-                save_file(tensors, unfinished / "optimizer.safetensors")
-                for _ in range(2):  # a file in place of another
-                    write_json(unfinished / "state.json", {"step": step})
-        if reason := damage(target):
-            raise StorageError(
-                f"{output_dir}: gives back other files than were written ({reason}); choose another disk"
-            )
-        load_file(target / "optimizer.safetensors")
+        with scratch_folder(output_dir / "rehearsed-checkpoint") as folder:
+            target = folder / "checkpoint-0"
+            for step in (1, 2):
+                with written_folder(target) as unfinished:
+                    save_tensors(unfinished / "optimizer.safetensors", tensors)
+                    for _ in range(2):  # a file in place of another
+                        write_json(unfinished / "state.json", {"step": step})
+            if reason := damage(target):
+                raise StorageError(
+                    f"{output_dir}: gives back other files than were written ({reason}); choose another disk"
+                )
+            load_file(target / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{output_dir}: cannot hold checkpoints ({first_line(error)}); choose another disk"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def rehearse_end_from_args(args, accelerator, engine) -> None:
+def rehearse_end(args, accelerator, engine) -> None:
     """Write the untrained result, check it as at the end, and remove it: what would fail there fails here.
 
     Nothing is loaded twice: the check compares file and weights. Validation has its rehearsal in that of step 0.
     """
-    _, num_bytes = file_bytes_from_args(args, engine)
+    _, num_bytes = file_bytes(args, engine)
     if num_bytes > SAID_FROM:
         logger.info(
             "rehearsing the end of the run: a result of %.1f GiB is written, checked and removed", num_bytes / 2**30
         )
     engine.gather()
     if accelerator.is_main_process:
-        folder = Path(args.output_dir) / f"{TEMPORARY}{os.getpid()}-rehearsal"
-        folder.mkdir(exist_ok=True)
-        try:
+        with scratch_folder(Path(args.output_dir, "rehearsal")) as folder:
             engine.save(folder)
             engine.check(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
 # ---------------------------------------------------------------- the end
 
 
-def check_disk_from_args(args, engine, first_step: int, num_steps: int) -> None:
+def check_disk(args, engine, first_step: int, num_steps: int) -> None:
     """StorageError if the checkpoints and the result cannot fit on the disk.
 
     Where no limit is set and only the later ones do not fit, a warning: the user may delete some.
     """
     output_dir, limit = Path(args.output_dir), args.checkpoints_total_limit
-    checkpoint, result = file_bytes_from_args(args, engine)
+    checkpoint, result = file_bytes(args, engine)
     if "merged" in args.export:  # the whole base model again
         result += bytes_unquantized(engine.transformer)
     saves = num_steps // args.checkpointing_steps - first_step // args.checkpointing_steps
@@ -122,7 +110,7 @@ def check_disk_from_args(args, engine, first_step: int, num_steps: int) -> None:
         raise StorageError(f"{line}; free some, or lower --checkpoints_total_limit")
 
 
-def file_bytes_from_args(args, engine) -> tuple[int, int]:
+def file_bytes(args, engine) -> tuple[int, int]:
     """(bytes of a checkpoint, of the result), estimated from above."""
     weights = sum(param.numel() for param in engine.params)
     states = weights * state_bytes_from_args(args)
@@ -135,60 +123,59 @@ def file_bytes_from_args(args, engine) -> tuple[int, int]:
     return states + copies + (result if is_scaled else 0), result  # B as it is trained, beside the file
 
 
-def save_result(accelerator, output_dir: Path, engine) -> None:
+def save(run, engine) -> None:
     """Write the result and check it as diffusers loads it: before the last test, whatever becomes of that."""
     engine.gather()
-    if accelerator.is_main_process:
+    if run.rank == 0:
         refuse_bad_numbers(engine.params)
-        result = engine.save(output_dir)
-        engine.check(output_dir)
+        result = engine.save(run.output_dir)
+        engine.check(run.output_dir)
         logger.info("the result: %s", result)
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
 
 
-def finish_run_from_args(args, accelerator, about: RunFacts) -> None:
+def finish(args, run, summary: RunSummary) -> None:
     """Write what belongs beside the result, say in status.json that all is done, upload."""
-    output_dir = Path(args.output_dir)
-    remove_caption_embeds(output_dir)
-    if accelerator.is_main_process:
-        write_outputs_from_args(args, about)
-        write_status(output_dir, "complete", 0, step=about.num_steps, **memory_report(accelerator.device))
-        logger.info("complete at step %d: %s", about.num_steps, output_dir)
-    accelerator.wait_for_everyone()
-    finish_trackers(accelerator)
-    accelerator.end_training()  # an upload may outlast every timeout: nobody waits for it
-    upload_from_args(args, about)
+    remove_caption_embeds(run.output_dir)
+    if run.rank == 0:
+        write_outputs(args, summary)
+        write_status(run.output_dir, "complete", 0, step=summary.plan.num_steps, **memory_report(run.device))
+        logger.info("complete at step %d: %s", summary.plan.num_steps, run.output_dir)
+    run.accelerator.wait_for_everyone()
+    finish_trackers(run.accelerator)
+    run.accelerator.end_training()  # an upload may outlast every timeout: nobody waits for it
+    upload_result(args, run)
 
 
-def finish_again_from_args(args, accelerator, about: RunFacts) -> None:
+def finish_again(args, run, summary: RunSummary) -> None:
     """A complete run's forms that --export asks for and that are not there yet, and its upload."""
-    if accelerator.is_main_process:
-        forget_refusal(Path(args.output_dir))
-        if args.export or about.hub_repo:
-            write_outputs_from_args(args, about, only_missing=True)
-    upload_from_args(args, about)
+    if run.rank == 0:
+        forget_refusal(run.output_dir)
+        if args.export or run.hub_repo:
+            write_outputs(args, summary, only_missing=True)
+    upload_result(args, run)
 
 
-def upload_from_args(args, about: RunFacts) -> None:
+def upload_result(args, run) -> None:
     """Upload a complete run where that was asked for; status.json tells of a failure and stays complete."""
-    if about.hub_repo is None:
+    if run.hub_repo is None:
         return
-    output_dir = Path(args.output_dir)
+    output_dir = run.output_dir
     told_anew = ("state", "exit_code", "message", "run")
     rest = {name: value for name, value in read_status(output_dir).items() if name not in told_anew}
     try:
-        push_from_args(args, about.hub_repo)
+        push(args, run.hub_repo)
     except StorageError as error:
         write_status(output_dir, "complete", error.exit_code, message=str(error), **rest)
         raise
     write_status(output_dir, "complete", 0, **rest)
 
 
-def write_outputs_from_args(args, facts: RunFacts, only_missing: bool = False) -> None:
+def write_outputs(args, summary: RunSummary, only_missing: bool = False) -> None:
     """Beside the result: the exports that were asked for, the loss as a picture, the model card."""
-    export_lora_from_args(args, *facts.weights, only_missing)
+    export_lora(args, *summary.model.weights, only_missing)
     draw_loss(Path(args.output_dir))
-    write_card_from_args(args, facts)
+    write_card(args, summary)
 
 
 def draw_loss(output_dir: Path) -> None:
@@ -197,5 +184,5 @@ def draw_loss(output_dir: Path) -> None:
     try:
         if draw_losses({name: output_dir / "metrics.jsonl"}, output_dir / LOSS_NAME):
             logger.info("no update had a finite loss: %s is not drawn", LOSS_NAME)
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, StorageError, ValueError, KeyError, RuntimeError) as error:
         logger.warning("%s not drawn: %r", output_dir / LOSS_NAME, error)

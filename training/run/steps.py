@@ -4,11 +4,11 @@ import logging
 import math
 from typing import NamedTuple
 
-import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from data.loader import BucketSampler, make_loader
+from data import loader
+from data.buckets import Bucket, num_batches
+from data.loader import BucketSampler
 
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ class StepPlan(NamedTuple):
     num_epochs: int
     num_micro_steps: int
     accumulation: int
+    batches_per_epoch: int
 
     def micro_steps_in(self, step: int) -> int:
         """Micro-steps of the update after `step` updates; only the run's last may have fewer."""
@@ -37,19 +38,24 @@ def plan_steps(batches_per_epoch: int, accumulation: int, num_epochs: int, max_s
     """How many updates, epochs and micro-steps a run has. `max_steps` given: it rules over `num_epochs`."""
     if max_steps is None:
         num_micro_steps = batches_per_epoch * num_epochs
-        return StepPlan(math.ceil(num_micro_steps / accumulation), num_epochs, num_micro_steps, accumulation)
+        return StepPlan(
+            math.ceil(num_micro_steps / accumulation), num_epochs, num_micro_steps, accumulation, batches_per_epoch
+        )
     num_micro_steps = max_steps * accumulation
-    return StepPlan(max_steps, math.ceil(num_micro_steps / batches_per_epoch), num_micro_steps, accumulation)
+    return StepPlan(
+        max_steps, math.ceil(num_micro_steps / batches_per_epoch), num_micro_steps, accumulation, batches_per_epoch
+    )
 
 
-def plan_steps_from_args(args, batches_per_epoch: int, num_ranks: int) -> StepPlan:
-    """The flags' plan; what it leaves no room for is said."""
+def make_plan(args, buckets: list[Bucket], num_ranks: int) -> StepPlan:
+    """The flags' plan for clips of these sizes; what it leaves no room for is said."""
+    batches_per_epoch = num_batches(buckets, args.train_batch_size, num_ranks)
     plan = plan_steps(batches_per_epoch, args.gradient_accumulation_steps, args.num_train_epochs, args.max_train_steps)
-    tell_what_never_comes_from_args(args, plan.num_steps, learning_rate_from_args(args, num_ranks))
+    tell_what_never_comes(args, plan.num_steps, scaled_learning_rate(args, num_ranks))
     return plan
 
 
-def tell_what_never_comes_from_args(args, num_steps: int, learning_rate: float) -> None:
+def tell_what_never_comes(args, num_steps: int, learning_rate: float) -> None:
     """A line each, before the run: the whole learning rate, a checkpoint, a validation."""
     warmup = args.lr_warmup_steps
     if args.lr_scheduler not in WITHOUT_WARMUP and warmup >= num_steps:
@@ -70,39 +76,28 @@ def tell_what_never_comes_from_args(args, num_steps: int, learning_rate: float) 
         )  # fmt: skip
 
 
-def sample_positions(micro_step: int, micro_batch: int, num_ranks: int, rank: int, size: int) -> list[int]:
-    """Positions in the run of a rank's `size` samples: what every random draw of training depends on.
+def sample_positions(run, micro_step: int, micro_batch: int, size: int) -> list[int]:
+    """Positions in the run of this rank's `size` samples: what every random draw of training depends on.
 
     `micro_batch` is the full batch of one rank. Accumulation, batch size and ranks only cut the same sequence
     differently, so that they change nothing but rounding.
     """
-    first = micro_step * micro_batch * num_ranks + rank * size
+    first = micro_step * micro_batch * run.num_ranks + run.rank * size
     return list(range(first, first + size))
 
 
-def learning_rate_from_args(args, num_ranks: int) -> float:
+def scaled_learning_rate(args, num_ranks: int) -> float:
     """--learning_rate, times the global batch with --scale_lr."""
     factor = args.gradient_accumulation_steps * args.train_batch_size * num_ranks if args.scale_lr else 1
     return args.learning_rate * factor
 
 
-def make_loader_from_args(
-    args, accelerator: Accelerator, dataset: Dataset, plan: StepPlan, seed: int, first_step: int
-) -> tuple[range, DataLoader]:
+def make_loader(args, run, dataset: Dataset, plan: StepPlan, first_step: int) -> tuple[range, DataLoader]:
     """(micro-steps that follow `first_step` updates, a loader of this rank's batches for them)."""
-    ranks = {"rank": accelerator.process_index, "num_ranks": accelerator.num_processes}
-    sampler = BucketSampler(dataset.bucket_of, args.train_batch_size, **ranks, seed=seed, num_epochs=plan.num_epochs)
+    ranks = {"rank": run.rank, "num_ranks": run.num_ranks}
+    sampler = BucketSampler(
+        dataset.bucket_of, args.train_batch_size, **ranks, seed=run.seed, num_epochs=plan.num_epochs
+    )
     micro_steps = range(first_step * plan.accumulation, plan.num_micro_steps)
     sampler.set_epoch(*divmod(micro_steps.start, sampler.per_epoch))
-    return micro_steps, make_loader(dataset, sampler, args.dataloader_num_workers, args.pin_memory)
-
-
-def to_device(values, device: torch.device):
-    """A tensor, or the tensors of a batch, on `device`: from page-locked memory, so that the host waits for no GPU."""
-    if isinstance(values, dict):
-        return {name: to_device(value, device) for name, value in values.items()}
-    if not torch.is_tensor(values):
-        return values
-    if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()  # kept by torch until the copy is made, then used again
-    return values.to(device, non_blocking=True)
+    return micro_steps, loader.make_loader(dataset, sampler, args.dataloader_num_workers, args.pin_memory)

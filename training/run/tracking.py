@@ -25,6 +25,7 @@ from base.console import capture_prints
 from base.errors import UsageError, first_line
 from base.files import written_beside
 from base.flag_parser import recorded_flags
+from base.startup import STARTUP
 
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ MODULES = INSTALL | {"tensorboard": "torch.utils.tensorboard"}  # tracker -> wha
 RUN_NAME = "trackers.json"
 
 
-def tracker_names_from_args(args) -> list[str]:
+def tracker_names(args) -> list[str]:
     """The trackers of --report_to; UsageError for one that is not installed. `all` is those that are."""
     wanted = (args.report_to or "none").split(",")
     if wanted == ["none"]:
@@ -47,34 +48,38 @@ def tracker_names_from_args(args) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def tracking_options_from_args(args) -> dict:
+def tracking_options(args) -> dict:
     """What the Accelerator must know of trackers when it is made; UsageError for one that is not installed."""
-    tracker_names_from_args(args)
+    tracker_names(args)
     folder = Path(args.output_dir)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir))
     return {"project_config": project}
 
 
-def start_trackers_from_args(args, accelerator: Accelerator, project: str, first_step: int) -> None:
+def start_trackers(args, run, project: str, first_step: int) -> None:
     """Open a run at every tracker, with the flags as its configuration; `project` unless --tracker_name is given.
 
     A run that goes on after `first_step` goes on at the trackers too. The main process alone has trackers.
     """
-    output_dir, names = Path(args.output_dir).resolve(), tracker_names_from_args(args)
-    if not (names and accelerator.is_main_process):
-        return
-    project = args.tracker_name or project
+    names = tracker_names(args)
+    if names and run.rank == 0:
+        open_trackers(args, run.accelerator, names, args.tracker_name or project, first_step)
+    STARTUP.mark("trackers")
+
+
+def open_trackers(args, accelerator: Accelerator, names: list[str], project: str, first_step: int) -> None:
+    output_dir = Path(args.output_dir).resolve()
     earlier = read_run(output_dir, project) if first_step else {}
-    run = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
+    tracked = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
     try:
         with written_beside(output_dir / RUN_NAME) as temporary:
-            temporary.write_text(json.dumps(run) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(tracked) + "\n", encoding="utf-8")
         logging_dir = Path(accelerator.logging_dir).resolve()
         logging_dir.mkdir(parents=True, exist_ok=True)
-        config = config_from_args(args)
+        config = tracked_config(args)
         for name in names:
             continues = name in earlier.get("trackers", ())
-            tracker = make_tracker(name, run, output_dir, logging_dir, first_step)
+            tracker = make_tracker(name, tracked, output_dir, logging_dir, first_step)
             # Of tensorboard the repeated steps are purged; the others would show them twice
             tracker.known_step = last_update(output_dir) if continues and name != "tensorboard" else -1
             start_quietly(tracker)
@@ -83,7 +88,7 @@ def start_trackers_from_args(args, accelerator: Accelerator, project: str, first
                 logger.info("%s: %s", name, place)
             if not (continues and name == "tensorboard"):  # where it would look like one more run
                 tracker.store_init_configuration(config)
-    except Exception as error:  # a tracker's own, of any kind
+    except Exception as error:  # noqa: BLE001 - a tracker's own, of any kind
         leave(accelerator, error)
 
 
@@ -145,7 +150,7 @@ def last_update(output_dir: Path) -> int:
     return max((row["step"] for row in rows if "event" not in row), default=-1)
 
 
-def config_from_args(args) -> dict:
+def tracked_config(args) -> dict:
     """The flags; as strings where they are no plain values, because tensorboard takes no lists."""
     flags = recorded_flags(args)
     return {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flags.items()}
@@ -165,7 +170,7 @@ def send(accelerator: Accelerator, trackers: list[GeneralTracker], values: dict,
     try:
         for tracker in trackers:
             tracker.log(values, step=step)
-    except Exception as error:  # a server that is down, a full disk
+    except Exception as error:  # noqa: BLE001 - a server that is down, a full disk
         leave(accelerator, error)
 
 
@@ -175,7 +180,7 @@ def finish_trackers(accelerator: Accelerator) -> None:
         try:
             with capture_prints():
                 tracker.finish()
-        except Exception as error:  # a tracker's own, of any kind
+        except Exception as error:  # noqa: BLE001 - a tracker's own, of any kind
             logger.warning("%s was not closed, metrics.jsonl is complete: %s", tracker.name, first_line(error))
     accelerator.trackers = []
 
@@ -224,4 +229,4 @@ def add_gif(writer, tag: str, path: Path, step: int) -> None:
     frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     width, height = frames[0].size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content.getvalue())
-    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

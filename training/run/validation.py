@@ -3,27 +3,25 @@
 Training never notices: weights, train mode, devices and random state are as before, and a failure is one warning.
 """
 
-import http.client
 import io
 import logging
 import re
+import ssl
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 from PIL import Image, ImageOps
 
 from attention.kernels import check_sage
-from base.errors import UsageError
+from base.errors import UsageError, first_line, named_line
 from base.ranks import meet
 from base.signals import INTERRUPTION
 from data.buckets import Bucket
 from run.held_out import HeldOut, mean_losses, sum_losses
-from run.meter import StepMeter, report_memory
-from run.render import Samples, keep_random_state, one_line, render_from_args
+from run.metrics import StepMeter, report_memory
+from run.render import Samples, keep_random_state, render_videos
 from run.steps import StepPlan
 from run.tracking import log_values, log_videos
 
@@ -36,7 +34,7 @@ FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # the most that an image's URL may 
 # ---------------------------------------------------------------- before training
 
 
-def read_prompts_from_args(args, image_to_video: bool) -> tuple[list[str], list[Image.Image]]:
+def read_prompts(args, image_to_video: bool) -> tuple[list[str], list[Image.Image]]:
     """--validation_prompt and --validation_images, split, checked and opened; nothing without a prompt."""
     if args.validation_prompt is None:
         return [], []
@@ -70,29 +68,36 @@ def open_image(source: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(fetch(source)) if protocol else source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, http.client.HTTPException, Image.DecompressionBombError) as error:
-        raise UsageError(f"--validation_images {source}: cannot be read ({one_line(error)})") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"--validation_images {source}: cannot be read ({named_line(error)})") from error
 
 
 def fetch(url: str) -> bytes:
-    """The content of an http(s) URL; redirects stay within these protocols. OSError if it is too large or too slow."""
-    opener, deadline, content = urllib.request.OpenerDirector(), time.monotonic() + FETCH_SECONDS, bytearray()
-    for name in (
-        "ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPRedirectHandler", "HTTPDefaultErrorHandler",
-        "HTTPErrorProcessor", "UnknownHandler",
-    ):  # fmt: skip
-        opener.add_handler(getattr(urllib.request, name)())
-    with opener.open(url, timeout=FETCH_SECONDS / 2) as response:
-        while piece := response.read1(2**20):
-            content += piece
-            if len(content) > FETCH_BYTES:
-                raise OSError(f"larger than {FETCH_BYTES // 2**20} MiB")
-            if time.monotonic() > deadline:
-                raise OSError(f"not complete after {FETCH_SECONDS} s")
+    """The content of an http(s) URL; redirects stay within these protocols. OSError if it fails, is too large or slow."""
+    import httpx  # here: most runs fetch nothing
+
+    deadline = time.monotonic() + FETCH_SECONDS
+    options = {"timeout": FETCH_SECONDS / 2, "verify": ssl.create_default_context()}  # this machine's certificates
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, **options) as response:
+            response.raise_for_status()
+            return join_pieces(response.iter_bytes(), deadline)
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:  # a SOCKS proxy needs a package more
+        raise OSError(first_line(error)) from error
+
+
+def join_pieces(pieces: Iterable[bytes], deadline: float) -> bytes:
+    content = bytearray()
+    for piece in pieces:
+        content += piece
+        if len(content) > FETCH_BYTES:
+            raise OSError(f"larger than {FETCH_BYTES // 2**20} MiB")
+        if time.monotonic() > deadline:
+            raise OSError(f"not complete after {FETCH_SECONDS} s")
     return bytes(content)
 
 
-def sample_size_from_args(args, bucket_of: list[Bucket]) -> Bucket:
+def sample_size(args, bucket_of: list[Bucket]) -> Bucket:
     """--max_num_frames, --height and --width where given, else those of the bucket that most clips use."""
     counts = Counter(bucket_of)
     usual = max(counts, key=lambda bucket: (counts[bucket], bucket))
@@ -101,7 +106,22 @@ def sample_size_from_args(args, bucket_of: list[Bucket]) -> Bucket:
     return size._replace(frames=(size.frames - 1) // 4 * 4 + 1)  # what the pipelines make of other counts
 
 
-def check_attention_from_args(args, dtype: torch.dtype, device: torch.device) -> None:
+def make_samples(
+    args,
+    run,
+    model,
+    prompts: list[str],
+    images: list[Image.Image],
+    size: Bucket,
+    embeds: dict,
+    make_pipeline: Callable,
+) -> Samples:
+    """What every validation renders."""
+    fps = args.fps if "fps" in args.given else model.fps
+    return Samples(prompts, images, size, fps, run.seed, embeds, make_pipeline)
+
+
+def check_attention(args, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse --validation_attention where it cannot run."""
     if args.validation_prompt is not None and args.validation_attention == "sage":
         check_sage(dtype, device)
@@ -110,7 +130,7 @@ def check_attention_from_args(args, dtype: torch.dtype, device: torch.device) ->
 # ---------------------------------------------------------------- a validation
 
 
-def is_due_from_args(args, plan: StepPlan, batches_per_epoch: int, step: int) -> bool:
+def is_due(args, plan: StepPlan, step: int) -> bool:
     """True after the updates that --validation_steps or --validation_epochs name. An epoch is over with the first update
     at or after its last batch. The run's last update is left to the test after training.
     """
@@ -118,24 +138,22 @@ def is_due_from_args(args, plan: StepPlan, batches_per_epoch: int, step: int) ->
         return False
     if args.validation_steps:
         return step % args.validation_steps == 0
-    before, now = ((step - back) * plan.accumulation // batches_per_epoch for back in (1, 0))
+    before, now = ((step - back) * plan.accumulation // plan.batches_per_epoch for back in (1, 0))
     return before // args.validation_epochs != now // args.validation_epochs
 
 
-def validate_from_args(
-    args, accelerator, meter: StepMeter, engine, samples: Samples, held_out: HeldOut, step: int
-) -> None:
+def validate(args, run, meter: StepMeter, engine, samples: Samples, held_out: HeldOut, step: int) -> None:
     """Held-out loss and sample videos of the weights after `step` updates; all ranks take part."""
     if not (samples.prompts or held_out.num_clips):
         return
-    if accelerator.device.type == "cuda":
+    if run.device.type == "cuda":
         torch.cuda.empty_cache()  # what training holds and does not use is no part of validation's peak
     report_memory(meter, step, "before_validation")
-    directory = Path(args.output_dir, "samples", f"step_{step}")
-    with keep_random_state(accelerator.device), engine.inference():
+    accelerator, directory = run.accelerator, run.output_dir / "samples" / f"step_{step}"
+    with keep_random_state(run.device), engine.inference():
         sums, loss_problem = attempt(lambda: sum_losses(held_out))
-        _, render_problem = attempt(lambda: render_from_args(args, accelerator, engine, samples, directory))
-    if accelerator.device.type == "cuda":
+        _, render_problem = attempt(lambda: render_videos(args, run, engine, samples, directory))
+    if run.device.type == "cuda":
         torch.cuda.empty_cache()
     # Ranks finish at different times; what follows may wait for all of them in a collective
     loss_problems = meet(f"held-out-{step}", loss_problem)
@@ -143,7 +161,7 @@ def validate_from_args(
     warn_of(step, "validation videos", meet(f"rendered-{step}", render_problem))
     if held_out.num_clips and not any(loss_problems):
         log_held_out(accelerator, meter, step, mean_losses(accelerator, held_out, sums))
-    if accelerator.is_main_process and samples.prompts:
+    if run.rank == 0 and samples.prompts:
         warn_of(step, "sending videos to the trackers", [attempt(lambda: log_videos(accelerator, directory, step))[1]])
     report_memory(meter, step, "after_validation")
 
@@ -158,8 +176,8 @@ def attempt(work: Callable) -> tuple:
             if INTERRUPTION.reason is None:
                 return work(), ""
         return None, f"ended by {INTERRUPTION.reason}"
-    except Exception as error:  # of models, codecs or disks; warn_of names it
-        return None, one_line(error)
+    except Exception as error:  # noqa: BLE001 - of models, codecs or disks; warn_of names it
+        return None, named_line(error)
 
 
 def warn_of(step: int, what: str, problems: list[str]) -> None:

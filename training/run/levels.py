@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 
 import psutil
 import torch
@@ -11,41 +10,38 @@ from torch import nn
 from base.errors import UsageError, print_to_pipe
 from base.files import free_bytes, nearest_folder
 from base.ranks import smallest_of_all_ranks
+from base.startup import STARTUP
 from data.captions import embeds_bytes
 from data.dataset import build_dataset_from_args
-from engine.compose import block_loader_from_args
 from engine.deepspeed_zero import uses_deepspeed
 from engine.optimizers import state_bytes_from_args
 from memory.allocator import expand_segments, uses_expandable_segments
-from memory.estimate import GIB, Run, closest, fastest_that_fits, table
+from memory.estimate import GIB, Workload, closest, fastest_that_fits, table
 from memory.host import free_on_gpu
 from memory.quantization import BASE_LINEARS
-from run.launch import DTYPES
+from run.launch import PRECISIONS
 
 
 logger = logging.getLogger(__name__)
 
 
-def plan_memory_from_args(
-    args, outline, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool
-) -> tuple[str | None, tuple, Callable | None]:
-    """(level, [B, S, heads, head_dim] of the largest batch, what `load_transformer` is to fill the blocks with).
+def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool) -> str | None:
+    """--memory; of auto the fastest level that fits all ranks, UsageError where none does.
 
-    --memory auto is the fastest level that fits all ranks, UsageError where none does. Before anything lies on the GPU.
-    `outline`: of the model, from its configuration; `buckets`: (frames, height, width) of the clips.
+    Called before anything lies on the GPU. `buckets`: (frames, height, width) of the clips, in pixels.
     """
-    shape = outline.shape_of(buckets, args.train_batch_size)
     level = args.memory
     if level == "auto" and device.type != "cuda":
         logger.info("--memory auto: speed, as there is no GPU whose memory could be short")
         level = "speed"
     elif level == "auto":
-        run = run_from_args(args, outline, buckets, dtype, is_lora)
+        run = workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
         level = fastest_level(run, *smallest_of_all_ranks(free_on_gpu(device), psutil.virtual_memory().available))
-    return level, shape, block_loader_from_args(args, level, device)
+    STARTUP.mark("data")
+    return level
 
 
-def fastest_level(run: Run, gpu_bytes: float, host_bytes: float) -> str:
+def fastest_level(run: Workload, gpu_bytes: float, host_bytes: float) -> str:
     """The level of --memory auto, and in the log what it was chosen from."""
     level = fastest_that_fits(run, gpu_bytes, host_bytes)
     if level is None:
@@ -62,8 +58,8 @@ def fastest_level(run: Run, gpu_bytes: float, host_bytes: float) -> str:
     return level
 
 
-def print_plan_from_args(args, outline, is_lora: bool) -> None:
-    """--memory plan: a line for each level, from the model's `outline` and the data's sizes alone; nothing is written.
+def print_plan(args, model, is_lora: bool) -> None:
+    """--memory plan: a line for each level, from the model's configuration and the data's sizes alone; nothing is written.
 
     Without a GPU: what one would need.
     """
@@ -71,20 +67,21 @@ def print_plan_from_args(args, outline, is_lora: bool) -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     expand_segments(device)  # as the run would, before the estimates
-    reading = (args, outline.fps, args.seed or 0, outline.scaling_factor, outline.image_to_video)
-    dataset, dtype = build_dataset_from_args(*reading), DTYPES[args.mixed_precision or "bf16"]
-    run = run_from_args(args, outline, dataset.bucket_of, dtype, is_lora)
+    dataset = build_dataset_from_args(args, model, args.seed or 0)
+    dtype = PRECISIONS[args.mixed_precision or "bf16"]
+    stored = model.stored_dtype if model.has_weights else torch.bfloat16  # as almost all of the hub's are
+    run = workload(args, model, stored, dataset.bucket_of, dtype, is_lora)
     free = free_on_gpu(device) if device.type == "cuda" else None
     lines = [table(run, free, psutil.virtual_memory().available)]
     if not args.load_tensors:
-        lines.append(disk_line(args.output_dir, outline.transformer.config, dataset.prompts, dtype))
+        lines.append(disk_line(args.output_dir, model.text_shape, dataset.prompts, dtype))
     print_to_pipe("\n".join(lines))
 
 
-def disk_line(output_dir: str, config, prompts: list[str], dtype: torch.dtype) -> str:
+def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], dtype: torch.dtype) -> str:
     """What the captions' embeddings take: of the disk, since their file is mapped, and not of the host's memory."""
     num_captions = len(set(prompts)) + 1  # the empty one
-    needed = embeds_bytes((num_captions, config["max_text_seq_length"], config["text_embed_dim"]), dtype)
+    needed = embeds_bytes((num_captions, *text_shape), dtype)
     place = nearest_folder(output_dir)
     free = free_bytes(place)
     verdict = "yes" if needed <= free else "no"
@@ -94,16 +91,18 @@ def disk_line(output_dir: str, config, prompts: list[str], dtype: torch.dtype) -
     )
 
 
-def run_from_args(args, outline, buckets, dtype: torch.dtype, is_lora: bool) -> Run:
-    transformer, config = outline.transformer, outline.transformer.config
+def workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype, is_lora: bool) -> Workload:
+    """What the memory formula must know of a run whose weights are `stored` in one dtype and computed with in another."""
+    transformer = model.empty_transformer()
+    config = transformer.config
     blocks, deepspeed = transformer.transformer_blocks, uses_deepspeed()
     zero_on_host = deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu"
     state = state_bytes_from_args(args) + (0 if is_lora or not args.ema else 4)
     on_host = 4 + 4 + 2 + state  # fp32 weight and gradient, and a copy that travels
     if zero_on_host:
         on_host += 10  # measured
-    return Run(
-        shape=outline.shape_of(buckets, args.train_batch_size),
+    return Workload(
+        shape=model.attention_shape(buckets, args.train_batch_size),
         num_blocks=len(blocks),
         num_weights=count(transformer),
         num_block_weights=count(blocks),
@@ -120,7 +119,7 @@ def run_from_args(args, outline, buckets, dtype: torch.dtype, is_lora: bool) -> 
         state_bytes=state,
         host_optimizer=on_host if args.use_cpu_offload_optimizer or zero_on_host else 0,
         host_gradients=(args.use_cpu_offload_optimizer and args.offload_gradients) or zero_on_host,
-        converted=outline.stored != dtype,
+        converted=stored != dtype,
         compiled=not args.no_compile_blocks,
         area=max(height * width for _, height, width in buckets),
         pixels=max(frames * height * width for frames, height, width in buckets),
@@ -148,3 +147,47 @@ def num_adapted(transformer: nn.Module, targets: list[str], rank: int) -> int:
     return sum(
         rank * (layer.in_features + layer.out_features) for name, layer in linears(transformer) if name.endswith(ends)
     )
+
+
+# ---------------------------------------------------------------- does it fit?
+
+
+def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
+    """UsageError, before anything is loaded, if weights, gradients and optimizer states alone do not fit."""
+    if device.type != "cuda" or uses_deepspeed():  # DeepSpeed shards them
+        return
+    on_device, on_host = sft_bytes_per_weight(args, dtype)
+    size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"
+    free = free_on_gpu(device) / 2**30
+    if on_device * size > free:
+        raise UsageError(
+            f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device(args)}, and {free:.0f} GiB "
+            f"are free on the GPU; {how_to_need_less(args)}"
+        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, each with its own masters
+    available = psutil.virtual_memory().available / 2**30
+    if on_host * size * processes > available:
+        raise UsageError(
+            f"--use_cpu_offload_optimizer: {weights} needs {on_host * size * processes:.0f} GiB of host memory for fp32 "
+            f"weights, gradients and optimizer states of {processes} process(es), and {available:.0f} GiB are available"
+        )
+
+
+def sft_bytes_per_weight(args, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes on the GPU, bytes on the host) per trained weight, with gradient and optimizer states."""
+    trained = 4 + state_bytes_from_args(args) + (4 if args.ema else 0)
+    if args.use_cpu_offload_optimizer:
+        return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4
+    return trained + 4 + (0 if dtype == torch.float32 else dtype.itemsize), 0
+
+
+def what_lies_on_device(args) -> str:
+    if not args.use_cpu_offload_optimizer:
+        return "fp32 weights, gradients and optimizer states"
+    return "the weights" if args.offload_gradients else "the weights and fp32 gradients"
+
+
+def how_to_need_less(args) -> str:
+    if not args.use_cpu_offload_optimizer:
+        return "add --use_cpu_offload_optimizer, or train a LoRA, or a smaller model"
+    return ("" if args.offload_gradients else "add --offload_gradients, or ") + "train a LoRA, or a smaller model"

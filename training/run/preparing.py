@@ -1,4 +1,4 @@
-"""What preparing takes: the files that each clip needs, which of them are there, and the lists of what is done."""
+"""Planning for prepare_dataset.py: the files that each clip needs, which of them exist, and the manifest."""
 
 import json
 import logging
@@ -33,21 +33,21 @@ from data.prepared import (
 logger = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------- what a clip needs, and what is there
+# ---------------------------------------------------------------- needed and existing files
 
 
 class Model(NamedTuple):
-    """What keys and rows must know of the model; without latents no hashes."""
+    """What keys and manifest rows need to know about the model; hashes only if latents are prepared."""
 
     scaling_factor: float
     vae: Component | None = None
     text_encoder: Component | None = None
     tokenizer: Component | None = None
-    image_noise: tuple[float, float] | None = None  # mean and deviation of its logarithm
+    image_noise: tuple[float, float] | None = None  # mean and standard deviation of log sigma
 
 
-def plan_clip_from_args(args, model: Model, videos, index: int, stem: str, hashes: Hashes) -> dict:
-    """The files that a clip needs and, for each, the key of everything that decides its content."""
+def plan_clip(args, model: Model, videos, index: int, stem: str, hashes: Hashes) -> dict:
+    """The files that a clip needs, each with its cache key."""
     clip, bucket = videos.clips[index], videos.bucket_of[index]
     earlier = {
         "source": hashes.of(clip.video), "bucket": list(bucket), "fps": videos.fps, "reshape": args.video_reshape_mode,
@@ -58,14 +58,14 @@ def plan_clip_from_args(args, model: Model, videos, index: int, stem: str, hashe
     item |= {"caption": clip.prompt, "prompt": with_id_token(clip.prompt, args.id_token), "id_token": args.id_token}
     item |= {"scaling_factor": model.scaling_factor, "files": {}}
     if args.save_previews or not args.save_latents_and_embeddings:
-        item["files"][f"images/{stem}.png"] = file_key(now, earlier)  # written after the video: it vouches for both
+        item["files"][f"images/{stem}.png"] = file_key(now, earlier)  # written after the video: stands for both
     if args.save_latents_and_embeddings:
-        item["files"] |= tensor_keys_from_args(args, model, item, now, earlier)
+        item["files"] |= tensor_keys(args, model, item, now, earlier)
     return item
 
 
-def tensor_keys_from_args(args, model: Model, item: dict, now: dict, earlier: dict) -> dict:
-    """Keys of a clip's moments and embedding, from those of its pixels."""
+def tensor_keys(args, model: Model, item: dict, now: dict, earlier: dict) -> dict:
+    """Keys of a clip's moments and prompt embedding, derived from the keys of its pixels."""
     both = {"dtype": args.dtype, "tiling": args.use_tiling}
     earlier = {**earlier, **both, "vae": model.vae.earlier, "variant": args.variant}
     now = {**now, **both, "vae": model.vae.now}
@@ -74,11 +74,11 @@ def tensor_keys_from_args(args, model: Model, item: dict, now: dict, earlier: di
         variants = {"variants": args.num_image_variants}
         noise = {"noise": list(model.image_noise)}
         keys[image_latent(item)] = file_key({**now, **variants, **noise}, {**earlier, **variants})
-    keys[f"prompt_embeds/{item['stem']}.safetensors"] = prompt_key_from_args(args, model, item["prompt"])
+    keys[f"prompt_embeds/{item['stem']}.safetensors"] = prompt_key(args, model, item["prompt"])
     return keys
 
 
-def prompt_key_from_args(args, model: Model, prompt: str) -> Key:
+def prompt_key(args, model: Model, prompt: str) -> Key:
     both = {"prompt": prompt, "dtype": args.dtype, "tokens": args.max_sequence_length}
     now = {"version": VERSION, "text_encoder": model.text_encoder.now, "tokenizer": model.tokenizer.now}
     earlier = {
@@ -89,20 +89,20 @@ def prompt_key_from_args(args, model: Model, prompt: str) -> Key:
     return file_key({**both, **now}, {**both, **earlier})
 
 
-def plan_empty_from_args(args, model: Model) -> list[dict]:
-    """The empty prompt, which text dropout trains on; nothing where no captions are embedded."""
+def plan_empty(args, model: Model) -> list[dict]:
+    """The empty prompt, for text dropout; nothing if captions are not encoded."""
     if not args.save_latents_and_embeddings:
         return []
-    return [{"prompt": "", "files": {EMPTY: prompt_key_from_args(args, model, "")}}]
+    return [{"prompt": "", "files": {EMPTY: prompt_key(args, model, "")}}]
 
 
-def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
-    """Set what each item lacks; returns the files that an earlier version prepared, by the same flags and content."""
+def compare(args, output_dir: Path, items: list[dict]) -> list[str]:
+    """Set each item's "missing" files; returns those kept from an earlier version with the same flags and content."""
     accepted, kept = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
     for item in items:
         states = {path: state_of(output_dir, path, key, args.verify) for path, key in item["files"].items()}
         if any(state == MISSING and not is_embedding(path) for path, state in states.items()):
-            # Frames of version 1 may start elsewhere: a clip's video, first frames and preview are made together
+            # Version 1 may have started the clip elsewhere: its latents, first frames and preview are remade together
             states |= {path: MISSING for path in states if not is_embedding(path) and states[path] == EARLIER}
         item["missing"] = {path for path, state in states.items() if state not in accepted}
         kept += [path for path, state in states.items() if state == EARLIER]
@@ -113,8 +113,8 @@ def compare_from_args(args, output_dir: Path, items: list[dict]) -> list[str]:
     return kept
 
 
-def report_verified_from_args(args, output_dir: Path, old_content: dict[str, str]) -> None:
-    """`old_content`: hashes of what an earlier version had prepared, by path."""
+def report_verified(args, output_dir: Path, old_content: dict[str, str]) -> None:
+    """`old_content`: {path: content hash} of files prepared by an earlier version."""
     if args.verify:
         kept = [path for path in old_content if (output_dir / path).exists()]
         num_differing = sum(content_hash(output_dir, path) != old_content[path] for path in kept)
@@ -125,7 +125,7 @@ def report_verified_from_args(args, output_dir: Path, old_content: dict[str, str
         )
 
 
-def warn_of_unnamed_from_args(args, output_dir: Path, plan: list[dict]) -> None:
+def warn_of_unnamed(args, output_dir: Path, plan: list[dict]) -> None:
     unnamed = unnamed_files(output_dir, files_of(plan))
     if unnamed and not args.prune:
         logger.warning(
@@ -135,8 +135,8 @@ def warn_of_unnamed_from_args(args, output_dir: Path, plan: list[dict]) -> None:
         )  # fmt: skip
 
 
-def prune_from_args(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
-    """With --prune, remove what no row names: not while clips are left out, which may be there again tomorrow."""
+def prune_unnamed(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
+    """With --prune, delete files that no row uses; not while clips are skipped, since they may be back tomorrow."""
     if args.prune and problems:
         logger.warning("--prune: nothing is removed while %d clips are left out", len(problems))
     elif args.prune:
@@ -149,7 +149,7 @@ def files_of(items: list[dict]) -> set[str]:
 
 
 def is_made(output_dir: Path, item: dict) -> bool:
-    """True if all that the item lacked has been made."""
+    """True once all missing files of the item have been written."""
     return all(state_of(output_dir, path, item["files"][path]) == CURRENT for path in item["missing"])
 
 
@@ -169,7 +169,7 @@ def image_latent(item: dict) -> str:
 
 
 def write_preview(output_dir: Path, item: dict, pixels: torch.Tensor) -> None:
-    """The clip as the model sees it, [F', 3, h, w] uint8: an mp4, then its first frame as a PNG with the key in it."""
+    """Write the clip as the model sees it, uint8 [F', 3, h, w]: an mp4, then its first frame as a PNG with the key."""
     frames = pixels.permute(0, 2, 3, 1).numpy()
     write_video(output_dir / f"videos/{item['stem']}.mp4", frames, item["fps"])
     image = f"images/{item['stem']}.png"
@@ -177,7 +177,7 @@ def write_preview(output_dir: Path, item: dict, pixels: torch.Tensor) -> None:
 
 
 def write_manifest(output_dir: Path, items: list[dict]) -> None:
-    """data.jsonl, one object a clip, and the same as prompts.txt and videos.txt, line by line."""
+    """Write data.jsonl, one object per clip, and the same clips as prompts.txt and videos.txt."""
     rows = [manifest_row(item) for item in items]
     texts = {
         "data.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),

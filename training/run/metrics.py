@@ -21,8 +21,8 @@ from base.bars import progress
 from base.errors import NumbersError, first_few
 from base.files import write_text
 from base.ranks import gather_objects
+from base.startup import STARTUP, StartupTimer
 from engine.update import Update
-from run.launch import START, Start
 from run.tracking import log_update
 
 
@@ -111,7 +111,7 @@ class StepMeter:
         num_steps: int,
         log_every: int,
         bad_steps: BadSteps,
-        start: Start | None = None,  # what the first update is the end of
+        start: StartupTimer | None = None,  # what the first update is the end of
     ):
         self.path, self.accelerator, self.device, self.log_every = path, accelerator, accelerator.device, log_every
         self.bad_steps, self.start = bad_steps, start
@@ -216,6 +216,8 @@ class StepMeter:
         logger.info("first update %.1f s after the launch: %s", seconds, ", ".join(texts))
 
     def __enter__(self) -> "StepMeter":
+        if self.start:
+            self.start.mark("validation")  # all between the checkpoint and the loop
         self.bar = progress(self.num_steps, "steps", self.first_step, disable=not self.accelerator.is_main_process)
         return self
 
@@ -226,13 +228,11 @@ class StepMeter:
         self.bar.close()
 
 
-def make_meter_from_args(
-    args, accelerator: Accelerator, first_step: int, num_steps: int, sources: list[str]
-) -> StepMeter:
+def make_meter(args, run, first_step: int, num_steps: int, sources: list[str]) -> StepMeter:
     """`sources` are the paths of all samples, by index."""
     bad_steps = BadSteps(args.max_bad_steps, sources)
-    path = Path(args.output_dir, "metrics.jsonl")
-    return StepMeter(path, accelerator, first_step, num_steps, args.log_every, bad_steps, START)
+    path = run.output_dir / "metrics.jsonl"
+    return StepMeter(path, run.accelerator, first_step, num_steps, args.log_every, bad_steps, STARTUP)
 
 
 def scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,283 @@
+"""Files of tensors: the library's bytes, one tensor at a time, the hash for nothing; whole or not there when killed."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors.torch import save as library_bytes
+
+from base import files, tensor_file
+from base.files import clean_up, damage, remove_unfinished, write_json, write_shared, written_folder
+from base.tensor_file import CODES, save_tensors
+from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
+from cogvideox.loading import load_transformer
+from data.artifacts import write_tensors as write_prepared
+from engine import sft
+from engine.lora import save_lora
+from engine.sft import save_transformer, save_weights
+from run import curves
+from run.export import merge_lora
+from run.output_dir import open_output_dir
+from test_atomic_save import KILLED, MAIN, count_operations, flags, in_child, kill_at
+from test_lora import trained_transformer
+
+
+def of_all_dtypes():
+    values = torch.arange(6).reshape(2, 3)
+    tensors = {
+        f"{number}.{code}": values.to(dtype) for number, (dtype, code) in enumerate(sorted(CODES.items(), key=str))
+    }
+    return tensors | {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "turned": torch.rand(3, 4).t()}
+
+
+@pytest.mark.parametrize("metadata", [None, {"key": '{"caption": "a \\u00e9"}\n\x7f'}, {"format": "pt"}])
+def test_the_bytes_are_the_librarys(metadata, tmp_path):
+    tensors = of_all_dtypes()
+    save_tensors(tmp_path / "ours", tensors, metadata)
+    tensors["turned"] = tensors["turned"].contiguous()  # which the library refuses
+    assert (tmp_path / "ours").read_bytes() == library_bytes(tensors, metadata)
+
+
+def test_several_entries_of_metadata_lie_as_they_are_given(tmp_path):
+    """The library orders them at random, process by process."""
+    names = [f"entry {number}" for number in range(9)]
+    save_tensors(tmp_path / "a", {"x": torch.ones(1)}, dict.fromkeys(names, ""))
+    length = int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
+    header = json.loads((tmp_path / "a").read_bytes()[8 : 8 + length])
+    assert list(header) == ["__metadata__", "x"] and list(header["__metadata__"]) == names
+
+
+# ---------------------------------------------------------------- hashed as it is written
+
+
+def test_what_the_writer_hashed_is_not_read_again(tmp_path, monkeypatch):
+    reads, file_hash = [], files.file_hash
+    monkeypatch.setattr(files, "file_hash", lambda path, *more: reads.append(path.name) or file_hash(path, *more))
+    with written_folder(tmp_path / "checkpoint") as folder:
+        save_tensors(folder / "a.safetensors", of_all_dtypes(), {"format": "pt"})
+        with files.replaced_folder(folder / "transformer") as inner:  # renamed after it was written
+            save_tensors(inner / "b.safetensors", {"x": torch.arange(1000)})
+        write_json(folder / "state.json", {})
+    assert reads == ["state.json"]
+    recorded = json.loads((tmp_path / "checkpoint/manifest.json").read_text())["files"]
+    assert set(recorded) == {"a.safetensors", "transformer/b.safetensors", "state.json"}
+    for name, entry in recorded.items():
+        content = (tmp_path / "checkpoint" / name).read_bytes()
+        assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}, name
+    assert damage(tmp_path / "checkpoint") is None and not files.noted
+
+
+def test_a_file_that_was_written_over_is_read(tmp_path):
+    with written_folder(tmp_path / "checkpoint") as folder:
+        save_tensors(folder / "a.safetensors", {"x": torch.ones(3)})
+        (folder / "a.safetensors").write_bytes(b"by another hand")
+    assert damage(tmp_path / "checkpoint") is None
+
+
+def test_a_disk_that_keeps_other_bytes_is_found_out(tmp_path):
+    """Hashing what is read back at once would call them right."""
+    with written_folder(tmp_path / "checkpoint") as folder:
+        path = folder / "a.safetensors"
+        save_tensors(path, {"x": torch.ones(3)})
+        times = path.stat()
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\1")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "a.safetensors was changed" in damage(tmp_path / "checkpoint")
+
+
+def test_nothing_is_hashed_where_nobody_asks(tmp_path, monkeypatch):
+    """A prepared clip has no manifest, nor has the result of a run."""
+    monkeypatch.setattr(tensor_file, "ThreadPoolExecutor", lambda *values: pytest.fail("hashed"))
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
+    with files.replaced_folder(tmp_path / "transformer") as folder:
+        save_tensors(folder / "a.safetensors", {"x": torch.ones(3)})
+
+
+# ---------------------------------------------------------------- the model's files
+
+
+@pytest.fixture
+def transformer(tiny):
+    return load_transformer(tiny("2b"), torch.float32)
+
+
+@pytest.mark.parametrize("size", ["10GB", "100KB"])
+@pytest.mark.parametrize("kind", ["2b", "5b-i2v"], ids=["", "with a buffer"])
+def test_a_transformer_lies_on_the_disk_as_diffusers_saves_it(kind, size, tiny, tmp_path, monkeypatch):
+    transformer = load_transformer(tiny(kind), torch.float32)
+    params = [param.detach() * 1.01 for param in transformer.parameters()]
+    monkeypatch.setattr(sft, "SHARD_SIZE", size)
+    save_transformer(transformer, params, torch.float16, tmp_path, {})
+    for param, weight in zip(transformer.parameters(), params, strict=True):
+        param.data = weight.half()
+    transformer.save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "config.json"}
+        for name in ("transformer", "theirs")
+    )
+    assert ours == theirs and (len(ours) > 2) == (size == "100KB")
+    loaded = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer", dtype=torch.float16)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), transformer.parameters(), strict=True))
+
+
+def test_one_weight_at_a_time_is_copied(transformer, tmp_path, monkeypatch):
+    """Of a model of 10 GiB a second one in memory is too many."""
+    made, bytes_of = [], tensor_file.bytes_of
+
+    def seen(tensor):
+        assert all(earlier() is None for earlier in made)
+        made.append(weakref.ref(tensor))
+        return bytes_of(tensor)
+
+    monkeypatch.setattr(tensor_file, "bytes_of", seen)
+    params = list(transformer.parameters())
+    save_transformer(transformer, params, torch.bfloat16, tmp_path, {})
+    assert len(made) == len(params)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_may_be_read_by_whom_the_umask_lets(mask, mode, transformer, tmp_path):
+    params = list(transformer.parameters())
+    before = os.umask(mask)
+    try:
+        save_transformer(transformer, params, torch.bfloat16, tmp_path, {"image_latent_scale": "raw"})
+        save_weights(transformer, params, tmp_path / "masters.safetensors")
+        write_json(tmp_path / "state.json", {})
+        write_shared(tmp_path / "cache.json", "{}")
+    finally:
+        os.umask(before)
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(found) == 6 and {path.stat().st_mode & 0o777 for path in found} == {mode}
+
+
+# ---------------------------------------------------------------- killed while it writes
+
+
+def write_a_transformer(folder, transformer, version):
+    params = [torch.full_like(param, version) for param in transformer.parameters()]
+    save_transformer(transformer, params, torch.bfloat16, folder, {"version": version})
+
+
+def writers(name, tiny, tmp_path):
+    """What writes version 1 or 2 of something into a folder."""
+    if name == "merged model":
+        for version in (1, 2):
+            transformer = trained_transformer(tiny("2b"), 4, 4 * version)
+            save_lora(transformer, tmp_path / "loras" / str(version), TEXT_TO_VIDEO_PIPELINE)
+        source = tiny("2b") / "transformer"
+        return lambda folder, version: merge_lora(
+            tmp_path / "loras" / str(version) / "pytorch_lora_weights.safetensors", source, folder / "transformer"
+        )
+    if name == "LoRA":
+        adapted = {version: trained_transformer(tiny("2b"), 4, 4 * version) for version in (1, 2)}
+        return lambda folder, version: save_lora(adapted[version], folder, TEXT_TO_VIDEO_PIPELINE)
+    if name == "transformer":
+        model = load_transformer(tiny("2b"), torch.float32)
+        return lambda folder, version: write_a_transformer(folder, model, version)
+    return {
+        "prepared clip": lambda folder, version: write_prepared(
+            folder / "a.safetensors", {"moments": torch.full((4,), float(version))}, "key"
+        ),
+        "JSON": lambda folder, version: write_json(folder / "args.json", {"version": version}),
+        "cache": lambda folder, version: write_shared(folder / "hashes.json", str(version)),
+    }[name]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+NAMES = ["LoRA", "transformer", "merged model", "prepared clip", "JSON", "cache"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_writer_killed_anywhere_leaves_the_old_or_the_new_and_no_remains(name, tiny, tmp_path):
+    write = writers(name, tiny, tmp_path)
+    versions = []
+    for version in (1, 2):
+        folder = tmp_path / f"whole{version}"
+        folder.mkdir()
+        write(folder, version)
+        versions.append(contents(folder))
+    assert versions[0] != versions[1] and versions[0].keys() == versions[1].keys()
+
+    folder, reached = tmp_path / "copy", set()
+
+    def start_again():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole1", folder)
+
+    start_again()
+    operations = count_operations(lambda: write(folder, 2), tmp_path)
+    assert "replace" in operations or "rename" in operations
+    step = max(1, len(operations) // 40)  # a transformer has an operation for each weight
+    for last in sorted(
+        {*range(1, len(operations) + 1, step), *range(max(1, len(operations) - 12), len(operations) + 1)}
+    ):
+        start_again()
+        assert in_child(lambda last=last: (kill_at(last), write(folder, 2))) == KILLED
+        clean_up(folder)
+        assert contents(folder) in versions, f"killed at operation {last}, {operations[last - 1]}"
+        assert not list(folder.rglob(".*"))
+        reached.add(versions.index(contents(folder)))
+    assert reached == {0, 1} or (reached == {0} and operations[-1] in ("rename", "replace"))  # then all is done
+
+
+def test_a_picture_that_is_not_drawn_to_its_end_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "loss.png").write_bytes(b"the old one")
+
+    def killed(figure, path):
+        path.write_bytes(b"half a pict")
+        os._exit(KILLED)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", killed)
+    drawn = [{"run": tmp_path / "metrics.jsonl"}, tmp_path / "loss.png"]
+    assert in_child(lambda: curves.draw_losses(*drawn)) == KILLED
+    assert (tmp_path / "loss.png").read_bytes() == b"the old one"
+    clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_a_killed_run_leaves_nothing_among_its_samples(tmp_path):
+    left = tmp_path / "out/samples/step_2/.tmp-1-0_0.txt"
+    left.parent.mkdir(parents=True)
+    left.write_text("a b")
+    (left.parent / "0_0.mp4").write_bytes(b"")
+    open_output_dir(flags(tmp_path / "out"), MAIN)
+    assert [path.name for path in left.parent.iterdir()] == ["0_0.mp4"]
+
+
+# ---------------------------------------------------------------- folders without a lock
+
+
+def test_in_a_shared_folder_what_was_abandoned_goes_and_what_others_write_stays(tmp_path):
+    for name, age in (("of a process that writes", 0), ("of one that was killed", 2 * files.ABANDONED)):
+        path = tmp_path / f"{files.TEMPORARY}{name}"
+        path.write_text("{")
+        os.utime(path, (time.time() - age, time.time() - age))
+    write_shared(tmp_path / "a.json", "1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-of a process that writes", "a.json"]
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_shared_folder_that_takes_no_renaming_is_the_systems_error(tmp_path, monkeypatch):
+    """Those who ask to remember something go on without; a StorageError would end the run."""
+
+    def refuse(path, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="Operation not permitted"):
+        write_shared(tmp_path / "a.json", "1")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,140 @@
+"""The model of a run: what its files say, from the configuration on, before any weights are read."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+
+from cogvideox.config import (
+    CONFIGS,
+    IMAGE_TO_VIDEO_PIPELINE,
+    TEXT_TO_VIDEO_PIPELINE,
+    VaeConfig,
+    Weights,
+    attention_shape,
+    check_sample_size,
+    check_sizes,
+    check_task,
+    default_fps,
+    empty_transformer,
+    load_scheduler,
+    load_vae_config,
+    num_parameters,
+    read_config,
+    takes_image,
+    text_shape,
+)
+from cogvideox.folder import (
+    hash_model_from_args,
+    read_start_config_from_args,
+    resolve_model_dir,
+    stored_dtype,
+    weights_from_args,
+)
+
+
+class Model(NamedTuple):
+    """A CogVideoX model on disk, or on the hub until `fetch_from_args`."""
+
+    folder: Path
+    config: dict  # the transformer's
+    vae_config: VaeConfig
+    weights: Weights  # of the transformer that training starts from
+
+    @property
+    def fps(self) -> int:
+        """Frames per second that the checkpoint was made for."""
+        return default_fps(self.config)
+
+    @property
+    def patch_size_t(self) -> int | None:
+        """Latent frames that make one token (1.5); None for 1.0, where it is one."""
+        return self.config.get("patch_size_t")
+
+    @property
+    def image_to_video(self) -> bool:
+        return takes_image(self.config)
+
+    @property
+    def pipeline_class(self) -> type:
+        return IMAGE_TO_VIDEO_PIPELINE if self.image_to_video else TEXT_TO_VIDEO_PIPELINE
+
+    @property
+    def transformer_class(self) -> type:
+        return CogVideoXTransformer3DModel
+
+    @property
+    def has_apache_licence(self) -> bool:
+        """True for 2b, the one without rotary positions; all others are under the CogVideoX LICENSE."""
+        return not self.config.get("use_rotary_positional_embeddings", False)
+
+    @property
+    def num_parameters(self) -> float:
+        return num_parameters(self.config)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """[S, D] of a prompt's embedding."""
+        return text_shape(self.config)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that the weights have on disk, once they are there."""
+        return stored_dtype(*self.weights)
+
+    @property
+    def has_weights(self) -> bool:
+        """False for a model on the hub of which configurations alone were fetched."""
+        return any(self.weights.folder.glob("*.safetensors"))
+
+    def empty_transformer(self) -> CogVideoXTransformer3DModel:
+        """The transformer without memory for its weights, to count and to name them."""
+        return empty_transformer(self.config)
+
+    def load_scheduler(self) -> CogVideoXDPMScheduler | CogVideoXDDIMScheduler:
+        """The checkpoint's own noise schedule; its `alphas_cumprod` [1000] is in fp32 or fp64."""
+        return load_scheduler(self.folder)
+
+    def attention_shape(self, buckets, batch_size: int) -> tuple[int, int, int, int]:
+        """[B, S, heads, head_dim] of attention for the largest of `buckets` (frames, height, width in pixels)."""
+        return attention_shape(self.config, buckets, batch_size)
+
+
+def open_from_args(args, image_to_video: bool) -> Model:
+    """The model by its configurations, fetched alone: gigabytes follow for a model of the script's task and for data that
+    can be read.
+    """
+    name = args.pretrained_model_name_or_path
+    folder = resolve_model_dir(name, CONFIGS, args.revision, args.cache_dir)
+    config = read_config(folder, "transformer")
+    check_task(name, config, image_to_video)
+    if args.init_transformer is not None:
+        config = read_start_config_from_args(args, config)
+    return Model(folder, config, load_vae_config(folder), weights_from_args(args, folder))
+
+
+def check_sizes_from_args(args, model: Model, buckets: list, sample_size: tuple | None = None) -> None:
+    """Refuse clips and validation videos of a size that the model cannot take; warn of frame counts that it was not made
+    for. Sizes are (frames, height, width) in pixels.
+    """
+    check_sizes(model.config, buckets, args.drop_learned_positions)
+    if sample_size is not None:
+        check_sample_size(model.config, sample_size, args.drop_learned_positions)
+
+
+def hash_from_args(args, model: Model) -> dict[str, str]:
+    """Hashes of the weights that training starts from, and of what else of the model the run depends on."""
+    return hash_model_from_args(args, model.folder, model.weights)
+
+
+def fetch_from_args(args, model: Model, with_encoders: bool) -> Model:
+    """The same model with all files that the run needs in its folder.
+
+    Of the VAE two numbers are needed, unless something is encoded; of the transformer none but --init_transformer.
+    """
+    encoders = ["vae", "text_encoder", "tokenizer"] if with_encoders else ["vae/config.json"]
+    transformer = "transformer" if args.init_transformer is None else "transformer/config.json"
+    components = [transformer, "scheduler", *encoders]
+    folder = resolve_model_dir(args.pretrained_model_name_or_path, components, args.revision, args.cache_dir)
+    return model._replace(folder=folder, weights=weights_from_args(args, folder))
