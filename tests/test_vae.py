@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from cogvideox import vae as vae_walk
+from cogvideox import vae_memory
 
 
 BLOCKS = 4
@@ -95,6 +96,62 @@ def test_other_batches_of_frames(monkeypatch):
     vae.num_sample_frames_batch_size, vae.num_latent_frames_batch_size = 4, 1
     assert encode_error(vae, 13, 16, 16) < 1e-5  # one frame a pass at the latents' size
     assert decode_error(vae, 4, 2, 2) < 1e-5
+
+
+@pytest.mark.parametrize("channels", [(32, 8, 16, 8), (8, 32, 8, 16), (16, 8, 8, 32)])
+def test_channels_that_grow_and_shrink(monkeypatch, channels):
+    """A block's output takes the place of its input, at either end of the room."""
+    slabs(monkeypatch, 2)
+    vae = make_vae(block_out_channels=channels)
+    assert encode_error(vae, 9, 16, 24) < 1e-5
+    assert decode_error(vae, 3, 2, 3) < 1e-5
+
+
+def test_room_too_small_grows(vae, monkeypatch):
+    def small(like, *sizes):
+        return vae_memory.Room(like, 1, 1)
+
+    exact = make_outputs(vae)
+    monkeypatch.setattr(vae_walk, "make_room", small)
+    assert all(torch.equal(*pair) for pair in zip(make_outputs(vae), exact, strict=True))
+
+
+def test_room_of_a_pass_is_made_once(vae, monkeypatch):
+    """All activations of the real VAE's channels fit into what is asked for before the first."""
+    rooms = []
+
+    class Room(vae_memory.Room):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            rooms.append((self, self.values, self.slabs))
+
+    monkeypatch.setattr(vae_walk, "Room", Room)
+    make_outputs(make_vae(block_out_channels=(8, 16, 16, 32)))
+    assert len(rooms) == 2
+    assert all(room.values is values and room.slabs is slab for room, values, slab in rooms)
+
+
+def make_outputs(vae, device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.rand(1, 3, 25, 32, 48, generator=generator) * 2 - 1
+    latents = torch.randn(1, vae.config.latent_channels, 7, 4, 6, generator=generator)
+    return vae_walk.encode(vae, pixels.to(device, dtype)), vae_walk.decode(vae, latents.to(device, dtype))
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kept_frames_on_the_host_change_no_bit(monkeypatch, device, share):
+    slabs(monkeypatch, 3)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    vae = make_vae(block_out_channels=(32, 32, 32, 64)).to(device, dtype)
+    exact = make_outputs(vae, device, dtype)
+    on_host, store = set(), vae_memory.HostFrames.store
+    monkeypatch.setattr(vae_memory.HostFrames, "store", lambda frames, key: (on_host.add(key), store(frames, key)))
+    monkeypatch.setattr(vae_memory, "bytes_left", lambda device: share * 2**20)
+    for _ in range(2):  # the second video finds the memory of the first
+        assert all(torch.equal(*pair) for pair in zip(make_outputs(vae, device, dtype), exact, strict=True))
+    kinds = {isinstance(layer, type(vae.encoder.conv_in)) for layer, _ in on_host}
+    assert kinds == {True} and (len(on_host) == len(vae_memory.PAGES[vae]) > 30)
 
 
 def relative(result, exact):

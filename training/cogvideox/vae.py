@@ -7,6 +7,7 @@ Axes: B batch, F' pixel frames, F latent frames, T frames of a pass, C channels;
 layer at hand. Activations are [T, H, W, C].
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import nn
 
 from cogvideox import vae_kernels, vae_plain
+from cogvideox.vae_memory import KeptFrames, Room
 
 
 # Of a frame's activations that a convolution reads at once, 16 MiB in bf16. A constant, not what is free: another
@@ -51,7 +53,13 @@ def decode(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> torch.Tensor:
     """Pixels [B, 3, F', h, w] of latents [B, C, F, H, W]: what `vae.decode` computes on whole frames."""
     if not can_walk(vae):
         return vae.decode(latents).sample
-    return torch.cat([decode_one(vae, sample) for sample in latents.split(1)])
+    batches = frame_batches(latents.shape[2], vae.num_latent_frames_batch_size)
+    sizes = [upsampled(vae, (frames.stop - frames.start, *latents.shape[3:])) for frames, _ in batches]
+    num_frames = sum(size[0] for size in sizes)
+    pixels = latents.new_empty(len(latents), vae.config.out_channels, num_frames, *sizes[0][1:])
+    for sample, target in zip(latents.split(1), pixels, strict=True):
+        decode_one(vae, sample, batches, sizes, target)
+    return pixels
 
 
 def can_walk(vae: AutoencoderKLCogVideoX) -> bool:
@@ -60,22 +68,45 @@ def can_walk(vae: AutoencoderKLCogVideoX) -> bool:
 
 
 def encode_one(vae, pixels: torch.Tensor) -> torch.Tensor:
-    walk, passes = Walk(vae), []
-    for frames, walk.is_last in frame_batches(pixels.shape[2], vae.num_sample_frames_batch_size):
-        moments = walk.encode(vae.encoder, pixels[0, :, frames].permute(1, 2, 3, 0))
-        moments = moments.permute(3, 0, 1, 2)[None]
-        passes.append(moments if vae.quant_conv is None else vae.quant_conv(moments))
+    _, _, num_frames, height, width = pixels.shape
+    batches, passes = frame_batches(num_frames, vae.num_sample_frames_batch_size), []
+    channels = vae.config.block_out_channels[0]
+    room = make_room(pixels, (batches[0][0].stop, height, width), 2 * channels, channels)
+    with KeptFrames(vae, pixels) as kept:
+        walk = Walk(vae, room, kept)
+        for frames, walk.is_last in batches:
+            moments = walk.encode(vae.encoder, pixels[0, :, frames].permute(1, 2, 3, 0)).permute(3, 0, 1, 2)[None]
+            passes.append(moments if vae.quant_conv is None else vae.quant_conv(moments))
     return torch.cat(passes, dim=2).contiguous()
 
 
-def decode_one(vae, latents: torch.Tensor) -> torch.Tensor:
-    walk, passes = Walk(vae), []
-    for frames, walk.is_last in frame_batches(latents.shape[2], vae.num_latent_frames_batch_size):
-        part = latents[:, :, frames]
-        part = part if vae.post_quant_conv is None else vae.post_quant_conv(part)
-        pixels = walk.decode(vae.decoder, part[0].permute(1, 2, 3, 0).contiguous())
-        passes.append(pixels.permute(3, 0, 1, 2)[None])
-    return torch.cat(passes, dim=2).contiguous()
+def decode_one(vae, latents: torch.Tensor, batches: list, sizes: list, pixels: torch.Tensor) -> None:
+    """Fill `pixels` [3, F', h, w], of each pass as many frames as its size in `sizes` says."""
+    targets = pixels.split([size[0] for size in sizes], dim=1)
+    channels = vae.config.block_out_channels[:2]  # the last upsampling leaves those of the level below
+    room = make_room(latents, sizes[0], channels[0] + max(channels), max(channels))
+    with KeptFrames(vae, latents) as kept:
+        walk = Walk(vae, room, kept)
+        for (frames, walk.is_last), target in zip(batches, targets, strict=True):
+            part = latents[:, :, frames]
+            part = part if vae.post_quant_conv is None else vae.post_quant_conv(part)
+            target.copy_(walk.decode(vae.decoder, part[0].permute(1, 2, 3, 0).contiguous()).permute(3, 0, 1, 2))
+
+
+def make_room(like: torch.Tensor, size: tuple[int, ...], channels: int, slab_channels: int) -> Room:
+    """For the activations of a pass of `size` (frames, height, width), where they are largest: at the pixels' size."""
+    num_frames, height, width = size
+    rows = slabs_of(height, width, slab_channels)[0][1]
+    return Room(like, math.prod(size) * channels, (2 + num_frames) * (rows + 2) * width * slab_channels)
+
+
+def upsampled(vae, size: tuple[int, ...]) -> tuple[int, ...]:
+    """(frames, height, width) in pixels of a pass of latents: time doubles but for a first frame alone."""
+    num_frames, height, width = size
+    for layer in (layer for block in vae.decoder.up_blocks for layer in block.upsamplers or []):
+        num_frames = 2 * num_frames - num_frames % 2 if layer.compress_time else num_frames
+        height, width = 2 * height, 2 * width
+    return num_frames, height, width
 
 
 def frame_batches(num_frames: int, size: int) -> list[tuple[slice, bool]]:
@@ -96,52 +127,51 @@ def slabs_of(height: int, width: int, channels: int) -> list[tuple[int, int]]:
 class Walk:
     """One video's way through the encoder or decoder, a pass of a few frames at a time.
 
-    `kept` holds what a causal convolution read last: [2, rows, W, C] of each of its slabs, halo included. The frames
-    in flight are an attribute, so that a layer can free what it has read.
+    Activations lie in `room`: those in flight at `end`, a block's others at the other one.
     """
 
-    def __init__(self, vae: AutoencoderKLCogVideoX):
+    def __init__(self, vae: AutoencoderKLCogVideoX, room: Room, kept: KeptFrames):
         self.steps = steps_for(vae)
         self.num_groups = vae.config.norm_num_groups
-        self.kept = {}
+        self.room, self.end = room, 0
+        self.kept = kept
         self.is_last = False
-        self.frames: Frames | None = None
 
     def encode(self, encoder, pixels: torch.Tensor) -> torch.Tensor:
-        self.frames = self.convolve(encoder.conv_in, pixels)
+        frames = self.place(pixels, encoder.conv_in.conv.out_channels, self.end)
+        frames = self.convolve(encoder.conv_in, pixels, frames)
         for block in encoder.down_blocks:
-            self.resnets(block)
+            frames = self.resnets(block, frames)
             for layer in block.downsamplers or []:
-                self.frames = self.downsample(layer)
-        self.resnets(encoder.mid_block)
-        return self.finish(encoder)
+                frames = self.downsample(layer, frames.values)
+        return self.finish(encoder, self.resnets(encoder.mid_block, frames))
 
     def decode(self, decoder, latents: torch.Tensor) -> torch.Tensor:
-        self.frames = self.convolve(decoder.conv_in, latents)
-        self.resnets(decoder.mid_block, latents)
+        frames = self.place(latents, decoder.conv_in.conv.out_channels, self.end)
+        frames = self.resnets(decoder.mid_block, self.convolve(decoder.conv_in, latents, frames), latents)
         for block in decoder.up_blocks:
-            self.resnets(block, latents)
+            frames = self.resnets(block, frames, latents)
             for layer in block.upsamplers or []:
-                self.frames = self.upsample(layer)
-        return self.finish(decoder, latents)
+                frames = self.upsample(layer, frames.values)
+        return self.finish(decoder, frames, latents)
 
-    def resnets(self, block, latents: torch.Tensor | None = None) -> None:
+    def resnets(self, block, frames: Frames, latents: torch.Tensor | None = None) -> Frames:
         for resnet in block.resnets:
-            inputs = self.take()
-            hidden = self.convolve(resnet.conv1, inputs.values, self.affine(resnet.norm1, inputs, latents))
-            inputs = shortcut(resnet, inputs.values)
+            hidden = self.place(frames.values, resnet.out_channels, 1 - self.end)
+            hidden = self.convolve(resnet.conv1, frames.values, hidden, self.affine(resnet.norm1, frames, latents))
+            inputs = self.shortcut(resnet, frames.values)
             affine = self.affine(resnet.norm2, hidden, latents)
-            self.frames = self.convolve(resnet.conv2, hidden.values, affine, onto=inputs)
-
-    def finish(self, coder, latents: torch.Tensor | None = None) -> torch.Tensor:
-        frames = self.take()
-        affine = self.affine(coder.norm_out, frames, latents)
-        return self.convolve(coder.conv_out, frames.values, affine, num_groups=0).values
-
-    def take(self) -> Frames:
-        """The frames in flight, which nobody else holds any longer."""
-        frames, self.frames = self.frames, None
+            frames = self.convolve(resnet.conv2, hidden.values, inputs, affine, adds=True)
         return frames
+
+    def finish(self, coder, frames: Frames, latents: torch.Tensor | None = None) -> torch.Tensor:
+        affine = self.affine(coder.norm_out, frames, latents)
+        out = frames.values.new_empty(*frames.values.shape[:3], coder.conv_out.conv.out_channels)
+        return self.convolve(coder.conv_out, frames.values, out, affine, num_groups=0).values
+
+    def place(self, values: torch.Tensor, channels: int, end: int) -> torch.Tensor:
+        """Room at `end` for as many frames of the same size."""
+        return self.room.place((*values.shape[:3], channels), end)
 
     def affine(self, norm: nn.Module, frames: Frames, latents: torch.Tensor | None) -> Affine:
         group_norm = norm if latents is None else norm.norm_layer
@@ -151,63 +181,83 @@ class Walk:
         # Pointwise, so that the nearest upsampling to the frames' size may come after it: the same numbers
         return Affine(scale, shift, pointwise(norm.conv_y.conv, latents), pointwise(norm.conv_b.conv, latents))
 
+    def shortcut(self, resnet, values: torch.Tensor) -> torch.Tensor:
+        """A block's inputs with as many channels as its output, in their own place."""
+        if resnet.in_channels == resnet.out_channels:
+            return values
+        out = self.place(values, resnet.out_channels, self.end)
+        # Frame by frame away from the room's end where they grow, towards it where they shrink: none is overwritten
+        # that is still to be read
+        grows = resnet.out_channels > resnet.in_channels
+        order = range(len(values)) if grows == (self.end == 1) else reversed(range(len(values)))
+        for frame in order:
+            out[frame] = pointwise(resnet.conv_shortcut, values[frame])
+        return out
+
     def convolve(
-        self, layer, values: torch.Tensor, affine=None, onto: torch.Tensor | None = None, num_groups: int | None = None
+        self, layer, values: torch.Tensor, out: torch.Tensor, affine=None, adds=False, num_groups: int | None = None
     ) -> Frames:
-        """The causal convolution `layer` over SiLU(`affine`(values)), or values as they are; added to `onto` in place."""
-        conv, (num_frames, height, width, channels) = layer.conv, values.shape
+        """The causal convolution `layer` over SiLU(`affine`(values)) or over values as they are, into `out`; with `adds`
+        added to what is there. `num_groups` 0: no norm comes next.
+        """
         num_groups = self.num_groups if num_groups is None else num_groups
-        weight = conv.weight.contiguous(memory_format=torch.channels_last_3d)
-        out = values.new_empty(num_frames, height, width, conv.out_channels) if onto is None else onto
+        weight = layer.conv.weight.contiguous(memory_format=torch.channels_last_3d)
         moments = []
-        for top, bottom in slabs_of(height, width, max(channels, conv.out_channels)):
-            slab = values.new_empty(2 + num_frames, bottom - top + 2, width, channels)
-            older, kept = self.kept.pop((layer, top), None), None
-            if not self.is_last:
-                kept = self.kept[layer, top] = values.new_empty(2, *slab.shape[1:])
-            self.steps.fill(slab, values, top - 1, affine, older, kept)
+        for top, bottom in slabs_of(*values.shape[1:3], max(values.shape[3], out.shape[3])):
+            slab = self.causal_slab(layer, values, top, bottom, affine)
             part = F.conv3d(slab.permute(3, 0, 1, 2)[None], weight, padding=(0, 0, 1))[0].permute(1, 2, 3, 0)
-            moments.append(self.steps.store(part, conv.bias, out, top, onto is not None, num_groups))
+            moments.append(self.steps.store(part, layer.conv.bias, out, top, adds, num_groups))
+            del part  # before the next one comes
         return Frames(out, moments)
 
-    def downsample(self, layer) -> Frames:
+    def causal_slab(self, layer, values: torch.Tensor, top: int, bottom: int, affine: Affine | None) -> torch.Tensor:
+        """[2 + T, rows + 2, W, C]: what `layer` reads for the rows from `top` to `bottom`."""
+        num_frames, _, width, channels = values.shape
+        slab = self.room.slab((2 + num_frames, bottom - top + 2, width, channels))
+        older, newer = self.kept.older((layer, top)), None
+        if not self.is_last:
+            newer = self.kept.newer((layer, top), (2, *slab.shape[1:]))
+        self.steps.fill(slab, values, top - 1, affine, older, newer)
+        if newer is not None:
+            self.kept.written((layer, top))
+        return slab
+
+    def downsample(self, layer, values: torch.Tensor) -> Frames:
         """Pairs of frames averaged where the layer halves time, then a convolution of stride 2 over rows and columns."""
-        values, halves_time = self.take().values, layer.compress_time
         num_frames, height, width, channels = values.shape
-        num_frames = (num_frames + 1) // 2 if halves_time else num_frames
-        out = values.new_empty(num_frames, height // 2, width // 2, channels)
+        num_frames = (num_frames + 1) // 2 if layer.compress_time else num_frames
+        out = self.room.place((num_frames, height // 2, width // 2, layer.conv.out_channels), 1 - self.end)
         weight = layer.conv.weight.contiguous(memory_format=torch.channels_last)
         moments = []
         for top, bottom in slabs_of(height // 2, width, 2 * channels):
-            slab = values.new_empty(num_frames, 2 * (bottom - top) + 1, width + 1, channels)
-            self.steps.fill_down(slab, values, 2 * top, halves_time)
+            slab = self.room.slab((num_frames, 2 * (bottom - top) + 1, width + 1, channels))
+            self.steps.fill_down(slab, values, 2 * top, layer.compress_time)
             part = F.conv2d(slab.permute(0, 3, 1, 2), weight, stride=2).permute(0, 2, 3, 1)
             moments.append(self.steps.store(part, layer.conv.bias, out, top, False, self.num_groups))
+            del part
+        self.end = 1 - self.end
         return Frames(out, moments)
 
-    def upsample(self, layer) -> Frames:
+    def upsample(self, layer, values: torch.Tensor) -> Frames:
         """Nearest upsampling, in time too but for a first frame alone, then a convolution over rows and columns."""
-        values, doubles_time = self.take().values, layer.compress_time
         num_frames, height, width, channels = values.shape
-        num_frames = 2 * num_frames - num_frames % 2 if doubles_time else num_frames
-        out = values.new_empty(num_frames, 2 * height, 2 * width, channels)
+        num_frames = 2 * num_frames - num_frames % 2 if layer.compress_time else num_frames
+        out = self.room.place((num_frames, 2 * height, 2 * width, layer.conv.out_channels), 1 - self.end)
         weight = layer.conv.weight.contiguous(memory_format=torch.channels_last)
         moments = []
         for top, bottom in slabs_of(2 * height, 2 * width, channels):
-            slab = values.new_empty(num_frames, bottom - top + 2, 2 * width, channels)
-            self.steps.fill_up(slab, values, top - 1, doubles_time)
+            slab = self.room.slab((num_frames, bottom - top + 2, 2 * width, channels))
+            self.steps.fill_up(slab, values, top - 1, layer.compress_time)
             part = F.conv2d(slab.permute(0, 3, 1, 2), weight, padding=(0, 1)).permute(0, 2, 3, 1)
             moments.append(self.steps.store(part, layer.conv.bias, out, top, False, self.num_groups))
+            del part
+        self.end = 1 - self.end
         return Frames(out, moments)
 
 
 def steps_for(vae: AutoencoderKLCogVideoX):
     """The module with what comes between the convolutions: Triton kernels on a GPU, else the same in plain torch."""
     return vae_kernels if vae_kernels.can_run(vae) else vae_plain
-
-
-def shortcut(resnet, values: torch.Tensor) -> torch.Tensor:
-    return values if resnet.in_channels == resnet.out_channels else pointwise(resnet.conv_shortcut, values)
 
 
 def pointwise(conv: nn.Conv3d, values: torch.Tensor) -> torch.Tensor:
