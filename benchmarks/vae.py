@@ -3,7 +3,8 @@
 
     python benchmarks/vae.py --sizes 49x480x720 81x768x1360 --error --profile 12
 
-Seconds are the median of --repeats calls after one to warm up; GiB are the peak of a call, weights included. --error
+Ways: the stock module, ours, and ours with all kept frames in host memory, as on a GPU without room for them (`host`).
+--cap leaves torch so many GiB of the GPU: ours then keeps on it what there is room for. Seconds are the median of --repeats calls after one to warm up; GiB are the peak of a call, weights included. --error
 compares a clip of 17x240x360 with the stock module in fp32: the norm of the difference over the norm of the result.
 """
 
@@ -21,7 +22,7 @@ from step_time import GIB, append_row, check_csv, package_versions, shown
 
 SIZES = ["49x480x720"]
 ERROR_SIZE = "17x240x360"
-STEPS, WAYS = ("encode", "decode"), ("stock", "ours")
+STEPS, WAYS = ("encode", "decode"), ("stock", "ours", "host")
 FIELDS = ["size", "step", "way", "seconds", "allocated_gib", "reserved_gib", "error"]
 FIELDS += ["card", *package_versions(), "command"]
 
@@ -36,13 +37,14 @@ def parse_args(argv):
     parser = console.Parser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", default=SIZES, help="FRAMESxHEIGHTxWIDTH each (default: %(default)s)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="default: both")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: both")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: all")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: %(default)s")
     parser.add_argument("--error", action="store_true", help="compare each way with the stock module in fp32")
     parser.add_argument(
         "--profile", type=int, default=0, metavar="N", help="the N longest kernels of our way, one call"
     )
+    parser.add_argument("--cap", type=float, metavar="GIB", help="of the GPU that torch may use; unset: all")
     parser.add_argument("--slab_values", type=int, help="of a frame's activations, in a slab; unset: the walk's own")
     parser.add_argument("--cudnn_benchmark", action="store_true", help="let cuDNN try its algorithms")
     parser.add_argument("--tiny", action="store_true", help="few channels: for a look without a GPU")
@@ -72,13 +74,17 @@ class Measure:
 
     def __init__(self, torch, args):
         from cogvideox import vae as walk
+        from cogvideox import vae_memory
 
-        self.torch, self.args, self.walk = torch, args, walk
+        self.torch, self.args, self.walk, self.memory = torch, args, walk, vae_memory
+        self.bytes_left = vae_memory.bytes_left
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
         self.vae = make_vae(torch, self.device, self.dtype, args.tiny)
         if args.slab_values:
             walk.SLAB_VALUES = args.slab_values
+        if args.cap and self.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(args.cap * GIB / torch.cuda.mem_get_info()[1])
         torch.backends.cudnn.benchmark = args.cudnn_benchmark
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -93,8 +99,9 @@ class Measure:
         return (values.clamp(-1, 1) if step == "encode" else values).to(dtype or self.dtype)
 
     def call(self, step, way, inputs):
+        self.memory.bytes_left = self.bytes_left if way == "ours" else lambda device: 0
         with self.torch.no_grad():
-            if way == "ours":
+            if way != "stock":
                 return getattr(self.walk, step)(self.vae, inputs)
             result = getattr(self.vae, step)(inputs)
             return result.latent_dist.parameters if step == "encode" else result.sample
@@ -136,6 +143,8 @@ class Measure:
         for way in self.args.ways:
             if not self.torch.equal(results[way], again[way]):
                 print(f"{step}, {way}: two calls differ in their bits", flush=True)
+        if {"ours", "host"} <= set(results) and not self.torch.equal(results["ours"], results["host"]):
+            print(f"{step}: frames kept on the host change bits", flush=True)
         self.vae.float()
         exact = self.call(step, "stock", self.inputs(step, size, self.dtype).float())
         self.vae.to(self.dtype)
@@ -174,8 +183,9 @@ def main():
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     measure = Measure(torch, args)
+    capped = f", {args.cap} GiB of it" if args.cap else ""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{card}, {args.dtype}, slabs of {measure.walk.SLAB_VALUES} values a frame", flush=True)
+    print(f"{card}{capped}, {args.dtype}, slabs of {measure.walk.SLAB_VALUES} values a frame", flush=True)
     errors = {step: measure.errors(step) if args.error else {} for step in args.steps}
     for step, ways in errors.items():
         if ways:

@@ -88,36 +88,37 @@ TILES = ["--enable_slicing", "--enable_tiling"]
 OFFLOAD = ["--enable_model_cpu_offload"]
 
 
-def train_in_small_pieces(train, monkeypatch, *flags):
+def train_by_single_samples(train, monkeypatch, *flags):
     """Without a level, its videos rendered as at `offload` and `stream`."""
     render = render_module.render_jobs
 
-    def in_small_pieces(args, pipe, *rest):
-        with render_module.in_small_pieces(pipe, render_module.SMALL):
+    def one_by_one(args, pipe, *rest):
+        with render_module.one_sample_at_a_time(pipe.transformer):
             return render(args, pipe, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(render_module, "render_jobs", in_small_pieces)
-        return train("small", *flags)
+        patched.setattr(render_module, "render_jobs", one_by_one)
+        return train("single", *flags)
 
 
 def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, monkeypatch, caplog):
-    """Balanced renders as the flags say, the levels that keep weights or activations on the host in small pieces."""
+    """Balanced renders both samples of guidance at once, the levels that keep things on the host one by one."""
     caplog.set_level(logging.INFO)
     vaes, load = [], loading.load_vae
     monkeypatch.setattr(loading, "load_vae", lambda *given: vaes.append(load(*given)) or vaes[-1])
     flags = [*sampling(), "--max_train_steps", "2", "--validation_steps", "1"]
     plain = train("plain", *flags, *TILES)
-    assert "rendered in small pieces" not in caplog.text
-    small = train_in_small_pieces(train, monkeypatch, *flags)
+    said = "guidance's two samples are rendered one after the other"
+    assert said not in caplog.text
+    single = train_by_single_samples(train, monkeypatch, *flags)
     for level in LEVELS[:1] if script.key.endswith("sft") else LEVELS:
         more = TILES if level == "balanced" else OFFLOAD
         out = train(level, *flags, "--memory", level, *more)
         assert sampled(out) == {0: ["0_0"], 1: ["0_0"], 2: ["0_0"]}
-        same = plain if level == "balanced" else small
+        same = plain if level == "balanced" else single
         assert [video_bytes(out, step) == video_bytes(same, step) for step in (0, 1, 2)] == [True] * 3
         assert result_hash(out) == result_hash(plain)
-        assert f"at --memory {level} videos are rendered in small pieces" in caplog.text or level == "balanced"
+        assert f"at --memory {level} {said}" in caplog.text or level == "balanced"
         assert vaes[-1].use_tiling == vaes[-1].use_slicing == (level == "balanced")  # as before
 
 

@@ -1,11 +1,16 @@
 """The walk through the VAE's weights in slabs computes what the stock VAE does on whole frames."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from cogvideox import encoding, vae_memory
 from cogvideox import vae as vae_walk
-from cogvideox import vae_memory
+from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE, load_scheduler
+from cogvideox.loading import load_transformer, load_vae
+from cogvideox.pipeline import make_pipeline
 
 
 BLOCKS = 4
@@ -152,6 +157,69 @@ def test_kept_frames_on_the_host_change_no_bit(monkeypatch, device, share):
         assert all(torch.equal(*pair) for pair in zip(make_outputs(vae, device, dtype), exact, strict=True))
     kinds = {isinstance(layer, type(vae.encoder.conv_in)) for layer, _ in on_host}
     assert kinds == {True} and (len(on_host) == len(vae_memory.PAGES[vae]) > 30)
+
+
+# ---------------------------------------------------------------- where it is used
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """A device on which the walk is used."""
+    monkeypatch.setattr(vae_walk, "is_used_on", lambda device: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """Videos that went through our encoder and decoder, one by one."""
+    passed = []
+    for step in ("encode", "decode"):
+        stock = getattr(vae_walk.Walk, step)
+        monkeypatch.setattr(
+            vae_walk.Walk, step, lambda walk, *inputs, stock=stock: (passed.append(walk), stock(walk, *inputs))[1]
+        )
+    return passed
+
+
+@torch.no_grad()
+def test_videos_and_first_frames_are_encoded_as_by_the_stock_module(device, walks):
+    vae = make_vae().to(device)
+    generator = torch.Generator().manual_seed(3)
+    pixels = (torch.rand(2, 9, 3, 32, 48, generator=generator) * 2 - 1).to(device)
+    stock = vae.encode(pixels.permute(0, 2, 1, 3, 4)).latent_dist.parameters
+    assert error(encoding.encode_videos(vae, pixels), stock) < 1e-5
+    noise = torch.randn(3, 3, 32, 48, generator=generator).to(device)
+    log_sigma = torch.tensor([-3.0, -2.0, -1.0], device=device)
+    frames = pixels[0, :1].expand(3, -1, -1, -1)
+    noisy = frames + noise * log_sigma.exp().view(-1, 1, 1, 1)
+    variants = encoding.encode_images(vae, frames, noise, log_sigma)
+    assert error(variants, vae.encode(noisy[:, :, None]).latent_dist.parameters) < 1e-5
+    for k, variant in enumerate(variants):  # to the bit: a folder does not depend on how many are drawn
+        alone = encoding.encode_images(vae, frames[k : k + 1], noise[k : k + 1], log_sigma[k : k + 1])
+        assert torch.equal(alone[0], variant)
+    assert len(walks) == 2 + 3 + 3  # 9 frames are one pass
+
+
+@pytest.mark.parametrize("kind", ["5b", "1.5-5b-i2v"])
+@torch.no_grad()
+def test_a_pipeline_decodes_as_the_stock_one(kind, tiny, device, walks):
+    folder = tiny(kind)
+    vae, transformer = load_vae(folder, torch.float32).to(device), load_transformer(folder, torch.float32).to(device)
+    model = TEXT_TO_VIDEO_PIPELINE if kind == "5b" else IMAGE_TO_VIDEO_PIPELINE
+    pipe = make_pipeline(SimpleNamespace(pipeline_class=model), vae, load_scheduler(folder), "pipeline", transformer)
+    latents = torch.randn(1, 3, vae.config.latent_channels, 4, 6, device=device)
+    stock = type(pipe).decode_latents(pipe, latents)
+    assert not walks
+    assert error(pipe.decode_latents(latents), stock) < 1e-5 and walks
+
+
+def test_tiles_are_the_stock_modules(device, walks):
+    vae = make_vae(sample_height=128, sample_width=128).to(device)
+    vae.enable_tiling()
+    pixels = torch.rand(1, 1, 3, 128, 128, device=device) * 2 - 1
+    encoding.encode_videos(vae, pixels)
+    assert not walks
 
 
 def relative(result, exact):

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLCogVideoX, training_utils
 
 from base.bars import tracked
 from base.levels import HOST_LEVELS
+from cogvideox import vae as vae_walk
 from cogvideox.loading import load_text_encoder
 from memory.host import free_on_gpu
 from memory.weights import stream_weights
@@ -32,8 +33,13 @@ def encode_prompts(tokenizer, text_encoder, prompts: list[str], max_length: int 
 
 @torch.no_grad()
 def encode_videos(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
-    """Moments [B, 2C, F, H, W] (mean and log-variance) of pixels [B, F', 3, h, w] in [-1, 1]."""
+    """Moments [B, 2C, F, H, W] (mean and log-variance) of pixels [B, F', 3, h, w] in [-1, 1].
+
+    On a GPU in less time and memory than the stock module, which is used on a CPU and for tiles.
+    """
     pixels_BCFhw = pixels.to(vae.device, vae.dtype).permute(0, 2, 1, 3, 4)
+    if vae_walk.is_used_on(vae.device):
+        return vae_walk.encode(vae, pixels_BCFhw)
     return vae.encode(pixels_BCFhw).latent_dist.parameters
 
 
@@ -47,7 +53,7 @@ def encode_images(
     (sat/diffusion_video.py of zai-org/CogVideo).
     """
     noisy_images = images + noise * log_sigma.exp().view(-1, 1, 1, 1)
-    # One by one, as the pipelines do: a batch rounds differently (6e-6 in fp32)
+    # One by one, as the pipelines do: a batch rounds differently (6e-6 in fp32), and keeps no GPU busier
     return torch.cat([encode_videos(vae, image[None, None]) for image in noisy_images])
 
 

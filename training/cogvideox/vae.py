@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from cogvideox import vae_kernels, vae_plain
@@ -40,6 +41,7 @@ class Affine(NamedTuple):
     offset: torch.Tensor | None = None
 
 
+@apply_forward_hook  # as of the stock methods: a pipeline that offloads moves the VAE to the GPU now
 @torch.no_grad()
 def encode(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
     """Moments [B, 2C, F, H, W] of pixels [B, 3, F', h, w] in [-1, 1]: what `vae.encode` computes on whole frames."""
@@ -48,6 +50,7 @@ def encode(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([encode_one(vae, sample) for sample in pixels.split(1)])
 
 
+@apply_forward_hook
 @torch.no_grad()
 def decode(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> torch.Tensor:
     """Pixels [B, 3, F', h, w] of latents [B, C, F, H, W]: what `vae.decode` computes on whole frames."""
@@ -60,6 +63,11 @@ def decode(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> torch.Tensor:
     for sample, target in zip(latents.split(1), pixels, strict=True):
         decode_one(vae, sample, batches, sizes, target)
     return pixels
+
+
+def is_used_on(device: torch.device) -> bool:
+    """True for GPUs. On a CPU the stock module does, and what it has written there stays the same to the byte."""
+    return device.type == "cuda"
 
 
 def can_walk(vae: AutoencoderKLCogVideoX) -> bool:

@@ -29,11 +29,6 @@ from engine.objective import draw_generator
 
 logger = logging.getLogger(__name__)
 
-# Of small tiles: side, of diffusers' tiles; overlap; and pixels of five latents, so that a fifth is whole ones, as
-# diffusers' blending needs
-SMALL, SMALLEST = 2 / 3, 1 / 2
-TILE_OVERLAP, TILE_STEP = 1 / 5, 40
-
 
 @dataclass
 class Samples:
@@ -73,18 +68,17 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     sage = args.validation_attention == "sage"
     offload, device = args.enable_model_cpu_offload, run.device
     if is_thrifty:
-        logger.info("at --memory %s videos are rendered in small pieces", engine.level)
-    tiles = SMALLEST if is_thrifty else SMALL  # of the second attempt
+        logger.info("at --memory %s guidance's two samples are rendered one after the other", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
-            with in_small_pieces(pipe, SMALL) if is_thrifty else contextlib.nullcontext():
+            with one_sample_at_a_time(pipe.transformer) if is_thrifty else contextlib.nullcontext():
                 render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
             return
         except torch.cuda.OutOfMemoryError as error:
             logger.warning(
-                "validation: %s; tried again in small pieces, with one model at a time on the GPU", named_line(error)
+                "validation: %s; tried again with one sample and one model at a time on the GPU", named_line(error)
             )
-        with in_small_pieces(pipe, tiles):
+        with one_sample_at_a_time(pipe.transformer):
             offload = offload or device.type == "cuda"
             render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
 
@@ -102,20 +96,13 @@ def render_jobs(
 
 
 @contextlib.contextmanager
-def in_small_pieces(pipe, tiles: float):
-    """Guidance's two samples pass through the transformer one by one, and the VAE works on SMALL or SMALLEST tiles."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    with one_sample_at_a_time(pipe.transformer), in_small_tiles(pipe.vae, tiles):
-        yield
-
-
-@contextlib.contextmanager
 def one_sample_at_a_time(transformer):
     """A transformer that takes the batch of a pipeline's call in parts: a block's activations are of one sample.
 
     `ofs` and RoPE are the same for all. Streamed weights pass once for each sample.
     """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     forward, own = transformer.forward, vars(transformer).get("forward")
 
     def forward_each(hidden_states, encoder_hidden_states, timestep, return_dict=False, **shared):
@@ -131,26 +118,6 @@ def one_sample_at_a_time(transformer):
         del transformer.forward
         if own is not None:
             transformer.forward = own
-
-
-@contextlib.contextmanager
-def in_small_tiles(vae, tiles: float):
-    """A VAE that works on small tiles, as it was again afterwards: training may encode with it.
-
-    SMALL are 160x240 for 480x720, less than half of the memory of diffusers' tiles, SMALLEST 120x160, a quarter. Group
-    norms are of a tile, so that brightness may differ between tiles.
-    """
-    names = [name for name in vars(vae) if name.startswith("tile_") or name in ("use_slicing", "use_tiling")]
-    before = {name: getattr(vae, name) for name in names}
-    sides = (vae.tile_sample_min_height, vae.tile_sample_min_width)
-    height, width = (max(TILE_STEP, int(side * tiles) // TILE_STEP * TILE_STEP) for side in sides)
-    vae.enable_slicing()
-    vae.enable_tiling(height, width, TILE_OVERLAP, TILE_OVERLAP)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(vae, name, value)
 
 
 def render_one(args, pipe, samples: Samples, device: torch.device, number: int, video: int) -> np.ndarray:
