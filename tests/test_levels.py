@@ -102,13 +102,13 @@ def train_by_single_samples(train, monkeypatch, *flags):
 
 
 def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, monkeypatch, caplog):
-    """Balanced renders both samples of guidance at once, the levels that keep things on the host one by one."""
+    """Balanced denoises both samples of guidance at once, the levels that keep things on the host one by one."""
     caplog.set_level(logging.INFO)
     vaes, load = [], loading.load_vae
     monkeypatch.setattr(loading, "load_vae", lambda *given: vaes.append(load(*given)) or vaes[-1])
     flags = [*sampling(), "--max_train_steps", "2", "--validation_steps", "1"]
     plain = train("plain", *flags, *TILES)
-    said = "guidance's two samples are rendered one after the other"
+    said = "guidance's two samples are denoised one after the other"
     assert said not in caplog.text
     single = train_by_single_samples(train, monkeypatch, *flags)
     for level in LEVELS[:1] if script.key.endswith("sft") else LEVELS:

@@ -30,7 +30,6 @@ GIB = 2**30
 MODEL_DISK = 20e9  # bytes for a model, T5-XXL included
 HOST_MEMORY = 32  # GiB: T5-XXL in fp32 takes 18 during data preparation
 SMALLEST_GPU = 4  # GiB: a LoRA of 2b with --memory stream, the minimum in the README's table, plus the CUDA context
-PREPARING = 10  # GiB for preparing data without slicing and tiling
 WITHOUT_TOOLKIT = "0.19.8"  # the first DeepSpeed that can compile its CPU optimizer on a GPU machine without nvcc
 # {major CUDA version of the driver: PyTorch's build}; any driver of that major version runs it
 TORCH_BUILDS = {12: "cu126", 13: "cu130"}
@@ -259,8 +258,6 @@ def check_gpu(index: int, gpu: Gpu) -> Finding:
             "WARN",
             f"{text}; a LoRA of CogVideoX-2b at full size takes {SMALLEST_GPU} GiB, without validation: smaller buckets",
         )
-    if gpu.memory < PREPARING:
-        text += "; prepare data with --use_slicing --use_tiling"
     return Finding("OK", text)
 
 

@@ -36,12 +36,19 @@ RENDERING = 1.0 * GIB  # on the host: the VAE and the videos
 T5_XXL, T5_STREAMED = 8.96 * GIB, 1.4 * GIB  # on the GPU
 T5_HOST = 16.0 * GIB  # on the host: a copy, and the page cache of its file, which the system can reclaim
 DENOISING = 13.8  # u per sample: a block without gradients. Guidance doubles the batch, or takes two passes
-# The VAE at work on one video, 8 frames at a time: whole frames of 480x720, or tiles
+# The VAE at work on one video, a pass of 8 or 9 frames at a time (cogvideox/vae.py). Values per pixel of a frame: a
+# pass's activations, and the frames kept for the next pass, on the GPU where there is room and else on the host
 VAE = 0.4 * GIB
-DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB
-VIDEO = 3.6 * 3  # values per pixel: overlapping tiles, rows of tiles and the video, 3 channels each
-ENCODING, ENCODING_TILED = 8.2 * GIB, 2.3 * GIB  # the second is not measured: scaled like decoding above
-# Fragmentation meanwhile: with ample memory; in small pieces with ample memory; minimum at `offload` and `stream`
+ENCODING, ENCODING_KEPT = 9 * 2 * 128, 2 * 1340
+DECODING, DECODING_KEPT = 9 * (256 + 128), 2 * 2085
+SLABS = 0.5 * GIB
+# What --enable_tiling asks for: diffusers' tiles
+ENCODING_TILED, DECODING_TILED = 2.3 * GIB, 3.45 * GIB  # the first is not measured
+VIDEO, VIDEO_TILED = (
+    3,
+    3.6 * 3,
+)  # values per pixel of the clip: 3 channels; in tiles with their overlaps, in rows, whole
+# Fragmentation meanwhile: with ample memory; with guidance's samples one by one and ample memory; then at least
 CODING_UNUSED, SMALL_UNUSED, SMALL_UNUSED_AT_LEAST = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
 EXPANDABLE_CODING_UNUSED = 0.55  # factor on these with expandable segments
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # per weight; None: the compute dtype's size
@@ -70,7 +77,6 @@ class Workload(NamedTuple):
     pixels: int  # of all frames of the largest clip
     raw: bool  # videos are encoded during training
     renders: bool  # validation renders videos
-    sliced: bool
     tiled: bool
     offloads_models: bool  # the transformer leaves the GPU while the VAE runs
     expandable: bool  # expandable segments, memory/allocator.py
@@ -108,7 +114,7 @@ def need(run: Workload, level: str, roomy: bool = False) -> Need:
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused_bytes(run, eager)
-    thrifty = level in HOST_LEVELS  # streams T5, and renders videos in small pieces
+    thrifty = level in HOST_LEVELS  # streams T5, and renders guidance's samples one by one
     returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # the slots stay allocated
     coding = coding_bytes(run, resident + returning, roomy, thrifty)
     if coding:
@@ -164,21 +170,31 @@ def weights_on_gpu(run: Workload, level: str) -> float:
 
 def coding_bytes(run: Workload, resident: float, roomy: bool, thrifty: bool) -> float:
     """GPU memory while the VAE encodes or decodes, 0 if it never does. If memory is short, it decodes alone."""
-    scale = run.area / (480 * 720)
     coding = 0
     if run.renders:
-        whole = DECODING if run.tiled else scale * DECODING_UNTILED
         vae, alone = (0 if run.raw else VAE), run.offloads_models or not (roomy or thrifty)
-        in_pieces = thrifty or not roomy
-        at_once = (1 if in_pieces else 2) * unit_bytes(run) / run.shape[0]
+        at_once = (1 if thrifty or not roomy else 2) * unit_bytes(run) / run.shape[0]
         denoising = resident + DENOISING * at_once + (0 if alone else vae)
-        decoding = (DECODING_SMALL if in_pieces else whole) + VIDEO * run.item_bytes * run.pixels
-        decoding += VAE if alone else resident + vae
+        decoding = decoding_bytes(run, roomy, thrifty) + (VAE if alone else resident + vae)
         coding = max(denoising, decoding)
     if run.raw:
-        batch = 1 if run.sliced else run.shape[0]
-        coding = max(coding, resident + batch * (ENCODING_TILED if run.tiled else scale * ENCODING))
+        coding = max(coding, resident + encoding_bytes(run, roomy))
     return coding
+
+
+def decoding_bytes(run: Workload, roomy: bool, thrifty: bool) -> float:
+    """Without the VAE's weights."""
+    if run.tiled:
+        return DECODING_TILED + VIDEO_TILED * run.item_bytes * run.pixels
+    values = DECODING + (DECODING_KEPT if roomy else 0)
+    return SLABS + run.item_bytes * (values * run.area + VIDEO * run.pixels)
+
+
+def encoding_bytes(run: Workload, roomy: bool) -> float:
+    """Clips of a batch one by one; in tiles together."""
+    if run.tiled:
+        return run.shape[0] * ENCODING_TILED
+    return SLABS + run.item_bytes * run.area * (ENCODING + (ENCODING_KEPT if roomy else 0))
 
 
 def coding_unused(run: Workload, roomy: bool, thrifty: bool) -> float:
@@ -211,6 +227,8 @@ def host_peak(run: Workload, level: str, roomy: bool) -> float:
         peak = max(peak, loaded + travelling + saving + run.num_trained * run.host_optimizer)
     if run.renders:
         peak += RENDERING
+    if (run.renders or run.raw) and not (run.tiled or roomy):
+        peak += run.item_bytes * run.area * (DECODING_KEPT if run.renders else ENCODING_KEPT)
     total = shared + run.num_processes * (HOST_BASE + peak)
     if run.raw or run.renders:  # T5 is freed before the transformer is loaded
         total = max(total, run.num_processes * (HOST_BASE + LOADING + text_encoder_on_host(run, level, roomy)))

@@ -125,7 +125,6 @@ def workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype, is_l
         pixels=max(frames * height * width for frames, height, width in buckets),
         raw=not args.load_tensors,
         renders=args.validation_prompt is not None,
-        sliced=args.enable_slicing,
         tiled=args.enable_tiling,
         offloads_models=args.enable_model_cpu_offload,
         expandable=uses_expandable_segments(),

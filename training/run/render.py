@@ -68,7 +68,7 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     sage = args.validation_attention == "sage"
     offload, device = args.enable_model_cpu_offload, run.device
     if is_thrifty:
-        logger.info("at --memory %s guidance's two samples are rendered one after the other", engine.level)
+        logger.info("at --memory %s guidance's two samples are denoised one after the other", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
             with one_sample_at_a_time(pipe.transformer) if is_thrifty else contextlib.nullcontext():
