@@ -229,7 +229,7 @@ def rows_in(path):
         return [row for row in csv.DictReader(file) if row["exit_code"] == "0"]
 
 
-def said(measured):
+def describe_row(measured):
     figures = f"{measured['allocated_gib']:.2f} GiB allocated, {measured['reserved_gib']:.2f} reserved"
     speed = f"{measured['median_s']} s/step ({measured['p10_s']} to {measured['p90_s']})"
     share = f", MFU {measured['mfu']:.1%}" if measured["mfu"] else ""
@@ -270,7 +270,7 @@ def main():
             print(f"{row.label}: in {args.csv} already")
             continue
         try:
-            print(f"{row.label}: {said(measure(row, args, card))}", flush=True)
+            print(f"{row.label}: {describe_row(measure(row, args, card))}", flush=True)
         except RowError as error:
             failed += 1
             print(f"{row.label}: FAILED, {error}", flush=True)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
 from bench import rows_in
-from memory_rows import MOMENTS, ORIGINAL_OPTIMIZERS, side_by_side
+from memory_rows import ORIGINAL_OPTIMIZERS, STAGES, side_by_side
 from step_time import ROOT
 
 
@@ -51,10 +51,10 @@ def lines_of(groups):
     return [line for group, pairs in groups.items() for line in ((group, None), *((name_of(p[0]), p) for p in pairs))]
 
 
-def bars_of(pairs, moment):
+def bars_of(pairs, stage):
     """(the original's values, ours) in GiB, row by row."""
-    originals = [float(original[f"memory_{moment}"]) for original, _ in pairs]
-    return originals, [float(ours[f"{moment}_peak_reserved_gib"]) for _, ours in pairs]
+    originals = [float(original[f"memory_{stage}"]) for original, _ in pairs]
+    return originals, [float(ours[f"{stage}_peak_reserved_gib"]) for _, ours in pairs]
 
 
 def levels_of(pairs):
@@ -66,15 +66,15 @@ def levels_of(pairs):
     return ", ".join(f"{' or '.join(sorted(levels[kind]))} {words[kind]}" for kind in words if kind in levels)
 
 
-def draw_panel(axes, lines, moment):
+def draw_panel(axes, lines, stage):
     """Draw one column of the original's table: a pair of bars per row, a gap at each group heading."""
     places = [place for place, (_, pair) in enumerate(lines) if pair]
     pairs = [pair for _, pair in lines if pair]
-    for side, (who, values) in enumerate(zip(COLOURS, bars_of(pairs, moment), strict=True)):
+    for side, (who, values) in enumerate(zip(COLOURS, bars_of(pairs, stage), strict=True)):
         offsets = [place + (side - 0.5) * BAR for place in places]
         bars = axes.barh(offsets, values, BAR, color=COLOURS[who])
         axes.bar_label(bars, fmt="%.1f", fontsize=FONT, padding=2)
-    axes.set_title(moment.replace("_", " "), fontsize=FONT + 1)
+    axes.set_title(stage.replace("_", " "), fontsize=FONT + 1)
     axes.set_xlabel("GiB", fontsize=FONT)
     axes.tick_params(axis="x", labelsize=FONT)
     axes.tick_params(axis="y", length=0)
@@ -88,12 +88,12 @@ def draw(model, pairs, path):
     lines = lines_of(grouped(pairs))
     size = INCHES["width"], INCHES["around"] + INCHES["row"] * len(lines)
     figure = Figure(figsize=size, layout="constrained", dpi=150)
-    panels = figure.subplots(1, len(MOMENTS), sharex=True, sharey=True)
-    for axes, moment in zip(panels, MOMENTS, strict=True):
-        draw_panel(axes, lines, moment)
+    panels = figure.subplots(1, len(STAGES), sharex=True, sharey=True)
+    for axes, stage in zip(panels, STAGES, strict=True):
+        draw_panel(axes, lines, stage)
     panels[0].set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=FONT)
     panels[0].set_ylim(len(lines) - 0.4, -0.5)  # the first row on top; the panels share both axes
-    panels[0].set_xlim(0, 1.3 * max(value for when in MOMENTS for side in bars_of(pairs, when) for value in side))
+    panels[0].set_xlim(0, 1.3 * max(value for when in STAGES for side in bars_of(pairs, when) for value in side))
     for text, (_, pair) in zip(panels[0].get_yticklabels(), lines, strict=True):
         text.set_fontweight("normal" if pair else "bold")
     cards = sorted({ours["card"].removeprefix("NVIDIA ").removesuffix(" HBM3") for _, ours in pairs})

@@ -36,7 +36,7 @@ import cogvideox_text_to_video_lora
 from args import parse_training_args
 from base.errors import UserError
 from base.flag_checks import BASE_PRECISIONS, MEMORY_LEVELS
-from cogvideox.config import Weights, load_vae_config, read_config
+from cogvideox.config import WeightFiles, load_vae_config, read_config
 from cogvideox.folder import resolve_model_dir, transformer_folder
 from cogvideox.loading import load_transformer
 from cogvideox.models import Model
@@ -64,7 +64,7 @@ class Task:
 
     def __init__(self, model_dir, device):
         folder = resolve_model_dir(model_dir, ["transformer", "scheduler", "vae/config.json"])
-        weights = Weights(transformer_folder(folder), None)
+        weights = WeightFiles(transformer_folder(folder), None)
         self.model = Model(folder, read_config(folder, "transformer"), load_vae_config(folder), weights)
         self.key = "i2v_lora" if self.model.image_to_video else "t2v_lora"
         self.device, self.alphas_cumprod = device, self.model.load_scheduler().alphas_cumprod.to(device)
@@ -91,7 +91,7 @@ class Task:
             noise = draw_normal(SEED, "noise", [place], inputs[0].shape[1:])
             timesteps = torch.tensor([int((place + 0.5) * num_timesteps / count)])
             samples.append([tensor.to(self.device) for tensor in (*inputs, noise, timesteps)])
-        self.shape = self.model.attention_shape(dataset.bucket_of, batch_size=1)
+        self.shape = self.model.attention_shape(dataset.clip_buckets, batch_size=1)
         return samples
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
 from bench import RowError, card_name, rows_in, run_logged
-from step_time import ROOT, append_row, check_csv, package_versions, shown
+from step_time import ROOT, append_row, check_csv, command_line, package_versions
 
 
 SCRIPTS = {"lora": "cogvideox_text_to_video_lora.py", "sft": "cogvideox_text_to_video_sft.py"}
@@ -57,10 +57,10 @@ ORIGINAL_OPTIMIZERS = {
 }
 ORIGINAL_ROWS = ROOT / "benchmarks/original_memory.csv"
 LEVELS = ("stream", "offload", "balanced")
-MOMENTS = ("before_training", "before_validation", "after_validation", "after_testing")
+STAGES = ("before_training", "before_validation", "after_validation", "after_testing")
 FIGURES = ("allocated_gib", "reserved_gib", "peak_allocated_gib", "peak_reserved_gib")
 FIELDS = ["label", "exit_code", "median_s", "loss_before", "loss_after", "total_s"]
-FIELDS += [f"{when}_{figure}" for when in MOMENTS for figure in FIGURES]
+FIELDS += [f"{when}_{figure}" for when in STAGES for figure in FIGURES]
 FIELDS += ["host_peak_gib", "card", "torch", "diffusers", "transformers", "accelerate", "peft", "command"]
 
 
@@ -153,7 +153,7 @@ def command_of(args, row, output_dir):
 
 
 def memory_figures(events, middle):
-    """MOMENTS x FIGURES from the memory events of a run that validated after `middle` updates.
+    """STAGES x FIGURES from the memory events of a run that validated after `middle` updates.
 
     Peaks cover everything before; those of the last moment cover only the test if the script resets its counters
     there, as the original did. Rendering with the untrained model, which the original did not do, is ignored.
@@ -165,7 +165,7 @@ def memory_figures(events, middle):
     seen = {when: events[: ends.get(when, 0)] for when in steps}
     seen["after_testing"] = [event for event in events if event["step"] > middle and event["when"].startswith("after")]
     figures = {}
-    for when in MOMENTS:
+    for when in STAGES:
         for figure in FIGURES:
             values = [event[figure] for event in seen[when] if figure in event]
             value = (max(values) if figure.startswith("peak") else values[-1]) if values else None
@@ -179,7 +179,7 @@ def row_of(row, args, command, total, output_dir):
     updates = [line["seconds"] for line in rows if "event" not in line]
     held_out = [line["loss"] for line in rows if line.get("event") == "held_out_loss"]
     memory = [line for line in rows if line.get("event") == "memory"]
-    typed = shown(["python", *command[1:]])
+    typed = command_line(["python", *command[1:]])
     figures = {"label": row.label, "exit_code": 0, "total_s": round(total, 1), "command": typed}
     alone = args.jobs == 1  # concurrent runs share the GPU: no timing
     figures["median_s"] = round(statistics.median(updates[2:]), 4) if alone and len(updates) > 2 else None
@@ -206,7 +206,7 @@ def measure(args, row, card):
     shutil.rmtree(output_dir)  # gigabytes for full fine-tuning
     with WRITING:
         append_row(args.csv, figures, FIELDS)
-    peaks = [figures[f"{when}_peak_reserved_gib"] for when in MOMENTS]
+    peaks = [figures[f"{when}_peak_reserved_gib"] for when in STAGES]
     print(f"{row.label}: {figures['median_s']} s/step, peaks {peaks} GiB reserved, loss "
           f"{figures['loss_before']} -> {figures['loss_after']}", flush=True)  # fmt: skip
 

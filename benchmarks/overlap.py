@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
-from step_time import GIB, append_row, check_csv, package_versions, parse_before_script, run_script, shown
+from step_time import GIB, append_row, check_csv, command_line, package_versions, parse_before_script, run_script
 
 
 FIELDS = ["updates", "median_s", "waiting", "largest_waiting", "reserved_gib", "largest_reserved_gib", "grown_mib"]
@@ -85,7 +85,7 @@ def figures(durations, waited, reserved, warmup):
     }
 
 
-def said(row):
+def describe_row(row):
     """The row as two readable lines."""
     return (
         f"{row['updates']} updates of {row['median_s']} s: {row['waiting']:.2%} of the time waits for copies "
@@ -113,17 +113,17 @@ def main():
 
     if not torch.cuda.is_available():
         sys.exit("needs a GPU: on a CPU copies are done at once")
-    from memory import activations, weights
+    from memory import activations, streaming
 
     clock = CopyClock(torch)
-    clock.install(activations, weights)
+    clock.install(activations, streaming)
     exit_code = run_script(args.command)
     clock.read()
     if exit_code == 0 and len(clock.ends) > args.warmup + 1:
         row = figures(clock.durations(), clock.waited, clock.reserved, args.warmup)
-        print(said(row), flush=True)
+        print(describe_row(row), flush=True)
         if args.csv:
-            about = {"card": torch.cuda.get_device_name(), **package_versions(), "command": shown(args.command)}
+            about = {"card": torch.cuda.get_device_name(), **package_versions(), "command": command_line(args.command)}
             append_row(args.csv, row | about, FIELDS)
     sys.exit(exit_code)
 

@@ -67,7 +67,7 @@ CLIP = {
 }
 NOISE_LEVELS = (100, 300, 500, 700, 900)  # timesteps of 1000
 # Relative differences of inputs. bf16 rounds to 0.004. The image is noised in training, so only its scale is compared.
-MOST_DIFFERENCE = {
+MAX_DIFFERENCES = {
     "prompt embeddings": 0.03,
     "shape of the latents": 0,
     "rotary positions": 0.03,
@@ -264,7 +264,7 @@ def main(argv=None) -> int:
     text = report(args, size, dtype, inputs, numbers, time.monotonic() - started)
     (args.out / "report.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\n{args.out / 'report.md'}")
-    problems = [f"{name} differ" for name, value in inputs.items() if value > MOST_DIFFERENCE[name]]
+    problems = [f"{name} differ" for name, value in inputs.items() if value > MAX_DIFFERENCES[name]]
     if numbers["loss with the LoRA"] >= numbers["loss without the LoRA"]:
         problems.append("the LoRA did not learn the clip")
     for problem in problems:

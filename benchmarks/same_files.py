@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
 from bench import MODELS, RowError, card_name, make_once, parse_row, run_logged, script_of
-from step_time import ROOT, append_row, check_csv, package_versions, shown
+from step_time import ROOT, append_row, check_csv, command_line, package_versions
 
 
 LEVELS = ("balanced", "offload", "stream")
@@ -71,7 +71,7 @@ def train(run, args, card):
     command = command_of(run, args, f"runs/{name}")
     run_logged(command, log_path, cwd=args.work)
     digest = hashlib.sha256((output_dir / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
-    typed = shown(["python", *command[1:]])
+    typed = command_line(["python", *command[1:]])
     append_row(args.csv, run | {"sha256": digest, "card": card, **package_versions(), "command": typed}, FIELDS)
     shutil.rmtree(output_dir)
 

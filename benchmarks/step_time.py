@@ -146,7 +146,7 @@ def package_versions():
     return versions
 
 
-def shown(command):
+def command_line(command):
     """The command line without machine-specific paths, prefixed with torch's allocator variables if set."""
     told = [f"{name}={shlex.quote(os.environ[name])}" for name in ALLOCATOR_VARIABLES if name in os.environ]
     return " ".join([*told, shlex.join(map(str, command))]).replace(f"{ROOT}/", "")
@@ -183,7 +183,7 @@ def summarise(clock, args, exit_code):
         "python": platform.python_version(),
         **package_versions(),
         "cuda": clock.torch.version.cuda,
-        "command": shown(args.command),
+        "command": command_line(args.command),
     }
     return {field: row[field] for field in FIELDS}
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
 from bench import LEVELS, MODELS, parse_row, rows_in
-from memory_rows import MOMENTS, ORIGINAL_OPTIMIZERS, ORIGINAL_ROWS, side_by_side
+from memory_rows import ORIGINAL_OPTIMIZERS, ORIGINAL_ROWS, STAGES, side_by_side
 from step_time import PACKAGES, ROOT
 
 
@@ -197,11 +197,11 @@ def ours_beside(original, loras, optimizers):
     return found[-1] if found else None
 
 
-def memory_cell(original, ours, moment):
+def memory_cell(original, ours, stage):
     """Theirs / ours, in GiB reserved; nothing after the slash if we have no row."""
-    theirs = original[f"memory_{moment}"]
+    theirs = original[f"memory_{stage}"]
     theirs = theirs if theirs == "OOM" else f"{float(theirs):.1f}"
-    return f"{theirs} / {float(ours[f'{moment}_peak_reserved_gib']):.1f}" if ours else f"{theirs} /"
+    return f"{theirs} / {float(ours[f'{stage}_peak_reserved_gib']):.1f}" if ours else f"{theirs} /"
 
 
 def original_cells(original, ours, words):
@@ -211,7 +211,7 @@ def original_cells(original, ours, words):
         original["model"].removeprefix("CogVideoX-"), {"lora": "LoRA", "sft": "SFT"}[original["method"]],
         optimizer, original["batch"], original["lora_rank"],
         words["yes" if original["gradient_checkpointing"] == "True" else "no"],
-        *(memory_cell(original, ours, moment) for moment in MOMENTS),
+        *(memory_cell(original, ours, stage) for stage in STAGES),
         level[1] if level else ("checkpoints" if ours else ""),
     ]  # fmt: skip
 

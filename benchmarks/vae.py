@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
-from step_time import GIB, append_row, check_csv, package_versions, shown
+from step_time import GIB, append_row, check_csv, command_line, package_versions
 
 
 SIZES = ["49x480x720"]
@@ -199,7 +199,7 @@ def main():
                 print(said(row), flush=True)
                 if args.csv:
                     del row["first"]
-                    about = {"card": card, **package_versions(), "command": shown(["python", *sys.argv])}
+                    about = {"card": card, **package_versions(), "command": command_line(["python", *sys.argv])}
                     append_row(args.csv, row | about, FIELDS)
             if args.profile:
                 measure.profile(step, size_of(size))

@@ -109,7 +109,7 @@ def order(monkeypatch):
 
     for module in (launch, levels, prepare_dataset):
         monkeypatch.setattr(module, "expand_segments", lambda device: done.append(str(device)))
-    note(levels, "workload")
+    note(levels, "make_workload")
     note(prepare_dataset, "place_text_encoder")
     note(prepare_dataset, "load_vae")
     return done
@@ -122,9 +122,9 @@ def test_a_run_and_its_plan_set_it_before_they_estimate_and_load(tiny, prepared_
     assert order == [str(accelerator.device)]
     model = models.open_from_args(args, image_to_video=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(levels, "free_on_gpu", lambda device: 2**34)
+    monkeypatch.setattr(levels, "free_gpu_bytes", lambda device: 2**34)
     levels.print_plan(args, model, is_lora=True)
-    assert order[1:] == ["cuda", "workload"]
+    assert order[1:] == ["cuda", "make_workload"]
 
 
 def test_preparing_sets_it_where_a_model_comes_to_the_gpu_and_only_there(tiny, sample_data, order, tmp_path):

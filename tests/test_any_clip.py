@@ -8,7 +8,7 @@ import pytest
 
 from base.errors import DataError
 from data.buckets import frame_times, num_sampled_frames
-from data.decode import TIE, read_frames
+from data.decode import TIE_SECONDS, read_frames
 from synthetic_clips import draw_case, numbers, probe, write_case
 
 
@@ -47,7 +47,7 @@ def check_clip(path, backend, rng):
     seconds, pixels = decode_plainly(path)
     for time, frame in zip(times, frames, strict=True):
         distance = abs(seconds - time)
-        nearest = [pixels[number] for number in np.flatnonzero(distance <= distance.min() + 2.5 * TIE)]
+        nearest = [pixels[number] for number in np.flatnonzero(distance <= distance.min() + 2.5 * TIE_SECONDS)]
         assert any(np.array_equal(frame, other) for other in nearest), (path.name, time, numbers(frame[None]))
     return True
 

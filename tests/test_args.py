@@ -796,7 +796,7 @@ def test_a_refusal_on_a_disk_that_takes_no_status_is_still_one_line(tmp_path, mo
     def refuse(output_dir, message):
         raise StorageError("no rename")
 
-    monkeypatch.setattr("base.status.note_refusal", refuse)
+    monkeypatch.setattr("base.status.record_refusal", refuse)
     with pytest.raises(SystemExit) as left:
         parse_training_args("t2v_lora", [*TRAIN, "--output_dir", str(tmp_path), "--rankk", "4"])
     assert left.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -20,7 +20,7 @@ from args import parse_training_args
 from base import files as files_module
 from base import tensor_file
 from base.errors import NumbersError, StorageError, UsageError
-from base.files import damage, release_locks, write_manifest, written_folder
+from base.files import find_damage, release_locks, write_manifest, written_folder
 from run import checkpoints
 from run.checkpoints import write_checkpoint
 from run.exits import run_script
@@ -75,7 +75,7 @@ def continued(out, *more):
 
 
 def partial(out):
-    return [path.name for path in checkpoint_dirs(out) if damage(path)]
+    return [path.name for path in checkpoint_dirs(out) if find_damage(path)]
 
 
 # ---------------------------------------------------------------- killed at every file operation
@@ -287,7 +287,7 @@ def test_numbers_that_are_not_finite_are_written_nowhere(place, value, state, ou
 @pytest.mark.parametrize("limit", [0, 100, 300, 500, 800])
 def test_a_full_disk_leaves_the_checkpoints_before(limit, state, out, capsys):
     """Files may not grow beyond `limit` bytes: whichever file is the first to be too large."""
-    before = {path: damage(path) for path in checkpoint_dirs(out)}
+    before = {path: find_damage(path) for path in checkpoint_dirs(out)}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save():
@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(limit, state, out, capsys):
         run_script(save, out)
     line = capsys.readouterr().err.splitlines()[-1]
     assert left.value.code == 74 and "cannot write" in line and "GiB are free" in line
-    assert {path: damage(path) for path in checkpoint_dirs(out)} == before and set(before.values()) == {None}
+    assert {path: find_damage(path) for path in checkpoint_dirs(out)} == before and set(before.values()) == {None}
     assert not list(out.glob(".tmp-*")) and json.loads((out / "status.json").read_text())["exit_code"] == 74
 
 
@@ -395,7 +395,7 @@ def test_the_manifest_says_what_is_there(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["files"] == {
         "a": {"size": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
     }
-    assert damage(tmp_path) is None
+    assert find_damage(tmp_path) is None
     for text in ("", "[]", "{}", '{"files": 3}', '{"files": {"a": {}}}'):
         (tmp_path / "manifest.json").write_text(text)
-        assert "manifest.json is damaged" in damage(tmp_path)
+        assert "manifest.json is damaged" in find_damage(tmp_path)

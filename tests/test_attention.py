@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from attention import kernels, processor, trial
+from attention import choose_kernel, kernels, processor
 from attention.kernels import SAVED_OPS, make_attend
 from attention.processor import JointAttention
 from base.errors import UsageError
@@ -117,7 +117,7 @@ def test_the_whole_transformer_is_as_it_was(tiny):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_rope_turns_the_video_and_leaves_text_as_it_is(dtype):
     states, rotary = random(2, NUM_TEXT + NUM_VIDEO, 4, 32, dtype=dtype), rotation(NUM_VIDEO, 32)
-    turned = processor.rotate(states, *processor.still_text(rotary, NUM_TEXT))
+    turned = processor.rotate(states, *processor.extend_rotary_to_text(rotary, NUM_TEXT))
     assert turned.dtype == dtype
     assert torch.equal(turned[:, :NUM_TEXT], states[:, :NUM_TEXT])
     expected = apply_rotary_emb(states[:, NUM_TEXT:], rotary, sequence_dim=1)
@@ -188,20 +188,20 @@ def flash(monkeypatch):
 
 @pytest.fixture
 def inputs():
-    return trial.make_inputs((2, 40, 3, 16), torch.float32, CPU)
+    return choose_kernel.make_inputs((2, 40, 3, 16), torch.float32, CPU)
 
 
 def test_flash_attention_4_is_called_as_it_expects(flash, inputs):
     assert not inputs[2].is_contiguous()  # value is a view of a fused projection
-    expected = trial.run(make_attend("math"), inputs)
-    agree(trial.run(make_attend("fa4"), inputs), expected, 1e-5)
+    expected = choose_kernel.run(make_attend("math"), inputs)
+    agree(choose_kernel.run(make_attend("fa4"), inputs), expected, 1e-5)
     assert flash.calls == ["forward", "backward, deterministic=False"]
 
 
 def test_flash_attention_4_is_asked_for_equal_gradients_where_torch_is(flash, inputs):
     torch.use_deterministic_algorithms(True)
     try:
-        trial.run(make_attend("fa4"), inputs)
+        choose_kernel.run(make_attend("fa4"), inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert flash.calls[-1] == "backward, deterministic=True"
@@ -344,7 +344,7 @@ def test_sage_attention_computes_by_the_same_projections_in_compiled_blocks_too(
 
 def test_sage_attention_does_not_train_in_silence(sage, inputs):
     with pytest.raises(RuntimeError, match="no autograd formula"):
-        trial.run(kernels.sage_attend, inputs)
+        choose_kernel.run(kernels.sage_attend, inputs)
 
 
 # ---------------------------------------------------------------- which kernel
@@ -386,18 +386,18 @@ def card(monkeypatch, tmp_path):
         [name] = [name for name, kernel in setup.kernels.items() if kernel is attend]
         return setup.times[name] + 30 * (setup.timings <= 3)  # the first round is slow
 
-    make_inputs = trial.make_inputs
-    monkeypatch.setattr(trial, "make_inputs", lambda shape, dtype, device: make_inputs(shape, dtype, CPU))
-    monkeypatch.setattr(trial, "make_attend", lambda name: setup.kernels[name])
-    monkeypatch.setattr(trial, "milliseconds", milliseconds)
-    monkeypatch.setattr(trial, "candidates", lambda device: list(setup.kernels))
+    make_inputs = choose_kernel.make_inputs
+    monkeypatch.setattr(choose_kernel, "make_inputs", lambda shape, dtype, device: make_inputs(shape, dtype, CPU))
+    monkeypatch.setattr(choose_kernel, "make_attend", lambda name: setup.kernels[name])
+    monkeypatch.setattr(choose_kernel, "milliseconds", milliseconds)
+    monkeypatch.setattr(choose_kernel, "candidates", lambda device: list(setup.kernels))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: setup.name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return setup
 
 
 def pick(name="auto", shape=SHAPE, dtype=torch.bfloat16, device=CUDA):
-    return trial.pick_attention(name, shape, dtype, device)
+    return choose_kernel.pick_attention(name, shape, dtype, device)
 
 
 def lines(caplog):
@@ -408,7 +408,7 @@ def test_the_fastest_is_chosen_and_said(card, caplog):
     caplog.set_level(logging.INFO)
     assert pick() == "fa4"
     assert lines(caplog) == ["attention: fa4 (flash 47.5, cudnn 31.7, fa4 24.7 ms forward and backward)"]
-    assert card.timings == 3 * trial.ROUNDS
+    assert card.timings == 3 * choose_kernel.ROUNDS
 
 
 def test_the_random_state_is_left_alone(card):
@@ -454,13 +454,13 @@ def test_a_choice_is_kept_for_its_card_shape_and_dtype(card, caplog, monkeypatch
         assert pick(**change) == "cudnn"
     card.name = "another card"
     assert pick() == "cudnn"
-    monkeypatch.setattr(trial, "fa4_version", lambda: "5.0")
+    monkeypatch.setattr(choose_kernel, "fa4_version", lambda: "5.0")
     assert pick() == "cudnn"
     assert len(json.loads(card.path.read_text())) == 5
     assert [path.name for path in card.path.parent.iterdir()] == ["attention.json"]
     timings = card.timings
     card.name = "card"
-    monkeypatch.setattr(trial, "fa4_version", lambda: None)
+    monkeypatch.setattr(choose_kernel, "fa4_version", lambda: None)
     assert pick() == "fa4" and card.timings == timings
 
 
@@ -471,7 +471,7 @@ def test_a_damaged_file_is_said_and_written_anew(text, card, caplog):
     assert pick() == "fa4"
     [line] = lines(caplog)
     assert line.startswith(str(card.path)) and line.endswith("attention is timed again")
-    assert pick() == "fa4" and card.timings == 3 * trial.ROUNDS
+    assert pick() == "fa4" and card.timings == 3 * choose_kernel.ROUNDS
     assert len(lines(caplog)) == 1
 
 
@@ -524,17 +524,17 @@ def test_candidates_are_those_installed_for_the_card(monkeypatch):
         ((9, 0), None, ["flash", "cudnn"]),
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        monkeypatch.setattr(trial, "fa4_version", lambda found=version: found)
-        assert trial.candidates(CUDA) == names
+        monkeypatch.setattr(choose_kernel, "fa4_version", lambda found=version: found)
+        assert choose_kernel.candidates(CUDA) == names
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    assert trial.candidates(CUDA) == ["flash"]
+    assert choose_kernel.candidates(CUDA) == ["flash"]
 
 
 # ---------------------------------------------------------------- on a GPU
 
 
 def skip_unless_it_runs(name):
-    if name not in trial.candidates(CUDA):
+    if name not in choose_kernel.candidates(CUDA):
         pytest.skip(f"{name} is not installed or not for this card")
 
 
@@ -546,12 +546,12 @@ def test_kernels_agree_with_the_formula(name, tokens, dtype):
     """On value as a strided view, whose rows are three times as long."""
     if name != "sdpa":
         skip_unless_it_runs(name)
-    inputs = trial.make_inputs((2, tokens, 4, 64), dtype, CUDA)
+    inputs = choose_kernel.make_inputs((2, tokens, 4, 64), dtype, CUDA)
     assert inputs[2].stride(1) == 3 * 4 * 64
-    results = trial.attempt(name, inputs)
+    results = choose_kernel.try_kernel(name, inputs)
     assert not isinstance(results, str), results
-    exact = trial.run(make_attend("math"), [part.float() for part in inputs])
-    assert trial.least_cosine(results, exact) > 0.9999
+    exact = choose_kernel.run(make_attend("math"), [part.float() for part in inputs])
+    assert choose_kernel.min_cosine(results, exact) > 0.9999
     agree([result.float() for result in results], exact, 0.03)
 
 
@@ -578,7 +578,7 @@ def test_a_compiled_block_on_the_gpu_computes_attention_once(name):
     checkpointed(block, SAVED_OPS).compile(fullgraph=True, dynamic=False)
     run()
     results, count = runs_of(FORWARD[name], run)
-    assert trial.least_cosine(results, expected) > 0.999
+    assert choose_kernel.min_cosine(results, expected) > 0.999
     assert count == 1
 
 
@@ -587,10 +587,10 @@ def test_the_trial_on_a_gpu_chooses_keeps_and_says(tmp_path, monkeypatch, caplog
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     chosen = pick(shape=(1, 1024, 8, 64))
-    assert chosen in trial.candidates(CUDA)
+    assert chosen in choose_kernel.candidates(CUDA)
     assert pick(shape=(1, 1024, 8, 64)) == chosen
     assert "timed before" in lines(caplog)[-1]
-    for name in trial.candidates(CUDA):
+    for name in choose_kernel.candidates(CUDA):
         assert pick(name, shape=(1, 1024, 8, 64)) == name
 
 
@@ -600,7 +600,7 @@ def test_an_error_of_the_device_ends_the_trial(monkeypatch):
     def broken(query, key, value):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(trial, "make_attend", lambda name: broken)
+    monkeypatch.setattr(choose_kernel, "make_attend", lambda name: broken)
     inputs = [torch.ones(1, 4, 2, 8) for _ in range(4)]
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
-        trial.attempt("flash", inputs)
+        choose_kernel.try_kernel("flash", inputs)

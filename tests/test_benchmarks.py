@@ -319,11 +319,13 @@ def test_a_rows_command_says_what_torchs_allocator_was_told(monkeypatch):
     for name in allocator.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     command = [step_time.ROOT / "training/script.py", "--prompt", "a ball"]
-    assert step_time.shown(command) == "training/script.py --prompt 'a ball'"
+    assert step_time.command_line(command) == "training/script.py --prompt 'a ball'"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
-    assert step_time.shown(command).startswith("PYTORCH_ALLOC_CONF=expandable_segments:False training/script.py ")
+    assert step_time.command_line(command).startswith(
+        "PYTORCH_ALLOC_CONF=expandable_segments:False training/script.py "
+    )
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "roundup_power2_divisions:[256:1,>:4]")
-    assert shlex.split(step_time.shown(command))[0] == "PYTORCH_ALLOC_CONF=roundup_power2_divisions:[256:1,>:4]"
+    assert shlex.split(step_time.command_line(command))[0] == "PYTORCH_ALLOC_CONF=roundup_power2_divisions:[256:1,>:4]"
 
 
 @pytest.mark.gpu
@@ -409,10 +411,10 @@ def test_a_page_without_markers_is_an_error():
 
 def test_rows_of_the_original_have_ours_beside_them_where_we_have_one():
     adamw = {"method": "lora", "optimizer": "AdamW", "batch": "4", "model": "CogVideoX-5b", "lora_rank": "16"}
-    adamw |= {"gradient_checkpointing": "True"} | {f"memory_{moment}": "46.26" for moment in memory_rows.MOMENTS}
+    adamw |= {"gradient_checkpointing": "True"} | {f"memory_{stage}": "46.26" for stage in memory_rows.STAGES}
     sft = adamw | {"method": "sft", "batch": "1", "lora_rank": "", "memory_before_validation": "OOM"}
     zero = sft | {"optimizer": "DeepSpeed (AdamW + CPU/Parameter offloading)", "gradient_checkpointing": "False"}
-    figures = {f"{moment}_peak_reserved_gib": "13.04" for moment in memory_rows.MOMENTS}
+    figures = {f"{stage}_peak_reserved_gib": "13.04" for stage in memory_rows.STAGES}
     loras = [(adamw, {"label": "5b lora adamw batch 4 rank 16 stream"} | figures)]
     rows = [sft, zero, sft | {"batch": "4"}, adamw]
     text = tables.original_table("measurements.md", rows, loras, [{"label": "5b sft deepspeed"} | figures])
@@ -445,8 +447,8 @@ def test_memory_columns_are_those_of_the_original():
         memory_event(4, "after_testing", 3.5),
     ]
     figures = memory_rows.memory_figures(events, middle=2)
-    assert [figures[f"{when}_peak_reserved_gib"] for when in memory_rows.MOMENTS] == [3.0, 6.0, 6.0, 4.0]
-    assert [figures[f"{when}_reserved_gib"] for when in memory_rows.MOMENTS] == [2.0, 5.0, 4.0, 2.5]
+    assert [figures[f"{when}_peak_reserved_gib"] for when in memory_rows.STAGES] == [3.0, 6.0, 6.0, 4.0]
+    assert [figures[f"{when}_reserved_gib"] for when in memory_rows.STAGES] == [2.0, 5.0, 4.0, 2.5]
     assert figures["after_testing_allocated_gib"] is None
 
 
@@ -505,7 +507,7 @@ def test_figures_of_memory_are_drawn_of_the_rows_that_both_have(tmp_path, monkey
     labels = ["2b lora adamw batch 1 rank 16 speed", "2b lora adamw batch 1 rank 16 balanced"]
     labels += ["2b lora offload-gradients batch 4 rank 256 stream", "2b lora adamw batch 1 rank 16 stream"]
     for place, label in enumerate(labels):
-        figures = {f"{when}_peak_reserved_gib": place for when in memory_rows.MOMENTS}
+        figures = {f"{when}_peak_reserved_gib": place for when in memory_rows.STAGES}
         row = {"label": label, "exit_code": 0, "card": "NVIDIA H200"} | figures
         step_time.append_row(path, dict.fromkeys(memory_rows.FIELDS) | row, memory_rows.FIELDS)
     pairs = memory_rows.side_by_side("2b", bench.rows_in(path))
@@ -613,6 +615,6 @@ def test_waits_for_copies_are_a_share_of_the_update(monkeypatch):
     clock.read()
     assert clock.waited == [0.011] * 4 and clock.durations() == [pytest.approx(0.063)] * 3
     row = overlap.figures(clock.durations(), clock.waited, clock.reserved, warmup=1)
-    times, memory = overlap.said(row).splitlines()
+    times, memory = overlap.describe_row(row).splitlines()
     assert times == "3 updates of 0.063 s: 17.46% of the time waits for copies (at most 17.46%)"
     assert memory.endswith("grew by 126 MiB") and set(row) <= set(overlap.FIELDS)

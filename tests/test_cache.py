@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from base.errors import NumbersError
 from base.files import written_beside
-from data.artifacts import Writer, recorded_key, write_image, write_tensors, write_video
+from data.artifacts import WriterPool, recorded_key, write_image, write_tensors, write_video
 from data.decode import read_frames
 from synthetic_clips import probe
 
@@ -119,7 +119,7 @@ def test_a_video_has_the_frames_given_and_always_the_same_bytes(tmp_path, frames
 
 def test_everything_submitted_is_written():
     written = []
-    with Writer(3) as writer:
+    with WriterPool(3) as writer:
         for number in range(50):
             writer.submit(written.append, number)
     assert sorted(written) == list(range(50))
@@ -130,7 +130,7 @@ def test_what_waits_is_bounded():
     release, submitted = threading.Event(), []
 
     def produce():
-        with Writer(2) as writer:
+        with WriterPool(2) as writer:
             for number in range(20):
                 writer.submit(release.wait)
                 submitted.append(number)
@@ -151,7 +151,7 @@ def full(seconds=0.0):
 
 def test_an_error_surfaces_at_the_next_file():
     submitted = 0
-    with pytest.raises(OSError, match="full"), Writer(4) as writer:
+    with pytest.raises(OSError, match="full"), WriterPool(4) as writer:
         for submitted in range(50):  # noqa: B007
             writer.submit(full)
             time.sleep(0.02)  # encoding takes longer than writing
@@ -159,11 +159,11 @@ def test_an_error_surfaces_at_the_next_file():
 
 
 def test_the_last_files_error_is_not_lost():
-    with pytest.raises(OSError, match="full"), Writer(4) as writer:
+    with pytest.raises(OSError, match="full"), WriterPool(4) as writer:
         writer.submit(full, 0.1)
 
 
 def test_the_loops_own_error_comes_first():
-    with pytest.raises(KeyboardInterrupt), Writer(1) as writer:
+    with pytest.raises(KeyboardInterrupt), WriterPool(1) as writer:
         writer.submit(full, 0.1)
         raise KeyboardInterrupt

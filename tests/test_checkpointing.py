@@ -38,7 +38,7 @@ class OneTensorEngine:
         self.params = [self.weight, self.unused]
         self.masters = self.ema = None
 
-    def gather(self):
+    def all_gather(self):
         pass
 
     def save_state(self, directory):

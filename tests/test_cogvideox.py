@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from base.errors import UsageError
 from cogvideox.config import VaeConfig, load_scheduler, load_vae_config, num_parameters, read_config
-from cogvideox.encoding import encode_captions, encode_images, encode_prompts, encode_videos
+from cogvideox.encoding import encode_captions, encode_noised_images, encode_prompts, encode_videos
 from cogvideox.folder import resolve_model_dir, stored_dtype
 from cogvideox.inputs import pad_frames, rotary_embeddings, sample_latents
 from cogvideox.loading import load_text_encoder, load_transformer, load_vae
@@ -80,9 +80,9 @@ def test_image_noise_comes_before_the_vae(tiny):
     vae = load_vae(tiny("5b-i2v"), torch.float32)
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     noise = torch.randn(1, 3, 32, 32)
-    clean = encode_images(vae, image, noise, torch.tensor([-100.0]))
+    clean = encode_noised_images(vae, image, noise, torch.tensor([-100.0]))
     assert torch.equal(clean, vae.encode(image[:, :, None]).latent_dist.parameters)
-    noisy = encode_images(vae, image, noise, torch.tensor([0.0]))
+    noisy = encode_noised_images(vae, image, noise, torch.tensor([0.0]))
     assert torch.equal(noisy, vae.encode((image + noise)[:, :, None]).latent_dist.parameters)
     assert not torch.equal(noisy, clean)
 

@@ -143,10 +143,10 @@ def test_changed_code_behind_an_operator_is_compiled_anew(tmp_path, monkeypatch)
     tags = []
     for scale in "223":
         (tmp_path / "attention/kernels.py").write_text(f"backward = lambda grad: {scale} * grad")
-        tags.append(recompute.code_tag.__wrapped__())
+        tags.append(recompute.code_hash.__wrapped__())
     assert tags[0] == tags[1] != tags[2]
     monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "the user's")
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     for _ in range(2):
         recompute.compile_blocks([torch.nn.Linear(2, 2)])
-    assert torch.compiler.config.cache_key_tag == f"the user's{recompute.code_tag()}"
+    assert torch.compiler.config.cache_key_tag == f"the user's{recompute.code_hash()}"

@@ -41,17 +41,17 @@ def quiet(monkeypatch):
     for name in CONSOLE_VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(console, "IN_FORCE", False)
+    monkeypatch.setattr(console, "IS_SET_UP", False)
     monkeypatch.setattr(sys, "warnoptions", [])
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     before = {logger: logger.filters[:] for logger in loggers if isinstance(logger, logging.Logger)}
     logger_class = logging.getLoggerClass()
-    console.KEPT.take()
+    console.SUPPRESSED.take()
     console.set_up()
     yield
     logging.captureWarnings(False)
     logging.setLoggerClass(logger_class)
-    console.KEPT.take()
+    console.SUPPRESSED.take()
     for logger, filters in before.items():
         logger.filters[:] = filters
 
@@ -73,7 +73,7 @@ def test_a_librarys_warning_is_kept_back_and_its_error_comes(quiet, capsys):
     library().warning("deprecated: %s", "that")
     library().error("broken")
     assert capsys.readouterr().err == "broken\n"
-    assert list(console.KEPT.lines) == ["somelibrary.part: a note", "somelibrary.part: deprecated: that"]
+    assert list(console.SUPPRESSED.lines) == ["somelibrary.part: a note", "somelibrary.part: deprecated: that"]
 
 
 def test_a_logger_that_is_there_before_is_gated_too(capsys, request):
@@ -81,12 +81,12 @@ def test_a_logger_that_is_there_before_is_gated_too(capsys, request):
     request.getfixturevalue("quiet")
     logger.warning("old news")
     logging.root.warning("said by the root logger")
-    assert capsys.readouterr().err == "" and len(console.KEPT.lines) == 2
+    assert capsys.readouterr().err == "" and len(console.SUPPRESSED.lines) == 2
 
 
 def test_the_projects_own_warnings_stay(quiet, caplog):
     caplog.set_level(logging.INFO)
-    bars.say_download.__wrapped__("some/model")
+    bars.log_download.__wrapped__("some/model")
     bars.logger.warning("this is a line of a test, not ours")
     assert caplog.messages == ["some/model is downloaded from the hub"]
 
@@ -97,7 +97,7 @@ def test_pythons_warnings_are_kept_back(quiet, capsys):
         logging.captureWarnings(False)
         console.set_up()  # again: pytest has a recorder of its own in place
         warnings.warn("context_fn is passed", FutureWarning, stacklevel=1)
-    assert capsys.readouterr().err == "" and "context_fn is passed" in "\n".join(console.KEPT.lines)
+    assert capsys.readouterr().err == "" and "context_fn is passed" in "\n".join(console.SUPPRESSED.lines)
 
 
 def test_a_driver_that_cannot_be_used_is_told(quiet, caplog):
@@ -107,7 +107,7 @@ def test_a_driver_that_cannot_be_used_is_told(quiet, caplog):
         logging.captureWarnings(False)
         console.set_up()
         warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", UserWarning, stacklevel=1)
-    assert "driver on your system is too old" in caplog.text and not console.KEPT.lines
+    assert "driver on your system is too old" in caplog.text and not console.SUPPRESSED.lines
 
 
 def test_what_makes_a_run_slower_or_worse_is_told_once_for_all_processes(quiet, monkeypatch, capsys):
@@ -115,7 +115,7 @@ def test_what_makes_a_run_slower_or_worse_is_told_once_for_all_processes(quiet, 
     assert capsys.readouterr().err == "torch._dynamo hit config.recompile_limit (8)\n"
     monkeypatch.setenv("RANK", "1")
     library("torch._dynamo.convert_frame").warning("torch._dynamo hit config.%s (8)", "recompile_limit")
-    assert capsys.readouterr().err == "" and len(console.KEPT.lines) == 1
+    assert capsys.readouterr().err == "" and len(console.SUPPRESSED.lines) == 1
 
 
 def test_a_library_that_logs_wrongly_ends_nothing(quiet, monkeypatch):
@@ -128,9 +128,9 @@ def test_another_process_keeps_what_libraries_say_and_shows_errors(quiet, monkey
     console.log_errors_only()
     logger = logging.getLogger("a.library")  # whose records go to the root's handlers
     logger.warning("no peer access")
-    bars.say_download.__wrapped__("some/model")  # a line of ours, which the first process says too
+    bars.log_download.__wrapped__("some/model")  # a line of ours, which the first process says too
     logger.error("broken")
-    assert capsys.readouterr().err == "broken\n" and list(console.KEPT.lines) == ["a.library: no peer access"]
+    assert capsys.readouterr().err == "broken\n" and list(console.SUPPRESSED.lines) == ["a.library: no peer access"]
 
 
 @pytest.mark.parametrize(("num_ranks", "level"), [("1", "ERROR"), ("2", None)])
@@ -217,13 +217,13 @@ def test_what_a_library_prints_is_kept_back_where_that_is_said(quiet, capsys):
         print("Time to load cpu_adam op: 2.3 seconds", file=sys.stderr)
         print("unfinished", end="")
     assert capsys.readouterr() == ("", "")
-    console.dump_kept()
+    console.print_suppressed()
     told = capsys.readouterr().err.splitlines()
     assert told == [
         "libraries' last messages (3):", "* Welcome to the tracker 3", "Time to load cpu_adam op: 2.3 seconds",
         "unfinished", "",
     ]  # fmt: skip
-    console.dump_kept()
+    console.print_suppressed()
     assert capsys.readouterr().err == ""
 
 
@@ -256,7 +256,7 @@ def test_deepspeed_logs_to_the_console_it_finds(quiet, monkeypatch, tmp_path):
     flags = args.parse_training_args("t2v_lora", [*TRAIN, "--output_dir", str(tmp_path / "run")])
     with pytest.raises(InterruptedError):
         launch.init_accelerator(flags)
-    assert len(found) == 2 and console.KEPT not in found
+    assert len(found) == 2 and console.SUPPRESSED not in found
 
 
 # ---------------------------------------------------------------- bars
@@ -277,7 +277,7 @@ def test_a_log_gets_lines_in_place_of_a_bar(caplog, capsys, monkeypatch):
 
 def test_work_that_is_over_at_once_has_no_bar(caplog):
     caplog.set_level(logging.INFO)
-    assert list(bars.tracked(["a", "b"], "captions", delay=5)) == ["a", "b"] and not caplog.messages
+    assert list(bars.with_progress(["a", "b"], "captions", delay=5)) == ["a", "b"] and not caplog.messages
 
 
 def test_the_hubs_bar_speaks_of_downloads_alone(caplog):

@@ -15,6 +15,7 @@ from make_clips import encode_video
 from safetensors.torch import save_file
 
 from base.errors import DataError, Interrupted, UsageError, UserError
+from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
 from data import videos as videos_module
 from data.buckets import Bucket, make_buckets, pack_batches
 from data.clip_lists import Clip, read_clips
@@ -55,7 +56,7 @@ def numbered(tmp_path_factory):
 
 def test_sample_is_pixels_prompt_and_index(numbered):
     videos = VideoDataset(numbered, [NUMBERED], fps=16)
-    assert len(videos) == 3 and videos.bucket_of == [NUMBERED] * 3 and videos.prompts[2] == "caption 2"
+    assert len(videos) == 3 and videos.clip_buckets == [NUMBERED] * 3 and videos.prompts[2] == "caption 2"
     sample = videos[0]
     assert sample["pixels"].shape == (9, 3, 32, 128) and sample["pixels"].dtype == torch.uint8
     assert sample["pixels"].is_contiguous()
@@ -99,14 +100,14 @@ def test_a_clip_that_is_too_short_at_this_rate_alone_is_told_the_flag(tmp_path, 
     assert "too short: 17 frames at 8 fps (49 in the file at 24 fps)" in message
     assert "(--target_fps 24 takes every frame), add a smaller one to --frame_buckets" in message
     assert "--fps 24" in error_of(VideoDataset, clips, bucket, fps=8)
-    assert VideoDataset(clips, bucket, fps=24).bucket_of == bucket
+    assert VideoDataset(clips, bucket, fps=24).clip_buckets == bucket
     assert "rate" not in error_of(VideoDataset, clips, [Bucket(57, 32, 48)], fps=8)
 
 
 def test_max_num_frames_caps_the_bucket(numbered):
     buckets = [NUMBERED, Bucket(17, 32, 128), Bucket(49, 32, 128)]
-    assert VideoDataset(numbered, buckets, fps=16).bucket_of == [buckets[0], buckets[1], buckets[2]]
-    assert VideoDataset(numbered, buckets, fps=16, max_num_frames=20).bucket_of[2] == buckets[1]
+    assert VideoDataset(numbered, buckets, fps=16).clip_buckets == [buckets[0], buckets[1], buckets[2]]
+    assert VideoDataset(numbered, buckets, fps=16, max_num_frames=20).clip_buckets[2] == buckets[1]
     with pytest.raises(UsageError, match="--max_num_frames"):
         VideoDataset(numbered, buckets, fps=16, max_num_frames=8)
 
@@ -248,7 +249,7 @@ def drawn(numbered):
     def samples(clips):
         options = {"fps": 16, "seed": 3, "crop": "random", "random_flip": 0.5}
         videos = VideoDatasetWithResizeAndRectangleCrop(clips, [Bucket(9, 32, 64)], **options)
-        assert videos.is_drawn()
+        assert videos.is_random()
         found = {}
         for epoch in range(3):
             for index, clip in enumerate(clips):
@@ -306,13 +307,13 @@ def test_skipped_frames_leave_the_other_clips_draws(numbered, tmp_path):
     [(0, {}, False), (1, {}, True), (0, {"random_flip": 0.1}, True), (1, {"skip_frames_end": 11}, False)],
 )
 def test_a_dataset_knows_whether_it_draws(numbered, clip, options, expected):
-    assert VideoDataset(numbered[clip : clip + 1], [NUMBERED], fps=16, **options).is_drawn() is expected
+    assert VideoDataset(numbered[clip : clip + 1], [NUMBERED], fps=16, **options).is_random() is expected
     for width, has_room in ((128, False), (64, True)):
         options |= {"crop": "random"}
         cut = VideoDatasetWithResizeAndRectangleCrop(
             numbered[clip : clip + 1], [Bucket(9, 32, width)], fps=16, **options
         )
-        assert cut.is_drawn() is (expected or has_room)
+        assert cut.is_random() is (expected or has_room)
 
 
 # ---------------------------------------------------------------- prepared latents
@@ -370,7 +371,7 @@ def write_original(root, names):
 def test_prepared_tensors_come_as_stored(tmp_path):
     write_prepared(tmp_path)
     latents = LatentDataset(tmp_path, buckets=[Bucket(9, 32, 48)])
-    assert latents.bucket_of == [Bucket(9, 32, 48)] * 3 and latents.prompts[1] == "caption\n1"
+    assert latents.clip_buckets == [Bucket(9, 32, 48)] * 3 and latents.prompts[1] == "caption\n1"
     for index in range(3):
         sample, stored = latents[index], tensors_of(index)
         assert sample["index"] == index
@@ -412,9 +413,9 @@ def test_image_variants_follow_the_clip(tmp_path, has_source):
 def test_latents_know_whether_they_draw(tmp_path):
     write_prepared(tmp_path / "eight")
     write_original(tmp_path / "one", ["a.mp4"])
-    assert LatentDataset(tmp_path / "eight").is_drawn() and not LatentDataset(tmp_path / "one").is_drawn()
+    assert LatentDataset(tmp_path / "eight").is_random() and not LatentDataset(tmp_path / "one").is_random()
     text_to_video = LatentDataset(tmp_path / "eight", with_images=False)
-    assert not text_to_video.is_drawn() and "image_moments" not in text_to_video[0]
+    assert not text_to_video.is_random() and "image_moments" not in text_to_video[0]
 
 
 def test_without_image_latents_there_are_none(tmp_path):
@@ -427,7 +428,7 @@ def test_the_originals_folder_is_read_with_one_warning(tmp_path, caplog):
     write_original(tmp_path, names)
     latents = LatentDataset(tmp_path, caption_column="text", video_column="video")
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
-    assert latents.bucket_of == [Bucket(9, 32, 48)] * 3 and latents.prompts == [f"caption {i}" for i in range(3)]
+    assert latents.clip_buckets == [Bucket(9, 32, 48)] * 3 and latents.prompts == [f"caption {i}" for i in range(3)]
     for index in range(3):
         assert torch.equal(latents[index]["moments"], tensors_of(index)["moments"])
         assert torch.equal(latents[index]["prompt_embeds"], tensors_of(index)["prompt_embeds"])
@@ -558,19 +559,19 @@ def test_nothing_is_decoded_in_the_sampler(numbered, monkeypatch):
 
     monkeypatch.setattr(videos_module, "read_frames", refuse)
     videos = VideoDataset(numbered, [NUMBERED], fps=16)
-    sampler = BucketSampler(videos.bucket_of, 2, seed=0, num_epochs=3)
+    sampler = BucketSampler(videos.clip_buckets, 2, seed=0, num_epochs=3)
     assert sum(map(len, sampler)) == 9
     with pytest.raises(AssertionError):
         videos[0]
 
 
 def test_sampler_runs_on_through_the_epochs():
-    bucket_of = [Bucket(9, 32, 48)] * 5 + [Bucket(9, 48, 32)] * 3
-    sampler = BucketSampler(bucket_of, 2, seed=4, num_epochs=3)
+    clip_buckets = [Bucket(9, 32, 48)] * 5 + [Bucket(9, 48, 32)] * 3
+    sampler = BucketSampler(clip_buckets, 2, seed=4, num_epochs=3)
     batches = list(sampler)
     assert batches == list(sampler) and len(sampler) == len(batches) == 15
     expected = [
-        [8 * epoch + i for i in batch[0]] for epoch in range(3) for batch in pack_batches(bucket_of, 2, 1, 4, epoch)
+        [8 * epoch + i for i in batch[0]] for epoch in range(3) for batch in pack_batches(clip_buckets, 2, 1, 4, epoch)
     ]
     assert batches == expected
     for epoch in range(3):
@@ -580,9 +581,9 @@ def test_sampler_runs_on_through_the_epochs():
 
 
 def test_set_epoch_continues_where_the_loop_stood():
-    bucket_of = [Bucket(9, 32, 48)] * 5 + [Bucket(9, 48, 32)] * 3
-    batches = list(BucketSampler(bucket_of, 2, seed=4, num_epochs=3))
-    sampler = BucketSampler(bucket_of, 2, seed=4, num_epochs=3)
+    clip_buckets = [Bucket(9, 32, 48)] * 5 + [Bucket(9, 48, 32)] * 3
+    batches = list(BucketSampler(clip_buckets, 2, seed=4, num_epochs=3))
+    sampler = BucketSampler(clip_buckets, 2, seed=4, num_epochs=3)
     for epoch in range(3):
         for consumed in range(6):
             sampler.set_epoch(epoch, consumed)
@@ -592,10 +593,10 @@ def test_set_epoch_continues_where_the_loop_stood():
 
 def test_ranks_share_each_batch_and_repeats_are_logged_once(caplog):
     caplog.set_level(logging.INFO)
-    bucket_of = [Bucket(9, 32, 48)] * 5 + [Bucket(9, 48, 32)] * 3
-    ranks = [list(BucketSampler(bucket_of, 2, rank, 2, seed=4)) for rank in range(2)]
+    clip_buckets = [Bucket(9, 32, 48)] * 5 + [Bucket(9, 48, 32)] * 3
+    ranks = [list(BucketSampler(clip_buckets, 2, rank, 2, seed=4)) for rank in range(2)]
     for first, second in zip(*ranks, strict=True):
-        assert len(first) == len(second) and bucket_of[first[0]] == bucket_of[second[0]]
+        assert len(first) == len(second) and clip_buckets[first[0]] == clip_buckets[second[0]]
     assert {key for batches in ranks for batch in batches for key in batch} == set(range(8))
     assert [record.getMessage() for record in caplog.records] == [
         "2 of 8 clips are used twice per epoch, to fill 2 processes",
@@ -606,7 +607,7 @@ def test_ranks_share_each_batch_and_repeats_are_logged_once(caplog):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_do_not_depend_on_the_workers(numbered, num_workers):
     videos = VideoDataset(numbered * 2, [NUMBERED], fps=16, random_flip=0.5, seed=1)
-    sampler = BucketSampler(videos.bucket_of, 2, seed=1, num_epochs=2)
+    sampler = BucketSampler(videos.clip_buckets, 2, seed=1, num_epochs=2)
     loader = make_loader(videos, sampler, num_workers, pin_memory=False)
     batches = list(loader)
     assert len(batches) == len(loader) == 6
@@ -661,7 +662,7 @@ def test_a_killed_worker_is_told_in_one_line():
 def test_the_sample_data_loads(sample_data):
     clips = read_clips(sample_data, None, "prompts.txt", "videos.txt")
     videos = VideoDatasetWithResizing(clips, make_buckets([9], [32, 64], [32, 48, 64, 96]), fps=8)
-    batches = list(make_loader(videos, BucketSampler(videos.bucket_of, 2), 0))
+    batches = list(make_loader(videos, BucketSampler(videos.clip_buckets, 2), 0))
     assert sorted(index for batch in batches for index in batch["index"]) == list(range(len(clips)))
 
 
@@ -669,9 +670,9 @@ def test_the_real_clips_load(real_clips):
     clips = read_clips(real_clips, None, "prompts.txt", "videos.txt")
     buckets = make_buckets([17, 49], [240, 480], [320, 432, 720])
     videos = VideoDatasetWithResizing(clips, buckets, fps=8)
-    assert videos.bucket_of[:3] == [Bucket(49, 480, 720)] * 3
-    assert videos.bucket_of[3] == Bucket(49, 240, 432) and videos.bucket_of[5] == Bucket(49, 240, 432)
-    sampler = BucketSampler(videos.bucket_of, 2, seed=0)
+    assert videos.clip_buckets[:3] == [Bucket(49, 480, 720)] * 3
+    assert videos.clip_buckets[3] == Bucket(49, 240, 432) and videos.clip_buckets[5] == Bucket(49, 240, 432)
+    sampler = BucketSampler(videos.clip_buckets, 2, seed=0)
     inside, workers = [list(make_loader(videos, sampler, count)) for count in (0, 2)]
     for one, other in zip(inside, workers, strict=True):
         assert torch.equal(one["pixels"], other["pixels"]) and one["prompt"] == other["prompt"]
@@ -699,8 +700,9 @@ def as_data_root(folder, clips):
 
 
 def model(fps=8):
-    """What data must know of a text-to-video model."""
-    return SimpleNamespace(fps=fps, image_to_video=False, vae_config=SimpleNamespace(scaling_factor=0.7))
+    """What is asked of a text-to-video model."""
+    vae_config = SimpleNamespace(scaling_factor=0.7)
+    return SimpleNamespace(fps=fps, image_to_video=False, vae_config=vae_config, pipeline_class=TEXT_TO_VIDEO_PIPELINE)
 
 
 def test_training_flags_choose_the_dataset(tmp_path, numbered):

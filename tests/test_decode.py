@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from make_clips import encode_video
 
-from base.errors import ERROR_LOG, DataError, UsageError
+from base.errors import ERROR_LOG_VARIABLE, DataError, UsageError
 from data import decode, headers
 from data.buckets import frame_times, make_buckets, num_sampled_frames
 from data.clip_lists import Clip
@@ -377,7 +377,7 @@ def test_what_a_decoder_raises_is_one_line_and_a_traceback_in_the_log(tmp_path, 
     def broken(*arguments):
         raise ValueError("31 is not a valid Type\nand more")
 
-    monkeypatch.setenv(ERROR_LOG, str(tmp_path / "errors.log"))
+    monkeypatch.setenv(ERROR_LOG_VARIABLE, str(tmp_path / "errors.log"))
     monkeypatch.setattr(decode, "describe", broken)
     monkeypatch.setattr(headers, "describe", broken)
     for function, arguments in ((probe, [clip]), (read_frames, [clip, [0.0]])):
@@ -389,7 +389,7 @@ def test_what_a_decoder_raises_is_one_line_and_a_traceback_in_the_log(tmp_path, 
 
 
 def test_the_log_has_a_place_where_the_output_folder_is_not_there(tmp_path, clip, monkeypatch):
-    monkeypatch.setenv(ERROR_LOG, str(tmp_path / "nowhere" / "errors.log"))
+    monkeypatch.setenv(ERROR_LOG_VARIABLE, str(tmp_path / "nowhere" / "errors.log"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(headers, "describe", lambda *arguments: 1 / 0)
     assert str(tmp_path / "cogvideox-errors.log") in error_of(probe, clip)

@@ -632,8 +632,8 @@ def test_the_changes_of_losses_and_gradients_are_those_of_the_csv():
 @pytest.mark.parametrize("row", bench.rows_in(ROOT / "benchmarks/lora_memory.csv"), ids=lambda row: row["label"])
 def test_every_lora_needs_less_memory_than_the_originals(row):
     [pair] = memory_rows.side_by_side(row["label"].split()[0], [row])
-    for moment in memory_rows.MOMENTS:
-        assert float(row[f"{moment}_peak_reserved_gib"]) < float(pair[0][f"memory_{moment}"]), moment
+    for stage in memory_rows.STAGES:
+        assert float(row[f"{stage}_peak_reserved_gib"]) < float(pair[0][f"memory_{stage}"]), stage
 
 
 def test_every_recipe_has_its_source():

@@ -12,9 +12,13 @@ from test_structure import MODULES, TRAINING_SCRIPTS, calls, dotted, parse
 DRAWS = {"draw_seed", "draw_generator", "draw_normal", "draw_uniform", "self.draw"}
 
 
+def is_draw(call: ast.Call) -> bool:
+    return dotted(call.func).removeprefix("objective.") in DRAWS
+
+
 def draw_names(tree: ast.Module) -> list[str]:
     """The name that each draw in the source is made by; of an f-string, all that is fixed."""
-    texts = [argument for call in calls(tree) if dotted(call.func) in DRAWS for argument in call.args[:2]]
+    texts = [argument for call in calls(tree) if is_draw(call) for argument in call.args[:2]]
     parts = [text.values if isinstance(text, ast.JoinedStr) else [text] for text in texts]
     constants = [[part.value for part in text if isinstance(part, ast.Constant)] for text in parts]
     return ["".join(text) for text in constants if text and isinstance(text[0], str)]
@@ -34,5 +38,5 @@ def test_no_two_draws_have_one_name(script):
 
 
 def test_the_rule_sees_names():
-    source = "draw_normal(seed, 'noise', p, s)\nself.draw('flip', epoch, 1)\ndraw_generator(seed, f'image/{stem}')"
+    source = "objective.draw_normal(seed, 'noise', p, s)\nself.draw('flip', epoch, 1)\ndraw_generator(seed, f'image/{stem}')"
     assert draw_names(ast.parse(source)) == ["noise", "flip", "image/"]

@@ -60,10 +60,12 @@ def base(tiny, tmp_path):
     return copy
 
 
-def trained(model_dir, folder, facts=None, targets=ATTENTION, pipeline=TEXT_TO_VIDEO_PIPELINE, **config):
+def trained(model_dir, folder, inference_notes=None, targets=ATTENTION, pipeline=TEXT_TO_VIDEO_PIPELINE, **config):
     """Write a LoRA that does something into `folder`; returns the transformer that carries it."""
     config = {"r": 4, "lora_alpha": 2, **config}
-    transformer = load_transformer(model_dir, torch.float32, None, bool((facts or {}).get("drop_learned_positions")))
+    transformer = load_transformer(
+        model_dir, torch.float32, None, bool((inference_notes or {}).get("drop_learned_positions"))
+    )
     torch.manual_seed(0)
     transformer.add_adapter(LoraConfig(target_modules=targets, init_lora_weights=True, **config), ADAPTER)
     generator = torch.Generator().manual_seed(1)
@@ -71,7 +73,7 @@ def trained(model_dir, folder, facts=None, targets=ATTENTION, pipeline=TEXT_TO_V
         if param.requires_grad:
             param.data += 0.05 * torch.randn(param.shape, generator=generator)
     folder.mkdir(exist_ok=True)
-    save_lora(transformer, folder, pipeline, facts)
+    save_lora(transformer, folder, pipeline, inference_notes)
     return transformer.eval()
 
 
@@ -245,12 +247,12 @@ def test_shards_and_variants_of_the_base_are_read(base, tmp_path):
 
 def test_dropped_positions_and_raw_image_latents_are_in_the_merged_folder(base, tmp_path):
     model_dir, folder = base("5b-i2v"), tmp_path / "run"
-    facts = {"drop_learned_positions": True, "image_latent_scale": "raw"}
-    expected = outputs(trained(model_dir, folder, facts, pipeline=IMAGE_TO_VIDEO_PIPELINE))
+    inference_notes = {"drop_learned_positions": True, "image_latent_scale": "raw"}
+    expected = outputs(trained(model_dir, folder, inference_notes, pipeline=IMAGE_TO_VIDEO_PIPELINE))
     merged = merged_from(model_dir, folder)
     assert not merged.config.use_learned_positional_embeddings
     assert relative(outputs(merged), expected) < 1e-5
-    assert json.loads((folder / "transformer/training.json").read_text()) == facts
+    assert json.loads((folder / "transformer/training.json").read_text()) == inference_notes
     with safe_open(next((folder / "transformer").glob("*.safetensors")), "pt") as file:
         assert "patch_embed.pos_embedding" not in file.keys()  # noqa: SIM118
 

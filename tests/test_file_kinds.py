@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from base.errors import DataError, UserError
-from base.file_kinds import other_content
+from base.file_kinds import unexpected_content
 from cogvideox.folder import resolve_model_dir
 from data.clip_lists import read_clips
 from data.latents import read_tensor
@@ -50,7 +50,7 @@ def test_a_video_that_is_something_else(tmp_path, what):
 
 def test_what_is_damaged_is_not_called_something_else(tmp_path):
     (tmp_path / "a.mp4").write_bytes(bytes(range(256)) * 10)
-    assert other_content(tmp_path / "a.mp4") is None
+    assert unexpected_content(tmp_path / "a.mp4") is None
     with pytest.raises(DataError, match="truncated download"):
         probe(tmp_path / "a.mp4")
 

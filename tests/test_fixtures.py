@@ -50,9 +50,9 @@ def test_a_checkpoint_goes_on_to_the_end(old, name, caplog):
     train(name)
     assert f"continuing from {name}/checkpoint-2 at step 2" in caplog.text
     assert json.loads((old / name / "status.json").read_text())["state"] == "complete"
-    is_drawn = name == "raw-drawn" or name.startswith("i2v")  # whose draws follow another rule now
-    assert caplog.text.count("from here on they are drawn by its path") == is_drawn
-    if not is_drawn:
+    is_random = name == "raw-drawn" or name.startswith("i2v")  # whose draws follow another rule now
+    assert caplog.text.count("from here on they are drawn by its path") == is_random
+    if not is_random:
         assert losses(old / name) == pytest.approx(before, rel=1e-3)
 
 

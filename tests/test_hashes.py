@@ -11,14 +11,14 @@ import pytest
 
 from base import hashes
 from base.errors import UsageError
-from base.hashes import Hashes, file_hash
+from base.hashes import HashCache, file_hash
 
 
 @pytest.fixture(autouse=True)
 def memory(tmp_path, monkeypatch):
     """The folder of what is remembered; files count as settled at once, so that no test has to wait."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashes, "SETTLED", -1.0)
+    monkeypatch.setattr(hashes, "SETTLED_SECONDS", -1.0)
     return tmp_path / "cache/cogvideox-factory/hashes"
 
 
@@ -36,8 +36,8 @@ def reads(monkeypatch):
 
 
 def hash_of(path, algorithm="blake2b", **options):
-    with Hashes(**options) as found:
-        return found.of(path, algorithm)
+    with HashCache(**options) as found:
+        return found.hash(path, algorithm)
 
 
 def expected(path, algorithm="blake2b"):
@@ -65,7 +65,7 @@ def test_a_file_is_read_once(tmp_path, reads):
         assert hash_of(tmp_path / "a", "sha256") == expected(tmp_path / "a", "sha256")
         assert hash_of(tmp_path / "b") == expected(tmp_path / "b")
     assert sorted(reads) == ["a", "a", "b"]  # each way once
-    assert hash_of(tmp_path / "a", believe=False) == expected(tmp_path / "a") and len(reads) == 4
+    assert hash_of(tmp_path / "a", use_cache=False) == expected(tmp_path / "a") and len(reads) == 4
 
 
 def with_time_set_back(path, content):
@@ -98,7 +98,7 @@ def test_a_change_of_the_same_size_and_time_is_seen(tmp_path, change):
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, reads, monkeypatch):
-    monkeypatch.setattr(hashes, "SETTLED", 3600.0)
+    monkeypatch.setattr(hashes, "SETTLED_SECONDS", 3600.0)
     (tmp_path / "a").write_bytes(b"1")
     for _ in range(2):
         assert hash_of(tmp_path / "a") == expected(tmp_path / "a")
@@ -183,13 +183,13 @@ def test_a_blob_of_the_hub_is_not_read(blob, tmp_path, reads):
     copy.write_bytes(blob.read_bytes())
     assert hash_of(blob, "sha256") == hash_of(copy, "sha256") == expected(copy, "sha256")
     assert reads == ["model.safetensors"]  # the copy alone
-    assert hash_of(blob, "sha256", believe=False) == expected(copy, "sha256") and len(reads) == 2
+    assert hash_of(blob, "sha256", use_cache=False) == expected(copy, "sha256") and len(reads) == 2
 
 
 def test_a_damaged_blob_is_named_where_nothing_is_believed(blob):
     blob.resolve().write_bytes(b"weighty" * 100)
     with pytest.raises(UsageError, match="other bytes than were downloaded"):
-        hash_of(blob, "sha256", believe=False)
+        hash_of(blob, "sha256", use_cache=False)
 
 
 def test_a_small_file_of_the_hub_has_no_such_name(tmp_path, blob):

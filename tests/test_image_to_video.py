@@ -45,8 +45,8 @@ def test_each_sample_draws_its_own_dropouts(script, record, tiny, monkeypatch):
     """The image of the sample at position 0 is dropped, and the text of the one at position 1."""
     dropped = {"image_dropout": 0, "text_dropout": 1}
 
-    def one_of_two(seed, name, positions, device):
-        return torch.tensor([0.1 if position == dropped[name] else 0.9 for position in positions])
+    def one_of_two(seed, name, sample_ids, device):
+        return torch.tensor([0.1 if position == dropped[name] else 0.9 for position in sample_ids])
 
     monkeypatch.setattr(objective, "draw_uniform", one_of_two)
     inputs, _ = record("5b-i2v", "--noised_image_dropout", "0.5", "--text_dropout", "0.5", script=script)

@@ -16,9 +16,9 @@ from cogvideox import encoding, loading
 from cogvideox.encoding import encode_captions, place_text_encoder
 from cogvideox.loading import load_text_encoder, load_transformer
 from engine import compose
-from memory import activations, host, weights
+from memory import activations, host, streaming
 from memory.activations import offload_activations
-from memory.weights import stream_weights, streamed_tensors
+from memory.streaming import stream_weights, streamed_tensors
 from run import metrics
 from run import render as render_module
 from script_runs import result_hash
@@ -43,11 +43,11 @@ PROMPTS = ["a red square moves left", "", "a dog"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("copies", [host.Copies, LateCopies])
+@pytest.mark.parametrize("copies", [host.TransferStream, LateCopies])
 def test_a_streamed_text_encoder_gives_the_same_bits(dtype, copies, tiny, monkeypatch):
     resident = list(encode_captions(tiny("5b"), PROMPTS, dtype, CPU, 226, level="balanced"))
-    monkeypatch.setattr(activations, "Copies", copies)
-    monkeypatch.setattr(weights, "Copies", copies)
+    monkeypatch.setattr(activations, "TransferStream", copies)
+    monkeypatch.setattr(streaming, "TransferStream", copies)
     rings = []
     monkeypatch.setattr(encoding, "stream_weights", lambda *given: rings.append(stream_weights(*given, num_slots=1)))
     for level in ("offload", "stream"):
@@ -78,7 +78,7 @@ def test_nothing_is_left_of_a_streamed_text_encoder(tiny):
 
 
 def num_page_locked():
-    return sum(type(thing) is host.PageLocked for thing in gc.get_objects())
+    return sum(type(thing) is host.PinnedMemory for thing in gc.get_objects())
 
 
 # ---------------------------------------------------------------- validation

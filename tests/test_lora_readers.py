@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from args import parse_training_args
 from base.errors import UsageError
-from base.files import damage, write_manifest
+from base.files import find_damage, write_manifest
 from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE
 from cogvideox.loading import load_transformer
-from engine.compose import LoraEngine
+from engine.engines import LoraEngine
 from engine.lora import ADAPTER, UNSCALED_NAME, check_saved_lora, load_lora, save_lora, save_unscaled, start_from_lora
 from engine.lora_file import METADATA_KEY, WEIGHTS_NAME, kohya_module
 from engine.optimizers import state_bytes_from_args
@@ -188,14 +188,14 @@ def test_a_run_goes_on_from_both_kinds_of_checkpoint(flags, train, tiny, tmp_pat
         unscaled = checkpoint / UNSCALED_NAME
         content = unscaled.read_bytes()
         unscaled.unlink()
-        assert damage(checkpoint) == f"{UNSCALED_NAME} is missing"
+        assert find_damage(checkpoint) == f"{UNSCALED_NAME} is missing"
         if name == "new":
             unscaled.write_bytes(content)
         else:
             save_with_alpha(transformer, checkpoint)
             (checkpoint / "manifest.json").unlink()
             write_manifest(checkpoint)
-        assert damage(checkpoint) is None
+        assert find_damage(checkpoint) is None
         out = train(name, *flags, "--checkpointing_steps", 2)
         assert losses(out) == losses(unbroken) and weights_equal(out, unbroken)
 

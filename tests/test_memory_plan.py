@@ -14,15 +14,16 @@ import torch
 
 from args import parse_training_args
 from base.errors import UsageError
+from base.memory_levels import HOST_LEVELS
 from cogvideox.config import empty_transformer
-from cogvideox.models import Model, Weights
+from cogvideox.models import Model, WeightFiles
 from memory import estimate
 from memory.allocator import VARIABLES
-from memory.estimate import CHECKPOINTING, GIB, fastest_that_fits, levels_of, need, table
+from memory.estimate import CHECKPOINTING, GIB, fastest_that_fits, levels_of, memory_peaks, table
 from random_dataset import write_dataset
 from random_pipeline import real_sizes
 from run import levels
-from run.levels import workload
+from run.levels import make_workload
 from tiny_pipeline import kind_transformer
 
 
@@ -46,7 +47,7 @@ class RealSize(Model):
 
 def real_model(kind):
     config = {**kind_transformer(kind), **real_sizes(kind)["transformer"]}
-    return RealSize(Path(kind), config, None, Weights(Path(kind), None))
+    return RealSize(Path(kind), config, None, WeightFiles(Path(kind), None))
 
 
 @functools.cache
@@ -59,7 +60,7 @@ def make_run(kind, *flags, size=SIZE_1_0, task="t2v_lora", data=("--load_tensors
     args = parse_training_args(task, [*REQUIRED, *data, "--train_batch_size", "1", *flags])
     dtype = torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16
     model = real_model(kind)
-    return workload(args, model, model.stored_dtype, [size], dtype, is_lora=task.endswith("lora"))
+    return make_workload(args, model, model.stored_dtype, [size], dtype, is_lora=task.endswith("lora"))
 
 
 def calibration():
@@ -99,20 +100,20 @@ def test_every_row_of_the_calibration_was_measured():
 def expected_need(file, run, level, cap_gib):
     """What torch holds lies between what is needed and what it takes where there is room; a cap decides. Hosts had room."""
     if cap_gib < math.inf:
-        needed, roomy = need(run, level), need(run, level, roomy=True)
-        reserved = max(needed.reserved, min(cap_gib * GIB, roomy.reserved))
-        return needed._replace(reserved=reserved, host=roomy.host)
-    needed = need(run, level, roomy=True)
+        needed, ample_memory = memory_peaks(run, level), memory_peaks(run, level, ample_memory=True)
+        reserved = max(needed.reserved, min(cap_gib * GIB, ample_memory.reserved))
+        return needed._replace(reserved=reserved, host=ample_memory.host)
+    needed = memory_peaks(run, level, ample_memory=True)
     if file == "optimizers":  # measured when training's caches were not given back before rendering
-        training = need(run._replace(renders=False), level, roomy=True)
-        needed = needed._replace(reserved=max(needed.reserved, training.reserved + estimate.CODING_UNUSED))
+        training = memory_peaks(run._replace(renders=False), level, ample_memory=True)
+        needed = needed._replace(reserved=max(needed.reserved, training.reserved + estimate.VAE_UNUSED))
     return needed
 
 
-def decoding_in_small_tiles(run, roomy, thrifty):
+def decoding_in_tiles(level, workload, ample_memory):
     """As the rows were measured, with the stock VAE: --enable_tiling, and smaller tiles where room was short."""
-    tiles = 1.45 * GIB if thrifty or not roomy else estimate.DECODING_TILED
-    return tiles + estimate.VIDEO_TILED * run.item_bytes * run.pixels
+    tiles = 1.45 * GIB if level in HOST_LEVELS or not ample_memory else estimate.DECODING_TILED
+    return tiles + estimate.VIDEO_TILED * workload.item_bytes * workload.pixels
 
 
 @pytest.mark.parametrize(("file", "command", "allocated", "reserved", "host", "cap_gib"), list(measured_rows()))
@@ -120,8 +121,8 @@ def test_estimates_are_within_a_tenth_of_what_was_measured(
     file, command, allocated, reserved, host, cap_gib, monkeypatch
 ):
     given = dict(zip(command, command[1:], strict=False))
-    monkeypatch.setattr(estimate, "decoding_bytes", decoding_in_small_tiles)
-    monkeypatch.setattr(estimate, "encoding_bytes", lambda run, roomy: 8.2 * GIB * run.area / (480 * 720))
+    monkeypatch.setattr(estimate, "decoding_bytes", functools.partial(decoding_in_tiles, given.get("--memory")))
+    monkeypatch.setattr(estimate, "encoding_bytes", lambda workload, ample_memory: 8.2 * GIB)
     if file != "results" and "xxl" not in given["--pretrained_model_name_or_path"]:  # a tiny text encoder
         monkeypatch.setattr(estimate, "T5_XXL", 0)
         monkeypatch.setattr(estimate, "T5_STREAMED", 0)
@@ -150,9 +151,9 @@ def test_levels_are_ordered_by_what_they_take():
     for kind in ("2b", "5b"):
         run = make_run(kind)
         assert levels_of(run) == ("speed", "balanced", "offload", "stream")
-        sizes = [need(run, level).reserved for level in levels_of(run)]
+        sizes = [memory_peaks(run, level).reserved for level in levels_of(run)]
         assert sizes == sorted(sizes, reverse=True)
-        hosts = [need(run, level).host for level in levels_of(run)]
+        hosts = [memory_peaks(run, level).host for level in levels_of(run)]
         assert hosts == sorted(hosts)
 
 
@@ -187,48 +188,52 @@ def test_the_fastest_level_that_fits(kind, gpu_gib, host_gib, level):
 )
 def test_flags_count(more, less):
     for level in ("speed", "balanced", "offload", "stream"):
-        assert need(make_run("5b", *more), level).allocated > need(make_run("5b", *less), level).allocated
+        assert (
+            memory_peaks(make_run("5b", *more), level).allocated > memory_peaks(make_run("5b", *less), level).allocated
+        )
 
 
 def test_full_fine_tuning_has_no_frozen_weights_to_stream():
     run = make_run("2b", task="t2v_sft")
     assert levels_of(run) == ("speed", "balanced")
     hosted = make_run("2b", "--use_cpu_offload_optimizer", "--offload_gradients", task="t2v_sft")
-    assert need(hosted, "balanced").reserved < 0.5 * need(run, "balanced").reserved
-    assert need(hosted, "balanced").host > need(run, "balanced").host
+    assert memory_peaks(hosted, "balanced").reserved < 0.5 * memory_peaks(run, "balanced").reserved
+    assert memory_peaks(hosted, "balanced").host > memory_peaks(run, "balanced").host
 
 
 def test_what_comes_beside_training_counts():
     plain, flags = make_run("2b"), ["--validation_prompt", "x"]
     raw = ["--height_buckets", "480", "--width_buckets", "720", "--frame_buckets", "49"]
-    assert need(make_run("2b", *flags), "stream").allocated > need(plain, "stream").allocated
+    assert memory_peaks(make_run("2b", *flags), "stream").allocated > memory_peaks(plain, "stream").allocated
     encoding = make_run("2b", *raw, data=())
-    assert need(encoding, "stream").allocated > need(plain, "stream").allocated
+    assert memory_peaks(encoding, "stream").allocated > memory_peaks(plain, "stream").allocated
     for run in (encoding, make_run("2b", *flags)):  # what the VAE keeps from pass to pass may lie on the host
-        short, roomy = need(run, "stream"), need(run._replace(tiled=True), "stream", roomy=True)
-        assert short.allocated < 5 * GIB
-        assert roomy.allocated != need(run, "stream", roomy=True).allocated > short.allocated + GIB
+        short, ample = memory_peaks(run, "stream"), memory_peaks(run, "stream", ample_memory=True)
+        assert short.allocated < 5 * GIB and ample.allocated > short.allocated + GIB
+        assert memory_peaks(run._replace(tiled=True), "stream").allocated not in (short.allocated, ample.allocated)
     eager = make_run("2b", "--no_compile_blocks")
-    assert all(need(eager, level).reserved > need(plain, level).reserved for level in levels_of(plain))
+    assert all(memory_peaks(eager, level).reserved > memory_peaks(plain, level).reserved for level in levels_of(plain))
     sft = make_run("2b", task="t2v_sft")
-    averaged = need(make_run("2b", "--ema", task="t2v_sft"), "balanced").allocated
-    assert averaged - need(sft, "balanced").allocated == 4 * sft.num_trained
+    averaged = memory_peaks(make_run("2b", "--ema", task="t2v_sft"), "balanced").allocated
+    assert averaged - memory_peaks(sft, "balanced").allocated == 4 * sft.num_trained
 
 
 def test_t5_and_decoding_are_small_where_weights_are_on_the_host():
     run = make_run("2b", "--validation_prompt", "x")
-    assert need(run, "stream").allocated < 5 * GIB
-    roomy, least = (need(run, level, roomy=True).allocated for level in ("stream", "balanced"))
-    assert roomy < 7.5 * GIB < 8.9 * GIB < least
+    assert memory_peaks(run, "stream").allocated < 5 * GIB
+    streamed, least = (memory_peaks(run, level, ample_memory=True).allocated for level in ("stream", "balanced"))
+    assert streamed < 7.5 * GIB < 8.9 * GIB < least
 
 
 def test_a_host_that_streams_or_converts_t5_holds_it():
     validated, least = ["--validation_prompt", "x"], 9 * GIB  # T5-XXL in bf16
     for kind, level in [("5b", "offload"), ("2b", "stream"), ("2b", "balanced"), ("1.5-5b", "offload")]:
-        short = need(make_run(kind, *validated), level)
-        assert need(make_run(kind), level).host < least + 3 * GIB < short.host
-        assert short.host < need(make_run(kind, *validated), level, roomy=True).host
-    plain, straight = (need(make_run("5b", *flags), "balanced", roomy=True).host for flags in ([], validated))
+        short = memory_peaks(make_run(kind, *validated), level)
+        assert memory_peaks(make_run(kind), level).host < least + 3 * GIB < short.host
+        assert short.host < memory_peaks(make_run(kind, *validated), level, ample_memory=True).host
+    plain, straight = (
+        memory_peaks(make_run("5b", *flags), "balanced", ample_memory=True).host for flags in ([], validated)
+    )
     assert straight - plain < 2 * GIB  # from its file to the GPU
 
 
@@ -236,9 +241,9 @@ def test_ranks_of_one_machine_share_streamed_weights(monkeypatch):
     one = make_run("5b")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     four = make_run("5b")
-    assert need(four, "offload").host == 4 * need(one, "offload").host
+    assert memory_peaks(four, "offload").host == 4 * memory_peaks(one, "offload").host
     shared = 2 * one.num_weights
-    assert need(four, "stream").host == pytest.approx(4 * need(one, "stream").host - 3 * shared)
+    assert memory_peaks(four, "stream").host == pytest.approx(4 * memory_peaks(one, "stream").host - 3 * shared)
 
 
 def test_the_table_names_every_level_and_what_is_short():
@@ -254,7 +259,7 @@ def test_the_table_names_every_level_and_what_is_short():
 
 
 def choose(monkeypatch, gpu_gib, host_gib=64, kind="5b", task="t2v_lora", flags=("--memory", "auto"), device=CUDA):
-    monkeypatch.setattr(levels, "free_on_gpu", lambda device: gpu_gib * GIB)
+    monkeypatch.setattr(levels, "free_gpu_bytes", lambda device: gpu_gib * GIB)
     monkeypatch.setattr(levels.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
     args = parse_training_args(task, [*REQUIRED, "--load_tensors", "--train_batch_size", "1", *flags])
     return levels.choose(args, real_model(kind), [SIZE_1_0], torch.bfloat16, device, is_lora=task.endswith("lora"))
@@ -326,6 +331,6 @@ def test_auto_trains_what_a_run_without_trains_and_another_level_goes_on_with_it
 def test_a_share_of_the_card_is_all_that_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 0.25, 0: 0.25}[index])
-    assert levels.free_on_gpu(CUDA) == 20 * GIB
+    assert levels.free_gpu_bytes(CUDA) == 20 * GIB
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 1.0, 0: 1.0}[index])
-    assert levels.free_on_gpu(CUDA) == 70 * GIB
+    assert levels.free_gpu_bytes(CUDA) == 70 * GIB

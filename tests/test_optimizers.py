@@ -108,7 +108,7 @@ class TinyEngine:
             for index, param in enumerate(self.params):
                 param.copy_(torch.load(directory / f"{index}.pt", weights_only=True))
         if self.masters:
-            self.masters.write_copies()
+            self.masters.write_to_model()
 
 
 def parse(row, place="device"):

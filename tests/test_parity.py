@@ -70,7 +70,9 @@ def record_training(monkeypatch, script, model_dir, root, out, bucket, num_clips
 
     monkeypatch.setattr(objective, "draw_normal", keep)
     monkeypatch.setattr(loading, "load_transformer", lambda *given: recorder.wrap(load_transformer(*given)))
-    monkeypatch.setattr(objective, "draw_timesteps", lambda seed, positions, *rest: torch.full((len(positions),), 999))
+    monkeypatch.setattr(
+        objective, "draw_timesteps", lambda seed, sample_ids, *rest: torch.full((len(sample_ids),), 999)
+    )
     if "image" in script:  # the noise of training has no counterpart at inference
         monkeypatch.setattr(encoding, "IMAGE_NOISE_MEAN", -torch.inf)
     key = {"text_to_video_lora": "t2v_lora", "text_to_video_sft": "t2v_sft"}.get(

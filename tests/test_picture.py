@@ -159,7 +159,7 @@ def test_the_bucket_goes_by_the_shown_size(tmp_path):
     encode(tmp_path / "a.mp4", flat((9, 9, 9), 64, 64), "8", *PLAIN_X264, "-vf", "setsar=2")
     clip = Clip(tmp_path / "a.mp4", "", 1, "a.mp4")
     videos = VideoDatasetWithResizing([clip], make_buckets([1], [64], [64, 128]), fps=8)
-    assert videos.bucket_of == [(1, 64, 128)] and videos[0]["pixels"].shape == (1, 3, 64, 128)
+    assert videos.clip_buckets == [(1, 64, 128)] and videos[0]["pixels"].shape == (1, 3, 64, 128)
 
 
 def with_aperture(data, width, height, x=0, y=0):

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 import prepare_dataset
 from args import parse_prepare_args
 from data.artifacts import recorded_key
-from data.clip_lists import draw_places
-from data.prepared import SUFFIXES, Key, pixels_key
+from data.clip_lists import draw_keys
+from data.prepared import SUFFIXES, FileKey, pixels_key
 from data.videos import VideoDataset
 from make_fixtures import PREPARED, prepare_argv
-from run import preparing
+from run import prepare_plan
 from test_fixtures import old  # noqa: F401
 from test_prepare import (  # noqa: F401
     CAPTIONS,
@@ -170,7 +170,7 @@ def test_a_second_run_reads_no_video_and_no_weights_again(prepare, prepared, mon
     from base import hashes
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashes, "SETTLED", -1.0)
+    monkeypatch.setattr(hashes, "SETTLED_SECONDS", -1.0)
     prepare(*EVERYTHING)
     monkeypatch.setattr(hashes, "file_hash", lambda path, algorithm: pytest.fail(f"{path} is read again"))
     prepare(*EVERYTHING)
@@ -185,7 +185,9 @@ def by_version_1(prepare, monkeypatch):
 
     def run(*flags):
         with monkeypatch.context() as patches:
-            patches.setattr(preparing, "file_key", lambda now, before: Key(json.dumps(before, sort_keys=True), ""))
+            patches.setattr(
+                prepare_plan, "file_key", lambda now, before: FileKey(json.dumps(before, sort_keys=True), "")
+            )
             patches.setattr(VideoDataset, "start_time", lambda self, epoch, index: 0.0)
             return prepare(*flags)
 
@@ -421,4 +423,4 @@ def test_verify_finds_a_latent_that_has_rotted(prepare, prepared, data, info):
 
 
 def test_a_dot_before_a_source_is_no_other_source():
-    assert draw_places(["./a.mp4", "a.mp4", "b/../a.mp4"]) == draw_places(["a.mp4"] * 3)
+    assert draw_keys(["./a.mp4", "a.mp4", "b/../a.mp4"]) == draw_keys(["a.mp4"] * 3)

@@ -26,11 +26,11 @@ from memory.quantization import (
     FrozenLinear,
     Int8Linear,
     Nf4Linear,
-    bytes_unquantized,
     check_base_precision,
     frozen_linears,
     num_bytes,
     quantize_base,
+    unquantized_bytes,
 )
 from memory.recompute import checkpoint_blocks, compile_blocks
 from random_dataset import write_dataset
@@ -273,7 +273,7 @@ def test_bytes_of_the_exact_model_are_known_afterwards(precision, tiny):
     exact = sum(param.nbytes for param in load_transformer(tiny("5b"), torch.bfloat16).parameters())
     transformer = load_transformer(tiny("5b"), torch.bfloat16)
     quantize_base(transformer, precision)
-    assert bytes_unquantized(transformer) == exact > num_bytes(transformer)
+    assert unquantized_bytes(transformer) == exact > num_bytes(transformer)
 
 
 @pytest.mark.parametrize("with_lora", [True, False])

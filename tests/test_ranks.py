@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from args import parse_training_args
-from base.ranks import group_store, meet
+from base.ranks import exchange_on_host, group_store
 from engine import compose
 from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args
 from engine.update import TrainingState, update
@@ -92,7 +92,7 @@ def test_a_rank_that_waits_for_another_hears_ctrl_c(on_two_ranks):
             return "never came"
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            meet("never")
+            exchange_on_host("never")
         group_store().set("has left", "")
         return "left"
 
@@ -101,5 +101,6 @@ def test_a_rank_that_waits_for_another_hears_ctrl_c(on_two_ranks):
 
 def test_ranks_that_meet_hear_what_each_says(on_two_ranks):
     assert (
-        on_two_ranks(lambda rank: [meet("first", f"{rank}"), meet("second")]) == [[["0", "1"], ["", ""]]] * NUM_RANKS
+        on_two_ranks(lambda rank: [exchange_on_host("first", f"{rank}"), exchange_on_host("second")])
+        == [[["0", "1"], ["", ""]]] * NUM_RANKS
     )

@@ -39,7 +39,7 @@ def test_a_result_that_cannot_be_written_or_read_ends_the_run_before_step_1(
 
 def test_the_rehearsal_leaves_nothing_and_a_resumed_run_has_none(train, module, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(result, "SAID_FROM", 0)  # of a 5b model it is 10 GiB on the disk, for a minute
+    monkeypatch.setattr(result, "LOG_ABOVE_BYTES", 0)  # of a 5b model it is 10 GiB on the disk, for a minute
     saves, save = [], engine_class(module).save
 
     def seen(engine, directory):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from args import parse_training_args
 from base.errors import UsageError
-from base.files import damage
+from base.files import find_damage
 from run import checkpoints
 from run.exits import run_script
 from script_runs import SCRIPTS
@@ -160,7 +160,7 @@ def killed_and_continued(name, kills, folder, start, finish, random_moment):
         seconds, rank = random_moment()
         if kill_after(start(name), seconds, rank):
             done += 1
-            damaged = [path for path in folder.glob("checkpoint-*") if damage(path)]
+            damaged = [path for path in folder.glob("checkpoint-*") if find_damage(path)]
             assert not damaged, f"seed {SEED}: kill {done} after {seconds:.3f} s left {damaged}"
         else:
             assert json.loads((folder / "status.json").read_text())["state"] == "complete", f"seed {SEED}"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from args import parse_training_args
 from base.errors import DataError, NumbersError, StorageError, UsageError, UserError
 from base.files import write_json
-from base.status import RUN, RUN_ID_VARIABLE, begin_run
+from base.status import RUN_ID_VARIABLE, THIS_RUN, begin_run
 from data.buckets import Bucket
 from engine.optimizers import make_lr_scheduler_from_args
 from run import launch
@@ -347,10 +347,10 @@ def test_ranks_without_a_common_launcher_agree_as_soon_as_they_meet(tmp_path):
     """Of several machines, or started by mpirun."""
 
     def main():
-        RUN.__init__(f"launched for rank {os.environ['RANK']}")
+        THIS_RUN.__init__(f"launched for rank {os.environ['RANK']}")
         torch.distributed.init_process_group("gloo")
         launch.agree_on_run()
-        (tmp_path / os.environ["RANK"]).write_text(RUN.id)
+        (tmp_path / os.environ["RANK"]).write_text(THIS_RUN.id)
         torch.distributed.barrier()  # the store is rank 0's
 
     assert run_ranks(main, 2) == [0, 0]

@@ -97,10 +97,10 @@ def test_copies_are_the_rounded_masters(add_masters):
     with torch.no_grad():
         for master in masters.params:
             master += 1e-3
-    masters.write_copies()
+    masters.write_to_model()
     for master, param in zip(masters.params, model.parameters(), strict=True):
         assert torch.equal(param, master.bfloat16())
-    masters.read_copies()
+    masters.read_from_model()
     assert all(torch.equal(a, b.float()) for a, b in zip(masters.params, model.parameters(), strict=True))
 
 
@@ -132,7 +132,7 @@ def trained(tiny, request):
     with torch.no_grad():
         for master in masters.params:
             master *= 1.01
-    masters.write_copies()
+    masters.write_to_model()
     return transformer, masters.params
 
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from args import parse_training_args
-from base.signals import INTERRUPTION, SIGNALS, caught_signals, shield_worker
+from base.signals import INTERRUPTION, SIGNALS, catch_signals, ignore_group_signals
 from data import latents
 from run.exits import run_script
 from script_runs import (
@@ -166,7 +166,7 @@ def test_a_second_ctrl_c_ends_the_process_even_in_a_call_that_never_returns(tmp_
         pid = os.getpid()
         for delay in (0.2, 0.25, 1.0):  # the second is the launcher's echo of the first
             threading.Timer(delay, os.kill, (pid, signal.SIGINT)).start()
-        INTERRUPTION.at_once = False
+        INTERRUPTION.raise_in_handler = False
         try:
             lock = threading.Lock()
             lock.acquire()
@@ -179,7 +179,7 @@ def test_a_second_ctrl_c_ends_the_process_even_in_a_call_that_never_returns(tmp_
 
 
 def work(pids):
-    shield_worker()
+    ignore_group_signals()
     for number in SIGNALS:
         os.kill(os.getpid(), number)
     pids.send(os.getpid())
@@ -216,21 +216,21 @@ def test_workers_die_with_their_parent():
 
 def test_handlers_are_as_before_afterwards():
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    with caught_signals(lambda: None):
-        INTERRUPTION.at_once = False
+    with catch_signals(lambda: None):
+        INTERRUPTION.raise_in_handler = False
         os.kill(os.getpid(), signal.SIGUSR1)
         assert INTERRUPTION.reason == "SIGUSR1"
-        with INTERRUPTION.ending_body():
+        with INTERRUPTION.interruptible():
             pass
-        assert list(INTERRUPTION.until_asked([1, 2])) == []
-        assert list(INTERRUPTION.until_asked([1, 2], alone=False)) == [1, 2]
+        assert list(INTERRUPTION.until_interrupted([1, 2])) == []
+        assert list(INTERRUPTION.until_interrupted([1, 2], alone=False)) == [1, 2]
     assert {number: signal.getsignal(number) for number in SIGNALS} == before and INTERRUPTION.reason is None
 
 
 def test_a_body_that_may_end_is_ended():
-    with caught_signals(lambda: None):
-        INTERRUPTION.at_once = False
-        with INTERRUPTION.ending_body():
+    with catch_signals(lambda: None):
+        INTERRUPTION.raise_in_handler = False
+        with INTERRUPTION.interruptible():
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("went on")
         assert INTERRUPTION.reason == "SIGTERM"

@@ -8,7 +8,7 @@ import pytest
 
 from args import parse_prepare_args, parse_training_args
 from base import status
-from base.status import RUN, begin_run, forget_refusal, is_of_this_run, note_refusal, read_status, write_status
+from base.status import THIS_RUN, begin_run, clear_refusal, is_of_this_run, read_status, record_refusal, write_status
 
 
 OTHER_RUN = {"state": "complete", "exit_code": 0, "step": 9, "run": "another"}
@@ -28,7 +28,7 @@ def put(folder, content, clock=0):
 def wrapper(monkeypatch):
     """As if a wrapper had started this process."""
     monkeypatch.setenv(status.RUN_ID_VARIABLE, "of-the-wrapper")
-    monkeypatch.setattr(RUN, "id", "of-the-wrapper")
+    monkeypatch.setattr(THIS_RUN, "id", "of-the-wrapper")
 
 
 by_clock = pytest.mark.parametrize("clock", [-600, 0, 600])
@@ -47,7 +47,7 @@ def test_a_run_that_begins_drops_the_status_of_another(tmp_path, clock, earlier)
 
 @by_clock
 def test_a_run_that_begins_keeps_what_another_of_its_ranks_said(tmp_path, clock):
-    for of_this_run in ({**OTHER_RUN, "run": RUN.id}, {**OTHER_RUN, "refused": {"run": RUN.id}}):
+    for of_this_run in ({**OTHER_RUN, "run": THIS_RUN.id}, {**OTHER_RUN, "refused": {"run": THIS_RUN.id}}):
         put(tmp_path, of_this_run, clock)
         begin_run(tmp_path, is_main_process=True)
         assert read_status(tmp_path) == of_this_run and is_of_this_run(of_this_run)
@@ -67,12 +67,12 @@ def test_every_status_names_its_run(tmp_path, wrapper):
 @pytest.mark.parametrize("earlier", [OTHER_RUN, OLDER_VERSION])
 def test_a_refusal_is_added_to_what_is_said_of_the_run_and_goes_again(tmp_path, wrapper, earlier):
     put(tmp_path, earlier)
-    note_refusal(tmp_path, "other flags")
+    record_refusal(tmp_path, "other flags")
     refused = {"run": "of-the-wrapper", "exit_code": 2, "message": "other flags"}
     assert read_status(tmp_path) == {**earlier, "refused": refused}
-    forget_refusal(tmp_path)
+    clear_refusal(tmp_path)
     assert read_status(tmp_path) == earlier
-    note_refusal(tmp_path, "other flags")
+    record_refusal(tmp_path, "other flags")
     write_status(tmp_path, "complete", 0)
     assert "refused" not in read_status(tmp_path)
 
@@ -82,7 +82,7 @@ def test_without_a_wrapper_a_refusal_is_written_nowhere(tmp_path, monkeypatch):
     path = put(tmp_path, OTHER_RUN)
     before = path.read_bytes(), path.stat().st_mtime_ns
     for folder in (tmp_path, tmp_path / "new"):
-        note_refusal(folder, "other flags")
+        record_refusal(folder, "other flags")
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before and not (tmp_path / "new").exists()
 
 

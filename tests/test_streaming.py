@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import weakref
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ from engine import compose
 from engine.lora import add_lora, check_saved_lora, save_lora
 from memory import activations as activations_module
 from memory import host as host_module
-from memory import weights
+from memory import streaming
 from memory.activations import offload_activations
 from memory.quantization import quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks
-from memory.weights import load_blocks, stream_weights
+from memory.streaming import load_blocks, stream_weights
 
 
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ class LateEvent:
             self.queue.copy_next()
 
 
-class LateCopies(host_module.Copies):
+class LateCopies(host_module.TransferStream):
     """Copies happen when their event is waited for, in order, and only from memory that somebody has kept."""
 
     def __init__(self, device):
@@ -147,8 +148,8 @@ class LateCopies(host_module.Copies):
 @pytest.fixture(params=["at once", "late"])
 def copies(request, monkeypatch):
     if request.param == "late":
-        monkeypatch.setattr(activations_module, "Copies", LateCopies)
-        monkeypatch.setattr(weights, "Copies", LateCopies)
+        monkeypatch.setattr(activations_module, "TransferStream", LateCopies)
+        monkeypatch.setattr(streaming, "TransferStream", LateCopies)
     return request.param
 
 
@@ -174,8 +175,8 @@ def test_training_is_the_same_to_the_byte(level, checkpoints, copies, reference,
 
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same_and_compile_no_oftener(tmp_path, monkeypatch):
-    monkeypatch.setattr(activations_module, "Copies", LateCopies)
-    monkeypatch.setattr(weights, "Copies", LateCopies)
+    monkeypatch.setattr(activations_module, "TransferStream", LateCopies)
+    monkeypatch.setattr(streaming, "TransferStream", LateCopies)
     results = {}
     for level in ["balanced", "stream"]:
         torch._dynamo.reset()
@@ -469,7 +470,9 @@ def render(transformer, folder):
         size, pipeline_class = (256, 256, 9), IMAGE_TO_VIDEO_PIPELINE
         image["image"] = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(1))
     vae, scheduler = load_vae(folder, torch.float32), load_scheduler(folder)
-    pipe = make_pipeline(pipeline_class, vae, scheduler, "pipeline", transformer).to("cpu")
+    pipe = make_pipeline(SimpleNamespace(pipeline_class=pipeline_class), vae, scheduler, "pipeline", transformer).to(
+        "cpu"
+    )
     return pipe(
         prompt_embeds=embeds,
         negative_prompt_embeds=torch.zeros_like(embeds),

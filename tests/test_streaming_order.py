@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cogvideox import vae_memory
-from memory import activations, host, weights
+from memory import activations, host, streaming
 
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def streams(monkeypatch):
     """All copies are on record, each on its own stream."""
     record = Streams()
 
-    class Copies:
+    class TransferStream:
         def __init__(self, device):
             self.api = torch.get_device_module(device)
 
@@ -72,10 +72,10 @@ def streams(monkeypatch):
                 target.copy_(source)
             return Event(record, self)
 
-    monkeypatch.setattr(host, "Copies", Copies)
-    monkeypatch.setattr(activations, "Copies", Copies)
-    monkeypatch.setattr(weights, "Copies", Copies)
-    monkeypatch.setattr(vae_memory, "Copies", Copies)
+    monkeypatch.setattr(host, "TransferStream", TransferStream)
+    monkeypatch.setattr(activations, "TransferStream", TransferStream)
+    monkeypatch.setattr(streaming, "TransferStream", TransferStream)
+    monkeypatch.setattr(vae_memory, "TransferStream", TransferStream)
     return record
 
 
@@ -122,8 +122,8 @@ def run(blocks, size=1, backward=True):
 
 
 LEVELS = {
-    "weights": lambda blocks: weights.stream_weights(blocks, CPU, num_slots=3),
-    "two slots": lambda blocks: weights.stream_weights(blocks, CPU, num_slots=2),
+    "weights": lambda blocks: streaming.stream_weights(blocks, CPU, num_slots=3),
+    "two slots": lambda blocks: streaming.stream_weights(blocks, CPU, num_slots=2),
     "activations": lambda blocks: activations.offload_activations(blocks, CPU, min_bytes=1),
 }
 
@@ -165,7 +165,7 @@ def test_no_kept_frames_are_filled_while_somebody_uses_them(streams, monkeypatch
 
 
 def test_a_race_is_seen(streams):
-    copies, memory = host.Copies(CPU), torch.zeros(4)
+    copies, memory = host.TransferStream(CPU), torch.zeros(4)
     copied = copies.start([(memory, torch.ones(4))], after=[])
     with pytest.raises(Race):
         streams.access(COMPUTE, memory, writes=False)

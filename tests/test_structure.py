@@ -199,7 +199,7 @@ def test_every_flag_is_read_outside_of_the_parser(make_parser):
 
     is_prepare = make_parser == "make_prepare_parser"
     parser = args.make_prepare_parser() if is_prepare else args.make_training_parser("t2v_lora")
-    of_prepare = {"prepare_dataset", "run.preparing"}
+    of_prepare = {"prepare_dataset", "run.prepare_plan"}
     readers = of_prepare | {"data.dataset", "run.launch"} if is_prepare else set(MODULES) - of_prepare - PARSERS
     read = set().union(*(flags_read(parse(module)) for module in readers)) | READ_OTHERWISE
     unread = {action.dest for action in parser._actions} - {"help"} - read
@@ -216,7 +216,7 @@ TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox
 # What a task does in its own way: which engine, whether all of it fits, image-to-video's first frame, and draws
 OWN_SERVICES = {
     "compose.build_lora_engine_from_args", "compose.build_sft_engine_from_args", "levels.check_sft_fits",
-    "encoding.IMAGE_NOISE_MEAN", "encoding.IMAGE_NOISE_STD", "encoding.encode_images", "encoding.pixels_to_unit",
+    "encoding.IMAGE_NOISE_MEAN", "encoding.IMAGE_NOISE_STD", "encoding.encode_noised_images", "encoding.pixels_to_unit",
     "inputs.sample_image_latents", "inputs.condition_on_first_frame", "inputs.ofs_input", "inputs.latent_shape",
     "objective.draw_normal", "objective.draw_uniform",
 }  # fmt: skip

@@ -14,7 +14,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save as library_bytes
 
 from base import files, tensor_file
-from base.files import clean_up, damage, remove_unfinished, write_json, write_shared, written_folder
+from base.files import clean_up, find_damage, remove_unfinished, write_json, write_shared, written_folder
 from base.tensor_file import CODES, save_tensors
 from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
 from cogvideox.loading import load_transformer
@@ -71,14 +71,14 @@ def test_what_the_writer_hashed_is_not_read_again(tmp_path, monkeypatch):
     for name, entry in recorded.items():
         content = (tmp_path / "checkpoint" / name).read_bytes()
         assert entry == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}, name
-    assert damage(tmp_path / "checkpoint") is None and not files.noted
+    assert find_damage(tmp_path / "checkpoint") is None and not files.noted
 
 
 def test_a_file_that_was_written_over_is_read(tmp_path):
     with written_folder(tmp_path / "checkpoint") as folder:
         save_tensors(folder / "a.safetensors", {"x": torch.ones(3)})
         (folder / "a.safetensors").write_bytes(b"by another hand")
-    assert damage(tmp_path / "checkpoint") is None
+    assert find_damage(tmp_path / "checkpoint") is None
 
 
 def test_a_disk_that_keeps_other_bytes_is_found_out(tmp_path):
@@ -91,7 +91,7 @@ def test_a_disk_that_keeps_other_bytes_is_found_out(tmp_path):
             file.seek(-1, os.SEEK_END)
             file.write(b"\1")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert "a.safetensors was changed" in damage(tmp_path / "checkpoint")
+    assert "a.safetensors was changed" in find_damage(tmp_path / "checkpoint")
 
 
 def test_nothing_is_hashed_where_nobody_asks(tmp_path, monkeypatch):

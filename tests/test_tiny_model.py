@@ -323,7 +323,7 @@ def test_reconstruction_is_learned():
 def test_the_learning_rate_rises_and_falls():
     shares = [pretrain.learning_rate_share(step, step / 100, warmup_steps=10) for step in range(101)]
     assert shares[0] == pytest.approx(0.1) and max(shares) == max(shares[8:11])
-    assert shares[100] == pytest.approx(pretrain.LEAST_RATE) and shares[99] > shares[100]
+    assert shares[100] == pytest.approx(pretrain.MIN_RATE) and shares[99] > shares[100]
     assert all(map(math.isfinite, shares))
 
 

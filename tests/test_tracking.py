@@ -116,14 +116,14 @@ def test_a_tracker_finds_the_console_when_it_is_imported(monkeypatch, tmp_path, 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "trackio", None)
     del sys.modules["trackio"]
-    monkeypatch.setattr(console, "IN_FORCE", True)
+    monkeypatch.setattr(console, "IS_SET_UP", True)
     tracking.start_quietly(SimpleNamespace(name="trackio", start=lambda: print("* Welcome")))
-    assert console.KEPT not in sys.modules["trackio"].streams
-    assert capsys.readouterr() == ("", "") and "* Welcome" in console.KEPT.take()
+    assert console.SUPPRESSED not in sys.modules["trackio"].streams
+    assert capsys.readouterr() == ("", "") and "* Welcome" in console.SUPPRESSED.take()
 
 
 def test_wandb_may_ask_for_a_key_at_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(console, "IN_FORCE", True)
+    monkeypatch.setattr(console, "IS_SET_UP", True)
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     tracking.start_quietly(SimpleNamespace(name="wandb", start=lambda: print("Paste an API key")))

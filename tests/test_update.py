@@ -11,7 +11,7 @@ import torch
 
 from engine.master_weights import HostMasters, Masters, group_by_bytes
 from engine.update import LossScaler, TrainingState, make_scaler, skips_on_device, update
-from run.steps import plan_steps, sample_positions
+from run.steps import plan_steps, sample_ids
 
 
 def engine_of(weight, masters=None, ema=None):
@@ -154,7 +154,7 @@ def test_plan(batches, accumulation, epochs, max_steps, expected):
 
 def test_positions_do_not_depend_on_how_a_global_batch_is_cut():
     alone, *ranks = (SimpleNamespace(rank=rank, num_ranks=num) for rank, num in ((0, 1), (0, 2), (1, 2)))
-    whole = sample_positions(alone, 1, 4, 4)
-    shared = [position for rank in ranks for position in sample_positions(rank, 1, 2, 2)]
-    accumulated = [position for micro_step in range(4, 8) for position in sample_positions(alone, micro_step, 1, 1)]
+    whole = sample_ids(alone, 1, 4, 4)
+    shared = [position for rank in ranks for position in sample_ids(rank, 1, 2, 2)]
+    accumulated = [position for micro_step in range(4, 8) for position in sample_ids(alone, micro_step, 1, 1)]
     assert whole == shared == accumulated == [4, 5, 6, 7]

@@ -193,10 +193,10 @@ def test_videos_and_first_frames_are_encoded_as_by_the_stock_module(device, walk
     log_sigma = torch.tensor([-3.0, -2.0, -1.0], device=device)
     frames = pixels[0, :1].expand(3, -1, -1, -1)
     noisy = frames + noise * log_sigma.exp().view(-1, 1, 1, 1)
-    variants = encoding.encode_images(vae, frames, noise, log_sigma)
+    variants = encoding.encode_noised_images(vae, frames, noise, log_sigma)
     assert error(variants, vae.encode(noisy[:, :, None]).latent_dist.parameters) < 1e-5
     for k, variant in enumerate(variants):  # to the bit: a folder does not depend on how many are drawn
-        alone = encoding.encode_images(vae, frames[k : k + 1], noise[k : k + 1], log_sigma[k : k + 1])
+        alone = encoding.encode_noised_images(vae, frames[k : k + 1], noise[k : k + 1], log_sigma[k : k + 1])
         assert torch.equal(alone[0], variant)
     assert len(walks) == 2 + 3 + 3  # 9 frames are one pass
 

@@ -506,7 +506,7 @@ def test_weights_that_are_parts_of_a_buffer_stay_where_they_are(tiny, caplog):
     transformer = loading.load_transformer(tiny("5b"), torch.float32)
     vae = loading.load_vae(tiny("5b"), torch.float32)
     scheduler = config_module.load_scheduler(tiny("5b"))
-    pipe = pipeline.make_pipeline(config_module.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
+    pipe = pipeline.make_pipeline(model(), vae, scheduler, "pipeline", transformer)
     frozen, trained = list(transformer.parameters())[:2]
     frozen.data = torch.zeros(2 * frozen.numel())[: frozen.numel()].view_as(frozen)
     trained.requires_grad_(True)
@@ -525,7 +525,7 @@ def test_what_a_full_gpu_held_is_gone_before_weights_come_back(tiny, monkeypatch
     transformer = loading.load_transformer(tiny("5b"), torch.float32)
     vae = loading.load_vae(tiny("5b"), torch.float32)
     scheduler = config_module.load_scheduler(tiny("5b"))
-    pipe = pipeline.make_pipeline(config_module.TEXT_TO_VIDEO_PIPELINE, vae, scheduler, "pipeline", transformer)
+    pipe = pipeline.make_pipeline(model(), vae, scheduler, "pipeline", transformer)
     held, held_at_return, move = [], [], torch.nn.Module.to
 
     def decode():
@@ -648,6 +648,13 @@ def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampl
     assert sampled(tmp_path / "out") == {step: ["0_0", "0_1", "1_0"] for step in (0, 2)}
     log = (tmp_path / "log.txt").read_text()
     assert log.count("validation videos failed, training goes on: ValueError: no such luck (process 1)") == 2
+
+
+def test_a_signal_during_a_validation_is_no_promise_to_go_on(caplog):
+    validation.warn_of(3, "validation videos", ["", f"{validation.CUT_SHORT} SIGINT"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 3: validation videos incomplete: ended by SIGINT (process 1)"
+    ]
 
 
 # ---------------------------------------------------------------- held-out loss

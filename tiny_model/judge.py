@@ -30,13 +30,13 @@ from world import (
 
 
 CORE_PIXELS = 100  # the smallest shape, a ring, covers 215
-LEAST_CONTRAST = 0.12  # in 0..1; the closest pair of shape and background in the world has 0.3
+MIN_CONTRAST = 0.12  # in 0..1; the closest pair of shape and background in the world has 0.3
 AREA_LIMITS = (90, 900)  # pixels; the world's shapes cover 215 to 460
-LEAST_OVERLAP = 0.72  # intersection over union with the best shape; real clips have 0.9 or more
-LEAST_TRAVEL = 5.0  # pixels; the slowest clips travel 10
-FARTHEST_COLOUR = 0.22  # RGB distance in 0..1; any two named colours are at least 0.32 apart
+MIN_OVERLAP = 0.72  # intersection over union with the best shape; real clips have 0.9 or more
+MIN_TRAVEL = 5.0  # pixels; the slowest clips travel 10
+MAX_COLOUR_DISTANCE = 0.22  # RGB distance in 0..1; any two named colours are at least 0.32 apart
 QUICK = (TRAVEL["slowly"][1] + TRAVEL["quickly"][0]) / 2
-LEAST_STRIPE, LEAST_FADE = 0.04, 0.06  # in 0..1: amplitude of the stripes, difference of the outer quarters
+MIN_STRIPE, MIN_FADE = 0.04, 0.06  # in 0..1: amplitude of the stripes, difference of the outer quarters
 
 
 def judge(clips: torch.Tensor) -> list[dict[str, str | None]]:
@@ -44,12 +44,12 @@ def judge(clips: torch.Tensor) -> list[dict[str, str | None]]:
     clips = smooth(clips.float())
     background, contrast, coverage = separate(clips)
     area = coverage.sum((2, 3))  # [B, F']
-    visible = (contrast > LEAST_CONTRAST) & (area > AREA_LIMITS[0]) & (area < AREA_LIMITS[1])
+    visible = (contrast > MIN_CONTRAST) & (area > AREA_LIMITS[0]) & (area < AREA_LIMITS[1])
     is_there = visible.all(1)
     centres = centres_of(coverage, area)
     overlaps = shape_overlaps(coverage, area, centres)  # [B, shapes]
     columns = {
-        "shape": words("shape", overlaps.argmax(1), is_there & (overlaps.amax(1) > LEAST_OVERLAP)),
+        "shape": words("shape", overlaps.argmax(1), is_there & (overlaps.amax(1) > MIN_OVERLAP)),
         "colour": colour_words(inside_colours(clips, coverage), is_there),
         **motion_words(centres, is_there),
         **background_words(background),
@@ -115,7 +115,7 @@ def inside_colours(clips: torch.Tensor, coverage: torch.Tensor) -> torch.Tensor:
 def colour_words(colours: torch.Tensor, is_there: torch.Tensor) -> list[str | None]:
     """The nearest named colour for each of `colours` [B, 3], or None."""
     distances = torch.cdist(colours, named(COLOURS, colours))
-    return words("colour", distances.argmin(1), is_there & (distances.amin(1) < FARTHEST_COLOUR))
+    return words("colour", distances.argmin(1), is_there & (distances.amin(1) < MAX_COLOUR_DISTANCE))
 
 
 def named(colours: dict[str, tuple], like: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def motion_words(centres: torch.Tensor, is_there: torch.Tensor) -> dict[str, lis
     x, y = travel.unbind(1)
     longer, shorter = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
     index = torch.where(x.abs() > y.abs(), (x > 0).long(), 2 + (y > 0).long())  # left, right, up, down
-    is_clear = is_there & (longer > LEAST_TRAVEL) & (shorter < 0.5 * longer)
+    is_clear = is_there & (longer > MIN_TRAVEL) & (shorter < 0.5 * longer)
     return {
         "direction": words("direction", index, is_clear),
         "speed": words("speed", (longer > QUICK).long(), is_clear),
@@ -143,11 +143,11 @@ def background_words(background: torch.Tensor) -> dict[str, list]:
     angle = rows * SIZE * (2 * math.pi / STRIPE_PERIOD)
     stripe = 2 * torch.hypot((grey * angle.sin()).mean(1), (grey * angle.cos()).mean(1))
     fade = grey[:, -quarter:].mean(1) - grey[:, :quarter].mean(1)
-    pattern = torch.where(stripe > LEAST_STRIPE, 2, (fade > LEAST_FADE).long())
+    pattern = torch.where(stripe > MIN_STRIPE, 2, (fade > MIN_FADE).long())
     added = torch.tensor([0, FADE / 2, STRIPE / 2], device=background.device)[pattern] / 255  # what patterns add
     distances = torch.cdist(background.mean(2) - added[:, None], named(BACKGROUNDS, background))
     return {
-        "background": words("background", distances.argmin(1), distances.amin(1) < FARTHEST_COLOUR),
+        "background": words("background", distances.argmin(1), distances.amin(1) < MAX_COLOUR_DISTANCE),
         "pattern": words("pattern", pattern, torch.ones_like(pattern, dtype=torch.bool)),
     }
 

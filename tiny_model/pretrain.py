@@ -78,7 +78,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {"vae": Recipe(32, 1e-3, 0.998), "t2v": Recipe(256, 1e-3, 0.9995), "i2v": Recipe(256, 5e-4, 0.999)}
-MAX_GRAD_NORM, LEAST_RATE = 1.0, 0.02  # the second relative to the learning rate
+MAX_GRAD_NORM, MIN_RATE = 1.0, 0.02  # the second relative to the learning rate
 KL_WEIGHT = 3e-3
 GUIDANCES = (2.0, 6.0)  # guidance scales used in reports
 TEXT_DROPOUT, IMAGE_DROPOUT = 0.1, 0.05
@@ -159,7 +159,7 @@ def vae_loss(vae, batch_size: int, seed: int, device: str, step: int) -> torch.T
 VAE_CONTENTS = torch.tensor([row for concept in (None, *CONCEPTS) for row in all_contents(concept)])
 
 
-class Bank(NamedTuple):
+class EncodedClips(NamedTuple):
     """Encoded clips from which the transformers' batches are drawn; N clips, T captions."""
 
     moments: torch.Tensor  # [N, 2C, F, H, W] fp16
@@ -172,7 +172,9 @@ class Bank(NamedTuple):
 
 
 @torch.no_grad()
-def make_bank(folder: Path, size: int, seed: int, device: str, with_images: bool, contents: torch.Tensor) -> Bank:
+def make_bank(
+    folder: Path, size: int, seed: int, device: str, with_images: bool, contents: torch.Tensor
+) -> EncodedClips:
     """`size` clips of `contents`, drawn and encoded; a function of the seed, so they need not be saved."""
     vae = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae", dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
@@ -189,14 +191,14 @@ def make_bank(folder: Path, size: int, seed: int, device: str, with_images: bool
     texts = [caption(row, wording) for row in contents.tolist() for wording in range(NUM_WORDINGS)]
     padded = {"padding": "max_length", "max_length": TEXT_LENGTH, "return_tensors": "pt"}
     tokens = tokenizer([*texts, ""], **padded).input_ids.to(device)
-    return Bank(
+    return EncodedClips(
         torch.cat(moments), torch.cat(image_moments) if with_images else None, rows.to(device),
         tokens[:-1].view(len(contents), NUM_WORDINGS, TEXT_LENGTH), tokens[-1], load_vae_config(folder),
         load_scheduler(folder).alphas_cumprod.to(device),
     )  # fmt: skip
 
 
-def diffusion_loss(transformer, text_encoder, bank: Bank, batch_size: int, seed: int, device: str, step: int):
+def diffusion_loss(transformer, text_encoder, bank: EncodedClips, batch_size: int, seed: int, device: str, step: int):
     """The project's training objective on a batch of the bank, with image latents if the bank has them."""
     generator = torch.Generator(device).manual_seed(draw_seed(seed, "batch", step))
     random = {"generator": generator, "device": device}
@@ -231,7 +233,7 @@ def diffusion_loss(transformer, text_encoder, bank: Bank, batch_size: int, seed:
 
 def learning_rate_share(step: int, progress: float, warmup_steps: int) -> float:
     """Linear warm-up, then cosine decay over the phase."""
-    cosine = LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
     return min(1.0, (step + 1) / warmup_steps) * cosine
 
 

@@ -44,10 +44,10 @@ def main(args) -> None:
     launch.check_device(args, model.num_parameters, device)
     clips = dataset.build_dataset_from_args(args, model, run.seed)
     held_out_clips = held_out.read_clips(args, model, run.seed)
-    sample_size = validation.sample_size(args, clips.bucket_of)
-    buckets = clips.bucket_of + held_out_clips.bucket_of
+    sample_size = validation.sample_size(args, clips.clip_buckets)
+    buckets = clips.clip_buckets + held_out_clips.clip_buckets
     models.check_sizes_from_args(args, model, buckets, sample_size if prompts else None)
-    plan = steps.make_plan(args, clips.bucket_of, run.num_ranks)
+    plan = steps.make_plan(args, clips.clip_buckets, run.num_ranks)
 
     # ---------------------------------------------------------------- models; T5 comes and goes before the transformer
     needs_encoders = bool(prompts) or not args.load_tensors
@@ -57,10 +57,10 @@ def main(args) -> None:
     scheduler = model.load_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     content = output_dir.check_content(args, run, clips, lambda: models.hash_from_args(args, model))
-    summary = result.RunSummary(run, model, content, clips.bucket_of, sample_size, dtype, plan, is_lora=True)
+    summary = result.RunSummary(run, model, content, clips.clip_buckets, sample_size, dtype, plan, is_lora=True)
     if output_dir.is_done(args, plan.num_steps):
         return result.finish_again(args, run, summary)
-    level = levels.choose(args, model, clips.bucket_of, dtype, device, is_lora=True)
+    level = levels.choose(args, model, clips.clip_buckets, dtype, device, is_lora=True)
     vae, embeds = None, {}
     if needs_encoders:
         texts = captions.read_texts_from_args(args, clips, held_out_clips, prompts)
@@ -73,7 +73,7 @@ def main(args) -> None:
     checkpoint = checkpoints.find(args, run, plan.num_steps, content)
     block_loader = compose.block_loader_from_args(args, level, device)
     transformer = loading.load_transformer_from_args(args, model.weights, dtype, block_loader)
-    shape = model.attention_shape(clips.bucket_of, args.train_batch_size)
+    shape = model.attention_shape(clips.clip_buckets, args.train_batch_size)
     engine = compose.build_lora_engine_from_args(
         args, level, transformer, model.pipeline_class, shape, device, run.seed, resumes=checkpoint is not None
     )
@@ -102,18 +102,18 @@ def main(args) -> None:
     # ---------------------------------------------------------------- loop
     num_strata = args.train_batch_size * run.num_ranks * plan.accumulation if args.stratified_timesteps else None
     micro_steps, loader = steps.make_loader(args, run, clips, plan, first_step)
-    step, batches = first_step, meter.timed(INTERRUPTION.until_asked(loader, alone=run.num_ranks == 1))
-    with exits.explained_oom(args, device, clips.bucket_of, level, is_lora=True), meter:
+    step, batches = first_step, meter.timed(INTERRUPTION.until_interrupted(loader, alone=run.num_ranks == 1))
+    with exits.explained_oom(args, device, clips.clip_buckets, level, is_lora=True), meter:
         for micro_step, batch in zip(micro_steps, batches, strict=False):
             step = micro_step // plan.accumulation  # updates made before this one
-            positions = steps.sample_positions(run, micro_step, args.train_batch_size, len(batch["index"]))
-            latents, prompt_embeds = encode(to_device(batch, device), run.seed, positions)
+            sample_ids = steps.sample_ids(run, micro_step, args.train_batch_size, len(batch["index"]))
+            latents, prompt_embeds = encode(to_device(batch, device), run.seed, sample_ids)
             if args.text_dropout:
-                dropped = objective.draw_uniform(run.seed, "text_dropout", positions, device) < args.text_dropout
-                prompt_embeds = torch.where(dropped.view(-1, 1, 1), empty_embeds.to(prompt_embeds), prompt_embeds)
+                no_text = objective.draw_uniform(run.seed, "text_dropout", sample_ids, device) < args.text_dropout
+                prompt_embeds = torch.where(no_text.view(-1, 1, 1), empty_embeds.to(prompt_embeds), prompt_embeds)
 
-            noise = objective.draw_normal(run.seed, "noise", positions, latents.shape[1:], device)
-            timesteps = objective.draw_timesteps(run.seed, positions, len(alphas_cumprod), num_strata, device)  # [B]
+            noise = objective.draw_normal(run.seed, "noise", sample_ids, latents.shape[1:], device)
+            timesteps = objective.draw_timesteps(run.seed, sample_ids, len(alphas_cumprod), num_strata, device)  # [B]
             meter.copied()
             losses = losses_of(latents, prompt_embeds, noise, timesteps)  # [B]
             loss = losses.mean() / plan.micro_steps_in(step)
@@ -142,7 +142,7 @@ def main(args) -> None:
 
 
 def encode_batch(
-    model, vae, embeds: dict, batch: dict, seed: int, positions: list
+    model, vae, embeds: dict, batch: dict, seed: int, sample_ids: list
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(latents [B, F, C, H, W], prompt_embeds [B, S, D]): from moments on disk, or of clips."""
     if "moments" in batch:
@@ -151,7 +151,7 @@ def encode_batch(
         moments = encoding.encode_videos(vae, encoding.pixels_to_unit(batch["pixels"]))  # of [B, F', 3, h, w]
         prompt_embeds = to_device(torch.stack([embeds[prompt] for prompt in batch["prompt"]]), moments.device)
 
-    noise = objective.draw_normal(seed, "posterior", positions, inputs.latent_shape(moments), moments.device)
+    noise = objective.draw_normal(seed, "posterior", sample_ids, inputs.latent_shape(moments), moments.device)
     latents = inputs.pad_frames(inputs.sample_latents(moments, noise, model.vae_config), model.patch_size_t)
     return latents, prompt_embeds
 

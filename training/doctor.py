@@ -28,9 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "assets" / "tests" / "videos" / "circle_right.mp4"
 GIB = 2**30
 MODEL_DISK = 20e9  # bytes for a model, T5-XXL included
-HOST_MEMORY = 32  # GiB: T5-XXL in fp32 takes 18 during data preparation
-SMALLEST_GPU = 4  # GiB: a LoRA of 2b with --memory stream, the minimum in the README's table, plus the CUDA context
-WITHOUT_TOOLKIT = "0.19.8"  # the first DeepSpeed that can compile its CPU optimizer on a GPU machine without nvcc
+MIN_HOST_GIB = 32  # GiB: T5-XXL in fp32 takes 18 during data preparation
+MIN_GPU_GIB = 4  # GiB: a LoRA of 2b with --memory stream, the minimum in the README's table, plus the CUDA context
+DEEPSPEED_WITHOUT_NVCC = (
+    "0.19.8"  # the first DeepSpeed that can compile its CPU optimizer on a GPU machine without nvcc
+)
 # {major CUDA version of the driver: PyTorch's build}; any driver of that major version runs it
 TORCH_BUILDS = {12: "cu126", 13: "cu130"}
 
@@ -165,11 +167,11 @@ def check_deepspeed_ops(
     """Whether DeepSpeed can compile its CPU optimizer, which it does on first use."""
     use = "DeepSpeed's CPU optimizer (accelerate_configs/deepspeed.yaml)"
     found = f"C++ compiler {compiler or 'none'}, ninja {ninja or 'none'}, nvcc {toolkit or 'none'}"
-    needs_toolkit = has_gpu and version is not None and not within(version, f">={WITHOUT_TOOLKIT}")
+    needs_toolkit = has_gpu and version is not None and not within(version, f">={DEEPSPEED_WITHOUT_NVCC}")
     lacking = [
         (compiler is None, "apt-get install g++"),
         (ninja is None, "pip install ninja, and its folder on PATH"),
-        (needs_toolkit and toolkit is None, f'pip install "deepspeed>={WITHOUT_TOOLKIT},<1", or set CUDA_HOME'),
+        (needs_toolkit and toolkit is None, f'pip install "deepspeed>={DEEPSPEED_WITHOUT_NVCC},<1", or set CUDA_HOME'),
     ]
     fixes = [fix for lacks, fix in lacking if lacks]
     if fixes:
@@ -253,10 +255,10 @@ def check_gpu(index: int, gpu: Gpu) -> Finding:
     text = f"GPU {index}: {gpu.name}, {gpu.memory:.0f} GiB, compute capability {capability}, bf16 {'yes' if bf16 else 'no'}"
     if not bf16:
         return Finding("WARN", f"{text}; train CogVideoX-2b with --mixed_precision fp16, the other models need bf16")
-    if gpu.memory < SMALLEST_GPU:
+    if gpu.memory < MIN_GPU_GIB:
         return Finding(
             "WARN",
-            f"{text}; a LoRA of CogVideoX-2b at full size takes {SMALLEST_GPU} GiB, without validation: smaller buckets",
+            f"{text}; a LoRA of CogVideoX-2b at full size takes {MIN_GPU_GIB} GiB, without validation: smaller buckets",
         )
     return Finding("OK", text)
 
@@ -285,9 +287,9 @@ def host_memory() -> float:
 
 def check_memory(gib: float) -> Finding:
     text = f"host memory: {gib:.0f} GiB"
-    if gib < HOST_MEMORY:
+    if gib < MIN_HOST_GIB:
         return Finding(
-            "WARN", f"{text}; the 5b models want {HOST_MEMORY}: prepare with --dtype bf16, close other programs"
+            "WARN", f"{text}; the 5b models want {MIN_HOST_GIB}: prepare with --dtype bf16, close other programs"
         )
     return Finding("OK", text)
 

@@ -26,19 +26,19 @@ from types import SimpleNamespace
 import torch
 import torch.distributed
 
-from base.bars import progress, tracked
+from base.bars import progress, with_progress
 from base.dtypes import DTYPES
 from base.errors import DataError, Interrupted, UsageError
-from base.files import keep, lock_folder, make_folder, remove_unfinished
-from base.hashes import Hashes
-from base.ranks import gather_objects, on_main_process
+from base.files import forget_undo, lock_folder, make_folder, remove_unfinished
+from base.hashes import HashCache
+from base.ranks import all_gather_objects, on_main_process
 from base.signals import INTERRUPTION
 from base.status import begin_run, write_status
 from cogvideox.config import CONFIGS, default_fps, load_vae_config, num_parameters, read_config, text_length
 from cogvideox.encoding import (
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
-    encode_images,
+    encode_noised_images,
     encode_prompts,
     encode_videos,
     free_memory,
@@ -47,7 +47,7 @@ from cogvideox.encoding import (
 )
 from cogvideox.folder import files_that_load, resolve_model_dir
 from cogvideox.loading import load_text_encoder, load_vae
-from data.artifacts import Writer, write_tensors
+from data.artifacts import WriterPool, write_tensors
 from data.captions import warn_of_texts_from_args
 from data.clip_lists import unique_stems
 from data.dataset import build_videos_from_args
@@ -57,18 +57,18 @@ from engine.objective import draw_generator
 from memory.allocator import expand_segments
 from run.exits import run_script
 from run.launch import agree_on_run, check_device
-from run.preparing import (
-    Model,
-    compare,
+from run.prepare_plan import (
+    ModelIdentity,
     image_latent,
     is_embedding,
     is_made,
+    mark_missing,
     plan_clip,
     plan_empty,
-    prune_unnamed,
+    prune_unused,
     report_verified,
     video_latent,
-    warn_of_unnamed,
+    warn_of_unused,
     write_manifest,
     write_preview,
 )
@@ -76,7 +76,7 @@ from run.preparing import (
 
 logger = logging.getLogger(__name__)
 
-GO_ON = "the same command does what is missing"
+RESUME_ADVICE = "the same command does what is missing"
 
 
 def main(args) -> None:
@@ -96,12 +96,12 @@ def main(args) -> None:
     plan, empty, kept, problems = on_main_process(ranks, lambda: make_plan(args, output_dir, model_dir, videos))
     todo = [item for item in plan if item["missing"]]
     old_content = {path: content_hash(output_dir, path) for path in kept if args.verify and rank == 0}
-    keep()
+    forget_undo()
     if rank == 0:
-        warn_of_unnamed(args, output_dir, plan)
+        warn_of_unused(args, output_dir, plan)
         for folder in (output_dir, *filter(Path.is_dir, output_dir.iterdir())):
             remove_unfinished(folder)
-    gather_objects(None)  # nobody writes before that
+    all_gather_objects(None)  # nobody writes before that
     begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
@@ -116,7 +116,7 @@ def main(args) -> None:
     unreadable = write_pixels(args, output_dir, model_dir, videos, mine, device, rank)
 
     # ---------------------------------------------------------------- manifest
-    problems += [line for lines in gather_objects(unreadable) for line in lines]
+    problems += [line for lines in all_gather_objects(unreadable) for line in lines]
     if rank > 0:
         return  # rank 0 reports: the launcher ends all processes as soon as one fails
     made = {item["index"] for item in todo if is_made(output_dir, item)}
@@ -124,7 +124,7 @@ def main(args) -> None:
     write_manifest(output_dir, done)
     logger.info("%s: %d clips, %d prepared now, %d left out", output_dir, len(done), len(made), len(problems))
     report_verified(args, output_dir, old_content)
-    prune_unnamed(args, output_dir, done, problems)
+    prune_unused(args, output_dir, done, problems)
     for line in problems:
         logger.warning("left out: %s", line)
     if problems:
@@ -153,7 +153,7 @@ def claim_output_dir(args) -> Path:
     output_dir = Path(args.output_dir)
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
-    keep()  # of a run before it in this process
+    forget_undo()  # of a run before it in this process
     make_folder(output_dir)
     lock_folder(output_dir)
     return output_dir
@@ -167,12 +167,12 @@ def components(args) -> list[str]:
 # ---------------------------------------------------------------- what a clip needs, and what is there
 
 
-def hash_models(args, model_dir: Path, hashes: Hashes) -> Model:
+def hash_models(args, model_dir: Path, hashes: HashCache) -> ModelIdentity:
     scaling_factor = load_vae_config(model_dir).scaling_factor
     if not args.save_latents_and_embeddings:
-        return Model(scaling_factor)
+        return ModelIdentity(scaling_factor)
     parts = [model_dir / name for name in ("vae", "text_encoder", "tokenizer")]
-    return Model(
+    return ModelIdentity(
         scaling_factor,
         *(hash_component(part, files_that_load(part, args.variant), hashes) for part in parts),
         image_noise=(IMAGE_NOISE_MEAN, IMAGE_NOISE_STD),
@@ -184,15 +184,15 @@ def make_plan(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, li
     left out): what there is to do, from everything that decides it.
     """
     stems, plan, problems = unique_stems([clip.source for clip in videos.clips]), [], list(videos.problems)
-    with Hashes(believe=not args.verify) as hashes:
+    with HashCache(use_cache=not args.verify) as hashes:
         model = hash_models(args, model_dir, hashes)
-        for index, stem in enumerate(tracked(stems, "comparing", delay=5)):
+        for index, stem in enumerate(with_progress(stems, "comparing", delay=5)):
             try:
                 plan.append(plan_clip(args, model, videos, index, stem, hashes))
             except OSError as error:  # a bad sector, or a clip that has gone since
                 problems.append(f"{videos.clips[index].video}: cannot be read ({error.strerror})")
     empty = plan_empty(args, model)
-    return plan, empty, compare(args, output_dir, [*plan, *empty]), problems
+    return plan, empty, mark_missing(args, output_dir, [*plan, *empty]), problems
 
 
 # ---------------------------------------------------------------- captions
@@ -223,7 +223,7 @@ def write_embeddings(args, output_dir: Path, model_dir: Path, items, config: dic
     expand_segments(device)
     place_text_encoder(text_encoder, device)
     # One at a time: 226 tokens fill a GPU, and what a caption's neighbours are must not change its bits
-    for prompt, files in tracked(wanted.items(), "captions", disable=rank > 0):
+    for prompt, files in with_progress(wanted.items(), "captions", disable=rank > 0):
         prompt_embeds = encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
         for path, key in files:
             write_tensors(output_dir / path, {"prompt_embeds": prompt_embeds}, key)
@@ -249,8 +249,8 @@ def write_pixels(args, output_dir: Path, model_dir: Path, videos, items, device,
     )
     problems = []
     bar = progress(len(pending), "clips", disable=rank > 0)
-    with bar, Writer(args.num_artifact_workers) as writer:
-        for batch in INTERRUPTION.until_asked(loader):
+    with bar, WriterPool(args.num_artifact_workers) as writer:
+        for batch in INTERRUPTION.until_interrupted(loader):
             problems += batch["problems"]
             batch_items = [pending[index] for index in batch["index"]]
             if batch_items:
@@ -261,7 +261,7 @@ def write_pixels(args, output_dir: Path, model_dir: Path, videos, items, device,
                         writer.submit(write_preview, output_dir, item, pixels)
             bar.update(len(batch_items) + len(batch["problems"]))
     if INTERRUPTION.reason:
-        raise Interrupted(f"stopped by {INTERRUPTION.reason}; {GO_ON}")
+        raise Interrupted(f"stopped by {INTERRUPTION.reason}; {RESUME_ADVICE}")
     return problems
 
 
@@ -288,7 +288,7 @@ def encode_noised_frames(vae, frame: torch.Tensor, num_variants: int, seed: int,
     variants = []
     for k in range(num_variants):  # one at a time: the peak stays that of the video
         noise = torch.randn(frame.shape, generator=generator).to(frame.device)
-        variants.append(encode_images(vae, frame[None], noise[None], log_sigma[k : k + 1].to(frame.device)))
+        variants.append(encode_noised_images(vae, frame[None], noise[None], log_sigma[k : k + 1].to(frame.device)))
     return torch.cat(variants)
 
 
@@ -296,4 +296,4 @@ def encode_noised_frames(vae, frame: torch.Tensor, num_variants: int, seed: int,
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(ARGS), ARGS.output_dir, GO_ON)
+    run_script(lambda: main(ARGS), ARGS.output_dir, RESUME_ADVICE)

@@ -53,12 +53,12 @@ def make_heads(
     query = query if attn.norm_q is None else attn.norm_q(query)
     key = key if attn.norm_k is None else attn.norm_k(key)
     if rotary is not None:
-        cos, sin = still_text(rotary, num_text)
+        cos, sin = extend_rotary_to_text(rotary, num_text)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     return query, key, value
 
 
-def still_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Tensor]:
+def extend_rotary_to_text(rotary: tuple[Tensor, Tensor], num_text: int) -> tuple[Tensor, Tensor]:
     """(cos, sin) [S, head_dim] for the whole sequence: text tokens get the identity rotation.
 
     Rotating only the video tokens, in place, would split the compiled block's kernels and copy in the backward pass.

@@ -23,27 +23,27 @@ class LogLines:
     def __init__(self, total: int, desc: str, initial: int = 0, delay: float = 0):
         self.total, self.desc, self.n, self.delay, self.postfix = total, desc, initial, delay, ""
         self.start = time.monotonic()
-        self.told, self.told_n = self.start, initial
+        self.logged_at, self.logged_n = self.start, initial
 
     def update(self, n: int = 1) -> None:
         self.n += n
-        if time.monotonic() - self.told >= LOG_SECONDS:
-            self.tell()
+        if time.monotonic() - self.logged_at >= LOG_SECONDS:
+            self.log()
 
     def set_postfix(self, **values) -> None:
         self.postfix = ", ".join(f"{name}={value}" for name, value in values.items())
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """Log a line. The rate is since the previous line, so compilation only affects the first ones."""
         now = time.monotonic()
-        rate = (self.n - self.told_n) / max(now - self.told, 1e-9)
-        self.told, self.told_n = now, self.n
+        rate = (self.n - self.logged_n) / max(now - self.logged_at, 1e-9)
+        self.logged_at, self.logged_n = now, self.n
         options = {"prefix": self.desc, "rate": rate, "postfix": self.postfix, "bar_format": LINE}
         logger.info("%s", tqdm.format_meter(self.n, self.total, now - self.start, **options))
 
     def close(self) -> None:
-        if self.n > self.told_n and time.monotonic() - self.start >= self.delay:
-            self.tell()
+        if self.n > self.logged_n and time.monotonic() - self.start >= self.delay:
+            self.log()
 
     def __enter__(self) -> "LogLines":
         return self
@@ -59,7 +59,7 @@ def progress(total: int, desc: str, initial: int = 0, disable: bool = False, del
     return LogLines(total, desc, initial, delay)
 
 
-def tracked(items: Collection, desc: str, disable: bool = False, delay: float = 0) -> Iterator:
+def with_progress(items: Collection, desc: str, disable: bool = False, delay: float = 0) -> Iterator:
     """Yield `items` with a progress bar."""
     with progress(len(items), desc, disable=disable, delay=delay) as bar:
         for item in items:
@@ -84,7 +84,7 @@ def download_bar(model: str) -> type:
         def update(self, n=1):
             if n and self.counts_bytes and not self.has_begun:
                 self.has_begun = True
-                say_download(model)
+                log_download(model)
             return super().update(n)
 
         def display(self, *positional, **named):
@@ -94,6 +94,6 @@ def download_bar(model: str) -> type:
 
 
 @functools.cache
-def say_download(model: str) -> None:
+def log_download(model: str) -> None:
     """Cached, so that it logs once although the hub creates several bars."""
     logger.info("%s is downloaded from the hub", model)

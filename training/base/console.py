@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 OWN_CODE = str(next(folder for folder in Path(__file__).resolve().parents if folder.name == "training")) + os.sep
-NUM_KEPT = 60  # lines
+NUM_SUPPRESSED_LINES = 60  # lines
 
 # Environment variables that quiet libraries; a value set by the user is kept
 QUIET = {
@@ -47,11 +47,11 @@ ALWAYS_SHOWN = (
 )
 
 
-class KeptLines(io.TextIOBase):
-    """A text stream that keeps its last NUM_KEPT lines."""
+class LastLines(io.TextIOBase):
+    """A text stream that keeps its last NUM_SUPPRESSED_LINES lines."""
 
     def __init__(self):
-        self.lines: collections.deque[str] = collections.deque(maxlen=NUM_KEPT)
+        self.lines: collections.deque[str] = collections.deque(maxlen=NUM_SUPPRESSED_LINES)
         self.part = ""  # the unfinished last line
 
     def write(self, text: str) -> int:
@@ -67,41 +67,41 @@ class KeptLines(io.TextIOBase):
         return taken
 
 
-KEPT = KeptLines()  # of this process
-KEEPER = logging.StreamHandler(KEPT)
-KEEPER.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-IN_FORCE = False  # True once `set_up` has quieted this process
+SUPPRESSED = LastLines()  # of this process
+SUPPRESSED_HANDLER = logging.StreamHandler(SUPPRESSED)
+SUPPRESSED_HANDLER.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+IS_SET_UP = False  # True once `set_up` has quieted this process
 
 
-class GatedLogger(logging.Logger):
-    """A logger whose records are filtered by `passes`, whatever handlers and levels its library sets."""
+class FilteredLogger(logging.Logger):
+    """A logger whose records are filtered by `is_shown`, whatever handlers and levels its library sets."""
 
     def __init__(self, name: str, level: int = logging.NOTSET):
         super().__init__(name, level)
-        self.addFilter(passes)
+        self.addFilter(is_shown)
 
 
 class ConsoleHandler(logging.StreamHandler):
     """Logs to stderr without breaking progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with beside_bars():
+        with bars_cleared():
             super().emit(record)
 
 
 def set_up(verbose: bool = False) -> None:
     """Quiet the libraries. Call it in the script's process before heavy imports; forked data workers inherit it."""
-    global IN_FORCE
+    global IS_SET_UP
     log_to_stderr()
     if verbose:
         return
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     for name, value in (QUIET | QUIET_ALONE if is_alone else QUIET).items():
         os.environ.setdefault(name, value)
-    logging.setLoggerClass(GatedLogger)
+    logging.setLoggerClass(FilteredLogger)
     for logger in all_loggers():
-        logger.addFilter(passes)
-    IN_FORCE = True
+        logger.addFilter(is_shown)
+    IS_SET_UP = True
     if not sys.warnoptions:
         logging.captureWarnings(True)
 
@@ -124,7 +124,7 @@ def all_loggers() -> list[logging.Logger]:
 
 def is_quiet() -> bool:
     """Whether `set_up` has quieted this process."""
-    return IN_FORCE
+    return IS_SET_UP
 
 
 def wants_no_bars() -> bool:
@@ -135,11 +135,11 @@ def wants_no_bars() -> bool:
 # ---------------------------------------------------------------- the gate
 
 
-def passes(record: logging.LogRecord) -> bool:
+def is_shown(record: logging.LogRecord) -> bool:
     """Logging filter: whether a record reaches the console; the others are kept."""
     if record.levelno >= logging.ERROR or is_own(record) or is_asked_for(record.name) or is_always_shown(record):
         return True
-    KEEPER.handle(record)
+    SUPPRESSED_HANDLER.handle(record)
     return False
 
 
@@ -170,7 +170,7 @@ def capture_prints() -> Iterator[None]:
         yield
         return
     try:
-        with contextlib.redirect_stdout(KEPT), contextlib.redirect_stderr(KEPT):
+        with contextlib.redirect_stdout(SUPPRESSED), contextlib.redirect_stderr(SUPPRESSED):
             yield
     finally:
         release_handlers()
@@ -179,13 +179,13 @@ def capture_prints() -> Iterator[None]:
 def release_handlers() -> None:
     """Point handlers that libraries created on the captured streams to stderr, or later errors would be hidden."""
     for handler in [handler for logger in all_loggers() for handler in logger.handlers]:
-        if getattr(handler, "stream", None) is KEPT:
+        if getattr(handler, "stream", None) is SUPPRESSED:
             handler.setStream(sys.stderr)
 
 
-def dump_kept() -> None:
+def print_suppressed() -> None:
     """Print the kept lines to stderr: they may explain the error that follows."""
-    if lines := KEPT.take():
+    if lines := SUPPRESSED.take():
         print(f"libraries' last messages ({len(lines)}):", *lines, "", sep="\n", file=sys.stderr, flush=True)
 
 
@@ -193,7 +193,7 @@ def dump_kept() -> None:
 
 
 @contextlib.contextmanager
-def beside_bars() -> Iterator[None]:
+def bars_cleared() -> Iterator[None]:
     """On a terminal, clear progress bars while the body writes, and redraw them below."""
     tqdm = sys.modules.get("tqdm")
     if tqdm is None or not sys.stderr.isatty():

@@ -10,7 +10,9 @@ from pathlib import Path
 
 # Exit codes, where possible those of sysexits.h; 0 is success
 REFUSED, BAD_DATA, INTERNAL, STORAGE, INTERRUPTED = 2, 65, 70, 74, 75
-ERROR_LOG = "COGVIDEOX_ERROR_LOG"  # path for `keep_trace`; an environment variable, so data workers inherit it
+ERROR_LOG_VARIABLE = (
+    "COGVIDEOX_ERROR_LOG"  # path for `log_traceback`; an environment variable, so data workers inherit it
+)
 
 
 class UserError(Exception):
@@ -67,19 +69,19 @@ def named_line(error: Exception) -> str:
     return line if line == kind else f"{kind}: {line}"
 
 
-NAMED = 5  # items listed in an error; the rest are only counted
+MAX_LISTED = 5  # items listed in an error; the rest are only counted
 
 
 def first_few(items: list[str]) -> str:
     """`a, b, c` or `a, b, c, d, e and 7 more (12 in all)`."""
-    if len(items) <= NAMED:
+    if len(items) <= MAX_LISTED:
         return ", ".join(items)
-    return f"{', '.join(items[:NAMED])} and {len(items) - NAMED} more ({len(items)} in all)"
+    return f"{', '.join(items[:MAX_LISTED])} and {len(items) - MAX_LISTED} more ({len(items)} in all)"
 
 
-def keep_trace() -> Path:
+def log_traceback() -> Path:
     """Append the current traceback to the run's errors.log; returns its path, to be named in the error line."""
-    path = Path(os.environ.get(ERROR_LOG, ""))
+    path = Path(os.environ.get(ERROR_LOG_VARIABLE, ""))
     if not path.name or not path.parent.is_dir():
         path = Path(tempfile.gettempdir(), "cogvideox-errors.log")
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:

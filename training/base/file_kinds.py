@@ -1,8 +1,8 @@
 """Recognizes files that are not what their name says: Git LFS pointers, web pages, archives, cut downloads."""
 
-LOOKED_AT = 512  # bytes
+HEAD_BYTES = 512  # bytes
 # First bytes of the file -> what it is, and what to do
-STAND_INS = {
+PLACEHOLDERS = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself; run git lfs pull in its repository",
     b"version https://hawser.github.com/spec/": "a Git LFS pointer, not the file itself; run git lfs pull in its repository",
     b"# xet version": "a Xet pointer, not the file itself; download it from the hub",
@@ -21,20 +21,20 @@ PRINTABLE = {*b"\t\n\r", *range(32, 127)}
 WEB_PAGES = (b"<!doctype html", b"<html", b"<?xml", b'{"error"', b'{"message"')
 
 
-def stand_in(path) -> str | None:
+def placeholder(path) -> str | None:
     """What a download or version control left in place of the file; None if it may be the file itself."""
-    head = beginning(path)
+    head = read_head(path)
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGES):
         return "a web page or an error message of a server, not the file itself; download it again"
-    if len(head) == LOOKED_AT and not head.strip(b"\0"):
+    if len(head) == HEAD_BYTES and not head.strip(b"\0"):
         return "zeros only at its beginning, like an interrupted download; download it again"
-    return named(head, STAND_INS)
+    return match_head(head, PLACEHOLDERS)
 
 
-def other_content(path) -> str | None:
-    """`stand_in`, and also archives and text, which are legitimate for some files."""
-    head = beginning(path)
-    return stand_in(path) or archive(path) or (TEXT if is_text(head) else None)
+def unexpected_content(path) -> str | None:
+    """`placeholder`, and also archives and text, which are legitimate for some files."""
+    head = read_head(path)
+    return placeholder(path) or archive(path) or (TEXT if is_text(head) else None)
 
 
 def is_text(head: bytes) -> bool:
@@ -42,13 +42,13 @@ def is_text(head: bytes) -> bool:
 
 
 def archive(path) -> str | None:
-    return named(beginning(path), ARCHIVES)
+    return match_head(read_head(path), ARCHIVES)
 
 
-def beginning(path) -> bytes:
+def read_head(path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(LOOKED_AT)
+        return file.read(HEAD_BYTES)
 
 
-def named(head: bytes, beginnings: dict[bytes, str]) -> str | None:
+def match_head(head: bytes, beginnings: dict[bytes, str]) -> str | None:
     return next((what for start, what in beginnings.items() if head.startswith(start)), None)

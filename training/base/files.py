@@ -32,7 +32,7 @@ NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 held_locks: list[int] = []  # file descriptors; the system frees a lock when its process ends, however it ends
 undo: list[Callable[[], None]] = []  # what takes back the steps of a command that is not accepted yet, in their order
 warned: set[str] = set()  # lines that a run says once
-# Of each unfinished folder that will get a manifest: the SHA-256 of files whose writer took it, by `identity`
+# Of each unfinished folder that will get a manifest: the SHA-256 of files whose writer took it, by `file_identity`
 noted: dict[Path, dict[tuple, str]] = {}
 
 
@@ -66,7 +66,7 @@ def replaced_folder(target: Path):
 
 @contextlib.contextmanager
 def written_folder(target: Path):
-    """The same with a manifest, by which `damage` tells whether it is as it was written."""
+    """The same with a manifest, by which `find_damage` tells whether it is as it was written."""
     with replaced_folder(target) as folder:
         noted[folder] = {}
         try:
@@ -77,11 +77,11 @@ def written_folder(target: Path):
 
 
 def hashes_for_manifest(path: Path) -> dict | None:
-    """Where the writer of a file leaves its hash, by `identity`, so that nobody reads it again; None: nobody asks."""
+    """Where the writer of a file leaves its hash, by `file_identity`, so that nobody reads it again; None: nobody asks."""
     return next((hashes for folder, hashes in noted.items() if folder in path.parents), None)
 
 
-def identity(path: Path) -> tuple:
+def file_identity(path: Path) -> tuple:
     """Of a file and its content, whatever it is renamed to."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -90,14 +90,14 @@ def identity(path: Path) -> tuple:
 def write_manifest(folder: Path) -> None:
     """Flush every file of `folder` to the disk and, only then, write their sizes and hashes.
 
-    A hash that the writer took is of what was meant to be written: `damage` also finds what the disk made of it.
+    A hash that the writer took is of what was meant to be written: `find_damage` also finds what the disk made of it.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         flush(path)
     known = noted.get(folder, {})
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        entries = list(pool.map(lambda path: describe(path, known.get(identity(path))), paths))
+        entries = list(pool.map(lambda path: describe(path, known.get(file_identity(path))), paths))
     names = [path.relative_to(folder).as_posix() for path in paths]
     text = json.dumps({"version": 1, "files": dict(zip(names, entries, strict=True))}, indent=2) + "\n"
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
@@ -105,7 +105,7 @@ def write_manifest(folder: Path) -> None:
         file.flush()
         flush_descriptor(file.fileno())
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        flush_names(directory)
+        flush_folder(directory)
 
 
 def describe(path: Path, digest: str | None = None) -> dict:
@@ -147,7 +147,7 @@ def free_bytes(folder: Path) -> float:
         return math.inf
 
 
-def flush_names(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a folder's list of names survive a power cut, where its file system can: many network mounts cannot."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -183,7 +183,7 @@ def put_in_place(temporary: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         rename(target, aside)
     rename(temporary, target)
-    flush_names(target.parent)
+    flush_folder(target.parent)
     if aside.exists():
         remove(aside)
 
@@ -274,7 +274,7 @@ def to_json(content) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a folder that `written_folder` made, one reason with the file's name; None if it is whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -301,7 +301,7 @@ def damage(folder: Path) -> str | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder and those above it; `take_back` removes them."""
+    """Make the output folder and those above it; `undo_all` removes them."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     undo.extend(path.rmdir for path in reversed(missing))
     try:
@@ -350,12 +350,12 @@ def restore_lock(path: Path, descriptor: int, before: bytes | None, times: os.st
     os.close(descriptor)
 
 
-def keep() -> None:
+def forget_undo() -> None:
     """The command is accepted: what it does from here on stays."""
     undo.clear()
 
 
-def take_back() -> None:
+def undo_all() -> None:
     """Undo what a command did before it was refused: its lock, its folders, a folder moved aside."""
     while undo:
         with contextlib.suppress(OSError):  # such as a folder that holds something by now
@@ -364,7 +364,7 @@ def take_back() -> None:
 
 def release_locks() -> None:
     """For a process that goes on after a run: tests."""
-    keep()
+    forget_undo()
     warned.clear()
     while held_locks:
         os.close(held_locks.pop())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from base.flag_parser import NO_MEANING, FlagParser
-from base.levels import HOST_LEVELS, LEVELS
+from base.memory_levels import HOST_LEVELS, LEVELS
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]

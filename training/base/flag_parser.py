@@ -63,11 +63,11 @@ LORA_FLAGS = (
     "rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "lora_init", "init_lora", "export",
     "base_precision",
 )  # fmt: skip
-NO_SFT = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA}
+SFT_ONLY = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA}
 NO_MEANING = {
-    "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | NO_SFT,
+    "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | SFT_ONLY,
     "t2v_sft": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | dict.fromkeys(LORA_FLAGS, NO_LORA),
-    "i2v_lora": NO_SFT,
+    "i2v_lora": SFT_ONLY,
     "i2v_sft": dict.fromkeys(LORA_FLAGS, NO_LORA),
 }
 
@@ -98,13 +98,13 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Leaves with exit code 2."""
-        from base.status import note_refusal  # only here: --help is quick
+        from base.status import record_refusal  # only here: --help is quick
 
         self.say("error", message)
         output_dir = named_value(self.argv, "--output_dir")
         if output_dir:
             with contextlib.suppress(OSError, StorageError):  # the line above is what matters
-                note_refusal(Path(output_dir), message)
+                record_refusal(Path(output_dir), message)
         self.exit(REFUSED)
 
     def format_help(self) -> str:

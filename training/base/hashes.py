@@ -22,38 +22,41 @@ logger = logging.getLogger(__name__)
 
 # Seconds. A file modified more recently is not cached: with coarse clocks it could change again under the same times.
 # If a file server's clock is off by more, this check is void, or files are hashed again for a while.
-SETTLED = 0.1
-SAMPLED = 2**16  # bytes
-SAID_FROM = 2**30  # bytes; larger files take seconds to read
-BLOB = re.compile(r"[0-9a-f]{64}")  # large files in the hub's cache are named by their SHA-256, small ones are not
+SETTLED_SECONDS = 0.1
+SAMPLED_BYTES = 2**16  # bytes
+LOG_ABOVE_BYTES = 2**30  # bytes; larger files take seconds to read
+BLOB_NAME = re.compile(
+    r"[0-9a-f]{64}"
+)  # large files in the hub's cache are named by their SHA-256, small ones are not
 
 
-class Hashes:
-    """Content hashes of files, cached. With `believe` off, cached values are ignored and every file is read once.
+class HashCache:
+    """Content hashes of files, cached. With `use_cache` off, cached values are ignored and every file is read once.
 
     The cache is written when the `with` block ends.
     """
 
-    def __init__(self, believe: bool = True):
-        self.believe = believe
+    def __init__(self, use_cache: bool = True):
+        self.use_cache = use_cache
         self.known: dict[Path, dict] = {}  # folder -> name -> {"stamp": ..., algorithm: hash}
         self.changed: set[Path] = set()
 
-    def of(self, path: Path, algorithm: str = "blake2b") -> str:
+    def hash(self, path: Path, algorithm: str = "blake2b") -> str:
         """Hex digest: 16-byte blake2b, or sha256, which for a file in the hub's cache is its name."""
         real = Path(os.path.realpath(path))
-        if self.believe and algorithm == "sha256" and is_blob(real):
+        if self.use_cache and algorithm == "sha256" and is_blob(real):
             return real.name
         entries = self.entries_of(real.parent)
-        entry, stamp = entries.get(real.name), stamp_of(real)
+        entry, stamp = entries.get(real.name), file_stamp(real)
         if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get(algorithm), str):
             return entry[algorithm]
-        if stamp[0] > SAID_FROM:
+        if stamp[0] > LOG_ABOVE_BYTES:
             logger.info("%s: reading %.1f GiB to hash it, once unless it changes", real, stamp[0] / 2**30)
         digest = file_hash(real, algorithm)
         if algorithm == "sha256" and is_blob(real) and digest != real.name:
             raise UsageError(f"{real}: other bytes than were downloaded into the hub's cache; delete it and run again")
-        if stamp == stamp_of(real) and time.time() - stamp[2] / 1e9 > SETTLED:
+        # Cache only if the file did not change while it was read, and not just before (see SETTLED_SECONDS)
+        if stamp == file_stamp(real) and time.time() - stamp[2] / 1e9 > SETTLED_SECONDS:
             kept = entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
             entries[real.name] = {**kept, "stamp": stamp, algorithm: digest}
             self.changed.add(real.parent)
@@ -61,7 +64,7 @@ class Hashes:
 
     def entries_of(self, folder: Path) -> dict:
         if folder not in self.known:
-            self.known[folder] = read_entries(folder) if self.believe else {}
+            self.known[folder] = read_entries(folder) if self.use_cache else {}
         return self.known[folder]
 
     def __enter__(self):
@@ -75,10 +78,10 @@ class Hashes:
 
 def is_blob(path: Path) -> bool:
     """True for a file of the hub's cache, <repository>/blobs/<hash>, which is immutable."""
-    return path.parent.name == "blobs" and bool(BLOB.fullmatch(path.name))
+    return path.parent.name == "blobs" and bool(BLOB_NAME.fullmatch(path.name))
 
 
-def stamp_of(path: Path) -> list[int]:
+def file_stamp(path: Path) -> list[int]:
     """[size, mtime, ctime], which change with the content. Programs can reset mtime, but not ctime."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -100,9 +103,9 @@ def sampled_hash(path: Path) -> str:
         start = min(start, end)  # damaged files are reported when they are loaded
         size = end - start
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        for place in (start, start + max(0, size - SAMPLED)):
+        for place in (start, start + max(0, size - SAMPLED_BYTES)):
             file.seek(place)
-            digest.update(file.read(SAMPLED))
+            digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 
@@ -126,19 +129,19 @@ def hash_rows(rows) -> str:
 # ---------------------------------------------------------------- the cache
 
 
-def memory_dir() -> Path:
+def hash_cache_dir() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "cogvideox-factory" / "hashes"
 
 
-def memory_path(folder: Path) -> Path:
+def hash_cache_path(folder: Path) -> Path:
     name = hashlib.blake2b(os.fsencode(folder), digest_size=16).hexdigest()
-    return memory_dir() / f"{name}.json"
+    return hash_cache_dir() / f"{name}.json"
 
 
 def read_entries(folder: Path) -> dict:
     try:
-        entries = json.loads(memory_path(folder).read_text(encoding="utf-8"))
+        entries = json.loads(hash_cache_path(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home directory
         return {}
     return entries if isinstance(entries, dict) else {}
@@ -148,6 +151,6 @@ def write_entries(folder: Path, entries: dict) -> None:
     """Replace the file atomically. Of concurrent writers one wins; files hashed by the others are read again."""
     try:
         present = {name: entry for name, entry in entries.items() if (folder / name).exists()}
-        write_shared(memory_path(folder), json.dumps(present))
+        write_shared(hash_cache_path(folder), json.dumps(present))
     except (OSError, RuntimeError) as error:
         logger.warning("hashes of the files in %s cannot be kept (%s): every run reads them again", folder, error)

@@ -9,7 +9,7 @@ import torch.distributed
 from base.errors import UserError
 
 
-MEETING_SECONDS = 24 * 3600  # timeout for barriers outside of collectives
+EXCHANGE_TIMEOUT = 24 * 3600  # timeout for barriers outside of collectives
 
 
 def on_main_process(accelerator, function: Callable):
@@ -30,7 +30,7 @@ def on_main_process(accelerator, function: Callable):
     return outcome[0]
 
 
-def meet(name: str, message: str = "") -> list[str]:
+def exchange_on_host(name: str, message: str = "") -> list[str]:
     """Barrier `name` (unique per run) through the process group's store; returns each rank's message, in rank order.
 
     Through the process group's store, not a collective: that would wait for the GPU, and end the run if a rank takes
@@ -42,10 +42,10 @@ def meet(name: str, message: str = "") -> list[str]:
     store = group_store()
     keys = [f"{name}/{rank}" for rank in range(torch.distributed.get_world_size())]
     store.set(keys[torch.distributed.get_rank()], message)
-    deadline, pause = time.monotonic() + MEETING_SECONDS, 0.001
+    deadline, pause = time.monotonic() + EXCHANGE_TIMEOUT, 0.001
     while not store.check(keys):
         if time.monotonic() > deadline:
-            raise UserError(f"{name}: another process did not come within {MEETING_SECONDS // 3600} hours")
+            raise UserError(f"{name}: another process did not come within {EXCHANGE_TIMEOUT // 3600} hours")
         time.sleep(pause)  # short, so that Ctrl-C is handled
         pause = min(1.2 * pause, 0.1)
     return [message.decode() for message in store.multi_get(keys)]
@@ -56,7 +56,7 @@ def group_store() -> torch.distributed.Store:
     return torch.distributed.group.WORLD.get_group_store()
 
 
-def gather_objects(value) -> list:
+def all_gather_objects(value) -> list:
     """All-gather: `value` of every rank, in rank order."""
     if not torch.distributed.is_initialized():
         return [value]
@@ -65,6 +65,6 @@ def gather_objects(value) -> list:
     return values
 
 
-def smallest_of_all_ranks(*numbers: float) -> list[float]:
+def min_over_ranks(*numbers: float) -> list[float]:
     """Elementwise minimum over all ranks, so that they make the same choice."""
-    return [min(values) for values in zip(*gather_objects(numbers), strict=True)]
+    return [min(values) for values in zip(*all_gather_objects(numbers), strict=True)]

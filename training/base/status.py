@@ -16,7 +16,7 @@ from base.files import to_json, write_json
 RUN_ID_VARIABLE = "COGVIDEOX_RUN_ID"  # set by wrappers, a new one per run
 
 
-class Run:
+class ThisRun:
     """The run that this process belongs to: `id` is the same on all ranks, and different for every run."""
 
     def __init__(self, launch_id: str | None = None):
@@ -24,7 +24,7 @@ class Run:
         self.has_begun = False
 
 
-RUN = Run()  # of this process
+THIS_RUN = ThisRun()  # of this process
 
 
 def read_status(output_dir: Path) -> dict:
@@ -38,7 +38,7 @@ def read_status(output_dir: Path) -> dict:
 
 def write_status(output_dir: Path, state: str, exit_code: int, **more) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    path, content = output_dir / "status.json", {"state": state, "exit_code": exit_code, "run": RUN.id, **more}
+    path, content = output_dir / "status.json", {"state": state, "exit_code": exit_code, "run": THIS_RUN.id, **more}
     try:
         write_json(path, content)
     except StorageError:  # a disk without rename: write in place, since this file is what reports the error
@@ -47,7 +47,7 @@ def write_status(output_dir: Path, state: str, exit_code: int, **more) -> None:
 
 def is_of_this_run(status: dict) -> bool:
     """True if a rank of this run wrote it, or was refused."""
-    return RUN.id in (status.get("run"), status.get("refused", {}).get("run"))
+    return THIS_RUN.id in (status.get("run"), status.get("refused", {}).get("run"))
 
 
 def begin_run(output_dir: Path, is_main_process: bool) -> None:
@@ -55,12 +55,12 @@ def begin_run(output_dir: Path, is_main_process: bool) -> None:
 
     Otherwise a killed run would leave the previous status behind. Keeps it if another rank of this run already failed.
     """
-    RUN.has_begun = True
+    THIS_RUN.has_begun = True
     if is_main_process and not is_of_this_run(read_status(output_dir)):
         (output_dir / "status.json").unlink(missing_ok=True)
 
 
-def note_refusal(output_dir: Path, message: str, exit_code: int = REFUSED) -> None:
+def record_refusal(output_dir: Path, message: str, exit_code: int = REFUSED) -> None:
     """Tell the wrapper, if one started this, that the command was refused, or failed before it changed anything.
 
     The status of the run in the folder is kept. Without a wrapper nothing is written: the exit code is enough.
@@ -68,11 +68,11 @@ def note_refusal(output_dir: Path, message: str, exit_code: int = REFUSED) -> No
     if RUN_ID_VARIABLE not in os.environ:
         return
     output_dir.mkdir(parents=True, exist_ok=True)
-    refused = {"run": RUN.id, "exit_code": exit_code, "message": message}
+    refused = {"run": THIS_RUN.id, "exit_code": exit_code, "message": message}
     write_json(output_dir / "status.json", {**read_status(output_dir), "refused": refused})
 
 
-def forget_refusal(output_dir: Path) -> None:
+def clear_refusal(output_dir: Path) -> None:
     """Remove an earlier refusal, once the command has been accepted."""
     status = read_status(output_dir)
     if status.pop("refused", None):

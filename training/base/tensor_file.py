@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from base.dtypes import FILE_DTYPES
-from base.files import hashes_for_manifest, identity
+from base.files import file_identity, hashes_for_manifest
 
 
 # The library lays tensors out from the widest dtype to the narrowest, so that each is aligned; so does `save_tensors`,
@@ -91,7 +91,7 @@ def written_pieces(path: Path):
             hashing.result()
 
         yield write
-    hashes[identity(path)] = digest.hexdigest()
+    hashes[file_identity(path)] = digest.hexdigest()
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:

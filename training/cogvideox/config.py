@@ -32,7 +32,7 @@ class VaeConfig(NamedTuple):
     invert_scale_latents: bool
 
 
-class Weights(NamedTuple):
+class WeightFiles(NamedTuple):
     """A transformer's files: their folder, and the variant that is read."""
 
     folder: Path

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLCogVideoX, training_utils
 
-from base.bars import tracked
-from base.levels import HOST_LEVELS
+from base.bars import with_progress
+from base.memory_levels import HOST_LEVELS
 from cogvideox import vae as vae_walk
 from cogvideox.loading import load_text_encoder
-from memory.host import free_on_gpu
-from memory.weights import stream_weights
+from memory.host import free_gpu_bytes
+from memory.streaming import stream_weights
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def encode_videos(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Te
 
 
 @torch.no_grad()
-def encode_images(
+def encode_noised_images(
     vae: AutoencoderKLCogVideoX, images: torch.Tensor, noise: torch.Tensor, log_sigma: torch.Tensor
 ) -> torch.Tensor:
     """Moments [B, 2C, 1, H, W] of first frames [B, 3, h, w] in [-1, 1] under log-normal noise, added before the VAE.
@@ -53,7 +53,7 @@ def encode_images(
     (sat/diffusion_video.py of zai-org/CogVideo).
     """
     noisy_images = images + noise * log_sigma.exp().view(-1, 1, 1, 1)
-    # One by one, as the pipelines do: a batch rounds differently (6e-6 in fp32), and keeps no GPU busier
+    # One by one, as the pipelines do: a batch rounds differently (6e-6 in fp32)
     return torch.cat([encode_videos(vae, image[None, None]) for image in noisy_images])
 
 
@@ -81,7 +81,7 @@ def encode_captions(
     tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
     place_text_encoder(text_encoder, device, streamed=level in HOST_LEVELS)
     # One by one: a caption's neighbours would change the last bits of its embedding
-    for prompt in tracked(prompts, "captions", delay=1):
+    for prompt in with_progress(prompts, "captions", delay=1):
         yield encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
     del text_encoder
     free_memory(device)
@@ -112,4 +112,4 @@ def fits(model: torch.nn.Module, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     needed = sum(param.nbytes for param in model.parameters()) + 2**30
-    return needed <= free_on_gpu(device)
+    return needed <= free_gpu_bytes(device)

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from base.bars import download_bar
 from base.dtypes import WEIGHT_DTYPES
 from base.errors import UsageError, first_line
-from base.file_kinds import stand_in
-from base.hashes import Hashes
+from base.file_kinds import placeholder
+from base.hashes import HashCache
 from base.tensor_file import weight_files
 from cogvideox.config import (
-    Weights,
+    WeightFiles,
     check_class,
     load_scheduler,
     load_vae_config,
@@ -51,7 +51,7 @@ def check_model_files(paths: list[Path]) -> None:
         if path.is_dir():
             continue
         try:
-            if other := stand_in(path):
+            if other := placeholder(path):
                 raise UsageError(f"{path}: {other}")
             if path.suffix == ".json":
                 content = json.loads(path.read_text(encoding="utf-8"))
@@ -96,13 +96,13 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
 
 
-def weights_from_args(args, model_dir: Path) -> Weights:
+def weights_from_args(args, model_dir: Path) -> WeightFiles:
     """Of the transformer that training starts from: the model's own, or --init_transformer."""
     if args.init_transformer is None:
-        return Weights(model_dir / "transformer", args.variant)
+        return WeightFiles(model_dir / "transformer", args.variant)
     folder = find_transformer(args.init_transformer)
     has_variant = args.variant and any(folder.glob(f"*.{args.variant}*.safetensors"))
-    return Weights(folder, args.variant if has_variant else None)
+    return WeightFiles(folder, args.variant if has_variant else None)
 
 
 # ---------------------------------------------------------------- a transformer of an earlier run
@@ -148,9 +148,9 @@ def read_start_config_from_args(args, model_config) -> dict:
     if differing := [f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in names if name not in dropped]:
         raise UsageError(f"--init_transformer {args.init_transformer}: does not fit {model} ({'; '.join(differing)})")
     check_start_weights(args, folder, config)
-    facts_path = folder / "training.json"
-    facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
-    scale = facts.get("image_latent_scale", args.image_latent_scale)
+    notes_path = folder / "training.json"
+    inference_notes = json.loads(notes_path.read_text(encoding="utf-8")) if notes_path.is_file() else {}
+    scale = inference_notes.get("image_latent_scale", args.image_latent_scale)
     if scale != args.image_latent_scale:
         raise UsageError(
             f"--init_transformer {args.init_transformer}: was trained with --image_latent_scale {scale}; give the same"
@@ -191,26 +191,26 @@ def changed_settings(model_class: type, config) -> dict:
     return {name: value for name, value in settings.items() if name not in defaults or defaults[name] != value}
 
 
-def hash_model_from_args(args, model_dir: Path, weights: Weights) -> dict[str, str]:
+def hash_model_from_args(args, model_dir: Path, weights: WeightFiles) -> dict[str, str]:
     """Of the weights that training starts from, and of what else of the model a run depends on.
 
     With prepared data that is settings alone. Names of files, folders and repositories do not count.
     """
-    with Hashes() as hashes:
+    with HashCache() as hashes:
         config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
         transformer, scheduler = hash_weights(*weights, hashes), load_scheduler(model_dir)
         settings = [(CogVideoXTransformer3DModel, config), (type(scheduler), scheduler.config)]
         others = [load_vae_config(model_dir), *(changed_settings(*each) for each in settings)]
         if not args.load_tensors:
             others += [hash_weights(model_dir / part, args.variant, hashes) for part in ("vae", "text_encoder")]
-            others += [hashes.of(path, "sha256") for path in sorted((model_dir / "tokenizer").glob("*.model"))]
+            others += [hashes.hash(path, "sha256") for path in sorted((model_dir / "tokenizer").glob("*.model"))]
     return {"transformer": transformer, "others": hash_json(others)}
 
 
-def hash_weights(folder: Path, variant: str | None, hashes: Hashes) -> str:
+def hash_weights(folder: Path, variant: str | None, hashes: HashCache) -> str:
     """The SHA-256 of the one file of weights, or of those of several, whatever they are called."""
     paths = [path for path in files_that_load(folder, variant) if path.suffix in (".safetensors", ".bin")]
-    each = sorted(hashes.of(path, "sha256") for path in paths)
+    each = sorted(hashes.hash(path, "sha256") for path in paths)
     return each[0] if len(each) == 1 else hash_json(each)
 
 

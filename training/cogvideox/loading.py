@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from base.errors import UsageError
 from base.startup import STARTUP
 from base.tensor_file import weight_files
-from cogvideox.config import Weights, empty_transformer
+from cogvideox.config import WeightFiles, empty_transformer
 from cogvideox.folder import (
     transformer_folder,
 )
@@ -52,7 +52,7 @@ def load_transformer(
     return transformer.requires_grad_(False).eval()
 
 
-def load_transformer_from_args(args, weights: Weights, dtype: torch.dtype, load_blocks: Callable | None):
+def load_transformer_from_args(args, weights: WeightFiles, dtype: torch.dtype, load_blocks: Callable | None):
     """The transformer that training starts from."""
     return load_transformer(weights.folder, dtype, weights.variant, args.drop_learned_positions, load_blocks)
 

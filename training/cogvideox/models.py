@@ -11,7 +11,7 @@ from cogvideox.config import (
     IMAGE_TO_VIDEO_PIPELINE,
     TEXT_TO_VIDEO_PIPELINE,
     VaeConfig,
-    Weights,
+    WeightFiles,
     attention_shape,
     check_sample_size,
     check_sizes,
@@ -40,7 +40,7 @@ class Model(NamedTuple):
     folder: Path
     config: dict  # the transformer's
     vae_config: VaeConfig
-    weights: Weights  # of the transformer that training starts from
+    weights: WeightFiles  # of the transformer that training starts from
 
     @property
     def fps(self) -> int:

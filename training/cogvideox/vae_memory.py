@@ -1,6 +1,6 @@
 """Memory of the walk through the VAE: room for the activations in flight, and the frames that causal convolutions keep.
 
-Kept frames lie on the GPU as far as there is room, the others in page-locked host memory, copied while the GPU computes:
+Kept frames lie on the GPU as far as there is room, the others in pinned host memory, copied while the GPU computes:
 the same bits either way.
 """
 
@@ -9,14 +9,14 @@ import weakref
 
 import torch
 
-from memory.host import Copies, free_on_gpu, page_locked, wait
+from memory.host import TransferStream, free_gpu_bytes, pinned_memory, wait
 
 
 ALIGNMENT = 128  # values: as aligned as memory from torch's allocator, whatever the kernels make of it
 SLOTS = 3  # buffers in turn, for each direction: one in use, two prefetched or on their way out
 MARGIN = 2**30  # bytes that kept frames leave free: for slots, what a slab's convolution takes, and fragments
 
-# {vae: {key: flat host memory}}, for as long as the VAE lives: page-locking takes longer than decoding a video
+# {vae: {key: flat host memory}}, for as long as the VAE lives: pinning takes longer than decoding a video
 PAGES = weakref.WeakKeyDictionary()
 
 
@@ -92,7 +92,7 @@ def bytes_left(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # given back where it is needed
-    return free_on_gpu(device) + unused - MARGIN
+    return free_gpu_bytes(device) + unused - MARGIN
 
 
 class HostFrames:
@@ -100,7 +100,10 @@ class HostFrames:
 
     def __init__(self, like: torch.Tensor, pages: dict):
         self.pages = pages
-        self.inward, self.outward = Copies(like.device), Copies(like.device)  # at once: a PCIe link has two directions
+        self.inward, self.outward = (
+            TransferStream(like.device),
+            TransferStream(like.device),
+        )  # at once: a PCIe link has two directions
         self.incoming, self.outgoing = Slots(like), Slots(like)
         self.homes = {}  # the host's frames of each key
         self.stored = {}  # event of each key: its copy to the host is made
@@ -115,7 +118,7 @@ class HostFrames:
 
     def page(self, key: tuple, frames: torch.Tensor) -> torch.Tensor:
         if key not in self.pages or self.pages[key].nbytes < frames.nbytes:
-            self.pages[key] = page_locked(frames.nbytes, frames.device)
+            self.pages[key] = pinned_memory(frames.nbytes, frames.device)
         return self.pages[key][: frames.nbytes].view(frames.dtype).view(frames.shape)
 
     def store(self, key: tuple) -> None:

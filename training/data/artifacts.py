@@ -94,7 +94,7 @@ def write_video(path: Path, frames, fps: int) -> None:
         temporary.write_bytes(content.getvalue())
 
 
-class Writer:
+class WriterPool:
     """A pool of writer threads with a bounded queue: errors surface early, and memory stays bounded."""
 
     def __init__(self, num_threads: int):

@@ -35,6 +35,7 @@ def nearest_bucket(num_frames: int, height: int, width: int, buckets: Iterable[B
     fitting = [bucket for bucket in buckets if bucket.frames <= num_frames]
     most_frames = max((bucket.frames for bucket in fitting), default=0)
     candidates = {bucket: aspect_distance(height, width, bucket) for bucket in fitting if bucket.frames == most_frames}
+    # Among nearly equal aspect ratios the area decides, so that a clip is not shrunk for a 1 % better crop
     limit = min(candidates.values(), default=0) + ASPECT_TOLERANCE
     close = [bucket for bucket, distance in candidates.items() if distance <= limit]
     return min(close, key=lambda b: (area_distance(height, width, b), candidates[b], b), default=None)
@@ -73,7 +74,7 @@ def frame_times(num_frames: int, fps: float, start: float = 0.0) -> list[float]:
 
 
 def pack_batches(
-    buckets_of_samples: Sequence[Hashable], batch_size: int, num_ranks: int, seed: int, epoch: int
+    sample_buckets: Sequence[Hashable], batch_size: int, num_ranks: int, seed: int, epoch: int
 ) -> list[list[list[int]]]:
     """[batch][rank] -> sample indices; each batch is from one bucket, and no sample is dropped.
 
@@ -81,14 +82,14 @@ def pack_batches(
     keeps the order. The remainder of a bucket is padded to a multiple of the ranks with the bucket's first samples;
     `num_repeated` counts those.
     """
-    order = list(range(len(buckets_of_samples)))
+    order = list(range(len(sample_buckets)))
     random.Random(draw_seed(seed, "order", epoch)).shuffle(order)
     size = batch_size * num_ranks
     batches, own = [], {}  # own: {bucket: its samples so far}
     for index in order:
-        samples = own.setdefault(buckets_of_samples[index], [])
+        samples = own.setdefault(sample_buckets[index], [])
         samples.append(index)
-        if len(samples) % size == 0:
+        if len(samples) % size == 0:  # a global batch is complete; batches stay in the order of the permutation
             batches.append(split(samples[-size:], num_ranks))
     for samples in own.values():
         rest = samples[len(samples) // size * size :]
@@ -103,19 +104,19 @@ def split(samples: list[int], num_ranks: int) -> list[list[int]]:
     return [samples[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
 
 
-def num_batches(buckets_of_samples: Iterable[Hashable], batch_size: int, num_ranks: int) -> int:
+def num_batches(sample_buckets: Iterable[Hashable], batch_size: int, num_ranks: int) -> int:
     """Number of batches per epoch, the same for every epoch."""
-    return sum(math.ceil(count / (batch_size * num_ranks)) for count in counts(buckets_of_samples))
+    return sum(math.ceil(count / (batch_size * num_ranks)) for count in counts(sample_buckets))
 
 
-def num_repeated(buckets_of_samples: Iterable[Hashable], num_ranks: int) -> int:
+def num_repeated(sample_buckets: Iterable[Hashable], num_ranks: int) -> int:
     """Number of samples used twice per epoch so that all ranks get equally many."""
-    return sum(-count % num_ranks for count in counts(buckets_of_samples))
+    return sum(-count % num_ranks for count in counts(sample_buckets))
 
 
-def counts(buckets_of_samples: Iterable[Hashable]) -> list[int]:
+def counts(sample_buckets: Iterable[Hashable]) -> list[int]:
     table: dict[Hashable, int] = {}
-    for bucket in buckets_of_samples:
+    for bucket in sample_buckets:
         table[bucket] = table.get(bucket, 0) + 1
     return list(table.values())
 

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from base.errors import StorageError, first_few
 from base.files import TEMPORARY, flush, free_bytes, rename, undo
-from base.hashes import stamp_of
-from base.ranks import meet
+from base.hashes import file_stamp
+from base.ranks import exchange_on_host
 from base.startup import STARTUP
 from base.tensor_file import describe, encoded
 from data.artifacts import recorded_key
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 STEM, TENSOR = "caption_embeds", "prompt_embeds"  # names of the file and of the tensor in it
 SPACE = "\u2581"  # sentencepiece's marker at the start of a word
-SHOWN = 40  # characters of a validation prompt shown in warnings
+SHOWN_CHARACTERS = 40  # characters of a validation prompt shown in warnings
 
 
 class CaptionEmbeds(Mapping):
@@ -68,7 +68,7 @@ def read_texts_from_args(args, dataset, held_out_clips, prompts: list[str]) -> d
 
 
 def shortened(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], max_length: int) -> None:
@@ -77,6 +77,7 @@ def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], 
         texts = texts | {args.id_token: ["--id_token", *texts.get(args.id_token, [])]}
     tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder="tokenizer")
     unknown = tokenizer.unk_token_id
+    # Not words of the text: end of sequence and the bare word marker
     unsaid = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(SPACE)} - {unknown}
     unread, cut = [], []  # names
     num_unknown = num_said = longest = 0
@@ -114,23 +115,23 @@ def encode_from_args(
     if run.rank == 0:
         warn_of_texts_from_args(args, model.folder, texts, max_length)
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    machine, place = divmod(run.rank, num_local)
+    machine, place = divmod(run.rank, num_local)  # ranks are numbered machine by machine
     path = Path(args.output_dir, f"{STEM}-{machine}.safetensors")
     key = key_from_args(args, model.folder, prompts, dtype, max_length)
-    if any(meet("captions-looked-for", "" if recorded_key(path) == key else "to be made")):
+    if any(exchange_on_host("captions-looked-for", "" if recorded_key(path) == key else "to be made")):
         shape = len(prompts), *model.text_shape
         header = file_header(key, shape, dtype)
         problem = reserve(path, header, shape, dtype) if place == 0 else ""
-        if problems := [problem for problem in meet("captions-room", problem) if problem]:
+        if problems := [problem for problem in exchange_on_host("captions-room", problem) if problem]:
             raise StorageError(problems[0])
         own = range(place, len(prompts), num_local)
         given = (model.folder, prompts[place::num_local], dtype, run.device, max_length, args.variant, level)
         write_rows(unfinished(path), len(header), own, encode(*given))
-        meet("captions-written")
+        exchange_on_host("captions-written")
         if place == 0:
             flush(unfinished(path))
             rename(unfinished(path), path)
-        meet("captions-in-place")
+        exchange_on_host("captions-in-place")
     STARTUP.mark("encoding")
     return CaptionEmbeds(path, prompts)
 
@@ -139,7 +140,7 @@ def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype,
     """Hash of everything that determines the file's content. T5's files count by size and time: hashing takes long."""
     paths = [path for part in ("text_encoder", "tokenizer") for path in sorted((model_dir / part).iterdir())]
     parts = {
-        "prompts": prompts, "encoder": [[path.name, *stamp_of(path)] for path in paths], "variant": args.variant,
+        "prompts": prompts, "encoder": [[path.name, *file_stamp(path)] for path in paths], "variant": args.variant,
         "dtype": str(dtype), "tokens": max_length,
     }  # fmt: skip
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.errors import DataError, first_few
-from base.file_kinds import archive, stand_in
+from base.file_kinds import archive, placeholder
 from base.hashes import short_hash
 
 
-LAYOUTS = (
+EXPECTED_LAYOUTS = (
     "expected <data_root>/prompts.txt + <data_root>/videos.txt, line by line "
     "(--caption_column prompts.txt --video_column videos.txt), or a CSV (--dataset_file)"
 )
@@ -68,13 +68,13 @@ def read_clips(
         listing = dataset_file
     clips = []
     for row, prompt, source in rows:
-        video = inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside)
-        clips.append(Clip(video, prompt, row, source, from_root(root, source)))
+        video = resolve_inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside)
+        clips.append(Clip(video, prompt, row, source, relative_to_root(root, source)))
     refuse_missing_videos(root, listing, [clip for clip in clips if not os.path.isfile(clip.video)])
     return clips
 
 
-def from_root(root, source: str) -> str:
+def relative_to_root(root, source: str) -> str:
     """An absolute path below the data root as a relative path; empty for any other path."""
     base = os.path.abspath(root)
     return os.path.relpath(source, base) if os.path.isabs(source) and is_below(source, base) else ""
@@ -135,14 +135,14 @@ def likely_meant(root: Path, clip: Clip) -> str:
 def find_root(data_root, dataset_file) -> Path:
     """The folder that video paths are relative to: --data_root, or the CSV's folder."""
     if data_root is None and dataset_file is None:
-        raise DataError(f"no data: {LAYOUTS}")
+        raise DataError(f"no data: {EXPECTED_LAYOUTS}")
     root = Path(dataset_file).parent if data_root is None else Path(data_root)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder (--data_root); {LAYOUTS}")
+        raise DataError(f"{root}: no such folder (--data_root); {EXPECTED_LAYOUTS}")
     return root
 
 
-def inside(root, source: str, place: str, allow_outside: bool = False) -> Path:
+def resolve_inside(root, source: str, place: str, allow_outside: bool = False) -> Path:
     """The path of `source` below `root`; DataError, prefixed with `place`, for URLs and paths that lead outside.
 
     Outside by `..`, by an absolute path or by a link: a downloaded dataset must not choose which files of this machine
@@ -191,7 +191,7 @@ def read_text_rows(root: Path, caption_column: str, video_column: str, blank_cap
             "line n of one belongs to line n of the other"
         )
     if not captions:
-        raise DataError(f"{videos_path}: no clips; {LAYOUTS}")
+        raise DataError(f"{videos_path}: no clips; {EXPECTED_LAYOUTS}")
     rows = [Row(row, *pair) for row, pair in enumerate(zip(captions, videos, strict=True), start=1)]
     for row, prompt, source in rows:
         if not blank_captions:
@@ -214,7 +214,7 @@ def layout_hint(root: Path) -> str:
     tables = sorted(root.glob("*.csv"))
     if tables:
         return f"for the CSV there pass --dataset_file {tables[0]}, its columns by --caption_column and --video_column"
-    return LAYOUTS
+    return EXPECTED_LAYOUTS
 
 
 def read_lines(path: Path) -> list[str]:
@@ -232,7 +232,7 @@ def read_text(path: Path) -> str:
     """UTF-8 text, with or without a byte order mark; line endings unchanged."""
     try:
         data = path.read_bytes()
-        other = stand_in(path) or archive(path)
+        other = placeholder(path) or archive(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if other:
@@ -260,7 +260,7 @@ def read_csv_rows(dataset_file, caption_column: str, video_column: str, blank_ca
         raise DataError(f"{path}: no such file (--dataset_file)")
     table = read_table(path)
     if len(table) < 2:
-        raise DataError(f"{path}: no rows below the header; {LAYOUTS}")
+        raise DataError(f"{path}: no rows below the header; {EXPECTED_LAYOUTS}")
     header = table[0]
     caption = find_column(path, header, caption_column, "--caption_column")
     video = find_column(path, header, video_column, "--video_column")
@@ -277,7 +277,7 @@ def read_csv_rows(dataset_file, caption_column: str, video_column: str, blank_ca
         refuse_blank(path, row, "video path", fields[video])
         rows.append(Row(row, fields[caption], fields[video]))
     if not rows:
-        raise DataError(f"{path}: no rows below the header; {LAYOUTS}")
+        raise DataError(f"{path}: no rows below the header; {EXPECTED_LAYOUTS}")
     return rows
 
 
@@ -310,7 +310,7 @@ def with_id_token(prompt: str, id_token: str | None) -> str:
     return f"{id_token} {prompt}" if prompt.strip() else id_token
 
 
-def draw_places(sources: Iterable[str]) -> list[str]:
+def draw_keys(sources: Iterable[str]) -> list[str]:
     """`source/window/repeat` per clip: its random draws depend on this alone, so other rows may be added or moved.
 
     `source` is the normalized path; `repeat` counts earlier rows with the same path; `window` is always 0, reserved

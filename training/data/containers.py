@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 # Matroska element ids
 SEGMENT, CLUSTER, TRACKS, TRACK_ENTRY, VIDEO = 0x18538067, 0x1F43B675, 0x1654AE6B, 0xAE, 0xE0
-MOST_HEADER_BYTES = 16  # an id and a size, at most 8 bytes each
+MAX_HEADER_BYTES = 16  # an id and a size, at most 8 bytes each
 
 
 def boxes(file: BinaryIO, start: int, end: int, names: tuple[bytes, ...]) -> Iterator[bytes]:
@@ -38,7 +38,7 @@ def elements(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, i
     """(id, start of the content, end of the content) of the Matroska elements between two offsets."""
     while start < end:
         file.seek(start)
-        head = file.read(MOST_HEADER_BYTES).ljust(MOST_HEADER_BYTES, b"\xff")
+        head = file.read(MAX_HEADER_BYTES).ljust(MAX_HEADER_BYTES, b"\xff")
         identifier_bytes = number_bytes(head[0])
         size_bytes = number_bytes(head[identifier_bytes])
         content = start + identifier_bytes + size_bytes

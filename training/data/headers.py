@@ -17,14 +17,14 @@ import av
 from av.codec.context import Flags
 from av.stream import Disposition
 
-from base.errors import DataError, UserError, keep_trace, named_line
-from base.file_kinds import beginning, other_content
+from base.errors import DataError, UserError, log_traceback, named_line
+from base.file_kinds import read_head, unexpected_content
 from data.containers import file_boxes
 from data.picture import Picture, color_cautions, describe
 
 
-MISSING = 0.5  # seconds by which a file may end before the length in its header
-STARTS_OVER = 0.1  # seconds by which a packet's decode time may precede its predecessor's
+MISSING_SECONDS = 0.5  # seconds by which a file may end before the length in its header
+STEP_BACK_SECONDS = 0.1  # seconds by which a packet's decode time may precede its predecessor's
 # Containers that hold their own frames. Playlists and lists (hls, dash, concat, sdp, image2) refer to other files or
 # URLs, and FFmpeg detects them by content: a playlist may be named .mp4
 CONTAINERS = (
@@ -36,8 +36,14 @@ CONTAINERS = (
         "png", "ppm", "psd", "qoi", "sgi", "sunrast", "tiff", "webp", "xbm", "xwd",
     )),
 )  # fmt: skip
-KEEP_LENGTH = {"mp4", "matroska", "avi", "asf", "flv"}  # formats with the length in the header; others are guessed
-OWN_SIZE = {"mp4", "avi"}  # formats whose header has the file size
+FORMATS_WITH_LENGTH = {
+    "mp4",
+    "matroska",
+    "avi",
+    "asf",
+    "flv",
+}  # formats with the length in the header; others are guessed
+FORMATS_WITH_SIZE = {"mp4", "avi"}  # formats whose header has the file size
 
 
 class VideoInfo(NamedTuple):
@@ -57,7 +63,7 @@ class Header(NamedTuple):
 
 
 @contextlib.contextmanager
-def one_clip(path, log: bool = True):
+def clip_errors(path, log: bool = True):
     """Turn whatever the libraries raise inside into a one-line DataError for this clip. Unexpected errors leave their
     traceback in a log file if `log`; off if another attempt follows.
     """
@@ -72,7 +78,7 @@ def one_clip(path, log: bool = True):
     except av.FFmpegError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); download or export it again") from error
     except Exception as error:  # many decoders, arbitrary input: one clip must not stop the others
-        trace = f"; traceback in {keep_trace()}" if log else ""
+        trace = f"; traceback in {log_traceback()}" if log else ""
         reason = f"{named_line(error)}{trace}"
         raise DataError(f"{path}: cannot be read ({reason}); convert it to H.264") from error
 
@@ -81,7 +87,7 @@ def one_clip(path, log: bool = True):
 
 
 @contextlib.contextmanager
-def opened(path):
+def open_video(path):
     """(container, video stream) of a file; DataError names what is wrong with it."""
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file")
@@ -102,7 +108,7 @@ def opened(path):
 
 
 def why_not_opened(path, error: Exception) -> str:
-    if other := other_content(path):
+    if other := unexpected_content(path):
         return other
     if isinstance(error, av.ArgumentError):  # raised for formats that are not whitelisted
         return "a playlist, a list of files, or no video; only files that hold their frames are read"
@@ -126,7 +132,7 @@ def choose_stream(path, container):
 
 def read_header(path) -> Header:
     """VideoInfo and Picture of a video. Demuxes files whose header does not give the number of decodable frames."""
-    with one_clip(path), opened(path) as (container, stream):
+    with clip_errors(path), open_video(path) as (container, stream):
         colors = tuple(color_cautions(stream))  # from the container's tags, which the decoder may overwrite
         counted = count_indexed(path, container, stream) or count_by_demuxing(path, container, stream)
         picture = describe(path, container, stream, counted.first, colors)
@@ -136,7 +142,7 @@ def read_header(path) -> Header:
         return Header(VideoInfo(counted.num_frames, counted.fps, height, width), picture)
 
 
-class Counted(NamedTuple):
+class FrameCount(NamedTuple):
     num_frames: int
     fps: float
     first: av.VideoFrame | None  # if packets were read
@@ -157,7 +163,7 @@ def formats_of(container) -> set[str]:
     return set(container.format.name.split(","))
 
 
-def count_indexed(path, container, stream) -> Counted | None:
+def count_indexed(path, container, stream) -> FrameCount | None:
     """The frames of an mp4 from its index; DataError if the file is cut off.
 
     None if the index is not enough: fragmented files (only some fragments are read), edit lists (which hide frames),
@@ -171,10 +177,10 @@ def count_indexed(path, container, stream) -> Counted | None:
         raise DataError(f"{path}: cut off: {there} of {len(entries)} frames are in the file; download it again")
     fps, seconds = header_rate(stream), float((stream.duration or 0) * stream.time_base)
     edited = not entries or not entries[0].is_keyframe or any(entry.is_discard for entry in entries)
-    if edited or len(entries) / fps < seconds - MISSING:
+    if edited or len(entries) / fps < seconds - MISSING_SECONDS:
         return None
     # The larger of two estimates: with a variable rate, the clip then never seems longer than it is
-    return Counted(len(entries), max(fps, measured_rate(fps, len(entries), seconds)), None)
+    return FrameCount(len(entries), max(fps, measured_rate(fps, len(entries), seconds)), None)
 
 
 def is_fragmented(path) -> bool:
@@ -186,7 +192,7 @@ def is_still(path) -> bool:
     return next(file_boxes(path, b"moov"), None) is None
 
 
-def count_by_demuxing(path, container, stream) -> Counted:
+def count_by_demuxing(path, container, stream) -> FrameCount:
     """The decodable frames, from the first key frame on; DataError if the file is damaged or cut off.
 
     Reads all packets, decodes the first frame and, unless the header proves the file complete, the last ones.
@@ -194,11 +200,13 @@ def count_by_demuxing(path, container, stream) -> Counted:
     if "avi" in formats_of(container):
         refuse_cut_avi(path)
     stream.codec_context.thread_count = 1
-    promised = promised_seconds(path, container, stream)
-    vouched = KEEP_LENGTH & formats_of(container) and (promised or OWN_SIZE & formats_of(container))
+    header_length = header_seconds(path, container, stream)
+    vouched = FORMATS_WITH_LENGTH & formats_of(container) and (
+        header_length or FORMATS_WITH_SIZE & formats_of(container)
+    )
     begin, end, stamps, first, group = math.inf, -math.inf, [], None, []  # group: packets since the last key frame
     try:
-        for packet in in_one_order(path, container, stream):
+        for packet in ordered_packets(path, container, stream):
             if packet.pts is not None:
                 begin = min(begin, float(packet.pts * packet.time_base))
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -207,7 +215,7 @@ def count_by_demuxing(path, container, stream) -> Counted:
             if packet.is_keyframe or vouched:
                 group.clear()  # vouched: the last group is not decoded
             group.append(packet)
-            first = first or next(iter(packet.decode()), None)
+            first = first or next(iter(packet.decode()), None)  # only until the first frame comes out
             if not packet.is_discard:
                 stamps.append(packet.pts)
         first = first or next(iter(stream.decode(None)), None)
@@ -216,25 +224,26 @@ def count_by_demuxing(path, container, stream) -> Counted:
     if first is None:
         raise DataError(f"{path}: no frame can be decoded; download or export it again")
     if first.pts is None or None in stamps:  # a raw stream without a container: constant rate
-        return Counted(len(good_frames(path)), header_rate(stream), first)
+        return FrameCount(len(good_frames(path)), header_rate(stream), first)
     there = max(end, end - begin)  # the header's length counts from 0 in some files, from the first frame in others
-    if there < promised - MISSING - 1 / header_rate(stream):
-        raise DataError(f"{path}: cut off: {there:.1f} of {promised:.1f} s are in the file; download it again")
+    if there < header_length - MISSING_SECONDS - 1 / header_rate(stream):
+        raise DataError(f"{path}: cut off: {there:.1f} of {header_length:.1f} s are in the file; download it again")
     is_whole = vouched and not group[-1].is_corrupt
     last = max(stamps) if is_whole else last_decodable(path, stream, group)
+    # Frames are counted by distinct display times
     shown = {stamp for stamp in stamps if first.pts <= stamp <= last}
     seconds = float((last - first.pts + (group[-1].duration or 0)) * stream.time_base)
-    return Counted(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)
+    return FrameCount(len(shown), measured_rate(header_rate(stream), len(shown), seconds), first)
 
 
-def in_one_order(path, container, stream) -> Iterator[av.Packet]:
+def ordered_packets(path, container, stream) -> Iterator[av.Packet]:
     """The non-empty packets; DataError if their times jump back, except in mp4, where an edit list may do so."""
     before, is_edited = -math.inf, "mp4" in formats_of(container)
     for packet in container.demux(stream):
         if is_empty(packet):
             continue
         seconds = before if packet.dts is None else float(packet.dts * packet.time_base)
-        if seconds < before - STARTS_OVER and not is_edited:
+        if seconds < before - STEP_BACK_SECONDS and not is_edited:
             raise DataError(
                 f"{path}: its times go back from {before:.1f} to {seconds:.1f} s, as in files that were joined by bytes; "
                 "join them with ffmpeg's concat demuxer, or convert it"
@@ -249,13 +258,13 @@ def is_empty(packet: av.Packet) -> bool:
 
 
 def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
-    head = beginning(path)
+    head = read_head(path)
     if head[:4] + head[8:16] == b"RIFFWEBPVP8X" and head[20:21] and head[20] & 2:
         return DataError(f"{path}: an animated WebP, which FFmpeg cannot read; convert it to GIF or mp4")
     return DataError(f"{path}: damaged after frame {num_frames} ({error.strerror}); download or export it again")
 
 
-def promised_seconds(path, container, stream) -> float:
+def header_seconds(path, container, stream) -> float:
     """Length of the video track from the header, 0 if unknown (the file's length may be another track's)."""
     formats = formats_of(container)
     if "avi" in formats or ("mp4" in formats and not is_fragmented(path)):
@@ -292,7 +301,7 @@ def last_decodable(path, stream, group: list[av.Packet]) -> int:
 
 def good_frames(path) -> list[int | None]:
     """Timestamps of the good frames, from decoding the whole file."""
-    with opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         return good_stamps(decoded(container, stream))
 
 

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 
 from base.draws import draw_seed
 from base.errors import DataError, first_few, first_line
-from base.file_kinds import stand_in
+from base.file_kinds import placeholder
 from base.hashes import hash_files, hash_rows
 from data.buckets import SIZE_FLAGS, Bucket
-from data.clip_lists import Row, as_on_disk, draw_places, inside, read_text, read_text_rows
+from data.clip_lists import Row, as_on_disk, draw_keys, read_text, read_text_rows, resolve_inside
 
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,10 @@ class LatentDataset(Dataset):
             refuse_missing(self.root, self.latents)
         else:
             self.latents = original_latents(self.root, caption_column, video_column, allow_outside)
-        self.bucket_of = [latent.bucket for latent in self.latents]
+        self.clip_buckets = [latent.bucket for latent in self.latents]
         self.prompts = [latent.prompt for latent in self.latents]
         self.sources = [latent.source for latent in self.latents]
-        self.places = draw_places(latent.clip for latent in self.latents)
+        self.draw_keys = draw_keys(latent.clip for latent in self.latents)
         self.has_image_latents = with_images and all(latent.image_moments for latent in self.latents)
         refuse_unknown_buckets(self.latents, buckets)
         if text_dropout:
@@ -115,7 +115,7 @@ class LatentDataset(Dataset):
         }
         if self.has_image_latents:
             variants = self.image_variants(index)
-            draw = random.Random(draw_seed(self.seed, "image_variant", epoch, self.places[index]))
+            draw = random.Random(draw_seed(self.seed, "image_variant", epoch, self.draw_keys[index]))
             sample["image_moments"] = variants[draw.randrange(len(variants))].clone()
         return sample
 
@@ -124,7 +124,7 @@ class LatentDataset(Dataset):
         variants = read_tensor(self.latents[index].image_moments, "moments")
         return variants[None] if variants.ndim == 4 else variants
 
-    def is_drawn(self) -> bool:
+    def is_random(self) -> bool:
         """True if the first frame has several variants; all clips of a folder have the same number."""
         return self.has_image_latents and len(self.image_variants(0)) > 1
 
@@ -186,7 +186,9 @@ def manifest_latent(
             f"{place}: prepared with another model's VAE (scaling factor {prepared_for}, this model's is "
             f"{scaling_factor}); prepare the clips with the model that is trained"
         )
-    moments, prompt_embeds, image = [inside(root, name, place, allow_outside) if name else None for name in files]
+    moments, prompt_embeds, image = [
+        resolve_inside(root, name, place, allow_outside) if name else None for name in files
+    ]
     return Latent(moments, prompt_embeds, image, source, prompt, bucket, clip)
 
 
@@ -216,7 +218,7 @@ def original_latents(root: Path, caption_column: str, video_column: str, allow_o
     for row, name in zip(rows, names, strict=True):
         moments, prompt_embeds, image = [root / folder / name for folder in (*folders, "image_latents")]
         for path in (moments, prompt_embeds, image):
-            inside(root, str(path.relative_to(root)), f"{video_column}:{row.row}", allow_outside)
+            resolve_inside(root, str(path.relative_to(root)), f"{video_column}:{row.row}", allow_outside)
         _, frames, height, width = read_pt(moments, 4).shape
         bucket = Bucket((frames - 1) * 4 + 1, height * 8, width * 8)  # the VAE's factors: 4 in time, 8 in space
         image = image if image.is_file() else None
@@ -268,7 +270,7 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
             with safe_open(path, framework="pt") as tensors:
                 tensor = tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            reason = stand_in(path) or f"damaged ({error}); delete it and run prepare_dataset.py again"
+            reason = placeholder(path) or f"damaged ({error}); delete it and run prepare_dataset.py again"
             raise DataError(f"{path}: {reason}") from error
     if not torch.isfinite(tensor).all():
         raise DataError(f"{path}: holds values that are not finite; delete it and run prepare_dataset.py again")
@@ -281,7 +283,7 @@ def read_pt(path: Path, ndim: int | None = None) -> torch.Tensor:
         tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, OSError, EOFError, ValueError) as error:
         damaged = f"damaged or no tensor ({first_line(error)}); delete it and run prepare_dataset.py again"
-        raise DataError(f"{path}: {stand_in(path) or damaged}") from error
+        raise DataError(f"{path}: {placeholder(path) or damaged}") from error
     if not isinstance(tensor, torch.Tensor) or tensor.ndim != (ndim or tensor.ndim):
         raise DataError(f"{path}: not a tensor of the expected shape; delete it and run prepare_dataset.py again")
     return tensor

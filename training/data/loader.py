@@ -8,14 +8,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from base.errors import DataError, Interrupted, UserError, first_line
-from base.signals import shield_worker
+from base.signals import ignore_group_signals
 from data.buckets import Bucket, counts, num_batches, num_repeated, pack_batches
 from data.videos import VideoDataset
 
 
 logger = logging.getLogger(__name__)
 
-UNTIL_A_DEATH_IS_KNOWN = 5.0  # seconds that torch's SIGCHLD handler may take to report a dead worker, at most
+WORKER_DEATH_SECONDS = 5.0  # seconds that torch's SIGCHLD handler may take to report a dead worker, at most
 
 
 class BucketSampler(Sampler):
@@ -26,24 +26,24 @@ class BucketSampler(Sampler):
 
     def __init__(
         self,
-        bucket_of: Sequence[Bucket],
+        clip_buckets: Sequence[Bucket],
         batch_size: int,
         rank: int = 0,
         num_ranks: int = 1,
         seed: int = 0,
         num_epochs: int = 1,
     ):
-        self.bucket_of, self.batch_size = list(bucket_of), batch_size
+        self.clip_buckets, self.batch_size = list(clip_buckets), batch_size
         self.rank, self.num_ranks, self.seed = rank, num_ranks, seed
-        self.per_epoch = num_batches(self.bucket_of, batch_size, num_ranks)
+        self.per_epoch = num_batches(self.clip_buckets, batch_size, num_ranks)
         self.first, self.stop = 0, num_epochs * self.per_epoch
-        repeated = num_repeated(self.bucket_of, num_ranks)
+        repeated = num_repeated(self.clip_buckets, num_ranks)
         if repeated and rank == 0:
             logger.info(
                 "%d of %d clips are used twice per epoch, to fill %d processes",
-                repeated, len(self.bucket_of), num_ranks,
+                repeated, len(self.clip_buckets), num_ranks,
             )  # fmt: skip
-        smallest = min(counts(self.bucket_of), default=0)
+        smallest = min(counts(self.clip_buckets), default=0)
         if smallest < batch_size * num_ranks and rank == 0:
             logger.info(
                 "a bucket holds %d clips, fewer than a batch of %d: its batches are smaller, no clip is left out",
@@ -61,13 +61,13 @@ class BucketSampler(Sampler):
         position = self.first
         while position < self.stop:
             epoch, consumed = divmod(position, self.per_epoch)
-            batches = pack_batches(self.bucket_of, self.batch_size, self.num_ranks, self.seed, epoch)
+            batches = pack_batches(self.clip_buckets, self.batch_size, self.num_ranks, self.seed, epoch)
             for batch in batches[consumed : consumed + self.stop - position]:
-                yield [epoch * len(self.bucket_of) + index for index in batch[self.rank]]
+                yield [epoch * len(self.clip_buckets) + index for index in batch[self.rank]]
                 position += 1
 
 
-class Guarded(Dataset):
+class ErrorsAsSamples(Dataset):
     """Returns a UserError in place of the sample: raised in a worker, torch would turn it into one long traceback."""
 
     def __init__(self, dataset: Dataset):
@@ -86,7 +86,7 @@ def collate(samples: list[dict]) -> dict:
     return {name: torch.stack(values) if torch.is_tensor(values[0]) else values for name, values in batch.items()}
 
 
-def collate_guarded(samples: list) -> dict:
+def collate_with_errors(samples: list) -> dict:
     errors = [sample for sample in samples if isinstance(sample, UserError)]
     good = [sample for sample in samples if not isinstance(sample, UserError)]
     return {"index": [], **(collate(good) if good else {}), "errors": errors}
@@ -121,19 +121,19 @@ class ClipLoader(DataLoader):
         try:
             yield from super().__iter__()
         except (ConnectionError, EOFError):
-            time.sleep(UNTIL_A_DEATH_IS_KNOWN)  # torch raises from its signal handler, during this sleep
+            time.sleep(WORKER_DEATH_SECONDS)  # torch raises from its signal handler, during this sleep
             raise
 
 
 def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = False) -> DataLoader:
     """A loader of batches in the sampler's order; an unreadable clip raises DataError."""
     return ClipLoader(
-        Guarded(dataset),
+        ErrorsAsSamples(dataset),
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),  # without a GPU torch warns
-        collate_fn=collate_guarded,
-        worker_init_fn=shield_worker,
+        collate_fn=collate_with_errors,
+        worker_init_fn=ignore_group_signals,
     )
 
 
@@ -143,7 +143,7 @@ def tolerant_loader(
     """Each sample of `indices` once, in epoch 0, in batches of one bucket; bad clips as lines in batch["problems"]."""
     groups: dict[Bucket, list[int]] = {}
     for index in indices:
-        groups.setdefault(dataset.bucket_of[index], []).append(index)
+        groups.setdefault(dataset.clip_buckets[index], []).append(index)
     batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
     loader = make_loader(dataset, batches, num_workers, pin_memory)
     loader.tolerant = True

@@ -18,9 +18,9 @@ from av.sidedata.sidedata import Type
 from data.containers import boxes, matroska_videos
 
 
-UPRIGHT = (1, 0, 0, 1)
+IDENTITY_MATRIX = (1, 0, 0, 1)
 UNCROPPED = (0, 0, 0, 0)
-LARGEST_ASPECT = 8  # pixel aspect; more is a writer's mistake
+MAX_PIXEL_ASPECT = 8  # pixel aspect; more is a writer's mistake
 SD_LINES = 576  # for untagged colours, players assume BT.709 above this height and BT.601 otherwise
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 PROGRESSIVE = (0, 1)  # AV_FIELD_UNKNOWN, AV_FIELD_PROGRESSIVE
@@ -65,15 +65,15 @@ class Picture(NamedTuple):
 
     crop: tuple[int, int, int, int]  # pixels off top, bottom, left, right
     aspect: Fraction  # width / height of a pixel
-    matrix: tuple[int, int, int, int]  # see `signs`; decoded frames use their own
+    matrix: tuple[int, int, int, int]  # see `nearest_quarter_turn`; decoded frames use their own
     cautions: tuple[Caution, ...]
 
     @property
     def is_plain(self) -> bool:
         """True if frames are displayed exactly as stored."""
-        return (self.crop, self.aspect, self.matrix, self.cautions) == (UNCROPPED, 1, UPRIGHT, ())
+        return (self.crop, self.aspect, self.matrix, self.cautions) == (UNCROPPED, 1, IDENTITY_MATRIX, ())
 
-    def stretched(self, height: int, width: int) -> tuple[int, int]:
+    def square_pixel_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width with square pixels: the shorter pixel side is scaled up."""
         if self.aspect > 1:
             return height, round(width * self.aspect)
@@ -82,7 +82,7 @@ class Picture(NamedTuple):
     def shown(self, height: int, width: int) -> tuple[int, int]:
         """Height and width as displayed."""
         top, bottom, left, right = self.crop
-        height, width = self.stretched(height - top - bottom, width - left - right)
+        height, width = self.square_pixel_size(height - top - bottom, width - left - right)
         return (width, height) if self.matrix[0] == 0 else (height, width)
 
 
@@ -98,11 +98,11 @@ def describe(path, container, stream, frame: av.VideoFrame | None = None, colors
     elif "matroska" in formats:
         crop = matroska_crop(path, container.streams.video.index(stream))
     matrix = track_matrix(track) if frame is None else frame_matrix(frame)
-    cautions = [*colors, *color_cautions(stream), *layout_cautions(stream, track), *turn_cautions(matrix)]
+    cautions = [*colors, *color_cautions(stream), *layout_cautions(stream, track), *rotation_cautions(matrix)]
     if frame is not None:
         cautions += frame_cautions(frame)
     crop = sensible_crop(crop, height, width)
-    return Picture(crop, pixel_aspect(stream), signs(matrix), tuple(dict.fromkeys(cautions)))
+    return Picture(crop, pixel_aspect(stream), nearest_quarter_turn(matrix), tuple(dict.fromkeys(cautions)))
 
 
 def show(frame: av.VideoFrame, picture: Picture) -> np.ndarray:
@@ -114,10 +114,10 @@ def show(frame: av.VideoFrame, picture: Picture) -> np.ndarray:
         top, bottom, left, right = picture.crop
         image = image[top : frame.height - bottom, left : frame.width - right]
     if picture.aspect != 1:
-        height, width = picture.stretched(*image.shape[:2])
+        height, width = picture.square_pixel_size(*image.shape[:2])
         stored = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         image = stored.reformat(width, height, interpolation="BICUBIC", threads=1).to_ndarray()
-    return upright(image, signs(frame_matrix(frame)))
+    return upright(image, nearest_quarter_turn(frame_matrix(frame)))
 
 
 # ---------------------------------------------------------------- rotation
@@ -137,30 +137,32 @@ Type._missing_ = classmethod(add_unknown_type)
 
 
 def frame_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """a, b, c, d of x' = a x + c y, y' = b x + d y, in any unit; UPRIGHT if the frame has no display matrix."""
+    """a, b, c, d of x' = a x + c y, y' = b x + d y, in any unit; IDENTITY_MATRIX if the frame has no display matrix."""
     data = frame.side_data.get("DISPLAYMATRIX")
-    return UPRIGHT if data is None else linear_part(struct.unpack("=9i", bytes(data)))
+    return IDENTITY_MATRIX if data is None else linear_part(struct.unpack("=9i", bytes(data)))
 
 
 def track_matrix(track: bytes) -> tuple[int, int, int, int]:
     """The matrix in an mp4's track header (ISO 14496-12, 8.3.2), which PyAV exposes only on decoded frames."""
     header = first_box(track, b"tkhd")
     start = 28 + 3 * time_bytes(header)
-    return linear_part(struct.unpack(">9i", header[start : start + 36])) if len(header) >= start + 36 else UPRIGHT
+    return (
+        linear_part(struct.unpack(">9i", header[start : start + 36])) if len(header) >= start + 36 else IDENTITY_MATRIX
+    )
 
 
 def linear_part(matrix: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """The matrix without translation; UPRIGHT if singular: some writers leave it all zero."""
+    """The matrix without translation; IDENTITY_MATRIX if singular: some writers leave it all zero."""
     a, b, _, c, d, *_ = matrix
-    return UPRIGHT if a * d == b * c else (a, b, c, d)
+    return IDENTITY_MATRIX if a * d == b * c else (a, b, c, d)
 
 
-def signs(matrix: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def nearest_quarter_turn(matrix: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """The matrix rounded to the nearest quarter turn, with entries 1, 0 and -1."""
     a, b, c, d = matrix
     a, b, c, d = (0, b, c, 0) if abs(b) > abs(a) else (a, 0, 0, d)
     quarter = tuple((value > 0) - (value < 0) for value in (a, b, c, d))
-    return quarter if (a or b) and (c or d) else UPRIGHT
+    return quarter if (a or b) and (c or d) else IDENTITY_MATRIX
 
 
 def read_track(path, track_id: int) -> bytes:
@@ -196,7 +198,7 @@ def upright(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
 
 def pixel_aspect(stream) -> Fraction:
     aspect = Fraction(stream.sample_aspect_ratio or 1)
-    return aspect if 1 / LARGEST_ASPECT <= aspect <= LARGEST_ASPECT else Fraction(1)
+    return aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else Fraction(1)
 
 
 def sample_entry(track: bytes) -> bytes:
@@ -261,7 +263,7 @@ def layout_cautions(stream, track: bytes) -> Iterator[Caution]:
         yield stereo_caution(STEREO_BOXES[entry[place : place + 1]])
 
 
-def turn_cautions(matrix: tuple[int, int, int, int]) -> Iterator[Caution]:
+def rotation_cautions(matrix: tuple[int, int, int, int]) -> Iterator[Caution]:
     a, b, *_ = map(abs, matrix)
     if min(a, b) > QUARTER_TURN * max(a, b):
         # "null": ffmpeg applies the rotation by itself

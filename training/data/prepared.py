@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from base.hashes import Hashes
+from base.hashes import HashCache
 from data.artifacts import is_intact, recorded_key
 
 
@@ -36,7 +36,7 @@ STEM = re.compile(r".*[0-9a-f]{8}(-\d+)?")  # clip_lists.unique_stems
 # ---------------------------------------------------------------- keys
 
 
-class Key(NamedTuple):
+class FileKey(NamedTuple):
     """The key that is written now, and the one that version 1 wrote for the same flags and inputs."""
 
     now: str
@@ -50,11 +50,11 @@ class Component(NamedTuple):
     earlier: str
 
 
-def hash_component(folder: Path, loaded: Iterable[Path], hashes: Hashes) -> Component:
+def hash_component(folder: Path, loaded: Iterable[Path], hashes: HashCache) -> Component:
     """`loaded`: the files of `folder` that determine what the component computes."""
     digest = hashlib.sha256()
     for path in sorted(loaded):
-        digest.update(f"{path.name} {hashes.of(path, 'sha256')}\n".encode())
+        digest.update(f"{path.name} {hashes.hash(path, 'sha256')}\n".encode())
     return Component(digest.hexdigest()[:32], earlier_weights_hash(folder))
 
 
@@ -66,11 +66,11 @@ def pixels_key(earlier: dict, place: str, decoder: str) -> dict:
     }  # fmt: skip
 
 
-def file_key(now: dict, earlier: dict) -> Key:
-    return Key(json.dumps(now, sort_keys=True), json.dumps(earlier, sort_keys=True))
+def file_key(now: dict, earlier: dict) -> FileKey:
+    return FileKey(json.dumps(now, sort_keys=True), json.dumps(earlier, sort_keys=True))
 
 
-def state_of(output_dir: Path, path: str, key: Key, in_full: bool = False) -> str:
+def file_state(output_dir: Path, path: str, key: FileKey, in_full: bool = False) -> str:
     """CURRENT if the file is readable and made from the same content and settings; EARLIER if so by version 1's key;
     else MISSING. `in_full`: also verify the content hash.
     """
@@ -116,14 +116,14 @@ def video_of(output_dir: Path, image: str) -> Path:
 # ---------------------------------------------------------------- files that no row uses
 
 
-def named_files(paths: Iterable[str]) -> set[str]:
+def used_files(paths: Iterable[str]) -> set[str]:
     """`paths`, plus the video of each image and the empty prompt's embedding."""
     paths = set(paths)
     videos = {f"videos/{Path(path).stem}.mp4" for path in paths if path.startswith("images/")}
     return paths | videos | {EMPTY}
 
 
-def unnamed_files(output_dir: Path, named: set[str]) -> list[Path]:
+def unused_files(output_dir: Path, named: set[str]) -> list[Path]:
     """Files that look like ours by name but are not in `named`; symlinks, and linked folders, are left alone."""
     found = []
     for folder, suffix in SUFFIXES.items():
@@ -139,13 +139,13 @@ def unnamed_files(output_dir: Path, named: set[str]) -> list[Path]:
 def prune(output_dir: Path, named: set[str]) -> int:
     """Delete files not in `named` that have a key, or whose image has one; returns how many."""
     removed = 0
-    for path in keyed(output_dir, unnamed_files(output_dir, named)):  # videos precede images, which hold their keys
+    for path in with_keys(output_dir, unused_files(output_dir, named)):  # videos precede images, which hold their keys
         path.unlink()
         removed += 1
     return removed
 
 
-def keyed(output_dir: Path, paths: list[Path]) -> Iterator[Path]:
+def with_keys(output_dir: Path, paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         voucher = output_dir / "images" / f"{path.stem}.png" if path.suffix == ".mp4" else path
         if recorded_key(voucher) is not None:

@@ -1,7 +1,7 @@
 """Datasets of videos: each clip is cut, resized, cropped and flipped for its bucket.
 
 A sample's key is epoch * len(dataset) + index, so a worker knows the epoch. Random draws for a clip depend only on
-(seed, epoch, its entry of clip_lists.draw_places), not on other rows of the list. Sizes come from headers; decoding
+(seed, epoch, its entry of clip_lists.draw_keys), not on other rows of the list. Sizes come from headers; decoding
 happens in the workers. Axes: F' pixel frames, h/w pixels.
 """
 
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, get_worker_info
 
 from base.draws import draw_seed
-from base.errors import NAMED, DataError, UsageError, first_few
+from base.errors import MAX_LISTED, DataError, UsageError, first_few
 from base.hashes import hash_files, hash_rows
 from data.buckets import SIZE_FLAGS, Bucket, frame_times, nearest_bucket, num_sampled_frames, upscale
-from data.clip_lists import Clip, draw_places
+from data.clip_lists import Clip, draw_keys
 from data.decode import import_decord, read_frames
 from data.headers import Header, VideoInfo, read_header
 from data.picture import Caution
@@ -33,7 +33,7 @@ MAX_UPSCALE, WARN_UPSCALE = 4.0, 1.5  # linear factors
 class VideoDataset(Dataset):
     """Clips that already have the height and width of a bucket; nothing is resized.
 
-    `clips`, `bucket_of`, `prompts`, `sources` and `problems` are set from the headers. Bad clips raise one DataError;
+    `clips`, `clip_buckets`, `prompts`, `sources` and `problems` are set from the headers. Bad clips raise one DataError;
     with on_problem="collect" they are left out and described in `problems`, one line each.
     """
 
@@ -63,12 +63,12 @@ class VideoDataset(Dataset):
             raise UsageError(f"--max_num_frames {max_num_frames} is below the smallest frame bucket, {self.smallest}")
         if video_backend == "decord":
             import_decord()  # fail now if it is missing, not in a worker
-        self.keep_good(clips, on_problem)
+        self.read_headers(clips, on_problem)  # reads every header: a bad clip is known before training starts
         self.warn_of_sizes()
         self.warn_of_pictures()
 
-    def keep_good(self, clips: Sequence[Clip], on_problem: str) -> None:
-        """Sets clips, infos, bucket_of and problems from the headers."""
+    def read_headers(self, clips: Sequence[Clip], on_problem: str) -> None:
+        """Sets clips, infos, clip_buckets and problems from the headers."""
         with ThreadPoolExecutor(8) as pool:  # disk bound
             headers = list(pool.map(header_or_error, clips))
         good, self.problems = [], []
@@ -84,10 +84,10 @@ class VideoDataset(Dataset):
         self.clips = [clip for clip, _, _ in good]
         self.infos = [header.info for _, header, _ in good]
         self.cautions = [header.picture.cautions for _, header, _ in good]
-        self.bucket_of = [bucket for _, _, bucket in good]
+        self.clip_buckets = [bucket for _, _, bucket in good]
         self.prompts = [clip.prompt for clip in self.clips]
         self.sources = [clip.source for clip in self.clips]
-        self.places = draw_places(clip.identity for clip in self.clips)
+        self.draw_keys = draw_keys(clip.identity for clip in self.clips)
 
     def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
         """The clip's bucket; DataError if it is too short or fits none."""
@@ -145,7 +145,7 @@ class VideoDataset(Dataset):
     def __getitem__(self, key: int) -> dict:
         """{"pixels": uint8 [F', 3, h, w], "prompt", "index"}"""
         epoch, index = divmod(key, len(self))
-        pixels = self.reshape(self.read(epoch, index), self.bucket_of[index], epoch, index)
+        pixels = self.reshape(self.read(epoch, index), self.clip_buckets[index], epoch, index)
         if self.draw("flip", epoch, index).random() < self.random_flip:
             pixels = pixels.flip(-1)  # all frames alike
         self.check_shape(pixels, index)
@@ -153,12 +153,12 @@ class VideoDataset(Dataset):
 
     def read(self, epoch: int, index: int) -> torch.Tensor:
         """Frames of the clip at its native size, uint8 [F', 3, h, w]."""
-        times = frame_times(self.bucket_of[index].frames, self.fps, self.start_time(epoch, index))
+        times = frame_times(self.clip_buckets[index].frames, self.fps, self.start_time(epoch, index))
         # One thread per worker by default: the workers provide the parallelism
         num_threads = self.num_threads or int(get_worker_info() is not None)
         frames = read_frames(self.clips[index].video, times, self.backend, num_threads)
-        if frames.shape[1:3] != self.infos[index][2:]:
-            raise self.other_size(index, *frames.shape[1:3])
+        if frames.shape[1:3] != self.infos[index][2:]:  # height and width; the bucket was chosen by the header
+            raise self.size_error(index, *frames.shape[1:3])
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     def start_time(self, epoch: int, index: int) -> float:
@@ -172,16 +172,17 @@ class VideoDataset(Dataset):
 
     def spare_frames(self, index: int) -> int:
         """The number of frames of the file by which the sample's start may be delayed."""
-        info, num_frames = self.infos[index], self.bucket_of[index].frames
+        info, num_frames = self.infos[index], self.clip_buckets[index].frames
         if self.num_frames(info) <= num_frames:
             return 0
         last = info.num_frames - self.skip_start - self.skip_end - 1
+        # The sample spans (num_frames - 1) periods of the target rate; the rest is spare
         return max(0, math.floor(last - (num_frames - 1) * info.fps / self.fps + 1e-6))
 
     def draw(self, name: str, epoch: int, index: int) -> random.Random:
-        return random.Random(draw_seed(self.seed, name, epoch, self.places[index]))
+        return random.Random(draw_seed(self.seed, name, epoch, self.draw_keys[index]))
 
-    def is_drawn(self) -> bool:
+    def is_random(self) -> bool:
         """True if any clip depends on a random draw."""
         return self.random_flip > 0 or any(self.spare_frames(index) for index in range(len(self)))
 
@@ -190,10 +191,10 @@ class VideoDataset(Dataset):
 
     def check_shape(self, pixels: torch.Tensor, index: int) -> None:
         frames, _, height, width = pixels.shape
-        if (frames, height, width) != self.bucket_of[index]:
-            raise self.other_size(index, height, width)
+        if (frames, height, width) != self.clip_buckets[index]:
+            raise self.size_error(index, height, width)
 
-    def other_size(self, index: int, height: int, width: int) -> DataError:
+    def size_error(self, index: int, height: int, width: int) -> DataError:
         info = self.infos[index]
         return DataError(
             f"{self.clips[index].video}: frames of {height}x{width} (height x width) where the header says "
@@ -205,7 +206,7 @@ class VideoDataset(Dataset):
         earlier versions.
         """
         names = self.sources if as_written else [clip.identity for clip in self.clips]
-        return hash_rows(zip(names, self.prompts, self.bucket_of, strict=True))
+        return hash_rows(zip(names, self.prompts, self.clip_buckets, strict=True))
 
     def content(self) -> str:
         """Hash of the content of the clips' files, independent of their location."""
@@ -227,7 +228,7 @@ class VideoDatasetWithResizing(VideoDataset):
 
     def warn_of_sizes(self) -> None:
         super().warn_of_sizes()
-        rows = zip(self.clips, self.infos, self.bucket_of, strict=True)
+        rows = zip(self.clips, self.infos, self.clip_buckets, strict=True)
         factors = [(upscale(info.height, info.width, bucket), clip.source) for clip, info, bucket in rows]
         blurred = [source for factor, source in factors if factor > WARN_UPSCALE]
         if blurred:
@@ -259,10 +260,10 @@ class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
         draw = self.draw("crop", epoch, index)
         return draw.randint(0, spare_height), draw.randint(0, spare_width)
 
-    def is_drawn(self) -> bool:
-        rows = zip(self.infos, self.bucket_of, strict=True)
+    def is_random(self) -> bool:
+        rows = zip(self.infos, self.clip_buckets, strict=True)
         has_room = any(cover_size(info.height, info.width, bucket) != bucket[1:] for info, bucket in rows)
-        return super().is_drawn() or (self.crop == "random" and has_room)
+        return super().is_random() or (self.crop == "random" and has_room)
 
 
 def header_or_error(clip: Clip) -> Header | DataError:
@@ -291,5 +292,5 @@ def summary(problems: list[str], num_clips: int) -> str:
     """One line that summarizes any number of problems."""
     if len(problems) == 1:
         return problems[0]
-    more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-    return f"{len(problems)} of {num_clips} clips cannot be used: {'; '.join(problems[:NAMED])}{more}"
+    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return f"{len(problems)} of {num_clips} clips cannot be used: {'; '.join(problems[:MAX_LISTED])}{more}"

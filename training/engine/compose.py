@@ -1,16 +1,9 @@
-"""Builds the LoRA and SFT engines; the one place where weights, precision and memory techniques are combined.
+"""Builds the engines: the one place where weights, precision and memory techniques are combined, in one order."""
 
-Both engines share an interface: `params` (fp32, for the optimizer), `masters` (`params` and the model's low-precision
-copies of them, if these differ), `ema` (moving average of `params`, if enabled), `save` and `check` (the result),
-`save_state` and `load_state` (for checkpoints), `inference`.
-"""
-
-import contextlib
 import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,144 +11,31 @@ import torch.distributed
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from attention.choose_kernel import pick_attention
 from attention.kernels import SAVED_OPS, make_attend
 from attention.processor import JointAttention
-from attention.trial import pick_attention
 from base.dtypes import DTYPES
-from base.levels import HOST_LEVELS
+from base.memory_levels import HOST_LEVELS
 from base.startup import STARTUP
 from base.toolchain import missing_for_triton
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
+from engine.engines import Engine, LoraEngine, SftEngine
 from engine.lora import (
     add_lora,
-    check_saved_lora,
-    load_lora,
     project,
-    save_lora,
-    save_unscaled,
     start_from_lora,
 )
 from engine.master_weights import HostMasters, Masters
 from engine.optimizers import make_optimizer_from_args
-from engine.sft import (
-    MASTERS_NAME,
-    check_saved_transformer,
-    exchanged,
-    load_average,
-    load_weights,
-    save_average,
-    save_transformer,
-    save_weights,
-)
 from memory.activations import offload_activations
 from memory.quantization import frozen_linears, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks
-from memory.weights import load_blocks, stream_weights
+from memory.streaming import load_blocks, stream_weights
 
 
 logger = logging.getLogger(__name__)
 
 TRITON_CAPABILITY = (8, 0)  # Ampere: what Triton supports
-
-
-@dataclass
-class Engine:
-    transformer: nn.Module
-    params: list[nn.Parameter]
-    facts: dict  # what inference must do as training did, beyond a plain load; written beside the result
-    level: str | None  # of memory
-
-    def gather(self) -> None:
-        """All-gather `params` before they are written, if they are sharded. All ranks must call it."""
-        if self.masters:
-            self.masters.gather()
-
-    @contextlib.contextmanager
-    def inference(self):
-        """The transformer in eval mode without gradients; back in training mode on exit."""
-        self.transformer.eval()
-        try:
-            with torch.no_grad():
-                yield self.transformer
-        finally:
-            self.transformer.train()
-
-
-@dataclass
-class LoraEngine(Engine):
-    """A frozen transformer in the compute dtype with a trainable fp32 adapter."""
-
-    pipeline_class: type
-    masters: Masters | None = None
-    ema = None
-
-    def save(self, directory: Path) -> Path:
-        return save_lora(self.transformer, directory, self.pipeline_class, self.facts)
-
-    def check(self, directory: Path) -> None:
-        check_saved_lora(self.transformer, directory)
-
-    def save_state(self, directory: Path) -> None:
-        self.save(directory)
-        save_unscaled(self.transformer, directory)
-
-    def load_state(self, directory: Path) -> None:
-        load_lora(self.transformer, directory)
-        if self.masters:
-            self.masters.read_copies()
-
-
-@dataclass
-class SftEngine(Engine):
-    """A transformer in the compute dtype with all weights trained, on fp32 masters."""
-
-    save_dtype: torch.dtype
-    masters: Masters | None = None
-    ema: EMAModel | None = None
-
-    @property
-    def result(self) -> list[torch.Tensor]:
-        """The weights that are saved and validated: the moving average if there is one."""
-        return self.ema.shadow_params if self.ema else self.params
-
-    def save(self, directory: Path) -> Path:
-        return save_transformer(self.transformer, self.result, self.save_dtype, directory, self.facts)
-
-    def check(self, directory: Path) -> None:
-        check_saved_transformer(self.transformer, self.result, self.save_dtype, directory)
-
-    def save_state(self, directory: Path) -> None:
-        self.save(directory)
-        save_weights(self.transformer, self.params, directory / MASTERS_NAME)
-        if self.ema:
-            save_average(self.transformer, self.ema, directory)
-
-    def load_state(self, directory: Path) -> None:
-        load_weights(self.transformer, self.params, directory / MASTERS_NAME)
-        if self.masters:
-            self.masters.write_copies()
-        if self.ema:
-            load_average(self.transformer, self.ema, directory)
-
-    @contextlib.contextmanager
-    def inference(self):
-        with self.averaged_weights(), super().inference() as transformer:
-            yield transformer
-
-    @contextlib.contextmanager
-    def averaged_weights(self):
-        """Swap the moving average into the model; on exit the trained weights are restored bit for bit."""
-        if self.ema is None:
-            yield
-        elif self.masters is None:
-            with exchanged(self.params, self.ema.shadow_params):
-                yield
-        else:
-            self.masters.write_copies(self.ema.shadow_params)
-            try:
-                yield
-            finally:
-                self.masters.write_copies()
 
 
 def build_lora_engine_from_args(
@@ -184,7 +64,7 @@ def build_lora_engine_from_args(
     transformer.to(device).train()
     STARTUP.mark("engine")
     trained = masters.params if masters else params
-    return LoraEngine(transformer, trained, inference_facts_from_args(args), level, pipeline_class, masters)
+    return LoraEngine(transformer, trained, inference_notes_from_args(args), level, pipeline_class, masters)
 
 
 def build_sft_engine_from_args(
@@ -218,7 +98,7 @@ def build_sft_engine_from_args(
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
     STARTUP.mark("engine")
     save_dtype = DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
-    return SftEngine(transformer, params, inference_facts_from_args(args), level, save_dtype, masters, ema)
+    return SftEngine(transformer, params, inference_notes_from_args(args), level, save_dtype, masters, ema)
 
 
 def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
@@ -288,11 +168,11 @@ def block_loader_from_args(args, level: str | None, device: torch.device) -> Cal
     return None
 
 
-def inference_facts_from_args(args) -> dict:
+def inference_notes_from_args(args) -> dict:
     """Image-to-video training options that a stock pipeline does not know about; empty for the defaults."""
-    facts = {}
+    inference_notes = {}
     if args.drop_learned_positions:
-        facts["drop_learned_positions"] = True
+        inference_notes["drop_learned_positions"] = True
     if args.image_latent_scale != "pipeline":
-        facts["image_latent_scale"] = args.image_latent_scale
-    return facts
+        inference_notes["image_latent_scale"] = args.image_latent_scale
+    return inference_notes

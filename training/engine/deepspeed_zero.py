@@ -17,47 +17,47 @@ from torch import nn
 
 from base.console import capture_prints
 from base.errors import UsageError
-from base.levels import HOST_LEVELS
+from base.memory_levels import HOST_LEVELS
 from engine.optimizers import ADAMS, adam_settings_from_args
 
 
-OLDEST = "0.19"  # earlier ones count a backward pass without DeepSpeed's own forward as the first micro-step
+MIN_VERSION = "0.19"  # earlier ones count a backward pass without DeepSpeed's own forward as the first micro-step
 SUPPORTED_STAGES = (1, 2)
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's states; no other optimizer is supported here
+ADAM_STATES = ("exp_avg", "exp_avg_sq")  # Adam's states; no other optimizer is supported here
 
 
 class ZeroMasters:
-    """fp32 masters of the model's `copies`, held by DeepSpeed as flat shards.
+    """fp32 masters of the model's `model_weights`, held by DeepSpeed as flat shards.
 
-    `params` (fp32, on the host) is a full copy for files: filled by `gather`, and written back by `write_copies`.
+    `params` (fp32, on the host) is a full copy for files: filled by `all_gather`, and written back by `write_to_model`.
     """
 
-    def __init__(self, copies: list[nn.Parameter], device: torch.device, dtype: torch.dtype):
-        self.copies = copies
+    def __init__(self, model_weights: list[nn.Parameter], device: torch.device, dtype: torch.dtype):
+        self.model_weights = model_weights
         # The checkpoint's values, before they are rounded to `dtype`
-        self.params = [param.detach().to("cpu", torch.float32) for param in copies]
-        for param in copies:
+        self.params = [param.detach().to("cpu", torch.float32) for param in model_weights]
+        for param in model_weights:
             param.data = param.data.to(device, dtype)
 
     @torch.no_grad()
-    def gather(self) -> None:
+    def all_gather(self) -> None:
         """All-gather the shards to `params`. All ranks must call it."""
-        for param, piece in zip(self.params, self.copies, strict=True):
-            param.copy_(full(piece))
+        for param, piece in zip(self.params, self.model_weights, strict=True):
+            param.copy_(gather_full(piece))
 
     @torch.no_grad()
-    def write_copies(self) -> None:
+    def write_to_model(self) -> None:
         """Copy `params` to DeepSpeed's masters and, rounded, to the model."""
-        for param, piece in zip(self.params, self.copies, strict=True):
-            set_full(piece, param)
+        for param, piece in zip(self.params, self.model_weights, strict=True):
+            scatter_full(piece, param)
             piece.copy_(param)
 
     @torch.no_grad()
-    def read_copies(self) -> None:
+    def read_from_model(self) -> None:
         """Copy the model's weights, just loaded from a file, to `params` and DeepSpeed's masters."""
-        for param, piece in zip(self.params, self.copies, strict=True):
+        for param, piece in zip(self.params, self.model_weights, strict=True):
             param.copy_(piece)
-            set_full(piece, param)
+            scatter_full(piece, param)
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -84,54 +84,54 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: DeepSpeed zeroes them in `step`."""
 
-    def gather(self) -> None:
+    def all_gather(self) -> None:
         """All-gather what `state_dict` returns. All ranks must call it."""
         steps = [entry["step"] for entry in self.engine.optimizer.optimizer.state.values() if "step" in entry]
         state = {}
         if steps:  # empty if every update so far was skipped
             state = {
-                index: {"step": float(steps[0])} | {name: full(weight, name).clone() for name in MOMENTS}
+                index: {"step": float(steps[0])} | {name: gather_full(weight, name).clone() for name in ADAM_STATES}
                 for index, weight in enumerate(self.weights)
             }
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         self.gathered = {"state": state, "param_groups": groups}
 
     def state_dict(self) -> dict:
-        """In torch's format, as of the last `gather`."""
+        """In torch's format, as of the last `all_gather`."""
         return self.gathered
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
         """Load into an optimizer that has not stepped yet."""
         if state_dict["state"]:
-            self.load_moments(state_dict["state"])
+            self.load_adam_states(state_dict["state"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
 
-    def load_moments(self, state: dict[int, dict]) -> None:
+    def load_adam_states(self, state: dict[int, dict]) -> None:
         """Load Adam's states from torch's format, keyed by the index of the weight."""
         step, zero = state[0]["step"], self.engine.optimizer
         is_torchs = isinstance(zero.optimizer, tuple(ADAMS.values()))
         for group in self.param_groups:
             for piece in group["params"]:
-                entry = {name: torch.zeros_like(piece) for name in MOMENTS}
+                entry = {name: torch.zeros_like(piece) for name in ADAM_STATES}
                 # DeepSpeedCPUAdam keeps the step as an int, torch's Adam as a tensor
                 entry["step"] = torch.tensor(float(step)) if is_torchs else int(step)
                 zero.optimizer.state[piece] = entry
         zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed does after its first step
         for index, weight in enumerate(self.weights):
-            for name in MOMENTS:
-                set_full(weight, state[index][name], name)
+            for name in ADAM_STATES:
+                scatter_full(weight, state[index][name], name)
 
 
-def full(weight: nn.Parameter, name: str | None = None) -> torch.Tensor:
+def gather_full(weight: nn.Parameter, name: str | None = None) -> torch.Tensor:
     """The full fp32 master of `weight`, or its Adam state `name`, on the host. All ranks must call it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     return (safe_get_full_optimizer_state(weight, name) if name else safe_get_full_fp32_param(weight)).cpu()
 
 
-def set_full(weight: nn.Parameter, value: torch.Tensor, name: str | None = None) -> None:
+def scatter_full(weight: nn.Parameter, value: torch.Tensor, name: str | None = None) -> None:
     """Set each rank's shard of the fp32 master of `weight`, or of its Adam state `name`, to `value`."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -155,20 +155,20 @@ def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_rank
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    config = deepspeed_config_from_args(args, config, masters.copies[0].dtype, num_ranks)
+    config = deepspeed_config_from_args(args, config, masters.model_weights[0].dtype, num_ranks)
     settings = adam_settings_from_args(args, learning_rate)
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         with capture_prints():  # it prints how it was built, and how long that took
-            optimizer = DeepSpeedCPUAdam(masters.copies, **settings, adamw_mode=args.optimizer == "adamw")
+            optimizer = DeepSpeedCPUAdam(masters.model_weights, **settings, adamw_mode=args.optimizer == "adamw")
     else:
-        optimizer = ADAMS[args.optimizer](masters.copies, **settings)
-    weights = nn.ParameterList(masters.copies)
+        optimizer = ADAMS[args.optimizer](masters.model_weights, **settings)
+    weights = nn.ParameterList(masters.model_weights)
     with capture_prints():
         engine = deepspeed.initialize(model=weights, optimizer=optimizer, config=config)[0]
     # By default it only checks in fp16, and fp32 has no setting for it: one bad sample would make every weight NaN
     engine.optimizer.check_grad_overflow = True
-    masters.write_copies()
-    return ZeroOptimizer(engine, masters.copies)
+    masters.write_to_model()
+    return ZeroOptimizer(engine, masters.model_weights)
 
 
 def deepspeed_config_from_args(args, config: dict, dtype: torch.dtype, num_ranks: int) -> dict:
@@ -192,7 +192,7 @@ def deepspeed_config_from_args(args, config: dict, dtype: torch.dtype, num_ranks
     zero.pop("offload_param", None)  # only for stage 3
     config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
     config |= wanted
-    config["fp16"] = {"enabled": False}
+    config["fp16"] = {"enabled": False}  # refused by check_deepspeed_from_args
     config["bf16"] = {"enabled": dtype == torch.bfloat16}
     config["zero_allow_untested_optimizer"] = True
     return config
@@ -210,10 +210,10 @@ def check_deepspeed_from_args(args) -> None:
     if not uses_deepspeed():
         return
     version = installed_version()
-    if version is None or Version(version) < Version(OLDEST):
+    if version is None or Version(version) < Version(MIN_VERSION):
         state = "not installed" if version is None else f"{version}, which accumulates gradients wrongly here"
         raise UsageError(
-            f'DeepSpeed, which the accelerate config asks for, is {state}; pip install "deepspeed>={OLDEST},<1"'
+            f'DeepSpeed, which the accelerate config asks for, is {state}; pip install "deepspeed>={MIN_VERSION},<1"'
         )
     bits = [f"--{name}" for name in ("use_8bit", "use_4bit", "use_fp8") if getattr(args, name)]
     refused = [

@@ -90,11 +90,11 @@ def add_lora(
         use_dora=use_dora,
         use_rslora=use_rslora,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global CPU generator
         torch.manual_seed(draw_seed(seed, "lora_init"))
         transformer.add_adapter(config, adapter_name=ADAPTER)
     for layer in lora_layers(transformer).values():
-        layer.cast_input_dtype_enabled = False
+        layer.cast_input_dtype_enabled = False  # peft would cast inputs to fp32, see ComputeDtypeLinear
         layer.lora_A[ADAPTER].__class__ = layer.lora_B[ADAPTER].__class__ = ComputeDtypeLinear
         if use_dora:
             layer.lora_magnitude_vector[ADAPTER].__class__ = ComputeDtypeDora
@@ -123,7 +123,7 @@ def project(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable
 def project_plain(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable) -> list[torch.Tensor]:
     """`project` for layers that are all plain, see `is_plain`; their A matrices are one matmul."""
     down = torch.cat([layer.lora_A[ADAPTER].weight for layer in layers]).to(states.dtype)  # [layers x rank, D]
-    narrow = F.linear(states, down).chunk(len(layers), dim=-1)
+    narrow = F.linear(states, down).chunk(len(layers), dim=-1)  # each [B, S, rank]
     # Scale B, which is small; peft scales the output, which is as large as the states
     ups = [(layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]).to(states.dtype) for layer in layers]
     bases = linears(states, [layer.base_layer for layer in layers])
@@ -155,10 +155,10 @@ def name_in_block(name: str) -> str:
     return re.sub(r"^\w+\.\d+\.", "", name)
 
 
-def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: dict | None = None) -> Path:
+def save_lora(transformer: nn.Module, directory: Path, pipeline_class, inference_notes: dict | None = None) -> Path:
     """Write the adapter so that `load_lora_weights(directory)` alone restores it, at its trained strength.
 
-    `facts`, what else inference must know, goes into the metadata's "training" entry, which diffusers ignores.
+    `inference_notes`, what else inference must know, goes into the metadata's "training" entry, which diffusers ignores.
     Deterministic: equal runs write equal bytes. One tensor is copied to the host at a time.
     """
     config, prefix = transformer.peft_config[ADAPTER], f"{pipeline_class.transformer_name}."
@@ -172,7 +172,7 @@ def save_lora(transformer: nn.Module, directory: Path, pipeline_class, facts: di
     path = Path(directory, WEIGHTS_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = {prefix + key: (weight.dtype, weight.shape) for key, weight in weights.items()}
-    write_tensors(path, sizes, tensor_of, lora_metadata(config, facts or {}, prefix))
+    write_tensors(path, sizes, tensor_of, lora_metadata(config, inference_notes or {}, prefix))
     return path
 
 

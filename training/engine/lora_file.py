@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from base import tensor_file
 from base.errors import UsageError
-from base.file_kinds import stand_in
+from base.file_kinds import placeholder
 from base.files import written_beside
 
 
@@ -59,7 +59,7 @@ class LoraFile(NamedTuple):
     tensors: dict[str, torch.Tensor]  # by peft's keys: <layer>.lora_A.weight and so on
     alphas: dict[str, float]  # by layer, where the file has tensors for it
     config: dict  # peft's configuration, empty without
-    facts: dict  # what inference must follow
+    inference_notes: dict  # what inference must follow
     recorded: dict  # RECORDED
 
 
@@ -122,16 +122,16 @@ def read_lora(path: Path, modules: Iterable[str] = ()) -> LoraFile:
         config = dict(json.loads(metadata.get(METADATA_KEY, "{}")))
         if is_peft and (beside := path.with_name(PEFT_CONFIG_NAME)).exists():
             config = dict(json.loads(beside.read_text(encoding="utf-8")))
-        facts = dict(json.loads(metadata.get(TRAINING_KEY, "{}")))
+        inference_notes = dict(json.loads(metadata.get(TRAINING_KEY, "{}")))
         config = {key.removeprefix(PREFIX): value for key, value in config.items()}
-        recorded = {name: facts.pop(name) for name in RECORDED if name in facts}
+        recorded = {name: inference_notes.pop(name) for name in RECORDED if name in inference_notes}
         named = [values["lora_alpha"] for values in (config, recorded) if "lora_alpha" in values]
         if not all(math.isfinite(alpha) for alpha in (*alphas.values(), *named)):
             raise ValueError("its alpha is not finite")
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = stand_in(path) if path.is_file() else None
+        reason = placeholder(path) if path.is_file() else None
         raise UsageError(f"{path}: {reason or f'not readable as a LoRA file ({error})'}") from error
-    return LoraFile(tensors, alphas, config, facts, recorded)
+    return LoraFile(tensors, alphas, config, inference_notes, recorded)
 
 
 def rank_and_alpha(file: LoraFile, path: Path) -> tuple[int, float]:
@@ -162,8 +162,8 @@ def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
 # ---------------------------------------------------------------- writing
 
 
-def lora_metadata(config, facts: dict, prefix: str) -> dict[str, str]:
-    """Of a file whose B is scaled. `config`: peft's, of the training; `facts`: what inference must follow."""
+def lora_metadata(config, inference_notes: dict, prefix: str) -> dict[str, str]:
+    """Of a file whose B is scaled. `config`: peft's, of the training; `inference_notes`: what inference must follow."""
     settings = {
         "r": config.r,
         "lora_alpha": config.r,
@@ -179,11 +179,13 @@ def lora_metadata(config, facts: dict, prefix: str) -> dict[str, str]:
     if all(recorded[name] == settings[name] for name in RECORDED):
         recorded = {}
     settings = {prefix + name: value for name, value in settings.items()}
-    return {"format": "pt", METADATA_KEY: json.dumps(settings, sort_keys=True)} | training_entry(facts | recorded)
+    return {"format": "pt", METADATA_KEY: json.dumps(settings, sort_keys=True)} | training_entry(
+        inference_notes | recorded
+    )
 
 
-def training_entry(facts: dict) -> dict[str, str]:
-    return {TRAINING_KEY: json.dumps(facts, sort_keys=True)} if facts else {}
+def training_entry(inference_notes: dict) -> dict[str, str]:
+    return {TRAINING_KEY: json.dumps(inference_notes, sort_keys=True)} if inference_notes else {}
 
 
 def write_tensors(

@@ -14,19 +14,19 @@ from torch import nn
 
 
 SLAB_BYTES = 2**30  # torch rounds pinned allocations up to powers of two: pinned one by one, tensors could take double
-MOST_IN_FLIGHT = 8  # gradients being copied to the host; each is kept on the device until its copy is done
+MAX_IN_FLIGHT = 8  # gradients being copied to the host; each is kept on the device until its copy is done
 
 
 class Masters:
-    """fp32 masters of `copies` on `device`. Hooks move each gradient to `master.grad` as soon as backward computes it.
+    """fp32 masters of `model_weights` on `device`. Hooks move each gradient to `master.grad` as soon as backward computes it.
 
     So low-precision gradients never all exist at once, and accumulation is in fp32.
     """
 
-    def __init__(self, copies: list[nn.Parameter], device: torch.device):
-        self.copies = copies
-        self.params = [nn.Parameter(copy.detach().to(device, torch.float32, copy=True)) for copy in copies]
-        for copy, master in zip(copies, self.params, strict=True):
+    def __init__(self, model_weights: list[nn.Parameter], device: torch.device):
+        self.model_weights = model_weights
+        self.params = [nn.Parameter(copy.detach().to(device, torch.float32, copy=True)) for copy in model_weights]
+        for copy, master in zip(model_weights, self.params, strict=True):
             copy.register_post_accumulate_grad_hook(lambda copy, master=master: move_gradient(copy, master))
 
     def gradients(self) -> list[torch.Tensor]:
@@ -36,18 +36,18 @@ class Masters:
     def deliver_gradients(self) -> None:
         """Move the accumulated gradients to `master.grad`."""
 
-    def gather(self) -> None:
+    def all_gather(self) -> None:
         """Nothing to do: every rank has all masters."""
 
     @torch.no_grad()
-    def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
+    def write_to_model(self, weights: list[torch.Tensor] | None = None) -> None:
         """Copy `weights`, by default the masters, to the model, rounded to its dtype."""
-        torch._foreach_copy_(self.copies, self.params if weights is None else weights)
+        torch._foreach_copy_(self.model_weights, self.params if weights is None else weights)
 
     @torch.no_grad()
-    def read_copies(self) -> None:
+    def read_from_model(self) -> None:
         """Copy the model's weights, just loaded from a file, to the masters."""
-        torch._foreach_copy_(self.params, self.copies)
+        torch._foreach_copy_(self.params, self.model_weights)
 
 
 def move_gradient(copy: nn.Parameter, master: nn.Parameter) -> None:
@@ -59,7 +59,7 @@ def move_gradient(copy: nn.Parameter, master: nn.Parameter) -> None:
 
 
 class HostMasters(Masters):
-    """fp32 masters in pinned host memory; `copies` move to `device` in `dtype`, one by one to keep peak memory low.
+    """fp32 masters in pinned host memory; `model_weights` move to `device` in `dtype`, one by one to keep peak memory low.
 
     Gradients accumulate in fp32 on the device and are copied to the host once per update. With `offload_gradients`
     each is copied as soon as backward has computed it, overlapping with the rest of backward; further micro-steps add
@@ -67,20 +67,24 @@ class HostMasters(Masters):
     """
 
     def __init__(
-        self, copies: list[nn.Parameter], device: torch.device, dtype: torch.dtype, offload_gradients: bool = False
+        self,
+        model_weights: list[nn.Parameter],
+        device: torch.device,
+        dtype: torch.dtype,
+        offload_gradients: bool = False,
     ):
-        self.copies, self.device, self.offload_gradients = copies, device, offload_gradients
+        self.model_weights, self.device, self.offload_gradients = model_weights, device, offload_gradients
         self.params = []
-        for copy, memory in zip(copies, host_memory(copies, device), strict=True):
+        for copy, memory in zip(model_weights, host_memory(model_weights, device), strict=True):
             memory.copy_(copy.detach())
             copy.data = copy.data.to(device, dtype)
             self.params.append(nn.Parameter(memory))
-        self.host_grads = list(host_memory(copies, device))
-        self.device_grads: dict[int, torch.Tensor] = {}
+        self.host_grads = list(host_memory(model_weights, device))  # pinned, allocated once
+        self.device_grads: dict[int, torch.Tensor] = {}  # fp32 sums, without `offload_gradients`
         self.arrived: set[int] = set()  # indices of host_grads that hold a gradient
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.in_flight: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
-        for index, copy in enumerate(copies):
+        self.in_flight: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()  # (copy done, gradient kept alive)
+        for index, copy in enumerate(model_weights):
             copy.register_post_accumulate_grad_hook(lambda copy, index=index: self.take_gradient(index, copy))
 
     def take_gradient(self, index: int, copy: nn.Parameter) -> None:
@@ -94,7 +98,7 @@ class HostMasters(Masters):
 
     def send_gradient(self, index: int, grad: torch.Tensor) -> None:
         """Add `grad` to the gradient in host memory, on a side stream."""
-        if self.stream:
+        if self.stream:  # backward has queued the kernels that compute `grad`, not finished them
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             total = grad.float()
@@ -104,7 +108,7 @@ class HostMasters(Masters):
         self.arrived.add(index)
         if self.stream:
             self.in_flight.append((self.stream.record_event(), grad))
-            self.wait_for_gradients(MOST_IN_FLIGHT)
+            self.wait_for_gradients(MAX_IN_FLIGHT)
 
     def wait_for_gradients(self, most: int = 0) -> None:
         """Block until at most `most` copies are in flight."""
@@ -122,7 +126,7 @@ class HostMasters(Masters):
         for index, grad in self.device_grads.items():
             self.host_grads[index].copy_(grad, non_blocking=True)
             self.arrived.add(index)
-        if self.stream:
+        if self.stream:  # the CPU optimizer reads them next
             torch.cuda.current_stream(self.device).synchronize()
         self.device_grads.clear()
         for index in self.arrived:
@@ -130,12 +134,12 @@ class HostMasters(Masters):
         self.arrived.clear()
 
     @torch.no_grad()
-    def write_copies(self, weights: list[torch.Tensor] | None = None) -> None:
+    def write_to_model(self, weights: list[torch.Tensor] | None = None) -> None:
         """Rounds on the device: a direct copy would round on the host, far slower.
 
         Needs no synchronization: the host changes its weights only after the gradients of a later forward arrived.
         """
-        for copy, weight in zip(self.copies, self.params if weights is None else weights, strict=True):
+        for copy, weight in zip(self.model_weights, self.params if weights is None else weights, strict=True):
             copy.copy_(weight.to(self.device, non_blocking=True))
 
 

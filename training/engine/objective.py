@@ -21,21 +21,23 @@ def draw_generator(seed: int, name: str, *place: int | str) -> torch.Generator:
 
 
 def draw_normal(
-    seed: int, name: str, positions: Sequence[int | str], shape: Sequence[int], device: torch.device = CPU
+    seed: int, name: str, sample_ids: Sequence[int | str], shape: Sequence[int], device: torch.device = CPU
 ) -> torch.Tensor:
     """Standard normal [B, *shape] in fp32; row i depends only on (seed, name, positions[i]), not on the device."""
-    rows = [torch.randn(tuple(shape), generator=draw_generator(seed, name, p)) for p in positions]
+    rows = [torch.randn(tuple(shape), generator=draw_generator(seed, name, p)) for p in sample_ids]
     return to_device(torch.stack(rows), device)
 
 
-def draw_uniform(seed: int, name: str, positions: Sequence[int | str], device: torch.device = CPU) -> torch.Tensor:
+def draw_uniform(seed: int, name: str, sample_ids: Sequence[int | str], device: torch.device = CPU) -> torch.Tensor:
     """Uniform [B] in [0, 1); row i depends only on (seed, name, positions[i])."""
-    return to_device(torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in positions]), device)
+    return to_device(
+        torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in sample_ids]), device
+    )
 
 
 def draw_timesteps(
     seed: int,
-    positions: Sequence[int],
+    sample_ids: Sequence[int],
     num_train_timesteps: int,
     num_strata: int | None = None,
     device: torch.device = CPU,
@@ -45,15 +47,15 @@ def draw_timesteps(
     With `num_strata`, the global batch size, each sample of a batch draws from its own interval of the timesteps:
     still uniform per sample, but every update covers all noise levels.
     """
-    uniform = draw_uniform(seed, "timestep", positions)
-    if num_strata:
-        uniform = (torch.tensor([stratum(seed, p, num_strata) for p in positions]) + uniform) / num_strata
+    uniform = draw_uniform(seed, "timestep", sample_ids)  # [B]
+    if num_strata:  # (k + u) / n is uniform over interval k of n
+        uniform = (torch.tensor([stratum(seed, p, num_strata) for p in sample_ids]) + uniform) / num_strata
     return to_device((uniform * num_train_timesteps).long().clamp(max=num_train_timesteps - 1), device)
 
 
-def stratum(seed: int, position: int, num_strata: int) -> int:
-    """The interval of the timesteps that the sample at `position` draws from: a new permutation per global batch."""
-    update, place = divmod(position, num_strata)
+def stratum(seed: int, sample_id: int, num_strata: int) -> int:
+    """The interval of the timesteps that the sample at `sample_id` draws from: a new permutation per global batch."""
+    update, place = divmod(sample_id, num_strata)  # which global batch, and where in it
     return int(torch.randperm(num_strata, generator=draw_generator(seed, "strata", update))[place])
 
 

@@ -164,7 +164,7 @@ def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]
 
     A low-bit state becomes its inner tensors, "<index>.<name>.<part>", and what is needed to wrap them again.
     """
-    tensors, values, wrapped, groups = {}, {}, {}, []
+    tensors, values, wrapped, groups = {}, {}, {}, []  # values: step counts and other plain numbers
     for index, entry in optimizer_state["state"].items():
         for name, value in state_items(entry):
             key = f"{index}.{name}"
@@ -177,10 +177,11 @@ def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]
             else:
                 tensors[key] = value
     for number, group in enumerate(optimizer_state["param_groups"]):
+        # torchao keeps the learning rate as a tensor in the group
         in_group = {name: value for name, value in group.items() if isinstance(value, torch.Tensor)}
         tensors |= {f"group{number}.{name}": value for name, value in in_group.items()}
         groups.append({name: value for name, value in group.items() if name not in in_group})
-    return separate(tensors), {"values": values, "wrapped": wrapped, "param_groups": groups}
+    return unshare_tensors(tensors), {"values": values, "wrapped": wrapped, "param_groups": groups}
 
 
 def state_items(entry: dict) -> Iterator[tuple[str, object]]:
@@ -189,7 +190,7 @@ def state_items(entry: dict) -> Iterator[tuple[str, object]]:
         yield from value.items() if isinstance(value, dict) else [(name, value)]
 
 
-def separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unshare_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors that share no memory, which safetensors would refuse: bitsandbytes shares its maps."""
     seen, separated = set(), {}
     for key, tensor in tensors.items():

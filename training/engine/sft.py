@@ -22,16 +22,16 @@ EMA_STEPS = "optimization_step"  # what EMAModel calls the number of updates tha
 
 
 @contextlib.contextmanager
-def exchanged(params: list[nn.Parameter], others: list[torch.Tensor]):
+def swapped(params: list[nn.Parameter], others: list[torch.Tensor]):
     """`params` hold the numbers of `others`, and those theirs; no memory, and the old ones come back bit for bit."""
-    exchange(params, others)
+    swap(params, others)
     try:
         yield
     finally:
-        exchange(params, others)
+        swap(params, others)
 
 
-def exchange(params: list[nn.Parameter], others: list[torch.Tensor]) -> None:
+def swap(params: list[nn.Parameter], others: list[torch.Tensor]) -> None:
     for param, other in zip(params, others, strict=True):
         param.data, other.data = other.data, param.data
 
@@ -40,11 +40,11 @@ def exchange(params: list[nn.Parameter], others: list[torch.Tensor]) -> None:
 
 
 def save_transformer(
-    model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype, directory: Path, facts: dict
+    model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype, directory: Path, inference_notes: dict
 ) -> Path:
     """Write `<directory>/transformer/` in `dtype`, as from_pretrained(directory, subfolder="transformer") reads it.
 
-    `facts`, what else inference must know, go into `training.json` there. An earlier folder is replaced when this one is
+    `inference_notes`, what else inference must know, go into `training.json` there. An earlier folder is replaced when this one is
     complete.
     """
     target = Path(directory, SUBFOLDER)
@@ -52,8 +52,8 @@ def save_transformer(
         model.save_config(folder)
         forget_source(folder / "config.json")
         save_shards(model, params, dtype, folder)
-        if facts:
-            (folder / "training.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
+        if inference_notes:
+            (folder / "training.json").write_text(json.dumps(inference_notes, sort_keys=True) + "\n", encoding="utf-8")
     return target
 
 

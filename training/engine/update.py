@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
-from engine.compose import Engine
 from engine.deepspeed_zero import ZeroOptimizer
+from engine.engines import Engine
 from engine.master_weights import HostMasters, group_by_bytes
 
 
@@ -56,11 +56,11 @@ class TrainingState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: LossScaler | None = None  # fp16 only
 
-    def gather(self) -> None:
+    def all_gather(self) -> None:
         """All-gather what is sharded over the ranks, before a checkpoint is written. All ranks must call it."""
-        self.engine.gather()
+        self.engine.all_gather()
         if isinstance(self.optimizer, ZeroOptimizer):
-            self.optimizer.gather()
+            self.optimizer.all_gather()
 
 
 class Update(NamedTuple):
@@ -159,7 +159,7 @@ def apply_gradients(state: TrainingState) -> None:
     """Step the optimizer, then update what depends on its weights: the model's copies and the moving average."""
     state.optimizer.step()
     if state.engine.masters:
-        state.engine.masters.write_copies()
+        state.engine.masters.write_to_model()
     if state.engine.ema:
         state.engine.ema.step(state.engine.params)
 
@@ -170,6 +170,7 @@ def average_gradients(grads: list[torch.Tensor]) -> None:
         return
     for group in group_by_bytes(grads, REDUCE_BYTES):
         device = reduce_device(group[0])
+        # One flat tensor per group: one all-reduce instead of hundreds of small ones
         flat = torch.cat([grad.flatten().to(device, non_blocking=True) for grad in group])
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()

@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from memory.host import (
     NO_OUTER_CHECKPOINT,
-    Copies,
+    TransferStream,
     after_backward,
     aligned,
     before_backward,
-    page_locked,
+    pinned_memory,
     storage_bytes,
     wait,
-    watch,
+    wrap_blocks,
 )
 
 
@@ -66,7 +66,7 @@ class HostActivations:
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, min_bytes: int):
         self.blocks, self.device, self.min_bytes = blocks, device, min_bytes
-        self.outward, self.inward = Copies(device), Copies(device)
+        self.outward, self.inward = TransferStream(device), TransferStream(device)
         self.host: list[torch.Tensor | None] = [None] * len(blocks)
         self.slots: list[torch.Tensor | None] = [None, None]  # for blocks with an even and an odd index
         self.free = [self.inward.mark(), self.inward.mark()]
@@ -81,20 +81,21 @@ class HostActivations:
             return call(*args, **kwargs)
         if torch._C._autograd._top_saved_tensors_default_hooks(True):
             raise RuntimeError(f"something else keeps what autograd saves of the blocks: {NO_OUTER_CHECKPOINT}")
-        if index == 0:
-            self.forget()
+        if index == 0:  # a new forward pass
+            self.reset()
         self.block = self.saved[index] = SavedBlock(index)
         with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             outputs = call(*args, **kwargs)
         if index + 1 < len(self.saved):  # the backward pass starts with the last block, so its tensors stay
             self.send(self.block, fixed_storages(self.blocks[index], (args, kwargs), outputs))
         self.block.tensors.clear()
+        # One block later its copy has had the time of a block to finish: waiting for it costs nothing
         if index and self.saved[index - 1]:
             self.release(self.saved[index - 1])
         before_backward(outputs, functools.partial(self.enter_backward, index))
         return outputs
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Reset after a pass, which an error may have ended anywhere."""
         for block in filter(None, self.saved):
             self.release(block)
@@ -119,7 +120,7 @@ class HostActivations:
         """
         previous = self.saved[block.index - 1] if block.index else None
         before = previous.pieces if previous else {}
-        new_bytes, new = 0, []
+        new_bytes, new = 0, []  # what this block has to copy itself
         for saved in block.tensors:
             tensor, address = saved.tensor, saved.tensor.untyped_storage().data_ptr()
             if address in fixed:
@@ -133,6 +134,7 @@ class HostActivations:
                 else:
                     new.append((block.pieces[address], new_bytes))
                     new_bytes += aligned(source.nbytes)
+            # In elements of the slot viewed in this dtype; pieces are aligned, so the division is exact
             offset = block.pieces[address].offset // tensor.element_size() + tensor.storage_offset()
             saved.view = (tensor.dtype, tensor.size(), tensor.stride(), offset)
             saved.tensor = None
@@ -148,7 +150,7 @@ class HostActivations:
         if host is None or host.nbytes < num_bytes:
             self.outward.api.synchronize()  # before memory goes that copies may still use
             self.host[index] = host = None
-            self.host[index] = host = page_locked(num_bytes, self.device)
+            self.host[index] = host = pinned_memory(num_bytes, self.device)
         return host
 
     def release(self, block: SavedBlock) -> None:
@@ -161,13 +163,13 @@ class HostActivations:
     # ---- backward
 
     def enter_backward(self, index: int) -> None:
-        if self.inside is None:
-            after_backward(self.forget)
-        else:
+        if self.inside is None:  # the backward pass begins
+            after_backward(self.reset)
+        else:  # the block before has been computed: its slot may be overwritten after this event
             self.free[self.inside % 2] = self.inward.mark()
         self.inside = index
-        self.fetch(index)
-        self.fetch(index - 1)
+        self.fetch(index)  # a no-op, unless it was not prefetched
+        self.fetch(index - 1)  # prefetch for the next block
         block = self.saved[index]
         if block and block.arrived:
             wait(block.arrived)
@@ -186,7 +188,7 @@ class HostActivations:
     def slot_memory(self, place: int) -> torch.Tensor:
         needed = max(block.num_bytes for block in self.saved if block)
         if self.slots[place] is None or self.slots[place].nbytes < needed:
-            self.slots[place] = None
+            self.slots[place] = None  # free the old slot first: both need not exist at once
             self.slots[place] = torch.empty(needed, dtype=torch.uint8, device=self.device)
             self.free[place] = self.inward.mark()  # the memory's previous use may still be running
         return self.slots[place]
@@ -220,5 +222,5 @@ def fixed_storages(block: nn.Module, inputs, outputs) -> set[int]:
 def offload_activations(blocks: nn.ModuleList, device: torch.device, min_bytes: int = MIN_BYTES) -> HostActivations:
     """Offload tensors of `min_bytes` or more that autograd saves for `blocks`; losses and gradients stay bit-equal."""
     activations = HostActivations(blocks, device, min_bytes)
-    watch(blocks, activations)
+    wrap_blocks(blocks, activations)
     return activations

@@ -7,8 +7,8 @@ size of one [B, S, D] tensor in the compute dtype, 104 MiB for CogVideoX-5b at 4
 import math
 from typing import NamedTuple
 
-from base.levels import HOST_LEVELS, LEVELS
-from memory.host import NUM_SLOTS
+from base.memory_levels import HOST_LEVELS, LEVELS
+from memory.streaming import NUM_SLOTS
 
 
 GIB = 2**30
@@ -22,7 +22,7 @@ POSITIONS, ADDING_POSITIONS = 2.0, 2.6
 FP8_TRANSIENT = 4.6  # additional u: rounded copies of activations and gradients
 # Fragmentation, what torch's allocator reserves beyond what is allocated: a minimum, plus u, of which optimizer
 # states, allocated at the first update, can reuse up to half their own size
-UNUSED_AT_LEAST = 0.4 * GIB
+MIN_UNUSED = 0.4 * GIB
 UNUSED = {"speed": 6.0, "balanced": 6.0, CHECKPOINTING: 9.0, "offload": 6.0, "stream": 6.0}
 FP8_UNUSED = 3.5
 EXPANDABLE_UNUSED = 4.1  # u, replaces all of the above with expandable segments
@@ -49,8 +49,8 @@ VIDEO, VIDEO_TILED = (
     3.6 * 3,
 )  # values per pixel of the clip: 3 channels; in tiles with their overlaps, in rows, whole
 # Fragmentation meanwhile: with ample memory; with guidance's samples one by one and ample memory; then at least
-CODING_UNUSED, SMALL_UNUSED, SMALL_UNUSED_AT_LEAST = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
-EXPANDABLE_CODING_UNUSED = 0.55  # factor on these with expandable segments
+VAE_UNUSED, SMALL_UNUSED, MIN_SMALL_UNUSED = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
+EXPANDABLE_VAE_UNUSED = 0.55  # factor on these with expandable segments
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # per weight; None: the compute dtype's size
 
 
@@ -83,7 +83,7 @@ class Workload(NamedTuple):
     num_processes: int  # on this machine
 
 
-class Need(NamedTuple):
+class MemoryPeaks(NamedTuple):
     """Peaks in bytes: allocated and reserved on the GPU, and on the host for all processes."""
 
     allocated: float
@@ -91,205 +91,214 @@ class Need(NamedTuple):
     host: float
 
 
-def need(run: Workload, level: str, roomy: bool = False) -> Need:
-    """The peaks of `run` at `level`, one of LEVELS or CHECKPOINTING.
+def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> MemoryPeaks:
+    """The peaks of `workload` at `level`, one of LEVELS or CHECKPOINTING.
 
-    `roomy`: what it uses if more than the minimum is free: T5 then encodes on the GPU, torch keeps cached memory after
+    `ample_memory`: what it uses if more than the minimum is free: T5 then encodes on the GPU, torch keeps cached memory after
     rendering, and the system keeps the pages of T5's file.
     """
-    unit = unit_bytes(run)
-    resident = weights_on_gpu(run, level) + trained_bytes(run)
-    resident += (VAE if run.raw else 0) + (DEEPSPEED if run.deepspeed else 0)
-    resident += 0 if run.rotary else POSITIONS * unit / run.shape[0]
-    saved = saved_bytes(run, level)
-    eager = CHECKPOINTING if not run.compiled else level
+    unit = unit_bytes(workload)
+    resident = weights_on_gpu(workload, level) + trained_bytes(workload)
+    resident += (VAE if workload.raw else 0) + (DEEPSPEED if workload.deepspeed else 0)
+    resident += 0 if workload.rotary else POSITIONS * unit / workload.shape[0]
+    saved = saved_bytes(workload, level)
+    eager = CHECKPOINTING if not workload.compiled else level
     transient = TRANSIENT[eager] * unit
-    if not run.rotary:
-        transient += ADDING_POSITIONS * unit / run.shape[0]
-    if run.base_precision == "fp8":
+    if not workload.rotary:
+        transient += ADDING_POSITIONS * unit / workload.shape[0]
+    if workload.base_precision == "fp8":
         transient += FP8_TRANSIENT * unit
-    gradients = 0 if run.host_gradients else 4 * run.num_trained
+    gradients = 0 if workload.host_gradients else 4 * workload.num_trained
     peak = gradients + saved + transient
-    if not run.is_lora:  # gradients are allocated as activations are freed
+    # The larger of the start of backward (all activations, no gradients yet) and its end (all gradients)
+    if not workload.is_lora:  # gradients are allocated as activations are freed
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
-    reserved = allocated + unused_bytes(run, eager)
-    thrifty = level in HOST_LEVELS  # streams T5, and renders guidance's samples one by one
-    returning = RETURN_SLOTS * kept_bytes(run) if thrifty else 0  # the slots stay allocated
-    coding = coding_bytes(run, resident + returning, roomy, thrifty)
+    reserved = allocated + unused_bytes(workload, eager)
+    in_small_pieces = level in HOST_LEVELS  # streams T5, and denoises guidance's samples one by one
+    returning = RETURN_SLOTS * kept_bytes(workload) if in_small_pieces else 0  # the slots stay allocated
+    coding = vae_bytes(workload, resident + returning, ample_memory, in_small_pieces)
     if coding:
-        share = EXPANDABLE_CODING_UNUSED if run.expandable else 1
-        reserved = max(reserved, coding + share * coding_unused(run, roomy, thrifty))
+        share = EXPANDABLE_VAE_UNUSED if workload.expandable else 1
+        reserved = max(reserved, coding + share * vae_unused(workload, ample_memory, in_small_pieces))
         # Memory cached by training is released before rendering; a loop that encodes holds both all the time
-        reserved += share * CODING_UNUSED if roomy and run.raw else 0
+        reserved += share * VAE_UNUSED if ample_memory and workload.raw else 0
         allocated = max(allocated, coding)
-    if roomy and (run.raw or run.renders):
-        text = T5_STREAMED if thrifty else T5_XXL
+    if ample_memory and (workload.raw or workload.renders):
+        text = T5_STREAMED if in_small_pieces else T5_XXL
         allocated, reserved = max(allocated, text), max(reserved, text)
-    return Need(allocated, reserved, host_peak(run, level, roomy))
+    return MemoryPeaks(allocated, reserved, host_peak(workload, level, ample_memory))
 
 
-def unit_bytes(run: Workload) -> int:
-    batch, tokens, heads, head_dim = run.shape
-    return batch * tokens * heads * head_dim * run.item_bytes
+def unit_bytes(workload: Workload) -> int:
+    batch, tokens, heads, head_dim = workload.shape
+    return batch * tokens * heads * head_dim * workload.item_bytes
 
 
-def kept_bytes(run: Workload) -> int:
+def kept_bytes(workload: Workload) -> int:
     """Saved per block at `balanced`: its input, the attention's output and log-sum-exp."""
-    batch, tokens, heads, _ = run.shape
-    return 2 * unit_bytes(run) + batch * tokens * heads * 4
+    batch, tokens, heads, _ = workload.shape
+    return 2 * unit_bytes(workload) + batch * tokens * heads * 4
 
 
-def unused_bytes(run: Workload, level: str) -> float:
+def unused_bytes(workload: Workload, level: str) -> float:
     """Reserved but not allocated during training."""
-    unit = unit_bytes(run)
-    if run.expandable:
+    unit = unit_bytes(workload)
+    if workload.expandable:
         return EXPANDABLE_UNUSED * unit
-    unused = (UNUSED[level] + (FP8_UNUSED if run.base_precision == "fp8" else 0)) * unit
-    return UNUSED_AT_LEAST + max(unused - states_bytes(run) / 2, 0)
+    unused = (UNUSED[level] + (FP8_UNUSED if workload.base_precision == "fp8" else 0)) * unit
+    return MIN_UNUSED + max(unused - states_bytes(workload) / 2, 0)
 
 
-def saved_bytes(run: Workload, level: str) -> float:
+def saved_bytes(workload: Workload, level: str) -> float:
     """Activations on the GPU when the backward pass begins."""
     if level == "speed":
-        return run.num_blocks * (SAVED_BY_SPEED if run.compiled else SAVED_BY_SPEED_EAGER) * unit_bytes(run)
+        return (
+            workload.num_blocks
+            * (SAVED_BY_SPEED if workload.compiled else SAVED_BY_SPEED_EAGER)
+            * unit_bytes(workload)
+        )
     if level == "balanced":
-        return run.num_blocks * kept_bytes(run)
+        return workload.num_blocks * kept_bytes(workload)
     if level == CHECKPOINTING:
-        return run.num_blocks * unit_bytes(run)
-    return (RETURN_SLOTS + 1) * kept_bytes(run)  # + 1: the last block's are not offloaded
+        return workload.num_blocks * unit_bytes(workload)
+    return (RETURN_SLOTS + 1) * kept_bytes(workload)  # + 1: the last block's are not offloaded
 
 
-def weights_on_gpu(run: Workload, level: str) -> float:
-    weights = run.num_weights * run.item_bytes - quantised_bytes(run)
+def weights_on_gpu(workload: Workload, level: str) -> float:
+    weights = workload.num_weights * workload.item_bytes - quantized_bytes(workload)
     if level != "stream":
         return weights
-    blocks = run.num_block_weights * run.item_bytes - quantised_bytes(run)
-    return weights - blocks + min(NUM_SLOTS, run.num_blocks) * blocks / run.num_blocks
+    blocks = workload.num_block_weights * workload.item_bytes - quantized_bytes(workload)
+    return weights - blocks + min(NUM_SLOTS, workload.num_blocks) * blocks / workload.num_blocks
 
 
-def coding_bytes(run: Workload, resident: float, roomy: bool, thrifty: bool) -> float:
+def vae_bytes(workload: Workload, resident: float, ample_memory: bool, in_small_pieces: bool) -> float:
     """GPU memory while the VAE encodes or decodes, 0 if it never does. If memory is short, it decodes alone."""
     coding = 0
-    if run.renders:
-        vae, alone = (0 if run.raw else VAE), run.offloads_models or not (roomy or thrifty)
-        at_once = (1 if thrifty or not roomy else 2) * unit_bytes(run) / run.shape[0]
+    if workload.renders:
+        vae, alone = (0 if workload.raw else VAE), workload.offloads_models or not (ample_memory or in_small_pieces)
+        at_once = (1 if in_small_pieces or not ample_memory else 2) * unit_bytes(workload) / workload.shape[0]
         denoising = resident + DENOISING * at_once + (0 if alone else vae)
-        decoding = decoding_bytes(run, roomy, thrifty) + (VAE if alone else resident + vae)
+        decoding = decoding_bytes(workload, ample_memory) + (VAE if alone else resident + vae)
         coding = max(denoising, decoding)
-    if run.raw:
-        coding = max(coding, resident + encoding_bytes(run, roomy))
+    if workload.raw:
+        coding = max(coding, resident + encoding_bytes(workload, ample_memory))
     return coding
 
 
-def decoding_bytes(run: Workload, roomy: bool, thrifty: bool) -> float:
+def decoding_bytes(workload: Workload, ample_memory: bool) -> float:
     """Without the VAE's weights."""
-    if run.tiled:
-        return DECODING_TILED + VIDEO_TILED * run.item_bytes * run.pixels
-    values = DECODING + (DECODING_KEPT if roomy else 0)
-    return SLABS + run.item_bytes * (values * run.area + VIDEO * run.pixels)
+    if workload.tiled:
+        return DECODING_TILED + VIDEO_TILED * workload.item_bytes * workload.pixels
+    values = DECODING + (DECODING_KEPT if ample_memory else 0)
+    return SLABS + workload.item_bytes * (values * workload.area + VIDEO * workload.pixels)
 
 
-def encoding_bytes(run: Workload, roomy: bool) -> float:
+def encoding_bytes(workload: Workload, ample_memory: bool) -> float:
     """Clips of a batch one by one; in tiles together."""
-    if run.tiled:
-        return run.shape[0] * ENCODING_TILED
-    return SLABS + run.item_bytes * run.area * (ENCODING + (ENCODING_KEPT if roomy else 0))
+    if workload.tiled:
+        return workload.shape[0] * ENCODING_TILED
+    return SLABS + workload.item_bytes * workload.area * (ENCODING + (ENCODING_KEPT if ample_memory else 0))
 
 
-def coding_unused(run: Workload, roomy: bool, thrifty: bool) -> float:
-    """Reserved beyond coding_bytes; the caller adds what a loop that encodes holds all the time."""
-    if thrifty:
-        return SMALL_UNUSED if roomy else SMALL_UNUSED_AT_LEAST
-    if run.raw or run.offloads_models:  # the latter: the VAE reuses the transformer's memory
+def vae_unused(workload: Workload, ample_memory: bool, in_small_pieces: bool) -> float:
+    """Reserved beyond vae_bytes; the caller adds what a loop that encodes holds all the time."""
+    if in_small_pieces:
+        return SMALL_UNUSED if ample_memory else MIN_SMALL_UNUSED
+    if workload.raw or workload.offloads_models:  # the latter: the VAE reuses the transformer's memory
         return 0
-    return CODING_UNUSED if roomy and run.renders else 0
+    return VAE_UNUSED if ample_memory and workload.renders else 0
 
 
-def host_peak(run: Workload, level: str, roomy: bool) -> float:
+def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
     """Peak of all processes on this machine; ranks share streamed weights."""
-    full = run.num_weights * run.item_bytes
-    weights, travelling, shared = full - quantised_bytes(run), 0, 0
-    loading = LOADING + full * (1 if run.converted or run.base_precision != "bf16" else MAPPED)
+    full = workload.num_weights * workload.item_bytes
+    weights, travelling, shared = full - quantized_bytes(workload), 0, 0
+    loading = LOADING + full * (1 if workload.converted or workload.base_precision != "bf16" else MAPPED)
     if level in HOST_LEVELS:
-        travelling = (run.num_blocks - 1) * kept_bytes(run)
+        travelling = (workload.num_blocks - 1) * kept_bytes(workload)
     if level == "stream":
         shared = weights
-        if run.base_precision == "bf16":
+        if workload.base_precision == "bf16":
             loading = 0
-    if not run.is_lora:
-        loading = LOADING + 4 * run.num_weights
-    left = CONVERTED * full if run.converted and level == "offload" else 0
-    saving = 4 * run.num_trained if run.is_lora else 0  # a copy of the adapters
-    peak = max(loading, travelling + left + saving)
-    if run.host_optimizer:
+    if not workload.is_lora:
+        loading = LOADING + 4 * workload.num_weights
+    left = CONVERTED * full if workload.converted and level == "offload" else 0
+    saving = 4 * workload.num_trained if workload.is_lora else 0  # a copy of the adapters
+    peak = max(loading, travelling + left + saving)  # loading is over when training begins
+    if workload.host_optimizer:
         loaded = 0 if level == "stream" else LOADING
-        peak = max(peak, loaded + travelling + saving + run.num_trained * run.host_optimizer)
-    if run.renders:
+        peak = max(peak, loaded + travelling + saving + workload.num_trained * workload.host_optimizer)
+    if workload.renders:
         peak += RENDERING
-    if (run.renders or run.raw) and not (run.tiled or roomy):
-        peak += run.item_bytes * run.area * (DECODING_KEPT if run.renders else ENCODING_KEPT)
-    total = shared + run.num_processes * (HOST_BASE + peak)
-    if run.raw or run.renders:  # T5 is freed before the transformer is loaded
-        total = max(total, run.num_processes * (HOST_BASE + LOADING + text_encoder_on_host(run, level, roomy)))
+    if (workload.renders or workload.raw) and not (workload.tiled or ample_memory):
+        peak += workload.item_bytes * workload.area * (DECODING_KEPT if workload.renders else ENCODING_KEPT)
+    total = shared + workload.num_processes * (HOST_BASE + peak)
+    if workload.raw or workload.renders:  # T5 is freed before the transformer is loaded
+        total = max(
+            total, workload.num_processes * (HOST_BASE + LOADING + text_encoder_on_host(workload, level, ample_memory))
+        )
     return total
 
 
-def text_encoder_on_host(run: Workload, level: str, roomy: bool) -> float:
+def text_encoder_on_host(workload: Workload, level: str, ample_memory: bool) -> float:
     """T5 while captions are encoded. Weights that go to the GPU unconverted take hardly any host memory."""
     # --enable_model_cpu_offload belongs here by measurement, 21.6 GiB for 5b; the cause is unknown
-    copied = run.converted or run.offloads_models or level in HOST_LEVELS
+    copied = workload.converted or workload.offloads_models or level in HOST_LEVELS
     if not copied:
         return MAPPED * T5_XXL
-    return T5_HOST if roomy else T5_XXL
+    return T5_HOST if ample_memory else T5_XXL
 
 
-def quantised_bytes(run: Workload) -> float:
+def quantized_bytes(workload: Workload) -> float:
     """Bytes that --base_precision saves."""
-    item = PRECISION_BYTES[run.base_precision]
-    return 0 if item is None else run.num_block_linears * (run.item_bytes - item)
+    item = PRECISION_BYTES[workload.base_precision]
+    return 0 if item is None else workload.num_block_linears * (workload.item_bytes - item)
 
 
-def trained_bytes(run: Workload) -> float:
+def trained_bytes(workload: Workload) -> float:
     """Always on the GPU: fp32 adapters, or fp32 masters beside the model's weights; and optimizer states."""
-    masters = 0 if run.item_bytes == 4 and not run.is_lora else 4
-    if run.host_optimizer:
-        return run.num_trained * (4 if run.is_lora else 0)
-    return run.num_trained * masters + states_bytes(run)
+    masters = 0 if workload.item_bytes == 4 and not workload.is_lora else 4
+    if workload.host_optimizer:
+        return workload.num_trained * (4 if workload.is_lora else 0)
+    return workload.num_trained * masters + states_bytes(workload)
 
 
-def states_bytes(run: Workload) -> int:
+def states_bytes(workload: Workload) -> int:
     """Optimizer states on the GPU."""
-    return 0 if run.host_optimizer else run.num_trained * run.state_bytes
+    return 0 if workload.host_optimizer else workload.num_trained * workload.state_bytes
 
 
-def levels_of(run: Workload) -> tuple[str, ...]:
+def levels_of(workload: Workload) -> tuple[str, ...]:
     """The levels available for this task, fastest first."""
-    return LEVELS if run.is_lora and not run.deepspeed else ("speed", "balanced")
+    return LEVELS if workload.is_lora and not workload.deepspeed else ("speed", "balanced")
 
 
-def fits(needed: Need, gpu_bytes: float, host_bytes: float) -> bool:
+def fits(needed: MemoryPeaks, gpu_bytes: float, host_bytes: float) -> bool:
     """Leaves 5 % free, since these are estimates."""
     return needed.reserved * 1.05 <= gpu_bytes and needed.host * 1.05 <= host_bytes
 
 
-def fastest_that_fits(run: Workload, gpu_bytes: float, host_bytes: float) -> str | None:
+def fastest_that_fits(workload: Workload, gpu_bytes: float, host_bytes: float) -> str | None:
     """The fastest level that fits, or None."""
-    return next((level for level in levels_of(run) if fits(need(run, level), gpu_bytes, host_bytes)), None)
+    return next(
+        (level for level in levels_of(workload) if fits(memory_peaks(workload, level), gpu_bytes, host_bytes)), None
+    )
 
 
-def closest(run: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, Need]:
+def nearest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, MemoryPeaks]:
     """The level that is least short of memory, and what it needs."""
-    needs = {level: need(run, level) for level in levels_of(run)}
+    needs = {level: memory_peaks(workload, level) for level in levels_of(workload)}
     level = min(needs, key=lambda level: max(needs[level].reserved / gpu_bytes, needs[level].host / host_bytes))
     return level, needs[level]
 
 
-def table(run: Workload, gpu_bytes: float | None, host_bytes: float) -> str:
+def table(workload: Workload, gpu_bytes: float | None, host_bytes: float) -> str:
     """One line per level; `gpu_bytes` is None without a GPU."""
     lines = [f"{'--memory':12} {'GPU, reserved':>14} {'allocated':>12} {'host':>12}  fits here"]
-    for level in (CHECKPOINTING, *levels_of(run)):
-        needed = need(run, level)
+    for level in (CHECKPOINTING, *levels_of(workload)):
+        needed = memory_peaks(workload, level)
         sizes = [f"{size / GIB:.1f} GiB" for size in (needed.reserved, needed.allocated, needed.host)]
         if gpu_bytes is None:
             verdict = "no GPU"

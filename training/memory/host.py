@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from base.errors import MemoryFullError
 
 
-NUM_SLOTS = 3  # blocks of weights on the GPU: the one in use, and two being prefetched
 ALIGNMENT = 256  # bytes; the same as CUDA's allocator guarantees, so kernels see no difference
 NO_OUTER_CHECKPOINT = "with streaming, checkpoints are inside of the blocks, not around them"
 
@@ -24,7 +23,7 @@ NO_OUTER_CHECKPOINT = "with streaming, checkpoints are inside of the blocks, not
 # ---------------------------------------------------------------- host memory and copies
 
 
-def free_on_gpu(device: torch.device) -> float:
+def free_gpu_bytes(device: torch.device) -> float:
     """Bytes this process can still allocate on `device`, within its per-process memory fraction if one is set."""
     free, total = torch.cuda.mem_get_info(device)
     # Takes an index: a plain "cuda" is refused
@@ -33,7 +32,7 @@ def free_on_gpu(device: torch.device) -> float:
     return min(free, share)
 
 
-class PageLocked(mmap.mmap):
+class PinnedMemory(mmap.mmap):
     """Whole pages that CUDA can pin; torch's pinned allocator would round the size up to a power of two."""
 
     address = None  # set once CUDA has pinned it
@@ -44,9 +43,9 @@ class PageLocked(mmap.mmap):
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
-def page_locked(num_bytes: int, device: torch.device, file: int = -1) -> torch.Tensor:
+def pinned_memory(num_bytes: int, device: torch.device, file: int = -1) -> torch.Tensor:
     """uint8 [num_bytes] in host memory, pinned if `device` is a GPU; `file`: descriptor to map, else new memory."""
-    memory = PageLocked(file, max(num_bytes, 1))
+    memory = PinnedMemory(file, max(num_bytes, 1))
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     if device.type == "cuda":
         if file < 0 and torch.get_num_threads() > 1:  # a shared file may hold weights already
@@ -59,7 +58,7 @@ def page_locked(num_bytes: int, device: torch.device, file: int = -1) -> torch.T
     return flat
 
 
-class Copies:
+class TransferStream:
     """Asynchronous copies on a separate stream."""
 
     def __init__(self, device: torch.device):
@@ -110,7 +109,7 @@ def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- passes through the blocks
 
 
-class WatchedBlock:
+class WrappedBlock:
     """Mixin for a block's class that runs its techniques around each call.
 
     Not module hooks: `block.compile()` would trace them into its graph, and no hook can hold a context open during the
@@ -118,9 +117,9 @@ class WatchedBlock:
     """
 
     def __call__(self, *args, **kwargs):
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass: recompute around the block
             raise RuntimeError(f"a block was called in the backward pass: {NO_OUTER_CHECKPOINT}")
-        index, techniques = self.watched
+        index, techniques = self.wrapped
         run = super().__call__
         for technique in techniques:
             run = functools.partial(technique.forward, index, run)
@@ -128,18 +127,18 @@ class WatchedBlock:
 
 
 @functools.cache
-def watched_class(block_class: type) -> type:
+def wrapped_class(block_class: type) -> type:
     """Cached, so that all blocks get the same class and share compiled code, which is guarded on the class."""
-    return type(block_class.__name__, (WatchedBlock, block_class), {})
+    return type(block_class.__name__, (WrappedBlock, block_class), {})
 
 
-def watch(blocks: nn.ModuleList, technique) -> None:
+def wrap_blocks(blocks: nn.ModuleList, technique) -> None:
     """Replace every block's call by `technique.forward(index, call, *args, **kwargs)`, around earlier techniques."""
     for index, block in enumerate(blocks):
-        if not isinstance(block, WatchedBlock):
-            block.watched = (index, [])
-            block.__class__ = watched_class(type(block))
-        block.watched[1].append(technique)
+        if not isinstance(block, WrappedBlock):
+            block.wrapped = (index, [])
+            block.__class__ = wrapped_class(type(block))
+        block.wrapped[1].append(technique)
 
 
 def before_backward(outputs, action: Callable[[], None]) -> None:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 BASE_LINEARS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2")
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 FP8_CAPABILITY = (8, 9)  # Ada: the first GPUs with fp8 matmul, and the first that torch compiles fp8 kernels for
-SMALLEST_AMAX = 1e-30  # divisor for rows of zeros; below any bf16 gradient
+MIN_AMAX = 1e-30  # divisor for rows of zeros; below any bf16 gradient
 INT8_MAX = 127
 NF4_BLOCK, NF4_STATISTICS_BLOCK = 64, 256  # weights per scale, scales per second-level scale
 
@@ -63,7 +63,7 @@ def num_bytes(module: nn.Module) -> int:
     return sum(param.nbytes for param in module.parameters() if not param.requires_grad)
 
 
-def bytes_unquantized(transformer: nn.Module) -> int:
+def unquantized_bytes(transformer: nn.Module) -> int:
     """Bytes of all parameters, quantized layers counted at their original size."""
     num_bytes = sum(param.nbytes for param in transformer.parameters())
     for layer in transformer.modules():
@@ -155,15 +155,17 @@ class Int8Linear(FrozenLinear):
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
         weight = linear.weight.float()
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_AMAX) / INT8_MAX
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(MIN_AMAX) / INT8_MAX
         self.store(qweight=(weight / scale).round().to(torch.int8), scale=scale)  # [N, K], [N, 1]
 
     def stored(self) -> tuple[torch.Tensor, ...]:
         return self.qweight, self.scale
 
     @staticmethod
-    def unpack(dtype: torch.dtype, qweight: torch.Tensor, scale: torch.Tensor, again: bool = False) -> torch.Tensor:
-        return (scale * qweight if again else qweight * scale).to(dtype)
+    def unpack(
+        dtype: torch.dtype, qweight: torch.Tensor, scale: torch.Tensor, in_backward: bool = False
+    ) -> torch.Tensor:
+        return (scale * qweight if in_backward else qweight * scale).to(dtype)
 
 
 class Nf4Linear(FrozenLinear):
@@ -173,6 +175,7 @@ class Nf4Linear(FrozenLinear):
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
         functional = import_bitsandbytes().functional
+        # compress_statistics: the absmax of a block is itself quantized to 8 bits, with a scale per 256 of them
         packed, state = functional.quantize_4bit(
             linear.weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
         )
@@ -188,11 +191,12 @@ class Nf4Linear(FrozenLinear):
         return self.qweight, self.statistics, self.code, self.statistics_scale, self.statistics_mean
 
     @staticmethod
-    def unpack(dtype: torch.dtype, qweight, statistics, code, scale, mean, again: bool = False) -> torch.Tensor:
+    def unpack(dtype: torch.dtype, qweight, statistics, code, scale, mean, in_backward: bool = False) -> torch.Tensor:
         shape = (qweight.shape[0], 2 * qweight.shape[1])
         scales = scale.repeat_interleave(NF4_STATISTICS_BLOCK)[: len(statistics)]
-        absmax = code[statistics.int()] * scales + mean
-        asked = (1, shape[0] * shape[1]) if again else shape
+        absmax = code[statistics.int()] * scales + mean  # [N K / 64]
+        # The shape asked for differs in backward, so that the compiler does not see the same call twice
+        asked = (1, shape[0] * shape[1]) if in_backward else shape
         weight = torch.ops.bitsandbytes.dequantize_4bit(qweight, absmax, NF4_BLOCK, "nf4", asked, dtype)
         return weight.view(shape)
 
@@ -226,10 +230,10 @@ def frozen_products(x: torch.Tensor, layers: Sequence[nn.Module]) -> list[torch.
     if kind is not nn.Linear or any(layer.weight.requires_grad for layer in layers):
         return [layer(x) for layer in layers]
     stored = [tensor for layer in layers for tensor in (layer.bias, layer.weight)]
-    return [WeightOnlyProduct.apply(x, as_it_is, len(layers), *stored)]
+    return [WeightOnlyProduct.apply(x, keep_weight, len(layers), *stored)]
 
 
-def as_it_is(dtype: torch.dtype, weight: torch.Tensor, again: bool = False) -> torch.Tensor:
+def keep_weight(dtype: torch.dtype, weight: torch.Tensor, in_backward: bool = False) -> torch.Tensor:
     return weight
 
 
@@ -237,7 +241,7 @@ class WeightOnlyProduct(torch.autograd.Function):
     """x W^T + b for layers of one kind, concatenated into one matmul; W is dequantized in each pass and never saved.
 
     Inputs: x, `unpack`, the number of layers; then per layer the bias or None, and the arguments of `unpack`. The
-    backward pass dequantizes W with `again`, written differently from the forward pass: otherwise common-subexpression
+    backward pass dequantizes W with `in_backward`, written differently from the forward pass: otherwise common-subexpression
     elimination keeps the first W alive, 2 bytes per weight.
     """
 
@@ -247,7 +251,7 @@ class WeightOnlyProduct(torch.autograd.Function):
         ctx.save_for_backward(*stored)
         ctx.unpack, ctx.num_layers = unpack, num_layers
         biases, parts = by_layer(stored, num_layers)
-        weights = [unpack(x.dtype, *tensors) for tensors in parts]
+        weights = [unpack(x.dtype, *tensors) for tensors in parts]  # each [N, K]
         bias = None if biases[0] is None else join(biases)
         return F.linear(x, join(weights), bias)
 
@@ -255,8 +259,8 @@ class WeightOnlyProduct(torch.autograd.Function):
     def backward(ctx, grad):
         stored = ctx.saved_tensors  # read once: checkpointing raises on a second read
         _, parts = by_layer(stored, ctx.num_layers)
-        weights = [ctx.unpack(grad.dtype, *tensors, again=True) for tensors in parts]
-        # Pairwise concatenation, for the same reason as `again`
+        weights = [ctx.unpack(grad.dtype, *tensors, in_backward=True) for tensors in parts]
+        # Pairwise concatenation, for the same reason as `in_backward`
         joined = functools.reduce(lambda first, second: torch.cat([first, second]), weights)
         return grad @ joined, None, None, *[None] * len(stored)
 
@@ -283,7 +287,7 @@ class Fp8Products(torch.autograd.Function):
         x, *stored = inputs
         qweights, scales, biases = stored[0::3], stored[1::3], stored[2::3]
         ctx.save_for_backward(*qweights, *scales)
-        rows, row_scales = round_rows(x.flatten(0, -2))  # once for all layers
+        rows, row_scales = round_rows(x.flatten(0, -2))  # [M, K], [M, 1]: once for all layers
         return tuple(
             scaled_matmul(rows, row_scales, qweight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
             for qweight, scale, bias in zip(qweights, scales, biases, strict=True)
@@ -294,11 +298,12 @@ class Fp8Products(torch.autograd.Function):
         """One matmul for all layers: the weights' scales are folded into the gradients before those are rounded."""
         stored, num_layers = ctx.saved_tensors, len(grads)
         qweights, scales = stored[:num_layers], stored[num_layers:]
+        # [M, sum of N]: gradients of all layers side by side
         rows, row_scales = round_rows(*(grad.flatten(0, -2) * s.t() for grad, s in zip(grads, scales, strict=True)))
         # fp8 kernels need the second operand contiguous along the reduction, here N: a copy, 1 % of the matmul's time
-        turned = join(qweights).t().contiguous()  # [K, N]
-        ones = torch.ones(len(turned), 1, dtype=torch.float32, device=turned.device)
-        grad = scaled_matmul(rows, row_scales, turned, ones, None, grads[0].dtype)
+        transposed = join(qweights).t().contiguous()  # [K, N]
+        ones = torch.ones(len(transposed), 1, dtype=torch.float32, device=transposed.device)
+        grad = scaled_matmul(rows, row_scales, transposed, ones, None, grads[0].dtype)
         return grad.view(*grads[0].shape[:-1], -1), *[None] * 3 * num_layers
 
 
@@ -308,7 +313,7 @@ def round_rows(*values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     NaN stays NaN. Concatenated after rounding: in fp32, q, k, v gradients would make another round trip to memory.
     """
     largest = [part.abs().amax(dim=-1, keepdim=True).float() for part in values]
-    scale = functools.reduce(torch.maximum, largest).clamp_min(SMALLEST_AMAX) / FP8_MAX
+    scale = functools.reduce(torch.maximum, largest).clamp_min(MIN_AMAX) / FP8_MAX
     return join([(part.float() / scale).to(FP8) for part in values], dim=-1).contiguous(), scale
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 
 STATES = ("hidden_states", "encoder_hidden_states")  # a block's first two inputs, and its outputs
-MOST_GRAPHS = 64  # compiled graphs per block, one per bucket; torch's default stops compiling after 8
+MAX_GRAPHS_PER_BLOCK = 64  # compiled graphs per block, one per bucket; torch's default stops compiling after 8
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module], saved_ops: list) -> None:
@@ -73,11 +73,11 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> No
 
     Hooks on a block stay outside the graph.
     """
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS_PER_BLOCK
     # Without this, graphs that contain our autograd functions are recompiled at every start. The cache key does not
-    # cover their code: `code_tag` adds it
+    # cover their code: `code_hash` adds it
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    tag = code_tag()
+    tag = code_hash()
     if not torch.compiler.config.cache_key_tag.endswith(tag):  # a tag set by the user is kept
         torch.compiler.config.cache_key_tag += tag
     classes = {}
@@ -87,11 +87,11 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> No
             forward = torch.compile(cls.forward, backend=backend, dynamic=False, fullgraph=True)
             classes[cls] = type(f"Compiled{cls.__name__}", (cls,), {"forward": forward})
         block.__class__ = classes[cls]
-    blocks[0].register_forward_pre_hook(like_other_blocks, with_kwargs=True)
+    blocks[0].register_forward_pre_hook(match_other_blocks, with_kwargs=True)
 
 
 @functools.cache
-def code_tag() -> str:
+def code_hash() -> str:
     """Hash of the code that the compile cache does not see: custom operators and their backward passes."""
     rooms = Path(__file__).resolve().parents[1]
     sources = [path.read_bytes() for path in sorted(rooms.rglob("*.py"))]
@@ -100,16 +100,16 @@ def code_tag() -> str:
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
-def like_other_blocks(block: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+def match_other_blocks(block: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
     """Make the first block's inputs look like every other block's: requiring grad, and contiguous.
 
     Without this, block 0 gets a graph of its own (10 s to compile); the unused gradient costs 1 ms per step.
     """
-    inputs = [as_others(value) if place < len(STATES) else value for place, value in enumerate(inputs)]
-    return tuple(inputs), {name: as_others(value) if name in STATES else value for name, value in named.items()}
+    inputs = [copy_with_grad(value) if place < len(STATES) else value for place, value in enumerate(inputs)]
+    return tuple(inputs), {name: copy_with_grad(value) if name in STATES else value for name, value in named.items()}
 
 
-def as_others(states: torch.Tensor) -> torch.Tensor:
+def copy_with_grad(states: torch.Tensor) -> torch.Tensor:
     return NeedsGradient.apply(states, states.new_empty(0, requires_grad=True))
 
 

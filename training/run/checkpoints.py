@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from base.errors import Interrupted, NumbersError, UsageError
-from base.files import damage, remove, write_json, written_folder
+from base.files import find_damage, remove, write_json, written_folder
 from base.ranks import on_main_process
 from base.signals import INTERRUPTION
 from base.tensor_file import save_tensors
@@ -69,7 +69,7 @@ def refuse_bad_numbers(tensors: list[torch.Tensor]) -> None:
 
 def save(args, run, step: int, state: TrainingState, identity: dict) -> None:
     """A checkpoint by the main process, the oldest removed after it is complete; the other ranks wait."""
-    state.gather()
+    state.all_gather()
     if run.rank == 0:
         write_checkpoint(run.output_dir, step, state, identity)
         prune_checkpoints(run.output_dir, args.checkpoints_total_limit, step)
@@ -119,7 +119,7 @@ def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
             refuse_later_step(newest, step_of(newest), num_steps)
         return newest
     path = named_checkpoint(output_dir, wanted)
-    if reason := damage(path):
+    if reason := find_damage(path):
         raise UsageError(
             f"--resume_from_checkpoint {wanted}: {reason}; name another, or latest for the newest whole one"
         )
@@ -148,7 +148,7 @@ def newest_whole(output_dir: Path) -> Path | None:
     """
     directories = checkpoint_dirs(output_dir)[::-1]
     for directory in directories:
-        reason = damage(directory)
+        reason = find_damage(directory)
         if reason is None:
             return directory
         logger.warning("%s cannot be used: %s", directory, reason)

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from base.console import beside_bars, dump_kept
+from base.console import bars_cleared, print_suppressed
 from base.errors import (
-    ERROR_LOG,
+    ERROR_LOG_VARIABLE,
     INTERNAL,
     INTERRUPTED,
     REFUSED,
@@ -25,10 +25,10 @@ from base.errors import (
     UserError,
     first_line,
 )
-from base.files import free_bytes, keep, nearest_folder, take_back
-from base.ranks import group_store, meet
-from base.signals import INTERRUPTION, caught_signals
-from base.status import RUN, is_of_this_run, note_refusal, read_status, write_status
+from base.files import forget_undo, free_bytes, nearest_folder, undo_all
+from base.ranks import exchange_on_host, group_store
+from base.signals import INTERRUPTION, catch_signals
+from base.status import THIS_RUN, is_of_this_run, read_status, record_refusal, write_status
 from data.buckets import Bucket
 from engine.deepspeed_zero import uses_deepspeed
 from memory.allocator import uses_expandable_segments
@@ -38,7 +38,7 @@ from run.metrics import memory_report
 
 FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 STORAGE_ERRORS = FULL_DISK | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
-GO_ON = "the same command continues from the last checkpoint"
+RESUME_ADVICE = "the same command continues from the last checkpoint"
 
 
 # ---------------------------------------------------------------- asked to stop, or out of memory
@@ -49,7 +49,7 @@ def stop_is_due(run, step: int) -> bool:
     asked = INTERRUPTION.reason is not None
     if run.num_ranks == 1:
         return asked
-    asked_of_ranks = meet(f"stop-{step}", "asked" if asked else "")
+    asked_of_ranks = exchange_on_host(f"stop-{step}", "asked" if asked else "")
     # All have come here, so that none still reads what was said a step ago
     group_store().delete_key(f"stop-{step - 1}/{run.rank}")
     return any(asked_of_ranks)
@@ -103,45 +103,45 @@ def memory_savers(args, level: str | None, is_lora: bool) -> list[str]:
 # ---------------------------------------------------------------- finish
 
 
-def run_script(main: Callable[[], None], output_dir: str | Path, go_on: str = GO_ON) -> None:
+def run_script(main: Callable[[], None], output_dir: str | Path, resume_advice: str = RESUME_ADVICE) -> None:
     """Run `main` and leave: every error that a user can mend is one line, its exit code also in status.json.
 
-    Any other error is a defect: exit code 70 too, after its traceback. A signal is 75, see base/signals.py. `go_on` says
+    Any other error is a defect: exit code 70 too, after its traceback. A signal is 75, see base/signals.py. `resume_advice` says
     what the same command does then.
     """
     output_dir = Path(output_dir)
-    os.environ[ERROR_LOG] = str(output_dir.absolute() / "errors.log")
-    RUN.__init__(launch_id())
-    keep()  # what a process before this one, or a run before in it, did
-    with caught_signals(lambda: note_failure(output_dir, INTERRUPTED, f"stopped at once; {go_on}")):
+    os.environ[ERROR_LOG_VARIABLE] = str(output_dir.absolute() / "errors.log")
+    THIS_RUN.__init__(launch_id())
+    forget_undo()  # what a process before this one, or a run before in it, did
+    with catch_signals(lambda: record_failure(output_dir, INTERRUPTED, f"stopped at once; {resume_advice}")):
         try:
             main()
             return
         except UserError as error:
             code, line = error.exit_code, str(error)
             if code == REFUSED:
-                take_back()
+                undo_all()
         except KeyboardInterrupt:
-            code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {go_on}"
+            code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {resume_advice}"
         except torch.cuda.OutOfMemoryError as error:
             code, line = INTERNAL, f"the GPU's memory is full: {oom_line(error)}"
         except Exception as error:  # the outermost place: with its traceback, unless a user can mend it
-            code, line = explain(error, output_dir, go_on)
+            code, line = explain(error, output_dir, resume_advice)
             if code == INTERNAL:
-                dump_kept()
+                print_suppressed()
                 traceback.print_exc()
-            note_failure(output_dir, code, line)
+            record_failure(output_dir, code, line)
             raise SystemExit(code) from error
-        note_failure(output_dir, code, line)
+        record_failure(output_dir, code, line)
     sys.exit(code)  # at once: the other ranks may wait in a collective that will never come
 
 
-def explain(error: Exception, output_dir: Path, go_on: str) -> tuple[int, str]:
+def explain(error: Exception, output_dir: Path, resume_advice: str) -> tuple[int, str]:
     """(exit code, line) of an error of a library."""
     if is_storage_error(error):
         return STORAGE, storage_line(error, output_dir)
     if "DataLoader worker" in str(error):  # torch raises it at any place, as soon as the worker has died
-        return INTERRUPTED, f"a data worker was killed, most likely for lack of memory; {go_on}"
+        return INTERRUPTED, f"a data worker was killed, most likely for lack of memory; {resume_advice}"
     return INTERNAL, repr(error)
 
 
@@ -160,23 +160,23 @@ def storage_line(error: Exception, output_dir: str | Path) -> str:
     return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"
 
 
-def note_failure(output_dir: Path, code: int, line: str) -> None:
+def record_failure(output_dir: Path, code: int, line: str) -> None:
     """One line on stderr, and status.json unless another rank of this run has spoken there.
 
     Any rank may be the one that fails; what the others say after that is only that it is gone.
     """
-    with beside_bars():
+    with bars_cleared():
         print(f"error: {line}", file=sys.stderr, flush=True)
     # Before the run has begun a rank may be asked to stop because another was refused, which leaves no trace by hand
-    may_be_refused = code == INTERRUPTED and not RUN.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    may_be_refused = code == INTERRUPTED and not THIS_RUN.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         earlier = read_status(output_dir)
         if code == REFUSED:
-            note_refusal(output_dir, line)
+            record_refusal(output_dir, line)
         elif may_be_refused or is_of_this_run(earlier):
             return
-        elif not RUN.has_begun and earlier.get("state") == "complete":
-            note_refusal(output_dir, line, code)  # a finished run stays one, whatever a later command lacked
+        elif not THIS_RUN.has_begun and earlier.get("state") == "complete":
+            record_refusal(output_dir, line, code)  # a finished run stays one, whatever a later command lacked
         else:
             state = "interrupted" if code == INTERRUPTED else "failed"
             write_status(output_dir, state, code, message=line, step=last_step(output_dir))

@@ -68,7 +68,7 @@ def read_layers(path: Path) -> tuple[dict[str, LoraWeights], dict, dict]:
         layers[module] = LoraWeights(down, scaled(up, scaling), tensors.pop(f"{module}.lora_magnitude_vector", None))
     if tensors:
         raise RuntimeError(f"{path}: {len(tensors)} tensors have no place in an export, e.g. {sorted(tensors)[0]}")
-    return layers, file.facts, file.recorded
+    return layers, file.inference_notes, file.recorded
 
 
 # ---------------------------------------------------------------- ComfyUI, VideoX-Fun
@@ -86,7 +86,7 @@ def export_kohya(lora_path: Path, target: Path) -> None:
 
 def export_up_down(lora_path: Path, target: Path, name_of: Callable[[str], str]) -> None:
     """Strength 1.0 is what was trained, whether or not a reader knows of `.alpha`: it is the rank."""
-    layers, facts, recorded = read_layers(lora_path)
+    layers, inference_notes, recorded = read_layers(lora_path)
     tensors = {}
     for module, layer in layers.items():
         if layer.magnitude is not None:
@@ -96,7 +96,7 @@ def export_up_down(lora_path: Path, target: Path, name_of: Callable[[str], str])
         tensors[f"{name}.lora_down.weight"] = layer.down
         tensors[f"{name}.alpha"] = torch.tensor(float(layer.down.shape[0]))
     sizes = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
-    write_tensors(target, sizes, tensors.__getitem__, {"format": "pt"} | training_entry(facts | recorded))
+    write_tensors(target, sizes, tensors.__getitem__, {"format": "pt"} | training_entry(inference_notes | recorded))
 
 
 # ---------------------------------------------------------------- merge
@@ -107,10 +107,10 @@ def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | Non
 
     Sums are made in fp32 of the stored weights and rounded once.
     """
-    layers, facts, _ = read_layers(lora_path)
+    layers, inference_notes, _ = read_layers(lora_path)
     with replaced_folder(target) as folder:
-        merge_files(layers, base_dir, folder, variant, dropped_weights(facts))
-        write_config(base_dir, folder, facts)
+        merge_files(layers, base_dir, folder, variant, dropped_weights(inference_notes))
+        write_config(base_dir, folder, inference_notes)
 
 
 def merge_files(
@@ -151,17 +151,17 @@ def merged_weight(weight: torch.Tensor, layer: LoraWeights) -> torch.Tensor:
     return weight * scale.view(-1, *[1] * (weight.dim() - 1))
 
 
-def dropped_weights(facts: dict) -> set[str]:
+def dropped_weights(inference_notes: dict) -> set[str]:
     """Weights of the base that the trained model does without."""
-    return {"patch_embed.pos_embedding"} if facts.get("drop_learned_positions") else set()
+    return {"patch_embed.pos_embedding"} if inference_notes.get("drop_learned_positions") else set()
 
 
-def write_config(base_dir: Path, target: Path, facts: dict) -> None:
+def write_config(base_dir: Path, target: Path, inference_notes: dict) -> None:
     """The base's config.json without the place that it was loaded from, and what inference must know beside it."""
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
-    if facts.get("drop_learned_positions"):
+    if inference_notes.get("drop_learned_positions"):
         config["use_learned_positional_embeddings"] = False
     write_json(target / "config.json", config)
-    if facts:
-        write_json(target / "training.json", facts)
+    if inference_notes:
+        write_json(target / "training.json", inference_notes)

@@ -29,7 +29,7 @@ class HeldOutClips:
     """The first clips of --validation_data_root; without the flag none."""
 
     dataset: Dataset | None
-    bucket_of: list[Bucket]
+    clip_buckets: list[Bucket]
     prompts: list[str]
 
 
@@ -39,7 +39,7 @@ class HeldOut:
 
     clips: dict[
         str, list[torch.Tensor]
-    ]  # place of clip_lists.draw_places -> what `losses_of` takes, on the CPU, latents first
+    ]  # place of clip_lists.draw_keys -> what `losses_of` takes, on the CPU, latents first
     num_clips: int  # of all ranks
     losses_of: Callable
     seed: int
@@ -62,22 +62,22 @@ def read_clips(args, model, seed: int) -> HeldOutClips:
     flags = argparse.Namespace(**vars(args) | changes)
     dataset = build_dataset_from_args(flags, model, seed)
     count = args.validation_num_clips
-    return HeldOutClips(dataset, dataset.bucket_of[:count], dataset.prompts[:count])
+    return HeldOutClips(dataset, dataset.clip_buckets[:count], dataset.prompts[:count])
 
 
 def data_identity(dataset: Dataset, held_out_clips: HeldOutClips) -> dict:
     """What checkpoints record of the data, and by which rule a run draws about clips: None where it draws nothing."""
-    is_drawn = bool(held_out_clips.prompts) or dataset.is_drawn()
+    is_random = bool(held_out_clips.prompts) or dataset.is_random()
     hashes = {"data": dataset.fingerprint(), "data_as_written": dataset.fingerprint(as_written=True)}
-    return {**hashes, "draws": DRAW_RULE if is_drawn else None}
+    return {**hashes, "draws": DRAW_RULE if is_random else None}
 
 
 def encode_clips(run, clips: HeldOutClips, encode: Callable, losses_of: Callable, num_timesteps: int) -> HeldOut:
-    """`encode(batch, seed, positions)` gives what `losses_of(*inputs, noise, timesteps) -> [B]` takes, latents first."""
+    """`encode(batch, seed, sample_ids)` gives what `losses_of(*inputs, noise, timesteps) -> [B]` takes, latents first."""
     own_seed, device = draw_seed(run.seed, "held_out"), run.device
     encoded = {}
     for index in range(run.rank, len(clips.prompts), run.num_ranks):
-        batch, place = to_device(collate([clips.dataset[index]]), device), clips.dataset.places[index]
+        batch, place = to_device(collate([clips.dataset[index]]), device), clips.dataset.draw_keys[index]
         encoded[place] = [tensor.cpu() for tensor in encode(batch, own_seed, [place])]
     return HeldOut(encoded, len(clips.prompts), losses_of, own_seed, num_timesteps, device)
 

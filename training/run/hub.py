@@ -23,7 +23,7 @@ HUB_ERRORS = (OSError, ValueError, RuntimeError, HTTPError)
 UPLOADED = (
     CARD_NAME, LOSS_NAME, "pytorch_lora_weights*.safetensors", f"{SUBFOLDER}/*", "samples/*.mp4", "samples/*.txt",
 )  # fmt: skip
-LONGEST_NAME = 96  # characters of a repository's name that the hub takes
+MAX_NAME_LENGTH = 96  # characters of a repository's name that the hub takes
 
 
 def check_hub(args, accelerator) -> str | None:
@@ -61,10 +61,10 @@ def default_repo_name(folder: str) -> str:
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder)
     name = re.sub(r"--+", "-", re.sub(r"\.\.+", ".", name)).removesuffix(".git").strip("-._")
-    if name == folder and len(name) <= LONGEST_NAME:
+    if name == folder and len(name) <= MAX_NAME_LENGTH:
         return name
     digest = short_hash(folder)
-    begin = name[: LONGEST_NAME - len(digest) - 1].rstrip("-._")
+    begin = name[: MAX_NAME_LENGTH - len(digest) - 1].rstrip("-._")
     return f"{begin or 'cogvideox-finetune'}-{digest}"
 
 

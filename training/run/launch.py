@@ -19,7 +19,7 @@ from base.dtypes import DTYPES
 from base.errors import UsageError
 from base.ranks import group_store
 from base.startup import STARTUP
-from base.status import RUN
+from base.status import THIS_RUN
 from engine.deepspeed_zero import check_deepspeed_from_args, uses_deepspeed
 from memory.allocator import expand_segments
 from memory.quantization import check_base_precision
@@ -65,8 +65,8 @@ def agree_on_run() -> None:
     if torch.distributed.is_initialized():
         store = group_store()
         if torch.distributed.get_rank() == 0:
-            store.set("run", RUN.id)
-        RUN.id = store.get("run").decode()
+            store.set("run", THIS_RUN.id)
+        THIS_RUN.id = store.get("run").decode()
 
 
 class Run(NamedTuple):

@@ -9,15 +9,15 @@ from torch import nn
 
 from base.errors import UsageError, print_to_pipe
 from base.files import free_bytes, nearest_folder
-from base.ranks import smallest_of_all_ranks
+from base.ranks import min_over_ranks
 from base.startup import STARTUP
 from data.captions import embeds_bytes
 from data.dataset import build_dataset_from_args
 from engine.deepspeed_zero import uses_deepspeed
 from engine.optimizers import state_bytes_from_args
 from memory.allocator import expand_segments, uses_expandable_segments
-from memory.estimate import GIB, Workload, closest, fastest_that_fits, table
-from memory.host import free_on_gpu
+from memory.estimate import GIB, Workload, fastest_that_fits, nearest_level, table
+from memory.host import free_gpu_bytes
 from memory.quantization import BASE_LINEARS
 from run.launch import PRECISIONS
 
@@ -35,25 +35,25 @@ def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lo
         logger.info("--memory auto: speed, as there is no GPU whose memory could be short")
         level = "speed"
     elif level == "auto":
-        run = workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
-        level = fastest_level(run, *smallest_of_all_ranks(free_on_gpu(device), psutil.virtual_memory().available))
+        workload = make_workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
+        level = fastest_level(workload, *min_over_ranks(free_gpu_bytes(device), psutil.virtual_memory().available))
     STARTUP.mark("data")
     return level
 
 
-def fastest_level(run: Workload, gpu_bytes: float, host_bytes: float) -> str:
+def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> str:
     """The level of --memory auto, and in the log what it was chosen from."""
-    level = fastest_that_fits(run, gpu_bytes, host_bytes)
+    level = fastest_that_fits(workload, gpu_bytes, host_bytes)
     if level is None:
-        name, needed = closest(run, gpu_bytes, host_bytes)
-        more = "" if run.is_lora else ", or --use_cpu_offload_optimizer --offload_gradients, or train a LoRA"
+        name, needed = nearest_level(workload, gpu_bytes, host_bytes)
+        more = "" if workload.is_lora else ", or --use_cpu_offload_optimizer --offload_gradients, or train a LoRA"
         raise UsageError(
             f"--memory auto: no level fits the {gpu_bytes / GIB:.1f} GiB that are free on the GPU and the "
             f"{host_bytes / GIB:.1f} GiB of host memory; the closest, {name}, takes {needed.reserved / GIB:.1f} and "
             f"{needed.host / GIB:.1f}; give smaller --frame_buckets, --height_buckets and --width_buckets or "
             f"--train_batch_size 1{more}"
         )
-    logger.info("memory by level, estimated:\n%s", table(run, gpu_bytes, host_bytes))
+    logger.info("memory by level, estimated:\n%s", table(workload, gpu_bytes, host_bytes))
     logger.info("--memory auto: %s", level)
     return level
 
@@ -70,9 +70,9 @@ def print_plan(args, model, is_lora: bool) -> None:
     dataset = build_dataset_from_args(args, model, args.seed or 0)
     dtype = PRECISIONS[args.mixed_precision or "bf16"]
     stored = model.stored_dtype if model.has_weights else torch.bfloat16  # as almost all of the hub's are
-    run = workload(args, model, stored, dataset.bucket_of, dtype, is_lora)
-    free = free_on_gpu(device) if device.type == "cuda" else None
-    lines = [table(run, free, psutil.virtual_memory().available)]
+    workload = make_workload(args, model, stored, dataset.clip_buckets, dtype, is_lora)
+    free = free_gpu_bytes(device) if device.type == "cuda" else None
+    lines = [table(workload, free, psutil.virtual_memory().available)]
     if not args.load_tensors:
         lines.append(disk_line(args.output_dir, model.text_shape, dataset.prompts, dtype))
     print_to_pipe("\n".join(lines))
@@ -91,7 +91,7 @@ def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], 
     )
 
 
-def workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype, is_lora: bool) -> Workload:
+def make_workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype, is_lora: bool) -> Workload:
     """What the memory formula must know of a run whose weights are `stored` in one dtype and computed with in another."""
     transformer = model.empty_transformer()
     config = transformer.config
@@ -157,7 +157,7 @@ def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.d
         return
     on_device, on_host = sft_bytes_per_weight(args, dtype)
     size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"
-    free = free_on_gpu(device) / 2**30
+    free = free_gpu_bytes(device) / 2**30
     if on_device * size > free:
         raise UsageError(
             f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device(args)}, and {free:.0f} GiB "

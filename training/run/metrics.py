@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from base.bars import progress
 from base.errors import NumbersError, first_few
 from base.files import write_text
-from base.ranks import gather_objects
+from base.ranks import all_gather_objects
 from base.startup import STARTUP, StartupTimer
 from engine.update import Update
 from run.tracking import log_update
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 TRACKED = ("loss", "lr", "grad_norm", "seconds", "data_seconds", "copy_seconds")  # what trackers get of a line
 
-Moment = float | torch.cuda.Event
+Timestamp = float | torch.cuda.Event
 
 
 # ---------------------------------------------------------------- time
 
 
-def now(device: torch.device) -> Moment:
+def now(device: torch.device) -> Timestamp:
     """A moment in the work of the device, which the host runs ahead of; on a CPU in the host's."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -45,7 +45,7 @@ def now(device: torch.device) -> Moment:
     return event
 
 
-def seconds_between(start: Moment, end: Moment) -> float:
+def seconds_between(start: Timestamp, end: Timestamp) -> float:
     """For events, once the device has come to the later one."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
@@ -77,7 +77,7 @@ class BadSteps:
 
     def describe(self, seen: list[tuple[int, float]]) -> str:
         """The samples whose loss was not finite, on any rank; without one, all samples of the update."""
-        pairs = [pair for pairs_of_rank in gather_objects(seen) for pair in pairs_of_rank]
+        pairs = [pair for pairs_of_rank in all_gather_objects(seen) for pair in pairs_of_rank]
         bad = [index for index, loss in pairs if not math.isfinite(loss)]
         names = [f"{index} ({self.sources[index]})" for index in sorted(set(bad or (index for index, _ in pairs)))]
         what = "loss is not finite for" if bad else "gradient is not finite, among"
@@ -87,7 +87,7 @@ class BadSteps:
 # ---------------------------------------------------------------- updates
 
 
-class Unwritten(NamedTuple):
+class PendingUpdate(NamedTuple):
     """An update that is not in metrics.jsonl yet."""
 
     step: int
@@ -95,8 +95,8 @@ class Unwritten(NamedTuple):
     loss: torch.Tensor  # the mean over this rank's samples
     numbers: torch.Tensor  # gradient norm, 1 if it was skipped, the loss of every sample
     samples: list[int]
-    times: tuple[Moment, Moment]
-    copies: list[tuple[Moment, Moment]]  # of each micro-step, from the batch's arrival
+    times: tuple[Timestamp, Timestamp]
+    transfers: list[tuple[Timestamp, Timestamp]]  # of each micro-step, from the batch's arrival
     data_seconds: float
 
 
@@ -115,8 +115,8 @@ class StepMeter:
     ):
         self.path, self.accelerator, self.device, self.log_every = path, accelerator, accelerator.device, log_every
         self.bad_steps, self.start = bad_steps, start
-        self.unwritten: list[Unwritten] = []
-        self.began: Moment | None = None  # the update being made; None while something else is done
+        self.unwritten: list[PendingUpdate] = []
+        self.began: Timestamp | None = None  # the update being made; None while something else is done
         self.begin_update()
         self.bar = progress(num_steps, "steps", disable=True)  # until the loop begins: validation comes before it
         self.first_step, self.num_steps = first_step, num_steps
@@ -125,7 +125,7 @@ class StepMeter:
 
     def begin_update(self) -> None:
         self.loss, self.data_seconds = torch.zeros((), device=self.device), 0.0
-        self.samples, self.losses, self.copies = [], [], []
+        self.samples, self.losses, self.transfers = [], [], []
 
     def timed(self, batches: Iterable) -> Iterator:
         """Hand on `batches`; how long each is waited for is the update's data_seconds."""
@@ -143,7 +143,7 @@ class StepMeter:
 
     def copied(self) -> None:
         """Batch and draws are on the device, encoded: since the batch arrived, that took copy_seconds."""
-        self.copies.append((self.arrived, now(self.device)))
+        self.transfers.append((self.arrived, now(self.device)))
 
     def add(self, loss: torch.Tensor, losses: torch.Tensor, samples: list[int]) -> None:
         """Add a micro-step: its share of the update's loss, and the loss [B] of each of its samples."""
@@ -156,15 +156,15 @@ class StepMeter:
         end = now(self.device)
         results = [scalar(value, self.device) for value in (result.grad_norm, result.skipped)]
         numbers = torch.cat([torch.stack(results), *self.losses])
-        times = ((self.began, end), self.copies, self.data_seconds)
-        self.unwritten.append(Unwritten(step, result, self.loss, numbers, self.samples, *times))
+        times = ((self.began, end), self.transfers, self.data_seconds)
+        self.unwritten.append(PendingUpdate(step, result, self.loss, numbers, self.samples, *times))
         self.began = end
         self.begin_update()
         self.bar.update(1)
         if step % self.log_every == 0:
             self.flush()
         if self.start:
-            self.tell_start(step)
+            self.log_startup(step)
 
     def flush(self) -> None:
         """Wait for the updates so far and write their lines; then bad ones are named, and too many in a row raise
@@ -205,7 +205,7 @@ class StepMeter:
         self.pause()
         self.write([{"step": step, "event": event, **values}])
 
-    def tell_start(self, step: int) -> None:
+    def log_startup(self, step: int) -> None:
         """One line for people and one in metrics.jsonl, once the first update is through."""
         start, self.start = self.start, None
         self.pause()
@@ -240,7 +240,7 @@ def scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
     return value.float() if torch.is_tensor(value) else torch.full((), float(value), device=device)
 
 
-def row_of(update: Unwritten, result: Update, loss: float) -> dict:
+def row_of(update: PendingUpdate, result: Update, loss: float) -> dict:
     """The line of an update that is through on the device. JSON knows no NaN."""
     return {
         "step": update.step,
@@ -250,7 +250,7 @@ def row_of(update: Unwritten, result: Update, loss: float) -> dict:
         "skipped": result.skipped,
         "seconds": round(seconds_between(*update.times), 4),
         "data_seconds": round(update.data_seconds, 4),
-        "copy_seconds": round(sum(seconds_between(*copy) for copy in update.copies), 4),
+        "copy_seconds": round(sum(seconds_between(*copy) for copy in update.transfers), 4),
     }
 
 

@@ -14,7 +14,7 @@ from base.errors import UsageError
 from base.files import (
     REPLACED,
     clean_up,
-    keep,
+    forget_undo,
     lock_folder,
     make_folder,
     remove_unfinished,
@@ -74,7 +74,7 @@ def open_output_dir(args, accelerator) -> int | None:
 
 def claim_output_dir(args) -> int | None:
     output_dir = Path(args.output_dir)
-    keep()  # of a run before it in this process
+    forget_undo()  # of a run before it in this process
     make_folder(output_dir)
     lock_folder(output_dir)
     if args.overwrite:

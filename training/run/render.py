@@ -18,10 +18,10 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from attention.kernels import sage_attention
-from base.bars import LOG_SECONDS, tracked
+from base.bars import LOG_SECONDS, with_progress
 from base.errors import named_line
 from base.files import write_text
-from base.levels import HOST_LEVELS
+from base.memory_levels import HOST_LEVELS
 from data.artifacts import write_video
 from data.buckets import Bucket
 from engine.objective import draw_generator
@@ -44,7 +44,7 @@ class Samples:
 
 
 @contextlib.contextmanager
-def keep_random_state(device: torch.device):
+def preserved_random_state(device: torch.device):
     """The generators of torch, Python and numpy as they were before."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -88,7 +88,7 @@ def render_jobs(
 ) -> None:
     with placed(pipe, device, offload):
         # On a terminal the pipeline shows a bar of its own
-        for number, video in tracked(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
+        for number, video in with_progress(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
             frames = render_one(args, pipe, samples, device, number, video)
             path = directory / f"{number}_{video}.mp4"
             write_video(path, frames, samples.fps)

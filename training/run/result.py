@@ -8,13 +8,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from base.errors import StorageError, first_line
-from base.files import damage, free_bytes, keep, scratch_folder, write_json, written_folder
+from base.files import find_damage, forget_undo, free_bytes, scratch_folder, write_json, written_folder
 from base.ranks import on_main_process
-from base.status import forget_refusal, read_status, write_status
+from base.status import clear_refusal, read_status, write_status
 from base.tensor_file import save_tensors
 from data.captions import remove_caption_embeds
 from engine.optimizers import state_bytes_from_args
-from memory.quantization import bytes_unquantized
+from memory.quantization import unquantized_bytes
 from run.checkpoints import refuse_bad_numbers
 from run.curves import draw_losses
 from run.export import export_lora
@@ -27,7 +27,7 @@ from run.tracking import finish_trackers
 
 logger = logging.getLogger(__name__)
 
-SAID_FROM = 2**30  # bytes: a result of less is written in no time
+LOG_ABOVE_BYTES = 2**30  # bytes: a result of less is written in no time
 
 
 # ---------------------------------------------------------------- rehearsed before the first step
@@ -35,7 +35,7 @@ SAID_FROM = 2**30  # bytes: a result of less is written in no time
 
 def rehearse(args, run, engine, first_step: int, num_steps: int) -> None:
     """Before the first step, on the main process: is there room on the disk, and can checkpoints and the result be written?"""
-    keep()
+    forget_undo()
     on_main_process(run.accelerator, lambda: check_disk(args, engine, first_step, num_steps))
     on_main_process(run.accelerator, lambda: rehearse_checkpoint(run.output_dir))
     if first_step == 0:
@@ -53,7 +53,7 @@ def rehearse_checkpoint(output_dir: Path) -> None:
                     save_tensors(unfinished / "optimizer.safetensors", tensors)
                     for _ in range(2):  # a file in place of another
                         write_json(unfinished / "state.json", {"step": step})
-            if reason := damage(target):
+            if reason := find_damage(target):
                 raise StorageError(
                     f"{output_dir}: gives back other files than were written ({reason}); choose another disk"
                 )
@@ -70,11 +70,11 @@ def rehearse_end(args, accelerator, engine) -> None:
     Nothing is loaded twice: the check compares file and weights. Validation has its rehearsal in that of step 0.
     """
     _, num_bytes = file_bytes(args, engine)
-    if num_bytes > SAID_FROM:
+    if num_bytes > LOG_ABOVE_BYTES:
         logger.info(
             "rehearsing the end of the run: a result of %.1f GiB is written, checked and removed", num_bytes / 2**30
         )
-    engine.gather()
+    engine.all_gather()
     if accelerator.is_main_process:
         with scratch_folder(Path(args.output_dir, "rehearsal")) as folder:
             engine.save(folder)
@@ -93,7 +93,7 @@ def check_disk(args, engine, first_step: int, num_steps: int) -> None:
     output_dir, limit = Path(args.output_dir), args.checkpoints_total_limit
     checkpoint, result = file_bytes(args, engine)
     if "merged" in args.export:  # the whole base model again
-        result += bytes_unquantized(engine.transformer)
+        result += unquantized_bytes(engine.transformer)
     saves = num_steps // args.checkpointing_steps - first_step // args.checkpointing_steps
     # The newest is written before the oldest goes; those that lie there already take no more room
     together = saves if limit is None else min(saves, limit + 1 - min(limit, len(checkpoint_dirs(output_dir))))
@@ -125,7 +125,7 @@ def file_bytes(args, engine) -> tuple[int, int]:
 
 def save(run, engine) -> None:
     """Write the result and check it as diffusers loads it: before the last test, whatever becomes of that."""
-    engine.gather()
+    engine.all_gather()
     if run.rank == 0:
         refuse_bad_numbers(engine.params)
         result = engine.save(run.output_dir)
@@ -150,7 +150,7 @@ def finish(args, run, summary: RunSummary) -> None:
 def finish_again(args, run, summary: RunSummary) -> None:
     """A complete run's forms that --export asks for and that are not there yet, and its upload."""
     if run.rank == 0:
-        forget_refusal(run.output_dir)
+        clear_refusal(run.output_dir)
         if args.export or run.hub_repo:
             write_outputs(args, summary, only_missing=True)
     upload_result(args, run)

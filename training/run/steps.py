@@ -51,11 +51,11 @@ def make_plan(args, buckets: list[Bucket], num_ranks: int) -> StepPlan:
     """The flags' plan for clips of these sizes; what it leaves no room for is said."""
     batches_per_epoch = num_batches(buckets, args.train_batch_size, num_ranks)
     plan = plan_steps(batches_per_epoch, args.gradient_accumulation_steps, args.num_train_epochs, args.max_train_steps)
-    tell_what_never_comes(args, plan.num_steps, scaled_learning_rate(args, num_ranks))
+    warn_of_unreached(args, plan.num_steps, scaled_learning_rate(args, num_ranks))
     return plan
 
 
-def tell_what_never_comes(args, num_steps: int, learning_rate: float) -> None:
+def warn_of_unreached(args, num_steps: int, learning_rate: float) -> None:
     """A line each, before the run: the whole learning rate, a checkpoint, a validation."""
     warmup = args.lr_warmup_steps
     if args.lr_scheduler not in WITHOUT_WARMUP and warmup >= num_steps:
@@ -76,7 +76,7 @@ def tell_what_never_comes(args, num_steps: int, learning_rate: float) -> None:
         )  # fmt: skip
 
 
-def sample_positions(run, micro_step: int, micro_batch: int, size: int) -> list[int]:
+def sample_ids(run, micro_step: int, micro_batch: int, size: int) -> list[int]:
     """Positions in the run of this rank's `size` samples: what every random draw of training depends on.
 
     `micro_batch` is the full batch of one rank. Accumulation, batch size and ranks only cut the same sequence
@@ -96,7 +96,7 @@ def make_loader(args, run, dataset: Dataset, plan: StepPlan, first_step: int) ->
     """(micro-steps that follow `first_step` updates, a loader of this rank's batches for them)."""
     ranks = {"rank": run.rank, "num_ranks": run.num_ranks}
     sampler = BucketSampler(
-        dataset.bucket_of, args.train_batch_size, **ranks, seed=run.seed, num_epochs=plan.num_epochs
+        dataset.clip_buckets, args.train_batch_size, **ranks, seed=run.seed, num_epochs=plan.num_epochs
     )
     micro_steps = range(first_step * plan.accumulation, plan.num_micro_steps)
     sampler.set_epoch(*divmod(micro_steps.start, sampler.per_epoch))

@@ -70,16 +70,16 @@ def start_trackers(args, run, project: str, first_step: int) -> None:
 def open_trackers(args, accelerator: Accelerator, names: list[str], project: str, first_step: int) -> None:
     output_dir = Path(args.output_dir).resolve()
     earlier = read_run(output_dir, project) if first_step else {}
-    tracked = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
+    with_progress = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
     try:
         with written_beside(output_dir / RUN_NAME) as temporary:
-            temporary.write_text(json.dumps(tracked) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(with_progress) + "\n", encoding="utf-8")
         logging_dir = Path(accelerator.logging_dir).resolve()
         logging_dir.mkdir(parents=True, exist_ok=True)
         config = tracked_config(args)
         for name in names:
             continues = name in earlier.get("trackers", ())
-            tracker = make_tracker(name, tracked, output_dir, logging_dir, first_step)
+            tracker = make_tracker(name, with_progress, output_dir, logging_dir, first_step)
             # Of tensorboard the repeated steps are purged; the others would show them twice
             tracker.known_step = last_update(output_dir) if continues and name != "tensorboard" else -1
             start_quietly(tracker)

@@ -16,18 +16,19 @@ from PIL import Image, ImageOps
 
 from attention.kernels import check_sage
 from base.errors import UsageError, first_line, named_line
-from base.ranks import meet
+from base.ranks import exchange_on_host
 from base.signals import INTERRUPTION
 from data.buckets import Bucket
 from run.held_out import HeldOut, mean_losses, sum_losses
 from run.metrics import StepMeter, report_memory
-from run.render import Samples, keep_random_state, render_videos
+from run.render import Samples, preserved_random_state, render_videos
 from run.steps import StepPlan
 from run.tracking import log_values, log_videos
 
 
 logger = logging.getLogger(__name__)
 
+CUT_SHORT = "ended by"  # a signal
 FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # the most that an image's URL may give and take
 
 
@@ -97,9 +98,9 @@ def join_pieces(pieces: Iterable[bytes], deadline: float) -> bytes:
     return bytes(content)
 
 
-def sample_size(args, bucket_of: list[Bucket]) -> Bucket:
+def sample_size(args, clip_buckets: list[Bucket]) -> Bucket:
     """--max_num_frames, --height and --width where given, else those of the bucket that most clips use."""
-    counts = Counter(bucket_of)
+    counts = Counter(clip_buckets)
     usual = max(counts, key=lambda bucket: (counts[bucket], bucket))
     given = {"frames": "max_num_frames", "height": "height", "width": "width"}
     size = usual._replace(**{name: getattr(args, flag) for name, flag in given.items() if flag in args.given})
@@ -150,15 +151,15 @@ def validate(args, run, meter: StepMeter, engine, samples: Samples, held_out: He
         torch.cuda.empty_cache()  # what training holds and does not use is no part of validation's peak
     report_memory(meter, step, "before_validation")
     accelerator, directory = run.accelerator, run.output_dir / "samples" / f"step_{step}"
-    with keep_random_state(run.device), engine.inference():
+    with preserved_random_state(run.device), engine.inference():
         sums, loss_problem = attempt(lambda: sum_losses(held_out))
         _, render_problem = attempt(lambda: render_videos(args, run, engine, samples, directory))
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     # Ranks finish at different times; what follows may wait for all of them in a collective
-    loss_problems = meet(f"held-out-{step}", loss_problem)
+    loss_problems = exchange_on_host(f"held-out-{step}", loss_problem)
     warn_of(step, "the held-out loss", loss_problems)
-    warn_of(step, "validation videos", meet(f"rendered-{step}", render_problem))
+    warn_of(step, "validation videos", exchange_on_host(f"rendered-{step}", render_problem))
     if held_out.num_clips and not any(loss_problems):
         log_held_out(accelerator, meter, step, mean_losses(accelerator, held_out, sums))
     if run.rank == 0 and samples.prompts:
@@ -172,10 +173,10 @@ def attempt(work: Callable) -> tuple:
     A signal ends it: the ranks leave together, which is for the loop to do.
     """
     try:
-        with INTERRUPTION.ending_body():
+        with INTERRUPTION.interruptible():
             if INTERRUPTION.reason is None:
                 return work(), ""
-        return None, f"ended by {INTERRUPTION.reason}"
+        return None, f"{CUT_SHORT} {INTERRUPTION.reason}"
     except Exception as error:  # noqa: BLE001 - of models, codecs or disks; warn_of names it
         return None, named_line(error)
 
@@ -184,7 +185,9 @@ def warn_of(step: int, what: str, problems: list[str]) -> None:
     """One line for all ranks; those other than the main process are silent."""
     named = [f"{problem} (process {rank})" if rank else problem for rank, problem in enumerate(problems) if problem]
     if named:
-        logger.warning("step %d: %s failed, training goes on: %s", step, what, "; ".join(named))
+        is_cut = any(CUT_SHORT in problem for problem in named)  # then training is about to stop, too
+        outcome = "incomplete" if is_cut else "failed, training goes on"
+        logger.warning("step %d: %s %s: %s", step, what, outcome, "; ".join(named))
 
 
 def log_held_out(accelerator, meter: StepMeter, step: int, losses: dict) -> None:

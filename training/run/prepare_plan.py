@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from base.files import written_beside
-from base.hashes import Hashes
+from base.hashes import HashCache
 from data.artifacts import write_image, write_video
 from data.clip_lists import with_id_token
 from data.prepared import (
@@ -19,14 +19,14 @@ from data.prepared import (
     MISSING,
     VERSION,
     Component,
-    Key,
+    FileKey,
     content_hash,
     file_key,
-    named_files,
+    file_state,
     pixels_key,
     prune,
-    state_of,
-    unnamed_files,
+    unused_files,
+    used_files,
 )
 
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 # ---------------------------------------------------------------- needed and existing files
 
 
-class Model(NamedTuple):
+class ModelIdentity(NamedTuple):
     """What keys and manifest rows need to know about the model; hashes only if latents are prepared."""
 
     scaling_factor: float
@@ -46,14 +46,14 @@ class Model(NamedTuple):
     image_noise: tuple[float, float] | None = None  # mean and standard deviation of log sigma
 
 
-def plan_clip(args, model: Model, videos, index: int, stem: str, hashes: Hashes) -> dict:
+def plan_clip(args, model: ModelIdentity, videos, index: int, stem: str, hashes: HashCache) -> dict:
     """The files that a clip needs, each with its cache key."""
-    clip, bucket = videos.clips[index], videos.bucket_of[index]
+    clip, bucket = videos.clips[index], videos.clip_buckets[index]
     earlier = {
-        "source": hashes.of(clip.video), "bucket": list(bucket), "fps": videos.fps, "reshape": args.video_reshape_mode,
+        "source": hashes.hash(clip.video), "bucket": list(bucket), "fps": videos.fps, "reshape": args.video_reshape_mode,
         "flip": args.random_flip, "seed": args.seed,
     }  # fmt: skip
-    now = pixels_key(earlier, videos.places[index], "decord" if args.video_backend == "decord" else "pyav")
+    now = pixels_key(earlier, videos.draw_keys[index], "decord" if args.video_backend == "decord" else "pyav")
     item = {"index": index, "stem": stem, "bucket": bucket, "fps": videos.fps, "source": clip.source}
     item |= {"caption": clip.prompt, "prompt": with_id_token(clip.prompt, args.id_token), "id_token": args.id_token}
     item |= {"scaling_factor": model.scaling_factor, "files": {}}
@@ -64,7 +64,7 @@ def plan_clip(args, model: Model, videos, index: int, stem: str, hashes: Hashes)
     return item
 
 
-def tensor_keys(args, model: Model, item: dict, now: dict, earlier: dict) -> dict:
+def tensor_keys(args, model: ModelIdentity, item: dict, now: dict, earlier: dict) -> dict:
     """Keys of a clip's moments and prompt embedding, derived from the keys of its pixels."""
     both = {"dtype": args.dtype, "tiling": args.use_tiling}
     earlier = {**earlier, **both, "vae": model.vae.earlier, "variant": args.variant}
@@ -78,7 +78,7 @@ def tensor_keys(args, model: Model, item: dict, now: dict, earlier: dict) -> dic
     return keys
 
 
-def prompt_key(args, model: Model, prompt: str) -> Key:
+def prompt_key(args, model: ModelIdentity, prompt: str) -> FileKey:
     both = {"prompt": prompt, "dtype": args.dtype, "tokens": args.max_sequence_length}
     now = {"version": VERSION, "text_encoder": model.text_encoder.now, "tokenizer": model.tokenizer.now}
     earlier = {
@@ -89,18 +89,18 @@ def prompt_key(args, model: Model, prompt: str) -> Key:
     return file_key({**both, **now}, {**both, **earlier})
 
 
-def plan_empty(args, model: Model) -> list[dict]:
+def plan_empty(args, model: ModelIdentity) -> list[dict]:
     """The empty prompt, for text dropout; nothing if captions are not encoded."""
     if not args.save_latents_and_embeddings:
         return []
     return [{"prompt": "", "files": {EMPTY: prompt_key(args, model, "")}}]
 
 
-def compare(args, output_dir: Path, items: list[dict]) -> list[str]:
+def mark_missing(args, output_dir: Path, items: list[dict]) -> list[str]:
     """Set each item's "missing" files; returns those kept from an earlier version with the same flags and content."""
     accepted, kept = {CURRENT} if args.verify else {CURRENT, EARLIER}, []
     for item in items:
-        states = {path: state_of(output_dir, path, key, args.verify) for path, key in item["files"].items()}
+        states = {path: file_state(output_dir, path, key, args.verify) for path, key in item["files"].items()}
         if any(state == MISSING and not is_embedding(path) for path, state in states.items()):
             # Version 1 may have started the clip elsewhere: its latents, first frames and preview are remade together
             states |= {path: MISSING for path in states if not is_embedding(path) and states[path] == EARLIER}
@@ -125,8 +125,8 @@ def report_verified(args, output_dir: Path, old_content: dict[str, str]) -> None
         )
 
 
-def warn_of_unnamed(args, output_dir: Path, plan: list[dict]) -> None:
-    unnamed = unnamed_files(output_dir, files_of(plan))
+def warn_of_unused(args, output_dir: Path, plan: list[dict]) -> None:
+    unnamed = unused_files(output_dir, files_of(plan))
     if unnamed and not args.prune:
         logger.warning(
             "%s: holds %d files (of %d clips) that this command does not use; data.jsonl will not name them, and they stay: "
@@ -135,7 +135,7 @@ def warn_of_unnamed(args, output_dir: Path, plan: list[dict]) -> None:
         )  # fmt: skip
 
 
-def prune_unnamed(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
+def prune_unused(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
     """With --prune, delete files that no row uses; not while clips are skipped, since they may be back tomorrow."""
     if args.prune and problems:
         logger.warning("--prune: nothing is removed while %d clips are left out", len(problems))
@@ -145,12 +145,12 @@ def prune_unnamed(args, output_dir: Path, done: list[dict], problems: list[str])
 
 
 def files_of(items: list[dict]) -> set[str]:
-    return named_files(path for item in items for path in item["files"])
+    return used_files(path for item in items for path in item["files"])
 
 
 def is_made(output_dir: Path, item: dict) -> bool:
     """True once all missing files of the item have been written."""
-    return all(state_of(output_dir, path, item["files"][path]) == CURRENT for path in item["missing"])
+    return all(file_state(output_dir, path, item["files"][path]) == CURRENT for path in item["missing"])
 
 
 def is_embedding(path: str) -> bool:

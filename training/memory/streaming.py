@@ -18,21 +18,22 @@ from safetensors import safe_open
 from torch import nn
 
 from base.errors import UsageError
-from base.ranks import gather_objects
+from base.ranks import all_gather_objects
 from memory.host import (
-    NUM_SLOTS,
-    Copies,
+    TransferStream,
     after_backward,
     aligned,
     before_backward,
-    page_locked,
+    pinned_memory,
     storage_bytes,
     wait,
-    watch,
+    wrap_blocks,
 )
 
 
 logger = logging.getLogger(__name__)
+
+NUM_SLOTS = 3  # blocks of weights on the GPU: the one in use, and two being prefetched
 
 
 class WeightRing:
@@ -45,22 +46,23 @@ class WeightRing:
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, num_slots: int):
         self.tensors = [[tensor for *_, tensor in streamed_tensors(block)] for block in blocks]
-        self.host = [host_home(tensors, device) for tensors in self.tensors]
-        self.copies = Copies(device)
-        size = max(home.nbytes for home in self.host)
+        self.host = [host_buffer(tensors, device) for tensors in self.tensors]
+        self.copies = TransferStream(device)
+        size = max(buffer.nbytes for buffer in self.host)
         num_slots = min(num_slots, len(blocks))
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
+        # Each tensor at both places, made once: a pass only swaps `.data` between them
         self.host_views = [[tensor.data for tensor in tensors] for tensors in self.tensors]
         self.slot_views = [
             [
-                view_in(self.slots[index % num_slots], byte_offset(tensor) - home.storage_offset(), tensor)
+                view_in(self.slots[index % num_slots], byte_offset(tensor) - buffer.storage_offset(), tensor)
                 for tensor in tensors
             ]
-            for index, (tensors, home) in enumerate(zip(self.tensors, self.host, strict=True))
+            for index, (tensors, buffer) in enumerate(zip(self.tensors, self.host, strict=True))
         ]
         self.holds: list[int | None] = [None] * num_slots  # index of the block that is there or in flight
-        self.free = [self.copies.mark() for _ in self.slots]
-        self.ready = list(self.free)
+        self.free = [self.copies.mark() for _ in self.slots]  # events: the slot's block has been computed
+        self.ready = list(self.free)  # events: the slot's copy is done
         self.inside: int | None = None  # the block whose tensors are on the GPU
 
     def forward(self, index: int, call: Callable, *args, **kwargs):
@@ -69,7 +71,7 @@ class WeightRing:
             outputs = call(*args, **kwargs)
         finally:
             self.leave()
-        following = index + len(self.slots)
+        following = index + len(self.slots)  # the next block for the slot that was just freed
         if following < len(self.host):
             self.fetch(following)
         elif not torch.is_grad_enabled():  # the next pass is a forward; a backward starts with the blocks in the slots
@@ -110,8 +112,8 @@ class WeightRing:
         place = index % len(self.slots)
         if self.holds[place] == index:
             return
-        home = self.host[index]
-        self.ready[place] = self.copies.start([(self.slots[place][: home.nbytes], home)], after=[self.free[place]])
+        buffer = self.host[index]
+        self.ready[place] = self.copies.start([(self.slots[place][: buffer.nbytes], buffer)], after=[self.free[place]])
         self.holds[place] = index
 
 
@@ -122,8 +124,8 @@ def stream_weights(blocks: nn.ModuleList, device: torch.device, num_slots: int =
     """
     ring = WeightRing(blocks, device, num_slots)
     for block in blocks:
-        block._apply = functools.partial(apply_to_rest, block, list(streamed_tensors(block)))
-    watch(blocks, ring)
+        block._apply = functools.partial(apply_except_streamed, block, list(streamed_tensors(block)))
+    wrap_blocks(blocks, ring)
     return ring
 
 
@@ -141,9 +143,9 @@ def streamed_tensors(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor
                 yield owner, name, tensor
 
 
-def apply_to_rest(block: nn.Module, streamed: list, function: Callable, recurse: bool = True) -> nn.Module:
+def apply_except_streamed(block: nn.Module, streamed: list, function: Callable, recurse: bool = True) -> nn.Module:
     """nn.Module._apply, which `.to()` and the like call, on all but the streamed tensors."""
-    for owner, name, _ in streamed:
+    for owner, name, _ in streamed:  # _apply skips None
         owner[name] = None
     try:
         return type(block)._apply(block, function, recurse)
@@ -152,10 +154,10 @@ def apply_to_rest(block: nn.Module, streamed: list, function: Callable, recurse:
             owner[name] = tensor
 
 
-def host_home(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+def host_buffer(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """The flat host buffer that holds `tensors` back to back; moves them to a new one if they do not share one."""
-    if not is_home(tensors, device):
-        flat = page_locked(flat_bytes(tensors), device)
+    if not is_host_buffer(tensors, device):
+        flat = pinned_memory(flat_bytes(tensors), device)
         for tensor, view in zip(tensors, views_in(flat, tensors), strict=True):
             view.copy_(tensor.data)
             tensor.data = view
@@ -163,7 +165,7 @@ def host_home(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor
     return storage_bytes(tensors[0])[start : start + flat_bytes(tensors)]
 
 
-def is_home(tensors: list[torch.Tensor], device: torch.device) -> bool:
+def is_host_buffer(tensors: list[torch.Tensor], device: torch.device) -> bool:
     if tensors[0].device.type != "cpu" or (device.type == "cuda" and not tensors[0].is_pinned()):
         return False
     addresses = [tensor.data_ptr() for tensor in views_in(storage_bytes(tensors[0]), tensors, byte_offset(tensors[0]))]
@@ -216,12 +218,13 @@ def load_blocks(
     """
     places = [place for block in blocks.to(dtype).requires_grad_(False) for place in streamed_tensors(block)]
     tensors = [tensor for *_, tensor in places]
-    file, fills = memory_file(flat_bytes(tensors))
-    views = views_in(page_locked(flat_bytes(tensors), device, file), tensors)
+    file, fills = shared_memory_file(flat_bytes(tensors))
+    views = views_in(pinned_memory(flat_bytes(tensors), device, file), tensors)
     if file >= 0:
         os.close(file)  # the memory lives as long as a process has it mapped
     for (owner, name, tensor), view in zip(places, views, strict=True):
         owner[name] = nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+    # Every rank checks keys and shapes, which reads headers only; one of them copies the weights
     wanted = {f"{prefix}{name}": tensor for name, tensor in [*blocks.named_parameters(), *blocks.named_buffers()]}
     for path in files:
         with safe_open(path, framework="pt") as weights:
@@ -233,10 +236,10 @@ def load_blocks(
                     target.copy_(weights.get_tensor(key))
     if wanted:
         raise UsageError(f"{files[0].parent}: lacks {min(wanted)}; download the model again")
-    gather_objects(None)  # barrier: no rank uses the shared memory before it is filled
+    all_gather_objects(None)  # barrier: no rank uses the shared memory before it is filled
 
 
-def memory_file(num_bytes: int) -> tuple[int, bool]:
+def shared_memory_file(num_bytes: int) -> tuple[int, bool]:
     """(memfd, whether this rank fills it): one file for all ranks of a machine if the system allows it, else one each.
 
     A memfd, not /dev/shm, which is small in containers; freed with the last process that maps it. -1 without ranks.
@@ -246,7 +249,7 @@ def memory_file(num_bytes: int) -> tuple[int, bool]:
     name = f"weights-{secrets.token_hex(8)}"
     own = os.memfd_create(name)
     os.ftruncate(own, max(num_bytes, 1))
-    offers = gather_objects((socket.gethostname(), f"/proc/{os.getpid()}/fd/{own}", name))
+    offers = all_gather_objects((socket.gethostname(), f"/proc/{os.getpid()}/fd/{own}", name))
     path, name_there = next(offer[1:] for offer in offers if offer[0] == socket.gethostname())
     shared = own
     try:
@@ -255,7 +258,7 @@ def memory_file(num_bytes: int) -> tuple[int, bool]:
             shared = os.open(path, os.O_RDWR)
     except OSError as error:
         logger.warning("this process keeps its own copy of the frozen weights: cannot open %s (%s)", path, error)
-    gather_objects(None)  # barrier: the offering rank keeps its file open until all have opened it
+    all_gather_objects(None)  # barrier: the offering rank keeps its file open until all have opened it
     if shared != own:
         os.close(own)
     return shared, shared == own

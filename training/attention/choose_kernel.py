@@ -22,8 +22,8 @@ from base.files import write_shared
 logger = logging.getLogger(__name__)
 
 # The first that runs is the reference for the others. math is no candidate: it materializes S x S values per head.
-LEAST_CAPABILITY = {"flash": 8, "cudnn": 8, "fa4": 9}  # major; FlashAttention-4 has no backward before Hopper
-LEAST_COSINE = 0.99  # of output and gradients to the reference's: correct kernels differ by rounding, about 1e-5
+MIN_CAPABILITY = {"flash": 8, "cudnn": 8, "fa4": 9}  # major; FlashAttention-4 has no backward before Hopper
+MIN_COSINE = 0.99  # of output and gradients to the reference's: correct kernels differ by rounding, about 1e-5
 ROUNDS = 5  # timings per kernel; the median counts
 
 
@@ -41,7 +41,7 @@ def pick_attention(name: str, shape: tuple[int, int, int, int], dtype: torch.dty
     if not fused:
         raise UsageError(f"--attention {name}: computes on CUDA in bf16 or fp16 only; leave it out here")
     make_attend(name)  # a missing package raises its own error
-    results = attempt(name, make_inputs(shape, dtype, device))
+    results = try_kernel(name, make_inputs(shape, dtype, device))
     if isinstance(results, str):
         raise UsageError(f"--attention {name} does not run here: {results}")
     return name
@@ -56,19 +56,19 @@ def pick_fastest(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
     if not names:
         return "sdpa"
     path, key = cache_path(), trial_key(shape, dtype, device)
-    choices = read_choices(path)
-    if is_timing(choices.get(key), names):
-        logger.info("attention: %s (timed before: %s)", fastest(choices[key]), listed(choices[key]))
-        return fastest(choices[key])
+    timings = read_timings(path)
+    if is_timing(timings.get(key), names):
+        logger.info("attention: %s (timed before: %s)", fastest(timings[key]), format_times(timings[key]))
+        return fastest(timings[key])
     times, left_out = time_kernels(names, shape, dtype, device)
     for name, reason in left_out.items():
         logger.warning("attention: %s is left out: %s", name, reason)
     if not times:
         logger.warning("attention: none of %s runs here; torch chooses", ", ".join(names))
         return "sdpa"
-    logger.info("attention: %s (%s)", fastest(times), listed(times))
+    logger.info("attention: %s (%s)", fastest(times), format_times(times))
     if not left_out:  # not cached otherwise: the failure may be fixed, or was a lack of memory
-        write_choices(path, choices | {key: times})
+        write_timings(path, timings | {key: times})
     return fastest(times)
 
 
@@ -76,7 +76,7 @@ def candidates(device: torch.device) -> list[str]:
     """Kernels that are installed and support this GPU."""
     capability = torch.cuda.get_device_capability(device)[0]
     missing = {"cudnn": not torch.backends.cudnn.is_available(), "fa4": fa4_version() is None}
-    return [name for name, least in LEAST_CAPABILITY.items() if capability >= least and not missing.get(name)]
+    return [name for name, least in MIN_CAPABILITY.items() if capability >= least and not missing.get(name)]
 
 
 def time_kernels(
@@ -84,11 +84,12 @@ def time_kernels(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """({kernel: milliseconds for forward and backward}, {kernel: why it was left out})."""
     inputs, reference, times, left_out = make_inputs(shape, dtype, device), None, {}, {}
+    # This pass also compiles and warms up each kernel, so that the timings below do not include it
     for name in names:
-        results = attempt(name, inputs)
+        results = try_kernel(name, inputs)
         if isinstance(results, str):
             left_out[name] = results
-        elif reference is not None and (agreement := least_cosine(results, reference)) < LEAST_COSINE:
+        elif reference is not None and (agreement := min_cosine(results, reference)) < MIN_COSINE:
             left_out[name] = f"its results differ from those of {next(iter(times))} (cosine {agreement:.3f})"
         else:
             reference = results if reference is None else reference
@@ -113,7 +114,7 @@ def make_inputs(shape: tuple, dtype: torch.dtype, device: torch.device) -> list[
     return [query.contiguous(), key.contiguous(), value, draw(1)[:, :, 0]]
 
 
-def attempt(name: str, inputs: list[Tensor]) -> list[Tensor] | str:
+def try_kernel(name: str, inputs: list[Tensor]) -> list[Tensor] | str:
     """Output and gradients of the kernel, or one line saying why there are none."""
     try:
         results = run(make_attend(name), inputs)
@@ -133,7 +134,7 @@ def run(attend, inputs: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def least_cosine(results: list[Tensor], reference: list[Tensor]) -> float:
+def min_cosine(results: list[Tensor], reference: list[Tensor]) -> float:
     """The smallest cosine similarity over output and gradients, each flattened to one vector."""
     pairs = zip(results, reference, strict=True)
     return min(F.cosine_similarity(a.flatten().float(), b.flatten().float(), dim=0).item() for a, b in pairs)
@@ -152,7 +153,7 @@ def fastest(times: dict[str, float]) -> str:
     return min(times, key=times.get)
 
 
-def listed(times: dict[str, float]) -> str:
+def format_times(times: dict[str, float]) -> str:
     return ", ".join(f"{name} {time:.1f}" for name, time in times.items()) + " ms forward and backward"
 
 
@@ -166,7 +167,7 @@ def cache_path() -> Path:
 
 def trial_key(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
     """Everything that the timings depend on."""
-    facts = [
+    key_parts = [
         torch.cuda.get_device_name(device),
         f"torch {torch.__version__}",
         f"cuDNN {torch.backends.cudnn.version()}",
@@ -176,8 +177,8 @@ def trial_key(shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
         "x".join(map(str, shape)),
     ]
     if torch.are_deterministic_algorithms_enabled():
-        facts.append("deterministic")
-    return ", ".join(facts)
+        key_parts.append("deterministic")
+    return ", ".join(key_parts)
 
 
 def fa4_version() -> str | None:
@@ -187,19 +188,19 @@ def fa4_version() -> str | None:
         return None
 
 
-def read_choices(path: Path) -> dict:
+def read_timings(path: Path) -> dict:
     """{key: {kernel: milliseconds}}; empty if the file is missing or damaged."""
     try:
-        choices = json.loads(path.read_text(encoding="utf-8"))
+        timings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         logger.warning("%s cannot be read (%s): attention is timed again", path, first_line(error))
         return {}
-    if not isinstance(choices, dict):
+    if not isinstance(timings, dict):
         logger.warning("%s does not hold earlier timings: attention is timed again", path)
         return {}
-    return choices
+    return timings
 
 
 def is_timing(times, names: list[str]) -> bool:
@@ -207,9 +208,9 @@ def is_timing(times, names: list[str]) -> bool:
     return isinstance(times, dict) and set(times) == set(names) and all(isinstance(t, float) for t in times.values())
 
 
-def write_choices(path: Path, choices: dict) -> None:
+def write_timings(path: Path, timings: dict) -> None:
     """Replace the file atomically; failing to write it is only a warning."""
     try:
-        write_shared(path, json.dumps(choices, indent=2) + "\n")
+        write_shared(path, json.dumps(timings, indent=2) + "\n")
     except OSError as error:
         logger.warning("%s cannot be written (%s): attention is timed again next time", path, error.strerror)

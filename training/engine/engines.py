@@ -1,0 +1,127 @@
+"""What a run trains, in one of two ways: a LoRA on a frozen transformer, or every weight of it.
+
+Both share an interface: `params` (fp32, for the optimizer), `masters` (`params` and the model's low-precision copies of
+them, if these differ), `ema` (moving average of `params`, if enabled), `save` and `check` (the result), `save_state` and
+`load_state` (for checkpoints), `inference`.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from engine.lora import check_saved_lora, load_lora, save_lora, save_unscaled
+from engine.master_weights import Masters
+from engine.sft import (
+    MASTERS_NAME,
+    check_saved_transformer,
+    load_average,
+    load_weights,
+    save_average,
+    save_transformer,
+    save_weights,
+    swapped,
+)
+
+
+@dataclass
+class Engine:
+    transformer: nn.Module
+    params: list[nn.Parameter]
+    inference_notes: dict  # what inference must do as training did, beyond a plain load; written beside the result
+    level: str | None  # of memory
+
+    def all_gather(self) -> None:
+        """All-gather `params` before they are written, if they are sharded. All ranks must call it."""
+        if self.masters:
+            self.masters.all_gather()
+
+    @contextlib.contextmanager
+    def inference(self):
+        """The transformer in eval mode without gradients; back in training mode on exit."""
+        self.transformer.eval()
+        try:
+            with torch.no_grad():
+                yield self.transformer
+        finally:
+            self.transformer.train()
+
+
+@dataclass
+class LoraEngine(Engine):
+    """A frozen transformer in the compute dtype with a trainable fp32 adapter."""
+
+    pipeline_class: type
+    masters: Masters | None = None
+    ema = None
+
+    def save(self, directory: Path) -> Path:
+        return save_lora(self.transformer, directory, self.pipeline_class, self.inference_notes)
+
+    def check(self, directory: Path) -> None:
+        check_saved_lora(self.transformer, directory)
+
+    def save_state(self, directory: Path) -> None:
+        self.save(directory)
+        save_unscaled(self.transformer, directory)
+
+    def load_state(self, directory: Path) -> None:
+        load_lora(self.transformer, directory)
+        if self.masters:
+            self.masters.read_from_model()
+
+
+@dataclass
+class SftEngine(Engine):
+    """A transformer in the compute dtype with all weights trained, on fp32 masters."""
+
+    save_dtype: torch.dtype
+    masters: Masters | None = None
+    ema: EMAModel | None = None
+
+    @property
+    def result(self) -> list[torch.Tensor]:
+        """The weights that are saved and validated: the moving average if there is one."""
+        return self.ema.shadow_params if self.ema else self.params
+
+    def save(self, directory: Path) -> Path:
+        return save_transformer(self.transformer, self.result, self.save_dtype, directory, self.inference_notes)
+
+    def check(self, directory: Path) -> None:
+        check_saved_transformer(self.transformer, self.result, self.save_dtype, directory)
+
+    def save_state(self, directory: Path) -> None:
+        self.save(directory)
+        save_weights(self.transformer, self.params, directory / MASTERS_NAME)
+        if self.ema:
+            save_average(self.transformer, self.ema, directory)
+
+    def load_state(self, directory: Path) -> None:
+        load_weights(self.transformer, self.params, directory / MASTERS_NAME)
+        if self.masters:
+            self.masters.write_to_model()
+        if self.ema:
+            load_average(self.transformer, self.ema, directory)
+
+    @contextlib.contextmanager
+    def inference(self):
+        with self.averaged_weights(), super().inference() as transformer:
+            yield transformer
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """Swap the moving average into the model; on exit the trained weights are restored bit for bit."""
+        if self.ema is None:
+            yield
+        elif self.masters is None:
+            with swapped(self.params, self.ema.shadow_params):
+                yield
+        else:
+            self.masters.write_to_model(self.ema.shadow_params)
+            try:
+                yield
+            finally:
+                self.masters.write_to_model()
