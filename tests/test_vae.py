@@ -41,7 +41,7 @@ def error(result, exact):
 
 
 def slabs(monkeypatch, number):
-    def cut(height, width, channels):
+    def cut(height, width, *sizes):
         edges = sorted({i * height // number for i in range(number + 1)})
         return list(zip(edges, edges[1:], strict=False))
 
@@ -112,6 +112,24 @@ def test_channels_that_grow_and_shrink(monkeypatch, channels):
     assert decode_error(vae, 3, 2, 3) < 1e-5
 
 
+def test_slabs_are_cut_by_a_video_s_frames_and_size_alone(vae, monkeypatch):
+    """An image's are higher; those of a video are the same in all of its passes, or kept frames would not fit."""
+    monkeypatch.setattr(vae_walk, "SLAB_VALUES", 16 * 24 * 16 // 4)
+    assert encode_error(vae, 1, 16, 24) < 1e-5 and decode_error(vae, 1, 2, 3) < 1e-5
+    assert encode_error(vae, 25, 16, 24) < 1e-5 and decode_error(vae, 7, 2, 3) < 1e-5
+    assert len(vae_walk.slabs_of(16, 24, 16, vae_walk.slab_values(9))) == 4
+    assert len(vae_walk.slabs_of(16, 24, 16, vae_walk.slab_values(1))) == 1
+
+
+def test_kept_frames_stay_on_a_gpu_with_plenty_of_room(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**30)
+    for free, left in ((79, 39), (9, 4), (1, 0)):
+        monkeypatch.setattr(vae_memory, "free_gpu_bytes", lambda device, free=free: free * 2**30)
+        assert vae_memory.bytes_left(cuda) == left * 2**30
+
+
 def test_room_too_small_grows(vae, monkeypatch):
     def small(like, *sizes):
         return vae_memory.Room(like, 1, 1)
@@ -170,6 +188,11 @@ def device(request, monkeypatch):
     return torch.device(request.param)
 
 
+def bound(device):
+    """Of `error`; on a GPU two shapes may take two algorithms."""
+    return 1e-5 if device.type == "cpu" else 3e-5
+
+
 @pytest.fixture
 def walks(monkeypatch):
     """Videos that went through our encoder and decoder, one by one."""
@@ -188,13 +211,13 @@ def test_videos_and_first_frames_are_encoded_as_by_the_stock_module(device, walk
     generator = torch.Generator().manual_seed(3)
     pixels = (torch.rand(2, 9, 3, 32, 48, generator=generator) * 2 - 1).to(device)
     stock = vae.encode(pixels.permute(0, 2, 1, 3, 4)).latent_dist.parameters
-    assert error(encoding.encode_videos(vae, pixels), stock) < 1e-5
+    assert error(encoding.encode_videos(vae, pixels), stock) < bound(device)
     noise = torch.randn(3, 3, 32, 48, generator=generator).to(device)
     log_sigma = torch.tensor([-3.0, -2.0, -1.0], device=device)
     frames = pixels[0, :1].expand(3, -1, -1, -1)
     noisy = frames + noise * log_sigma.exp().view(-1, 1, 1, 1)
     variants = encoding.encode_noised_images(vae, frames, noise, log_sigma)
-    assert error(variants, vae.encode(noisy[:, :, None]).latent_dist.parameters) < 1e-5
+    assert error(variants, vae.encode(noisy[:, :, None]).latent_dist.parameters) < bound(device)
     for k, variant in enumerate(variants):  # to the bit: a folder does not depend on how many are drawn
         alone = encoding.encode_noised_images(vae, frames[k : k + 1], noise[k : k + 1], log_sigma[k : k + 1])
         assert torch.equal(alone[0], variant)
@@ -211,7 +234,7 @@ def test_a_pipeline_decodes_as_the_stock_one(kind, tiny, device, walks):
     latents = torch.randn(1, 3, vae.config.latent_channels, 4, 6, device=device)
     stock = type(pipe).decode_latents(pipe, latents)
     assert not walks
-    assert error(pipe.decode_latents(latents), stock) < 1e-5 and walks
+    assert error(pipe.decode_latents(latents), stock) < bound(device) and walks
 
 
 def test_tiles_are_the_stock_modules(device, walks):

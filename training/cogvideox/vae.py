@@ -23,6 +23,7 @@ from cogvideox.vae_memory import KeptFrames, Room
 # Of a frame's activations that a convolution reads at once, 16 MiB in bf16. A constant, not what is free: another
 # height of the slabs may round otherwise.
 SLAB_VALUES = 2**23
+IMAGE_SLABS = 8  # times as much where frames come one at a time: launches are what an image costs
 
 
 class Frames(NamedTuple):
@@ -78,10 +79,10 @@ def can_walk(vae: AutoencoderKLCogVideoX) -> bool:
 def encode_one(vae, pixels: torch.Tensor) -> torch.Tensor:
     _, _, num_frames, height, width = pixels.shape
     batches, passes = frame_batches(num_frames, vae.num_sample_frames_batch_size), []
-    channels = vae.config.block_out_channels[0]
-    room = make_room(pixels, (batches[0][0].stop, height, width), 2 * channels, channels)
+    first, channels = batches[0][0].stop, vae.config.block_out_channels[0]
+    room = make_room(pixels, (first, height, width), 2 * channels, channels)
     with KeptFrames(vae, pixels) as kept:
-        walk = Walk(vae, room, kept)
+        walk = Walk(vae, room, kept, slab_values(first))
         for frames, walk.is_last in batches:
             moments = walk.encode(vae.encoder, pixels[0, :, frames].permute(1, 2, 3, 0)).permute(3, 0, 1, 2)[None]
             passes.append(moments if vae.quant_conv is None else vae.quant_conv(moments))
@@ -94,7 +95,7 @@ def decode_one(vae, latents: torch.Tensor, batches: list, sizes: list, pixels: t
     channels = vae.config.block_out_channels[:2]  # the last upsampling leaves those of the level below
     room = make_room(latents, sizes[0], channels[0] + max(channels), max(channels))
     with KeptFrames(vae, latents) as kept:
-        walk = Walk(vae, room, kept)
+        walk = Walk(vae, room, kept, slab_values(sizes[0][0]))
         for (frames, walk.is_last), target in zip(batches, targets, strict=True):
             part = latents[:, :, frames]
             part = part if vae.post_quant_conv is None else vae.post_quant_conv(part)
@@ -104,7 +105,7 @@ def decode_one(vae, latents: torch.Tensor, batches: list, sizes: list, pixels: t
 def make_room(like: torch.Tensor, size: tuple[int, ...], channels: int, slab_channels: int) -> Room:
     """For the activations of a pass of `size` (frames, height, width), where they are largest: at the pixels' size."""
     num_frames, height, width = size
-    rows = slabs_of(height, width, slab_channels)[0][1]
+    rows = slabs_of(height, width, slab_channels, slab_values(num_frames))[0][1]
     return Room(like, math.prod(size) * channels, (2 + num_frames) * (rows + 2) * width * slab_channels)
 
 
@@ -125,9 +126,14 @@ def frame_batches(num_frames: int, size: int) -> list[tuple[slice, bool]]:
     return [(slice(start, stop), stop == num_frames) for start, stop in zip(starts, stops, strict=True)]
 
 
-def slabs_of(height: int, width: int, channels: int) -> list[tuple[int, int]]:
-    """(top, bottom) of each slab: a function of the frame's size alone."""
-    count = -(-height * width * channels // SLAB_VALUES)
+def slab_values(num_frames: int) -> int:
+    """Of a frame in a slab, if a video's first pass has `num_frames`."""
+    return SLAB_VALUES * (IMAGE_SLABS if num_frames == 1 else 1)
+
+
+def slabs_of(height: int, width: int, channels: int, num_values: int) -> list[tuple[int, int]]:
+    """(top, bottom) of each slab, of `num_values` a frame at most: a function of the frame's size alone."""
+    count = -(-height * width * channels // num_values)
     rows = -(-height // count)
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
@@ -138,11 +144,12 @@ class Walk:
     Activations lie in `room`: those in flight at `end`, a block's others at the other one.
     """
 
-    def __init__(self, vae: AutoencoderKLCogVideoX, room: Room, kept: KeptFrames):
+    def __init__(self, vae: AutoencoderKLCogVideoX, room: Room, kept: KeptFrames, slab_values: int):
         self.steps = steps_for(vae)
         self.num_groups = vae.config.norm_num_groups
         self.room, self.end = room, 0
         self.kept = kept
+        self.slab_values = slab_values
         self.is_last = False
 
     def encode(self, encoder, pixels: torch.Tensor) -> torch.Tensor:
@@ -211,7 +218,7 @@ class Walk:
         num_groups = self.num_groups if num_groups is None else num_groups
         weight = layer.conv.weight.contiguous(memory_format=torch.channels_last_3d)
         moments = []
-        for top, bottom in slabs_of(*values.shape[1:3], max(values.shape[3], out.shape[3])):
+        for top, bottom in slabs_of(*values.shape[1:3], max(values.shape[3], out.shape[3]), self.slab_values):
             slab = self.causal_slab(layer, values, top, bottom, affine)
             part = F.conv3d(slab.permute(3, 0, 1, 2)[None], weight, padding=(0, 0, 1))[0].permute(1, 2, 3, 0)
             moments.append(self.steps.store(part, layer.conv.bias, out, top, adds, num_groups))
@@ -237,7 +244,7 @@ class Walk:
         out = self.room.place((num_frames, height // 2, width // 2, layer.conv.out_channels), 1 - self.end)
         weight = layer.conv.weight.contiguous(memory_format=torch.channels_last)
         moments = []
-        for top, bottom in slabs_of(height // 2, width, 2 * channels):
+        for top, bottom in slabs_of(height // 2, width, 2 * channels, self.slab_values):
             slab = self.room.slab((num_frames, 2 * (bottom - top) + 1, width + 1, channels))
             self.steps.fill_down(slab, values, 2 * top, layer.compress_time)
             part = F.conv2d(slab.permute(0, 3, 1, 2), weight, stride=2).permute(0, 2, 3, 1)
@@ -253,7 +260,7 @@ class Walk:
         out = self.room.place((num_frames, 2 * height, 2 * width, layer.conv.out_channels), 1 - self.end)
         weight = layer.conv.weight.contiguous(memory_format=torch.channels_last)
         moments = []
-        for top, bottom in slabs_of(2 * height, 2 * width, channels):
+        for top, bottom in slabs_of(2 * height, 2 * width, channels, self.slab_values):
             slab = self.room.slab((num_frames, bottom - top + 2, 2 * width, channels))
             self.steps.fill_up(slab, values, top - 1, layer.compress_time)
             part = F.conv2d(slab.permute(0, 3, 1, 2), weight, padding=(0, 1)).permute(0, 2, 3, 1)

@@ -1,6 +1,6 @@
 """Memory of the walk through the VAE: room for the activations in flight, and the frames that causal convolutions keep.
 
-Kept frames lie on the GPU as far as there is room, the others in pinned host memory, copied while the GPU computes:
+Kept frames lie on the GPU as far as there is plenty of room, the others in pinned host memory, copied while the GPU computes:
 the same bits either way.
 """
 
@@ -14,7 +14,9 @@ from memory.host import TransferStream, free_gpu_bytes, pinned_memory, wait
 
 ALIGNMENT = 128  # values: as aligned as memory from torch's allocator, whatever the kernels make of it
 SLOTS = 3  # buffers in turn, for each direction: one in use, two prefetched or on their way out
-MARGIN = 2**30  # bytes that kept frames leave free: for slots, what a slab's convolution takes, and fragments
+# Host memory takes no more time (H200, PCIe 5), so that kept frames lie on the GPU only where there is plenty: they leave
+# half of what is free, and MARGIN bytes, for slots, what a slab's convolution takes, and fragments
+MARGIN = 2**30
 
 # {vae: {key: flat host memory}}, for as long as the VAE lives: pinning takes longer than decoding a video
 PAGES = weakref.WeakKeyDictionary()
@@ -92,7 +94,7 @@ def bytes_left(device: torch.device) -> float:
     if device.type != "cuda":
         return math.inf
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # given back where it is needed
-    return free_gpu_bytes(device) + unused - MARGIN
+    return (free_gpu_bytes(device) + unused) / 2 - MARGIN
 
 
 class HostFrames:

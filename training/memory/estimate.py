@@ -47,8 +47,8 @@ ENCODING_TILED, DECODING_TILED = 2.3 * GIB, 3.45 * GIB  # the first is not measu
 VIDEO, VIDEO_TILED = (
     3,
     3.6 * 3,
-)  # values per pixel of the clip: 3 channels; in tiles with their overlaps, in rows, whole
-# Fragmentation meanwhile: with ample memory; with guidance's samples one by one and ample memory; then at least
+)  # values per pixel of a clip: its 3 channels; as overlapping tiles, rows of them, whole
+# Fragmentation meanwhile, with ample memory: of tiles; of whole frames, or of small tiles; and of these at least
 VAE_UNUSED, SMALL_UNUSED, MIN_SMALL_UNUSED = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
 EXPANDABLE_VAE_UNUSED = 0.55  # factor on these with expandable segments
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # per weight; None: the compute dtype's size
@@ -122,7 +122,7 @@ def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> 
         share = EXPANDABLE_VAE_UNUSED if workload.expandable else 1
         reserved = max(reserved, coding + share * vae_unused(workload, ample_memory, in_small_pieces))
         # Memory cached by training is released before rendering; a loop that encodes holds both all the time
-        reserved += share * VAE_UNUSED if ample_memory and workload.raw else 0
+        reserved += share * vae_unused_at_most(workload) if ample_memory and workload.raw else 0
         allocated = max(allocated, coding)
     if ample_memory and (workload.raw or workload.renders):
         text = T5_STREAMED if in_small_pieces else T5_XXL
@@ -199,7 +199,8 @@ def encoding_bytes(workload: Workload, ample_memory: bool) -> float:
     """Clips of a batch one by one; in tiles together."""
     if workload.tiled:
         return workload.shape[0] * ENCODING_TILED
-    return SLABS + workload.item_bytes * workload.area * (ENCODING + (ENCODING_KEPT if ample_memory else 0))
+    values = ENCODING + (ENCODING_KEPT if ample_memory else 0)
+    return SLABS + workload.item_bytes * (values * workload.area + VIDEO * workload.shape[0] * workload.pixels)
 
 
 def vae_unused(workload: Workload, ample_memory: bool, in_small_pieces: bool) -> float:
@@ -208,7 +209,11 @@ def vae_unused(workload: Workload, ample_memory: bool, in_small_pieces: bool) ->
         return SMALL_UNUSED if ample_memory else MIN_SMALL_UNUSED
     if workload.raw or workload.offloads_models:  # the latter: the VAE reuses the transformer's memory
         return 0
-    return VAE_UNUSED if ample_memory and workload.renders else 0
+    return vae_unused_at_most(workload) if ample_memory and workload.renders else 0
+
+
+def vae_unused_at_most(workload: Workload) -> float:
+    return VAE_UNUSED if workload.tiled else SMALL_UNUSED
 
 
 def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
