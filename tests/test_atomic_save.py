@@ -233,7 +233,9 @@ def test_without_a_whole_checkpoint_nothing_starts_anew(out):
     for number in (1, 2):
         flip(out / f"checkpoint-{number}/weight.safetensors")
     for more in ([], ["--resume_from_checkpoint", "latest"]):
-        with pytest.raises(UsageError, match=r"none of its 2 checkpoints is whole .*weight\.safetensors.*--overwrite"):
+        with pytest.raises(
+            UsageError, match=r"none of its 2 checkpoints is intact .*weight\.safetensors.*--overwrite"
+        ):
             continued(out, *more)
     (out / "checkpoint-3").mkdir()  # made by hand, or by a tool that copies folder by folder
     with pytest.raises(UsageError, match="none of its 3"):

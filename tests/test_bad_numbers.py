@@ -103,7 +103,7 @@ def test_bad_steps_stop_the_run_only_in_a_row():
 
 @by_script
 def test_a_bad_step_is_as_if_it_had_not_been(script, train, monkeypatch, caplog):
-    """The weights after it are those before it, bit for bit, and training goes on."""
+    """The weights after it are those before it, bit for bit, and training continues."""
     make_loss_nan(monkeypatch, lambda call: call == 4)
     with caplog.at_level(logging.WARNING):
         out = train("out", "--max_train_steps", "3", "--gradient_accumulation_steps", "2")

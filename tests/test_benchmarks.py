@@ -268,7 +268,7 @@ def speed_row(label, **figures):
 
 def test_a_row_is_validated_only_with_its_videos(tmp_path):
     row, log_path = bench.parse_row("5b-stream+validated"), tmp_path / "log"
-    log_path.write_text("WARNING step 2: validation videos failed, training goes on: OutOfMemoryError\nbye\n")
+    log_path.write_text("WARNING step 2: validation videos failed, training continues: OutOfMemoryError\nbye\n")
     args = SimpleNamespace(work=tmp_path, steps=4)
     for step in (0, 2, 4):
         with pytest.raises(bench.RowError, match=f"no video of step {step}: .*OutOfMemoryError"):

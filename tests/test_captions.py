@@ -1,4 +1,4 @@
-"""Captions on their way into T5: what it cannot read is said, and what it makes of them lies once in one mapped file."""
+"""Captions through T5: what it cannot read is a warning, and all ranks map one file of embeddings."""
 
 import importlib
 import json

@@ -189,6 +189,8 @@ def check_script(script, argv, monkeypatch):
         assert [word for word in argv if word.endswith("metrics.jsonl")]
     elif name in ("assets/make_flags.py", "benchmarks/tables.py", "benchmarks/draw_memory.py"):
         assert not argv
+    elif name == "benchmarks/vae.py":
+        importlib.import_module("vae").parse_args(argv)
     elif name.startswith("tiny_model/"):
         monkeypatch.chdir(ROOT)  # where the model's folder is looked for
         importlib.import_module(Path(name).stem).parse_args(argv)
@@ -448,17 +450,22 @@ def test_files_named_in_the_text_exist(page):
 
 
 def test_the_layout_names_every_module():
+    """Below each room its promise and its modules; the tree fits a screen."""
     layout = read(ROOT / "assets/contribute.md").split("\n## Layout\n")[1].split("\n## ")[0]
     tree = layout.split("```text\n")[1].split("```")[0]
-    files = [
-        path for path in (ROOT / "training").rglob("*") if path.suffix in (".py", ".sh") and path.stem != "__init__"
-    ]
-    rooms = {path.parent.name: {file.stem for file in files if file.parent == path.parent} for path in files}
-    patterns = re.findall(r"[\w*]+\.(?:py|sh)", tree)
-    beside = {path.name for path in files if path.parent.name == "training"}
+    assert tree.count("\n") <= 45 and max(map(len, tree.splitlines())) <= 110
+    scripts, *parts = re.split(r"^  (\w+)/ ", tree, flags=re.M)
+    beside = {path.name for path in (ROOT / "training").iterdir() if path.suffix in (".py", ".sh")}
+    patterns = re.findall(r"[\w*]+\.(?:py|sh)", scripts)
     assert {name for name in beside if any(fnmatch(name, pattern) for pattern in patterns)} == beside
-    named = dict(re.findall(r"^  (\w+)/ [^\n]*\n((?: {17}[^\n]*\n)+)", tree, flags=re.M))
-    assert {room: set(names.split()) for room, names in named.items()} | {"training": rooms["training"]} == rooms
+    rooms = {path.parent: path.read_text(encoding="utf-8") for path in (ROOT / "training").glob("*/__init__.py")}
+    described = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert described.keys() == {room.name for room in rooms}
+    for room, promise in rooms.items():
+        text = " ".join(described[room.name].split())
+        assert text.startswith(promise.strip().strip('"'))
+        named = re.findall(r"(\w+\.py)(?:,|  )", described[room.name])
+        assert sorted(named) == sorted(path.name for path in room.glob("*.py") if path.stem != "__init__")
 
 
 def test_the_wrapper_table_matches_the_wrappers():

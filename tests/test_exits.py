@@ -1,4 +1,4 @@
-"""Honest exits: a sweep says how every run ended, goes on, stops in good order, and on a rerun does what is left."""
+"""Honest exits: a sweep reports how every run ended, continues, stops in order, and on a rerun does what is left."""
 
 import json
 import os

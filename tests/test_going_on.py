@@ -133,7 +133,7 @@ def test_a_run_goes_on_after_its_data_moved(move, form, train, tiny, prepared, c
         os.utime(path, (1, 1))
     out = train("t2v_lora", tiny("2b"), place, *flags, steps=2)
     assert len(losses(out)) == 2 and "at step 1" in caplog.text
-    assert f"goes on, with the same content at other places: --data_root {data} -> {place}" in caplog.text
+    assert f"continues, with the same content in other places: --data_root {data} -> {place}" in caplog.text
     assert record(out)["flags"]["data_root"] == str(place)
 
 
@@ -370,7 +370,7 @@ def test_the_lora_at_the_start_may_move_and_go_but_not_change(train, tiny, prepa
     Path(path).unlink()
     caplog.clear()
     assert len(losses(train("t2v_lora", model, data, *PREPARED, "--init_lora", path, steps=3))) == 3
-    assert "cannot be compared whether these are the same: the LoRA that it started from" in caplog.text
+    assert "these cannot be compared with what it was trained on: the LoRA that it started from" in caplog.text
     assert start == tmp_path / "run"
 
 

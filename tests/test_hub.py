@@ -570,7 +570,7 @@ def test_a_line_that_is_cut_during_a_download_is_one_line(monkeypatch):
         raise CLIENT.ReadError("the line is cut")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", cut)
-    with pytest.raises(UsageError, match=r"^me/model: neither .* \(the line is cut\); where it cannot be reached"):
+    with pytest.raises(UsageError, match=r"^me/model: neither .* \(the line is cut\); if it cannot be reached"):
         resolve_model_dir("me/model", ["vae"])
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: F811 (fixtures)
-"""Every level of memory goes together with all else that a run may do, and changes none of it."""
+"""Every memory level works with everything else that a run may do, and changes none of it."""
 
 import functools
 import gc

@@ -98,7 +98,7 @@ def test_every_row_of_the_calibration_was_measured():
 
 
 def expected_need(file, run, level, cap_gib):
-    """What torch holds lies between what is needed and what it takes where there is room; a cap decides. Hosts had room."""
+    """torch reserves between what is needed and what it takes with ample memory, as the cap allows. Hosts had ample memory."""
     if cap_gib < math.inf:
         needed, ample_memory = memory_peaks(run, level), memory_peaks(run, level, ample_memory=True)
         reserved = max(needed.reserved, min(cap_gib * GIB, ample_memory.reserved))

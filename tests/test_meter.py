@@ -1,4 +1,4 @@
-"""What is told of the updates: one line each, numbers fetched together, bad ones named, time where it belongs."""
+"""Per-update logging: one line each, values fetched together, non-finite updates named, time counted where it belongs."""
 
 import json
 import math

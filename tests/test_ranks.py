@@ -90,8 +90,8 @@ def test_a_rank_that_waits_for_another_hears_ctrl_c(on_two_ranks):
         if rank == 0:
             group_store().wait(["has left"], timedelta(seconds=60))
             return "never came"
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
             exchange_on_host("never")
         group_store().set("has left", "")
         return "left"

@@ -122,13 +122,15 @@ def test_a_folder_that_cannot_be_opened_to_flush_it_stops_nothing(train, monkeyp
 def test_files_that_cannot_be_flushed_are_warned_of_once(train, kind, number, monkeypatch, caplog):
     assert refuse(monkeypatch, os, "fsync", number) == []
     out = train(kind)
-    assert caplog.text.count("the disk takes no fsync") == 1 and os.strerror(number) in caplog.text
+    assert caplog.text.count("the disk does not support fsync") == 1 and os.strerror(number) in caplog.text
     before = losses(out)
     for path in (out / "checkpoint-4", out / "status.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     caplog.clear()
     assert losses(train(kind)) == before
-    assert "continuing from out/checkpoint-2" in caplog.text and caplog.text.count("the disk takes no fsync") == 1
+    assert (
+        "continuing from out/checkpoint-2" in caplog.text and caplog.text.count("the disk does not support fsync") == 1
+    )
 
 
 @both_kinds

@@ -94,7 +94,7 @@ def test_validation_that_never_fits_is_skipped_with_one_line(train, monkeypatch,
     monkeypatch.setattr(render_module, "render_one", full)
     with caplog.at_level(logging.WARNING):
         out = train("out", "--max_train_steps", "3", *PROMPT)
-    failed = [record.getMessage() for record in caplog.records if "training goes on" in record.getMessage()]
+    failed = [record.getMessage() for record in caplog.records if "training continues" in record.getMessage()]
     assert len(failed) == 3 and all("out of memory" in line for line in failed)
     assert result_hash(out) == result_hash(plain) and status(out)["state"] == "complete"
 

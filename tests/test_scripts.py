@@ -144,7 +144,7 @@ class Unread(TorchDispatchMode):
 
 
 def between_logs(monkeypatch, guard):
-    """`guard` holds from the end of the first update, which is told of, to that of the sixth: steps 2 to 6, whole."""
+    """`guard` is active from the end of the first update, which is logged, to the end of the sixth: for all of steps 2 to 6."""
     calls, stop_is_due = [], exits.stop_is_due
 
     def watched(*arguments):
@@ -328,7 +328,7 @@ def test_a_batch_larger_than_a_bucket_holds_takes_what_is_there(train, caplog):
     caplog.set_level(logging.INFO)
     out = train("out", "--train_batch_size", "16", "--num_train_epochs", "1", data="two")
     assert len(metrics(out)) == 2
-    assert "a bucket holds 2 clips, less than a batch of 16" in caplog.text
+    assert "a bucket holds 2 clips, fewer than a batch of 16" in caplog.text
 
 
 def test_a_given_seed_holds_where_an_earlier_run_left_nothing(train, stops, module, monkeypatch):

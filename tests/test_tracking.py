@@ -75,8 +75,8 @@ def test_no_tracker_leaves_no_folder(train):
 @pytest.mark.parametrize(
     ("method", "consequence"),
     [
-        ("start", "tracking stops, metrics.jsonl goes on"),
-        ("log", "tracking stops, metrics.jsonl goes on"),
+        ("start", "tracking stops, metrics.jsonl continues"),
+        ("log", "tracking stops, metrics.jsonl continues"),
         ("finish", "tensorboard was not closed, metrics.jsonl is complete"),
     ],
 )

@@ -647,7 +647,7 @@ def test_a_slow_rank_and_a_failing_one_do_not_end_the_run(module, command, sampl
     # The first renders 0_0 and 1_0, the second 0_1 and 1_1
     assert sampled(tmp_path / "out") == {step: ["0_0", "0_1", "1_0"] for step in (0, 2)}
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("validation videos failed, training goes on: ValueError: no such luck (process 1)") == 2
+    assert log.count("validation videos failed, training continues: ValueError: no such luck (process 1)") == 2
 
 
 def test_a_signal_during_a_validation_is_no_promise_to_go_on(caplog):
@@ -753,7 +753,7 @@ def test_a_failing_held_out_loss_is_a_warning(train, prepared, monkeypatch, capl
     assert held_out_rows(out) == []
     texts = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(texts) == 2 and all(
-        "held-out loss failed, training goes on: ZeroDivisionError" in text for text in texts
+        "held-out loss failed, training continues: ZeroDivisionError" in text for text in texts
     )
 
 

@@ -91,9 +91,9 @@ def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- parsers
-# The first line of a help text is for --help: what and in which unit, about 48 characters where they are enough. It may
-# end by what holds where the flag is left out, "(default: ...)"; elsewhere that is the parsed default. A second line, of
-# whole sentences, is for assets/flags.md alone.
+# The first line of a help text is for --help: meaning and unit, in about 48 characters if possible. It may end with
+# "(default: ...)", what applies without the flag; otherwise the parsed default is shown. The second line, in whole
+# sentences, is only for assets/flags.md.
 
 
 def make_training_parser(script: str) -> FlagParser:
@@ -135,7 +135,7 @@ def add_download_flags(group):
     group.add_argument(
         "--allow_cpu",
         action="store_true",
-        help="run a model of real size on a CPU, very slowly\nWithout the flag it is refused.",
+        help="run a model of real size on a CPU, very slowly\nWithout the flag, that is refused.",
     )
 
 
@@ -143,28 +143,28 @@ def add_clip_list_flags(group, caption_column: str):
     group.add_argument(
         "--dataset_file",
         metavar="CSV",
-        help="CSV, a row per clip, in place of the text files\nIts columns are named by --video_column and "
-        "--caption_column.",
+        help="CSV with a row per clip, instead of the text files\n--video_column and --caption_column name its "
+        "columns.",
     )
     group.add_argument(
         "--video_column",
         metavar="NAME",
         default="video",
-        help="text file of paths, or the CSV's column\nThe file lies in --data_root and has one path per line.",
+        help="text file of paths, or the CSV's column\nThe file is in --data_root and has one path per line.",
     )
     group.add_argument(
         "--caption_column",
         metavar="NAME",
         default=caption_column,
-        help="text file of captions, or the CSV's column\nThe file lies in --data_root and has one caption per line.",
+        help="text file of captions, or the CSV's column\nThe file is in --data_root and has one caption per line.",
     )
     group.add_argument(
         "--allow_outside_root",
         action="store_true",
-        help="read files outside of the data folder as well\nThey are named by .., absolute paths or links.",
+        help="read files outside the data folder too\nThat is, through .., absolute paths or links.",
     )
     group.add_argument(
-        "--id_token", metavar="TOKEN", help="text put in front of every caption\nA space is put between."
+        "--id_token", metavar="TOKEN", help="text put in front of every caption\nA space separates the two."
     )
 
 
@@ -173,15 +173,15 @@ def add_reading_flags(group):
         "--random_flip",
         type=probability,
         metavar="P",
-        help="probability that a clip is mirrored (default: 0)\nAll its frames are mirrored, left to right; "
-        "captions stay as written.",
+        help="probability that a clip is mirrored (default: 0)\nAll its frames are mirrored left to right; "
+        "captions are not changed.",
     )
     group.add_argument(
         "--dataloader_num_workers",
         type=at_least(0),
         metavar="N",
         default=0,
-        help="processes that read data, for each GPU\nWith 0 the main process reads.",
+        help="processes that read data, per GPU\nWith 0, the main process reads.",
     )
     group.add_argument("--pin_memory", action="store_true", help="pinned host memory: faster copies to the GPU")
     group.add_argument(
@@ -222,19 +222,20 @@ def add_size_flags(group):
         type=at_least(1),
         metavar="FRAMES",
         default=49,
-        help="most frames of a clip\nLarger frame buckets stay empty.",
+        help="maximum frames of a clip\nLarger frame buckets stay empty.",
     )
     group.add_argument(
         "--video_reshape_mode",
         metavar="MODE",
         help="crop at the center or at random; with none, clips have their bucket's size already (default: "
-        "center)\nBoth crops scale a clip to cover its bucket and keep its aspect; random draws a place per "
+        "center)\nBoth crops scale a clip to cover its bucket and keep its aspect; random draws a position per "
         "clip.",
     )
 
 
 FPS_HELP = (
-    "sampled frames per second (default: 8; CogVideoX 1.5: 16)\nClips are sampled by time, whatever their own rate is."
+    "sampled frames per second (default: 8; CogVideoX 1.5: 16)\nClips are sampled by time, whatever their own "
+    "frame rate."
 )
 
 
@@ -259,7 +260,7 @@ def add_model_flags(parser: FlagParser):
     group.add_argument(
         "--config",
         metavar="args.json",
-        help="flags and seed of a run; those given here win\nIt is named by its args.json.",
+        help="flags and seed of a run; those given here win\nGive the run's args.json.",
     )
     add_download_flags(group)
 
@@ -274,7 +275,7 @@ def add_lora_flags(parser: FlagParser):
         type=at_least(1),
         metavar="N",
         default=64,
-        help="output is scaled by lora_alpha / rank\nIn the file the weights are scaled already.",
+        help="output is scaled by lora_alpha / rank\nThe saved weights are already scaled.",
     )
     group.add_argument(
         "--lora_target_modules",
@@ -282,13 +283,12 @@ def add_lora_flags(parser: FlagParser):
         metavar="NAME",
         default=["to_q", "to_k", "to_v", "to_out.0"],
         help="linear layers that get a LoRA, by the end of their names\nff.net.0.proj and ff.net.2 are the "
-        "feed-forward.",
+        "feed-forward layers.",
     )
     group.add_argument(
         "--use_dora",
         action="store_true",
-        help="DoRA (arXiv 2402.09353): slower, more memory\nThe length of every weight row is trained beside the "
-        "LoRA.",
+        help="DoRA (arXiv 2402.09353): slower, more memory\nThe norm of every weight row is trained beside the LoRA.",
     )
     group.add_argument(
         "--use_rslora",
@@ -299,9 +299,9 @@ def add_lora_flags(parser: FlagParser):
         "--lora_init",
         metavar="SCHEME",
         default="default",
-        help="start: default, gaussian or orthogonal\nNone has an effect at first. default is Kaiming uniform, "
-        "orthogonal needs an even rank. Schemes of peft that change the base weights too (pissa, olora, ...) "
-        "are refused: their file fits no other base.",
+        help="initialization: default, gaussian or orthogonal\nThe LoRA has no effect at first with any of them. "
+        "default is Kaiming uniform; orthogonal needs an even rank. Schemes of peft that also change the base "
+        "weights (pissa, olora, ...) are refused: their file fits no other base.",
     )
     group.add_argument(
         "--init_lora",
@@ -344,10 +344,10 @@ def add_bucket_flags(parser: FlagParser):
     add_size_flags(group)
     group.add_argument("--fps", type=at_least(1), metavar="N", default=8, help=FPS_HELP)
     group.add_argument(
-        "--skip_frames_start", type=at_least(0), metavar="N", default=0, help="frames left out at the start of a file"
+        "--skip_frames_start", type=at_least(0), metavar="N", default=0, help="frames skipped at the start of a file"
     )
     group.add_argument(
-        "--skip_frames_end", type=at_least(0), metavar="N", default=0, help="frames left out at the end of a file"
+        "--skip_frames_end", type=at_least(0), metavar="N", default=0, help="frames skipped at the end of a file"
     )
 
 
@@ -357,15 +357,15 @@ def add_training_flags(parser: FlagParser):
         "--seed",
         type=at_least(0),
         metavar="N",
-        help="seed of every draw (default: drawn, kept in args.json)\nDraws follow a sample's place in the run, "
-        "so that the number of workers and processes changes only rounding.",
+        help="seed of all random draws (default: drawn, kept in args.json)\nDraws depend on a sample's position in "
+        "the run, so the number of workers and processes changes only rounding.",
     )
     group.add_argument(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
-        help="what the model computes in; no is fp32 (default: the launcher's, else bf16 on a GPU and no on a "
-        "CPU)\nFrozen weights have it too, trained ones are fp32. fp16 scales the loss, and needs a GPU and "
-        "a checkpoint not stored in bf16, such as CogVideoX-2b.",
+        help="compute precision; no is fp32 (default: the launcher's, else bf16 on a GPU and no on a CPU)\nFrozen "
+        "weights have it too; trained ones are in fp32. fp16 scales the loss, and needs a GPU and a checkpoint not "
+        "stored in bf16, such as CogVideoX-2b.",
     )
     group.add_argument(
         "--train_batch_size", type=at_least(1), metavar="CLIPS", default=4, help="clips per batch, on each GPU"
@@ -392,7 +392,7 @@ def add_training_flags(parser: FlagParser):
         type=at_least(1),
         metavar="SECONDS",
         default=600,
-        help="how long processes wait for one another\nThen the run is given up.",
+        help="how long processes wait for each other\nAfter that, the run is aborted.",
     )
     add_conditioning_flags(group)
 
@@ -415,21 +415,21 @@ def add_conditioning_flags(group):
     group.add_argument(
         "--stratified_timesteps",
         action="store_true",
-        help="spread timesteps in each update: less noisy loss\nThey cover the noise levels evenly; the mean of "
-        "the loss stays.",
+        help="spread timesteps in each update: less noisy loss\nThey cover the noise levels evenly; the mean loss "
+        "is unchanged.",
     )
     group.add_argument(
         "--image_latent_scale",
         choices=["pipeline", "raw"],
         default="pipeline",
-        help="of the first frame's latents; with raw, inference must be changed\npipeline is what diffusers feeds "
-        "the model, raw is the VAE's own; it is recorded in the result.",
+        help="scale of the first frame's latents; raw needs changes at inference\npipeline is what diffusers feeds "
+        "the model, raw is the VAE's own; the result records it.",
     )
     group.add_argument(
         "--drop_learned_positions",
         action="store_true",
-        help="train CogVideoX-5b-I2V at other sizes than 49 frames of 480x720; inference must drop them too\nIt "
-        "is recorded in the result.",
+        help="train CogVideoX-5b-I2V at sizes other than 49 frames of 480x720; inference must drop them too\nThe "
+        "result records it.",
     )
 
 
@@ -452,7 +452,7 @@ def add_optimizer_flags(parser: FlagParser):
         "--beta3",
         type=below_one,
         metavar="DECAY",
-        help="third decay (default: sqrt(beta2); came: 0.9999)\nIt is of prodigy's step size estimate, or of "
+        help="third decay (default: sqrt(beta2); came: 0.9999)\nIt is for prodigy's step size estimate, or for "
         "came's confidence.",
     )
     group.add_argument(
@@ -482,7 +482,7 @@ def add_optimizer_flags(parser: FlagParser):
         type=at_least(1),
         metavar="N",
         default=5,
-        help="updates with NaN or infinity are skipped; so many in a row end the run\nThe exit code is 70. Loss "
+        help="updates with NaN or infinity are skipped; this many in a row end the run\nThe exit code is 70. Loss "
         "and gradient of every update are checked.",
     )
     add_state_flags(group)
@@ -495,7 +495,7 @@ def add_state_flags(group):
         help="adam, adamw: 8-bit states, by bitsandbytes\nTensors under 4,096 elements stay in fp32.",
     )
     group.add_argument("--use_4bit", action="store_true", help="adam, adamw: 4-bit states, by torchao")
-    group.add_argument("--use_fp8", action="store_true", help="adam, adamw: fp8 states, by torchao, since Ada")
+    group.add_argument("--use_fp8", action="store_true", help="adam, adamw: fp8 states, by torchao; Ada or newer")
     group.add_argument("--use_torchao", action="store_true", help="--use_8bit by torchao")
     group.add_argument("--prodigy_decouple", action="store_true", help="weight decay of prodigy as in AdamW")
     group.add_argument("--prodigy_use_bias_correction", action="store_true", help="Adam's bias correction in prodigy")
@@ -511,7 +511,7 @@ def add_lr_flags(group):
     group.add_argument(
         "--scale_lr",
         action="store_true",
-        help="multiply --learning_rate by the clips of an update\nThese are batch size x accumulation x processes.",
+        help="multiply --learning_rate by the clips per update\nThat is batch size x accumulation x processes.",
     )
     group.add_argument("--lr_scheduler", metavar="NAME", default="constant", help=", ".join(LR_SCHEDULERS))
     group.add_argument(
@@ -519,7 +519,7 @@ def add_lr_flags(group):
         type=at_least(0),
         metavar="N",
         default=500,
-        help="updates of warm-up, not with constant\nIt is linear from 0; constant_with_warmup has it.",
+        help="warm-up updates; none with constant\nThe warm-up is linear from 0; constant_with_warmup has it.",
     )
     group.add_argument(
         "--lr_num_cycles", type=at_least(1), metavar="N", default=1, help="cycles of cosine_with_restarts"
@@ -539,24 +539,24 @@ def add_output_flags(parser: FlagParser):
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="move what is in --output_dir aside, start anew\nWithout the flag, the run is continued or refused.",
+        help="move what is in --output_dir aside, start over\nWithout the flag, the run is continued or refused.",
     )
     group.add_argument(
         "--save_dtype",
         choices=["fp32", "fp16", "bf16"],
-        help="dtype of the transformer written (default: as stored)",
+        help="dtype of the saved transformer (default: as stored)",
     )
     group.add_argument(
         "--ema",
         action="store_true",
-        help="validate and write an average of the weights\nIt moves with every update and is kept in fp32.",
+        help="validate and save a moving average of the weights\nIt is updated with every step and kept in fp32.",
     )
     group.add_argument(
         "--ema_decay",
         type=below_one,
         metavar="DECAY",
         default=0.9999,
-        help="weight of the old average\nThe new weights have the rest, in every update.",
+        help="weight of the old average, in every update\nThe new weights get the rest.",
     )
     group.add_argument(
         "--checkpointing_steps",
@@ -569,13 +569,13 @@ def add_output_flags(parser: FlagParser):
         "--checkpoints_total_limit",
         type=at_least(1),
         metavar="N",
-        help="newest checkpoints kept (default: all)\nThe oldest goes once a newer one is written.",
+        help="newest checkpoints to keep (default: all)\nThe oldest is removed once a newer one is written.",
     )
     group.add_argument(
         "--resume_from_checkpoint",
         metavar="PATH",
-        help="a checkpoint to go on from, or latest\nlatest is the newest of --output_dir; without any, the run "
-        "starts afresh.",
+        help="a checkpoint to resume from, or latest\nlatest is the newest of --output_dir; without any, the run "
+        "starts at step 0.",
     )
 
 
@@ -590,10 +590,10 @@ def add_validation_flags(parser: FlagParser):
     group.add_argument(
         "--validation_images",
         metavar="PATHS",
-        help="first frames, files or URLs, with ::: between\nThere is one for each prompt.",
+        help="first frames, files or URLs, with ::: between them\nGive one per prompt.",
     )
     group.add_argument(
-        "--validation_prompt_separator", metavar="TEXT", default=":::", help="between prompts and images"
+        "--validation_prompt_separator", metavar="TEXT", default=":::", help="text between prompts, and between images"
     )
     group.add_argument("--num_validation_videos", type=at_least(1), metavar="N", default=1, help="videos per prompt")
     group.add_argument(
@@ -605,12 +605,12 @@ def add_validation_flags(parser: FlagParser):
     group.add_argument(
         "--no_first_validation",
         action="store_true",
-        help="none before the first update\nRuns of one sweep would all render the same untrained model.",
+        help="no validation before the first update\nRuns of one sweep would all render the same untrained model.",
     )
     group.add_argument(
         "--validation_data_root",
         metavar="FOLDER",
-        help="held-out clips, whose loss is logged\nThey have the form of --data_root (with --dataset_file, a CSV "
+        help="held-out clips, whose loss is logged\nThey are laid out like --data_root (with --dataset_file, a CSV "
         "of that name in the folder). Noise and timesteps are fixed.",
     )
     group.add_argument(
@@ -659,12 +659,12 @@ def add_memory_flags(parser: FlagParser):
     group.add_argument(
         "--enable_slicing",
         action="store_true",
-        help="VAE: one video at a time\nOn a GPU it always works so: the flag changes nothing there.",
+        help="VAE: one video at a time\nNo effect on a GPU, where it always does so.",
     )
     group.add_argument(
         "--enable_tiling",
         action="store_true",
-        help="VAE: overlapping tiles\nDiffers slightly from whole frames, which need no more memory and less time.",
+        help="VAE: overlapping tiles\nSlower, with slightly different results; no longer needed to save memory.",
     )
     group.add_argument(
         "--use_cpu_offload_optimizer",
@@ -676,7 +676,7 @@ def add_memory_flags(parser: FlagParser):
         "--offload_gradients",
         action="store_true",
         help="gradients too, with --use_cpu_offload_optimizer\nEvery gradient moves to host memory as soon as it "
-        "is there.",
+        "is computed.",
     )
     add_speed_flags(group)
 
@@ -686,30 +686,28 @@ def add_speed_flags(group):
         "--compile_blocks",
         action="store_true",
         help="torch.compile the blocks (default: on a GPU with --memory)\nEvery transformer block is compiled in "
-        "place: steps are faster after a first one that compiles. accelerate_configs/compiled_1.yaml does it "
-        "too.",
+        "place: the first step compiles, later ones are faster. accelerate_configs/compiled_1.yaml does it too.",
     )
     group.add_argument("--no_compile_blocks", action="store_true", help="--memory without torch.compile")
     group.add_argument(
         "--attention",
         choices=["auto", "cudnn", "flash", "fa4", "math"],
         default="auto",
-        help="auto is the fastest there; fa4: FlashAttention-4; math: exact and slow\nauto times those that are "
-        "installed on this run's shape, once for each card and shape. fa4 is a pre-release on PyPI "
-        "(flash-attn-4).",
+        help="auto is the fastest there; fa4: FlashAttention-4; math: exact and slow\nauto times the installed "
+        "ones on this run's shape, once per GPU model and shape. fa4 is a pre-release on PyPI (flash-attn-4).",
     )
     group.add_argument(
         "--base_precision",
         choices=BASE_PRECISIONS,
         default="bf16",
-        help="frozen weights: fp8 is faster, int8 and nf4 are smaller; the loss changes a little\nThose of "
-        "attention and feed-forward. bf16 leaves them as computed; fp8 computes faster on Ada and newer; "
-        "int8 and nf4 take less memory, at some speed.",
+        help="frozen weights: fp8 is faster, int8 and nf4 are smaller; the loss changes a little\nOnly those of "
+        "attention and feed-forward. bf16 leaves them in the compute precision; fp8 computes faster on Ada and "
+        "newer; int8 and nf4 take less memory, at some cost in speed.",
     )
     group.add_argument(
         "--allow_tf32",
         action="store_true",
-        help="TF32 for fp32 matrix products: faster, coarser\nIt needs a GPU since Ampere.",
+        help="TF32 for fp32 matrix products: faster, coarser\nIt needs an Ampere GPU or newer.",
     )
 
 
@@ -739,13 +737,13 @@ def add_tracking_flags(parser: FlagParser):
         help="token for the hub; other users of the machine can read it, HF_TOKEN is safer\nSo is `hf auth "
         "login`. The token is written nowhere.",
     )
-    group.add_argument("--hub_model_id", metavar="ID", help="repository (default: yours, named as --output_dir)")
+    group.add_argument("--hub_model_id", metavar="ID", help="repository (default: yours, named like --output_dir)")
     add_verbose_flag(group)
 
 
 def add_verbose_flag(group):
     group.add_argument(
-        "--verbose", action="store_true", help="show what the libraries say too: their logs, warnings and bars"
+        "--verbose", action="store_true", help="also show the libraries' logs, warnings and progress bars"
     )
 
 
@@ -758,8 +756,8 @@ def add_prepare_model_flags(parser: FlagParser):
         "--model_id",
         metavar="MODEL",
         default="THUDM/CogVideoX-2b",
-        help="model that will be trained: a hub id, zai-org/... or THUDM/..., or a local diffusers folder\nIts "
-        "VAE and T5 encode.",
+        help="model that will be trained: a hub id, zai-org/... or THUDM/..., or a local diffusers folder\nIts VAE "
+        "and T5 are used.",
     )
     add_download_flags(group)
     group.add_argument(
@@ -800,7 +798,7 @@ def add_prepare_data_flags(parser: FlagParser):
         type=at_least(0),
         metavar="N",
         default=42,
-        help="seed of every draw\nThey are made per clip: flip, crop, start, noise on first frames.",
+        help="seed of all random draws\nThey are made per clip: flip, crop, start, noise on first frames.",
     )
 
 
@@ -817,7 +815,7 @@ def add_prepare_output_flags(parser: FlagParser):
         required=True,
         default=argparse.SUPPRESS,
         metavar="FOLDER",
-        help="folder to write, required\nIn one that holds part of the work, only what is missing is done.",
+        help="folder to write, required\nIf it holds part of the work, only what is missing is done.",
     )
     group.add_argument(
         "--save_latents_and_embeddings",
@@ -847,15 +845,14 @@ def add_prepare_output_flags(parser: FlagParser):
     group.add_argument(
         "--verify",
         action="store_true",
-        help="hash everything again, make again what is old\nNothing remembered is believed: every video and "
-        "weight file is hashed anew, and what an earlier version prepared is made again, compared and "
-        "replaced.",
+        help="hash everything again, remake what is old\nNothing cached is trusted: every video and weight file is "
+        "hashed again, and what an earlier version prepared is made again, compared and replaced.",
     )
     group.add_argument(
         "--prune",
         action="store_true",
-        help="remove its files of clips no longer listed\nThose in the output folder's own subfolders that "
-        "prepare_dataset.py wrote and no row names any more.",
+        help="remove its files for clips no longer listed\nThese are files in the output folder's own subfolders "
+        "that prepare_dataset.py wrote and no row uses any more.",
     )
 
 
@@ -867,18 +864,18 @@ def add_prepare_memory_flags(parser: FlagParser):
     group.add_argument(
         "--use_slicing",
         action="store_true",
-        help="VAE: one clip at a time\nOn a GPU it always works so: the flag changes nothing there.",
+        help="VAE: one clip at a time\nNo effect on a GPU, where it always does so.",
     )
     group.add_argument(
         "--use_tiling",
         action="store_true",
-        help="VAE: overlapping tiles\nDiffers slightly from whole frames, which need no more memory and less time.",
+        help="VAE: overlapping tiles\nSlower, with slightly different results; no longer needed to save memory.",
     )
     group.add_argument(
         "--num_artifact_workers",
         type=at_least(1),
         metavar="N",
         default=4,
-        help="threads that write files, for each GPU",
+        help="threads that write files, per GPU",
     )
     add_verbose_flag(group)

@@ -49,7 +49,7 @@ def main(args) -> None:
     models.check_sizes_from_args(args, model, buckets, sample_size if prompts else None)
     plan = steps.make_plan(args, clips.clip_buckets, run.num_ranks)
 
-    # ---------------------------------------------------------------- models; T5 comes and goes before the transformer
+    # ---------------------------------------------------------------- models; T5 is freed before the transformer comes
     needs_encoders = bool(prompts) or not args.load_tensors
     model = models.fetch_from_args(args, model, needs_encoders)
     dtype = launch.compute_dtype(args, model.stored_dtype, device)
@@ -87,7 +87,7 @@ def main(args) -> None:
     output_dir.record_run(args, run, content)
     tracking.start_trackers(args, run, "cogvideox-image-to-video-lora", first_step)
 
-    # ---------------------------------------------------------------- validation, by the same two functions as the loop
+    # ---------------------------------------------------------------- validation, with the loop's own two functions
     encode = functools.partial(encode_batch, args, model, vae, embeds)
     losses_of = functools.partial(compute_losses, transformer, alphas_cumprod, dtype)
     held_out_batches = held_out.encode_clips(run, held_out_clips, encode, losses_of, len(alphas_cumprod))
@@ -111,10 +111,9 @@ def main(args) -> None:
             if args.text_dropout:
                 no_text = objective.draw_uniform(run.seed, "text_dropout", sample_ids, device) < args.text_dropout
                 prompt_embeds = torch.where(no_text.view(-1, 1, 1), empty_embeds.to(prompt_embeds), prompt_embeds)
-            no_image = (
-                objective.draw_uniform(run.seed, "image_dropout", sample_ids, device) < args.noised_image_dropout
-            )
-            image_latents = image_latents.masked_fill(no_image.view(-1, 1, 1, 1, 1), 0.0)
+            uniform = objective.draw_uniform(run.seed, "image_dropout", sample_ids, device)  # [B]
+            no_image = (uniform < args.noised_image_dropout).view(-1, 1, 1, 1, 1)
+            image_latents = image_latents.masked_fill(no_image, 0.0)
 
             noise = objective.draw_normal(run.seed, "noise", sample_ids, latents.shape[1:], device)
             timesteps = objective.draw_timesteps(run.seed, sample_ids, len(alphas_cumprod), num_strata, device)  # [B]
@@ -126,7 +125,7 @@ def main(args) -> None:
             if not updated.stepped:
                 continue
 
-            # Everything below sees one optimizer update
+            # From here on: once per optimizer update
             step += 1
             meter.log(step, updated)
             if step % args.checkpointing_steps == 0:
@@ -146,7 +145,7 @@ def main(args) -> None:
 
 
 def encode_batch(args, model, vae, embeds: dict, batch: dict, seed: int, sample_ids: list) -> tuple[torch.Tensor, ...]:
-    """(latents [B, F, C, H, W], prompt_embeds [B, S, D], image_latents [B, 1, C, H, W]): from moments on disk, or of clips.
+    """(latents [B, F, C, H, W], prompt_embeds [B, S, D], image_latents [B, 1, C, H, W]) of prepared moments or pixels.
 
     The first frame gets noise before the VAE; prepared data holds several such variants of it.
     """
@@ -161,13 +160,11 @@ def encode_batch(args, model, vae, embeds: dict, batch: dict, seed: int, sample_
         image_moments = encoding.encode_noised_images(vae, images, pixel_noise, log_sigma)
         moments = encoding.encode_videos(vae, pixels)
         prompt_embeds = to_device(torch.stack([embeds[prompt] for prompt in batch["prompt"]]), moments.device)
-
     device = moments.device
     noise = objective.draw_normal(seed, "posterior", sample_ids, inputs.latent_shape(moments), device)
     latents = inputs.pad_frames(inputs.sample_latents(moments, noise, model.vae_config), model.patch_size_t)
-    image_noise = objective.draw_normal(
-        seed, "image_posterior", sample_ids, inputs.latent_shape(image_moments), device
-    )
+    image_shape = inputs.latent_shape(image_moments)
+    image_noise = objective.draw_normal(seed, "image_posterior", sample_ids, image_shape, device)
     image_latents = inputs.sample_image_latents(image_moments, image_noise, model.vae_config, args.image_latent_scale)
     return latents, prompt_embeds, image_latents
 

@@ -49,7 +49,7 @@ def main(args) -> None:
     models.check_sizes_from_args(args, model, buckets, sample_size if prompts else None)
     plan = steps.make_plan(args, clips.clip_buckets, run.num_ranks)
 
-    # ---------------------------------------------------------------- models; T5 comes and goes before the transformer
+    # ---------------------------------------------------------------- models; T5 is freed before the transformer comes
     needs_encoders = bool(prompts) or not args.load_tensors
     model = models.fetch_from_args(args, model, needs_encoders)
     dtype = launch.compute_dtype(args, model.stored_dtype, device)
@@ -87,7 +87,7 @@ def main(args) -> None:
     output_dir.record_run(args, run, content)
     tracking.start_trackers(args, run, "cogvideox-text-to-video-lora", first_step)
 
-    # ---------------------------------------------------------------- validation, by the same two functions as the loop
+    # ---------------------------------------------------------------- validation, with the loop's own two functions
     encode = functools.partial(encode_batch, model, vae, embeds)
     losses_of = functools.partial(compute_losses, transformer, alphas_cumprod, dtype)
     held_out_batches = held_out.encode_clips(run, held_out_clips, encode, losses_of, len(alphas_cumprod))
@@ -122,7 +122,7 @@ def main(args) -> None:
             if not updated.stepped:
                 continue
 
-            # Everything below sees one optimizer update
+            # From here on: once per optimizer update
             step += 1
             meter.log(step, updated)
             if step % args.checkpointing_steps == 0:
@@ -144,7 +144,7 @@ def main(args) -> None:
 def encode_batch(
     model, vae, embeds: dict, batch: dict, seed: int, sample_ids: list
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents [B, F, C, H, W], prompt_embeds [B, S, D]): from moments on disk, or of clips."""
+    """(latents [B, F, C, H, W], prompt_embeds [B, S, D]) of prepared moments or pixels."""
     if "moments" in batch:
         moments, prompt_embeds = batch["moments"], batch["prompt_embeds"]
     else:

@@ -6,7 +6,7 @@ python training/prepare_dataset.py --model_id zai-org/CogVideoX-2b --data_root v
     --height_buckets 480 --width_buckets 720 --frame_buckets 49 --save_latents_and_embeddings
 
 torchrun --nproc_per_node 2 training/prepare_dataset.py ... splits the clips over two GPUs. A second run of the same
-command does only what is missing or has changed. Bad clips are named and left out, the rest is finished, exit code 65.
+command does only what is missing or has changed. Bad clips are named and left out; the rest is finished, exit code 65.
 """
 
 from args import parse_prepare_args
@@ -83,7 +83,7 @@ def main(args) -> None:
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
     ranks = SimpleNamespace(is_main_process=rank == 0, num_processes=num_ranks)
-    output_dir = on_main_process(ranks, lambda: claim_output_dir(args))  # refused by one, refused by all
+    output_dir = on_main_process(ranks, lambda: claim_output_dir(args))  # if one rank is refused, all are
     source = args.revision, args.cache_dir
     config = read_config(resolve_model_dir(args.model_id, CONFIGS, *source), "transformer")
     if args.save_latents_and_embeddings:
@@ -91,7 +91,7 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- clips, read and hashed by one for all
     videos = on_main_process(ranks, lambda: build_videos_from_args(args, default_fps(config)))
-    # Gigabytes, for data that is there
+    # Gigabytes, now that the data was found
     model_dir = resolve_model_dir(args.model_id, components(args), *source)
     plan, empty, kept, problems = on_main_process(ranks, lambda: make_plan(args, output_dir, model_dir, videos))
     todo = [item for item in plan if item["missing"]]
@@ -101,7 +101,7 @@ def main(args) -> None:
         warn_of_unused(args, output_dir, plan)
         for folder in (output_dir, *filter(Path.is_dir, output_dir.iterdir())):
             remove_unfinished(folder)
-    all_gather_objects(None)  # nobody writes before that
+    all_gather_objects(None)  # barrier: no rank writes before this
     begin_run(output_dir, rank == 0)
     if todo and rank == 0:
         (output_dir / "data.jsonl").unlink(missing_ok=True)  # it would describe files that are now replaced
@@ -135,7 +135,7 @@ def main(args) -> None:
 
 
 def init_processes() -> tuple[int, int, torch.device]:
-    """(rank, number of ranks, device); ranks exchange a few lines of text, so gloo serves."""
+    """(rank, number of ranks, device). Ranks exchange only a few lines of text, so gloo is enough."""
     console.log_to_stderr()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1:
@@ -143,17 +143,17 @@ def init_processes() -> tuple[int, int, torch.device]:
         agree_on_run()
     if rank > 0:
         console.log_errors_only()
-    # LOCAL_RANK: the global rank names no device of the second machine
+    # LOCAL_RANK, because a global rank is no device index on a second machine
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return rank, num_ranks, torch.device(device)
 
 
 def claim_output_dir(args) -> Path:
-    """The folder, held by this process until it ends."""
+    """Create the output folder and lock it until this process ends."""
     output_dir = Path(args.output_dir)
     if output_dir.resolve() == Path(args.data_root).resolve():
         raise UsageError(f"--output_dir {output_dir} is --data_root, whose lists would be overwritten; give another")
-    forget_undo()  # of a run before it in this process
+    forget_undo()  # left by an earlier run in this process
     make_folder(output_dir)
     lock_folder(output_dir)
     return output_dir
@@ -164,7 +164,7 @@ def components(args) -> list[str]:
     return [*CONFIGS, *weights]
 
 
-# ---------------------------------------------------------------- what a clip needs, and what is there
+# ---------------------------------------------------------------- needed and existing files
 
 
 def hash_models(args, model_dir: Path, hashes: HashCache) -> ModelIdentity:
@@ -180,8 +180,9 @@ def hash_models(args, model_dir: Path, hashes: HashCache) -> ModelIdentity:
 
 
 def make_plan(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, list, list, list]:
-    """(items of the clips, of the empty prompt, files that an earlier version prepared, a line for each clip that is
-    left out): what there is to do, from everything that decides it.
+    """(items of the clips, of the empty prompt, files kept from an earlier version, a line for each clip left out).
+
+    The work to do, from everything that determines it.
     """
     stems, plan, problems = unique_stems([clip.source for clip in videos.clips]), [], list(videos.problems)
     with HashCache(use_cache=not args.verify) as hashes:
@@ -189,7 +190,7 @@ def make_plan(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, li
         for index, stem in enumerate(with_progress(stems, "comparing", delay=5)):
             try:
                 plan.append(plan_clip(args, model, videos, index, stem, hashes))
-            except OSError as error:  # a bad sector, or a clip that has gone since
+            except OSError as error:  # a bad sector, or a clip deleted since
                 problems.append(f"{videos.clips[index].video}: cannot be read ({error.strerror})")
     empty = plan_empty(args, model)
     return plan, empty, mark_missing(args, output_dir, [*plan, *empty]), problems
@@ -199,7 +200,7 @@ def make_plan(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, li
 
 
 def warn_of_captions(args, model_dir: Path, items: list[dict]) -> None:
-    """Of all ranks' captions that are to be encoded."""
+    """Warn about captions that any rank will encode."""
     texts: dict[str, list[str]] = {}
     for item in items:
         if any(map(is_embedding, item["missing"])):
@@ -209,7 +210,7 @@ def warn_of_captions(args, model_dir: Path, items: list[dict]) -> None:
 
 
 def write_embeddings(args, output_dir: Path, model_dir: Path, items, config: dict, device, rank: int) -> None:
-    """T5 embeddings of the captions that lack one."""
+    """Write T5 embeddings of the captions that lack one."""
     wanted: dict[str, list] = {}  # prompt -> [(path, key)]
     for item in items:
         for path in filter(is_embedding, sorted(item["missing"])):
@@ -222,7 +223,7 @@ def write_embeddings(args, output_dir: Path, model_dir: Path, items, config: dic
     tokenizer, text_encoder = load_text_encoder(model_dir, DTYPES[args.dtype], args.variant)
     expand_segments(device)
     place_text_encoder(text_encoder, device)
-    # One at a time: 226 tokens fill a GPU, and what a caption's neighbours are must not change its bits
+    # One at a time: 226 tokens fill a GPU, and the other captions of a batch would change the bits
     for prompt, files in with_progress(wanted.items(), "captions", disable=rank > 0):
         prompt_embeds = encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
         for path, key in files:
@@ -235,7 +236,7 @@ def write_embeddings(args, output_dir: Path, model_dir: Path, items, config: dic
 
 
 def write_pixels(args, output_dir: Path, model_dir: Path, videos, items, device, rank: int) -> list[str]:
-    """Decode what lacks moments or previews and write them; returns one line for each clip that failed."""
+    """Decode clips that lack moments or previews, and write these; returns one line for each clip that failed."""
     pending = {item["index"]: item for item in items if any(not is_embedding(path) for path in item["missing"])}
     if not pending:
         return []
@@ -266,7 +267,7 @@ def write_pixels(args, output_dir: Path, model_dir: Path, videos, items, device,
 
 
 def make_tensors(args, vae, pixels: torch.Tensor, items: list[dict], device):
-    """(path, tensors on the CPU, item) of what is missing, for uint8 pixels [B, F', 3, h, w] of one bucket."""
+    """Yield (path, tensors on the CPU, item) for what is missing; `pixels`: uint8 [B, F', 3, h, w] of one bucket."""
     if vae is None:
         return
     units = pixels_to_unit(pixels.to(device))
@@ -286,13 +287,10 @@ def encode_noised_frames(vae, frame: torch.Tensor, num_variants: int, seed: int,
     generator = draw_generator(seed, f"image_noise/{stem}")
     log_sigma = torch.randn(num_variants, generator=generator) * IMAGE_NOISE_STD + IMAGE_NOISE_MEAN
     variants = []
-    for k in range(num_variants):  # one at a time: the peak stays that of the video
+    for k in range(num_variants):  # one at a time: the memory peak stays that of the video
         noise = torch.randn(frame.shape, generator=generator).to(frame.device)
         variants.append(encode_noised_images(vae, frame[None], noise[None], log_sigma[k : k + 1].to(frame.device)))
     return torch.cat(variants)
-
-
-# ---------------------------------------------------------------- files
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Files and folders that are whole or not there, whatever moment a process dies at; folders that belong to one run at a time.
+"""Files and folders that are complete or absent, whenever a process dies; folders that belong to one run at a time.
 
-Each is written beside its place, under a name that `clean_up` knows, and renamed. A checkpoint is flushed before, and
-described by `manifest.json`: size and SHA-256 of each file. Network mounts may refuse to flush, to lock or to rename: the first two cost a warning, without the last nothing is whole.
+Everything is written beside its target under a temporary name, which `clean_up` knows, and then renamed. Checkpoints
+are flushed first and described by `manifest.json`: size and SHA-256 of each file. Network mounts may refuse to flush,
+lock or rename: the first two cost a warning, the last is an error.
 """
 
 import contextlib
@@ -24,15 +25,15 @@ from base.errors import StorageError, UsageError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-TEMPORARY, REPLACED = ".tmp-", ".old-"  # what the names of unfinished and of replaced files and folders begin with
-ABANDONED = 24 * 3600  # seconds: an unfinished file in a folder without a lock is then of a process that was killed
-HASHING_THREADS = 4  # hashing runs beside Python: a file each
-# What a file system that cannot flush answers; EBADF where it wants a descriptor that is open for writing
+TEMPORARY, REPLACED = ".tmp-", ".old-"  # name prefixes of unfinished and of replaced files and folders
+ABANDONED = 24 * 3600  # seconds; where nothing is locked, an unfinished file this old is a killed process's
+HASHING_THREADS = 4  # one file each; hashing releases the GIL
+# Error numbers of file systems that cannot flush; EBADF from those that want a descriptor open for writing
 NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
-held_locks: list[int] = []  # file descriptors; the system frees a lock when its process ends, however it ends
-undo: list[Callable[[], None]] = []  # what takes back the steps of a command that is not accepted yet, in their order
-warned: set[str] = set()  # lines that a run says once
-# Of each unfinished folder that will get a manifest: the SHA-256 of files whose writer took it, by `file_identity`
+held_locks: list[int] = []  # file descriptors; the system releases a lock when its process ends, in any way
+undo: list[Callable[[], None]] = []  # undoes the steps of a command that is not accepted yet, in their order
+warned: set[str] = set()  # lines that a run logs once
+# Per unfinished folder that will get a manifest: SHA-256 of files that were hashed while written, by `file_identity`
 noted: dict[Path, dict[tuple, str]] = {}
 
 
@@ -40,13 +41,13 @@ noted: dict[Path, dict[tuple, str]] = {}
 
 
 def unfinished(path: Path) -> Path:
-    """Where this process writes what becomes `path`."""
+    """The temporary path for what becomes `path`, unique to this process."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
 
 
 @contextlib.contextmanager
 def scratch_folder(path: Path):
-    """A new folder beside `path`, removed at the end."""
+    """A new folder beside `path`, removed on exit."""
     folder = unfinished(path)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -58,7 +59,7 @@ def scratch_folder(path: Path):
 
 @contextlib.contextmanager
 def replaced_folder(target: Path):
-    """A new folder that becomes `target` if the body succeeds, and is removed if it fails."""
+    """A new folder that replaces `target` if the body succeeds, and is removed if it fails."""
     with scratch_folder(target) as folder:
         yield folder
         put_in_place(folder, target)
@@ -66,7 +67,7 @@ def replaced_folder(target: Path):
 
 @contextlib.contextmanager
 def written_folder(target: Path):
-    """The same with a manifest, by which `find_damage` tells whether it is as it was written."""
+    """The same with a manifest, by which `find_damage` tells whether it is intact."""
     with replaced_folder(target) as folder:
         noted[folder] = {}
         try:
@@ -77,12 +78,14 @@ def written_folder(target: Path):
 
 
 def hashes_for_manifest(path: Path) -> dict | None:
-    """Where the writer of a file leaves its hash, by `file_identity`, so that nobody reads it again; None: nobody asks."""
+    """Where the writer of `path` leaves its hash, by `file_identity`, to save a second read; None: no manifest needs
+    it.
+    """
     return next((hashes for folder, hashes in noted.items() if folder in path.parents), None)
 
 
 def file_identity(path: Path) -> tuple:
-    """Of a file and its content, whatever it is renamed to."""
+    """Identifies a file and its content, even after a rename."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -90,7 +93,7 @@ def file_identity(path: Path) -> tuple:
 def write_manifest(folder: Path) -> None:
     """Flush every file of `folder` to the disk and, only then, write their sizes and hashes.
 
-    A hash that the writer took is of what was meant to be written: `find_damage` also finds what the disk made of it.
+    A hash computed during writing is of the intended bytes, so `find_damage` also detects what the disk got wrong.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
@@ -109,12 +112,12 @@ def write_manifest(folder: Path) -> None:
 
 
 def describe(path: Path, digest: str | None = None) -> dict:
-    """`digest` is its hash, where that is known; else the file is read."""
+    """The manifest's entry; reads the file unless its hash `digest` is known."""
     return {"size": path.stat().st_size, "sha256": digest or file_hash(path, "sha256")}
 
 
 def file_hash(path: Path, algorithm: str = "blake2b") -> str:
-    """Read in pieces: memory does not grow with the file."""
+    """Hex digest, read in chunks: memory does not grow with the file."""
     make = (lambda: hashlib.blake2b(digest_size=16)) if algorithm == "blake2b" else algorithm
     with open(path, "rb") as file:
         return hashlib.file_digest(file, make).hexdigest()
@@ -130,17 +133,17 @@ def flush(path: Path) -> None:
 
 
 def flush_descriptor(descriptor: int) -> None:
-    """Flush an open file. A file system that cannot is warned of once; an error of the disk is raised."""
+    """Flush an open file. A file system that cannot is warned of once; disk errors are raised."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
-        warn_once(f"the disk takes no fsync ({error.strerror}): a power cut may cost the files written last")
+        warn_once(f"the disk does not support fsync ({error.strerror}): a power cut may lose the files written last")
 
 
 def free_bytes(folder: Path) -> float:
-    """What the disk has left; infinite where its file system does not say."""
+    """Free space on the disk; infinite if its file system does not say."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -148,7 +151,7 @@ def free_bytes(folder: Path) -> float:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a folder's list of names survive a power cut, where its file system can: many network mounts cannot."""
+    """Make a folder's list of names survive a power cut, if the file system can: many network mounts cannot."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -164,12 +167,12 @@ def warn_once(line: str) -> None:
 
 
 def rename(old: Path, new: Path) -> Path:
-    """Give a file or a folder its final name, in place of a file that has it; StorageError if that is refused."""
+    """Give a file or folder its final name, replacing a file of that name; StorageError if that is refused."""
     try:
         return old.rename(new) if old.is_dir() else old.replace(new)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # a full disk has a line of its own, with what is free
+            raise  # a full disk has its own error line, with the free space
         reason = error.strerror or error
         raise StorageError(
             f"{new}: written, but cannot be renamed to that ({reason}); choose a disk whose file system allows it"
@@ -177,7 +180,7 @@ def rename(old: Path, new: Path) -> Path:
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Rename; an earlier `target` steps aside first and is deleted last, see `clean_up`."""
+    """Rename to `target`; an existing one is renamed away first and deleted last, see `clean_up`."""
     aside = target.with_name(REPLACED + target.name)
     if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -189,10 +192,10 @@ def put_in_place(temporary: Path, target: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder that nobody needs any more: it is gone at once, and that it cannot be deleted stops nothing."""
+    """Rename the folder away, then delete it; a failure is only a warning."""
     hidden = unfinished(folder)
     try:
-        folder.rename(hidden)  # a process that dies now leaves no half of it under its own name
+        folder.rename(hidden)  # if the process dies now, no partial folder has the old name
         shutil.rmtree(hidden)
     except OSError as error:
         logger.warning("%s: cannot be removed (%s); delete it by hand", folder, error.strerror)
@@ -210,7 +213,7 @@ def clean_up(parent: Path) -> None:
 
 
 def remove_unfinished(parent: Path, age: float = 0) -> None:
-    """Delete what killed processes left half written in `parent`, if nothing changed it for `age` seconds."""
+    """Delete what killed processes left unfinished in `parent`, if it has not changed for `age` seconds."""
     for left in sorted(parent.glob(f"{TEMPORARY}*")):
         if age and not is_older(left, age):
             continue
@@ -230,9 +233,9 @@ def is_older(path: Path, age: float) -> bool:
 
 @contextlib.contextmanager
 def written_beside(path: Path, durable: bool = False):
-    """A temporary path that becomes `path` on success: a reader never sees half a file. Makes the folder.
+    """A temporary path that becomes `path` on success, so readers never see half a file. Creates the folder.
 
-    `durable`: its content survives a power cut.
+    `durable`: the content survives a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished(path)
@@ -246,9 +249,9 @@ def written_beside(path: Path, durable: bool = False):
 
 
 def write_shared(path: Path, text: str) -> None:
-    """Into a folder that processes share without a lock, as the user's cache: of those that write at once one wins.
+    """Write into a folder shared without a lock, such as the user's cache: of concurrent writers one wins.
 
-    Raises OSError alone.
+    Raises only OSError.
     """
     try:
         with written_beside(path) as temporary:
@@ -275,7 +278,7 @@ def to_json(content) -> str:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder that `written_folder` made, one reason with the file's name; None if it is whole."""
+    """What is wrong with a folder made by `written_folder`, one reason naming the file; None if it is intact."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
@@ -283,7 +286,7 @@ def find_damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is damaged ({error})"
-    for name, (size, _) in expected.items():  # sizes first: they cost nothing
+    for name, (size, _) in expected.items():  # sizes first: they are cheap
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -301,7 +304,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the output folder and those above it; `undo_all` removes them."""
+    """Create the output folder and its parents; `undo_all` removes them."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     undo.extend(path.rmdir for path in reversed(missing))
     try:
@@ -311,9 +314,9 @@ def make_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> None:
-    """Hold `folder` until this process ends; UsageError, with the holder's number, if another process does.
+    """Lock `folder` until this process ends; UsageError, with the holder's pid, if another process has it.
 
-    A record lock, not a file that exists: it ends with its process, kill -9 included, and forked workers do not share it.
+    A record lock, not a lock file: it ends with its process, even by kill -9, and forked workers do not inherit it.
     """
     path = folder / ".lock"
     is_new = not path.exists()
@@ -328,7 +331,7 @@ def lock_folder(folder: Path) -> None:
             raise UsageError(
                 f"{folder}: process {holder} is writing there; wait until it ends, or choose another --output_dir"
             ) from error
-        logger.warning("%s: cannot be locked (%s); start no second run there", folder, error.strerror)
+        logger.warning("%s: cannot be locked (%s); do not start a second run there", folder, error.strerror)
     if times.st_nlink and not os.fstat(descriptor).st_nlink:  # a refused command has just removed the file
         os.close(descriptor)
         return lock_folder(folder)
@@ -339,7 +342,7 @@ def lock_folder(folder: Path) -> None:
 
 
 def restore_lock(path: Path, descriptor: int, before: bytes | None, times: os.stat_result) -> None:
-    """Give the lock back, its file as it was `before`; None: there was none."""
+    """Release the lock and restore its file to `before`; None: there was none."""
     if before is None:
         path.unlink()
     else:
@@ -351,19 +354,19 @@ def restore_lock(path: Path, descriptor: int, before: bytes | None, times: os.st
 
 
 def forget_undo() -> None:
-    """The command is accepted: what it does from here on stays."""
+    """The command is accepted: from here on nothing is undone."""
     undo.clear()
 
 
 def undo_all() -> None:
-    """Undo what a command did before it was refused: its lock, its folders, a folder moved aside."""
+    """Undo what a refused command did: its lock, its folders, a folder moved aside."""
     while undo:
-        with contextlib.suppress(OSError):  # such as a folder that holds something by now
+        with contextlib.suppress(OSError):  # such as a folder that is no longer empty
             undo.pop()()
 
 
 def release_locks() -> None:
-    """For a process that goes on after a run: tests."""
+    """For tests, where the process outlives a run."""
     forget_undo()
     warned.clear()
     while held_locks:
@@ -371,6 +374,6 @@ def release_locks() -> None:
 
 
 def nearest_folder(output_dir: str | Path) -> Path:
-    """The folder, or of those above it the nearest that exists: on its disk it will be."""
+    """The folder, or its nearest existing parent: the disk that it will be on."""
     whole = Path(output_dir).absolute()
     return next(path for path in (whole, *whole.parents) if path.exists())

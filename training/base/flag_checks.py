@@ -14,7 +14,7 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 RESHAPE_MODES = ("center", "random", "none")
 LORA_INITS = ("default", "gaussian", "orthogonal")
 CHANGES_BASE = "it changes the base weights too, and diffusers would load the LoRA onto the unchanged ones"
-NEEDS_PASS = "it needs the layers' inputs on the data, for which there is no pass here"
+NEEDS_PASS = "it needs the layers' inputs on the data, and there is no pass for that here"
 REFUSED_INITS = {
     "pissa": CHANGES_BASE,
     "olora": CHANGES_BASE,
@@ -27,8 +27,8 @@ REFUSED_INITS = {
 MEMORY_LEVELS = (*LEVELS, "auto", "plan")
 BASE_PRECISIONS = ("bf16", "fp8", "int8", "nf4")
 TRACKERS = ("wandb", "tensorboard", "trackio", "all", "none")
-# Flags that do nothing without another one: (what they need, is it there, flags). Said in one warning, because the
-# wrappers of the original pass them always.
+# Flags that do nothing without another one: (what they need, is it there, flags). Only a warning, because the original's
+# wrappers always pass them.
 IDLE_WITHOUT = (
     (
         "--validation_prompt",
@@ -55,7 +55,7 @@ IDLE_WITHOUT = (
     ),
     ("--optimizer prodigy or came", lambda args: args.optimizer in ("prodigy", "came"), ("beta3",)),
 )  # fmt: skip
-# What these set was fixed when the data was prepared. Not id_token: the dataset compares it with the manifest.
+# What these set was fixed when the data was prepared. Not id_token: the dataset checks it against the manifest.
 RAW_VIDEOS_ONLY = (
     "dataset_file",
     "random_flip",
@@ -71,7 +71,7 @@ RAW_VIDEOS_ONLY = (
 
 
 def number(kind: type, description: str, is_legal: Callable) -> Callable[[str], int | float]:
-    """A `type=` that refuses all but legal numbers. NaN is none, because every comparison with it is False."""
+    """A `type=` that accepts only legal numbers. NaN never is one: all its comparisons are False."""
 
     def parse(text: str) -> int | float:
         try:
@@ -99,14 +99,14 @@ below_one = number(float, "a number from 0 to below 1", lambda value: 0 <= value
 
 
 def refuse_meaningless(parser: FlagParser, args: argparse.Namespace, script: str):
-    """Refuses what this script has no use for."""
+    """Refuses flags that this script has no use for."""
     for dest, reason in NO_MEANING[script].items():
         if parser.is_used(args, dest):
             parser.error(f"--{dest} has no meaning in {parser.prog}: {reason}; leave it out")
 
 
 def warn_of_idle(parser: FlagParser, args: argparse.Namespace):
-    """One line for the flags that change nothing because another one is missing."""
+    """One warning for the flags that have no effect because another one is missing."""
     for needed, is_there, dests in IDLE_WITHOUT:
         idle = [f"--{dest}" for dest in dests if parser.is_used(args, dest)]
         if idle and not is_there(args):
@@ -114,7 +114,7 @@ def warn_of_idle(parser: FlagParser, args: argparse.Namespace):
 
 
 def check_lora(parser: FlagParser, args: argparse.Namespace):
-    """Refuses ways to start a LoRA that diffusers cannot load back, and two of them at once."""
+    """Refuses initializations that diffusers cannot load back, and two at once."""
     if args.lora_init not in LORA_INITS:
         name = "pissa" if args.lora_init.startswith("pissa") else args.lora_init
         reason = f"{REFUSED_INITS[name]}; give" if name in REFUSED_INITS else "must be"
@@ -126,7 +126,7 @@ def check_lora(parser: FlagParser, args: argparse.Namespace):
 
 
 def check_optimizer(parser: FlagParser, args: argparse.Namespace):
-    """Refuses combinations of the optimizer's flags that exist nowhere, or would not do what they say."""
+    """Refuses combinations of the optimizer's flags that do not exist, or would not do what they say."""
     bits = [f"--{dest}" for dest in ("use_8bit", "use_4bit", "use_fp8") if getattr(args, dest)]
     if len(bits) > 1:
         parser.error(f"{' and '.join(bits)}: the optimizer's states have one precision; give one of them")
@@ -140,14 +140,14 @@ def check_optimizer(parser: FlagParser, args: argparse.Namespace):
     if args.optimizer == "came" and parser.is_used(args, "epsilon"):
         parser.say("warning", "--epsilon: no effect with --optimizer came, which has two of its own")
     if args.use_torchao and not bits:
-        parser.error("--use_torchao chooses who makes low-bit states: add --use_8bit, --use_4bit or --use_fp8")
+        parser.error("--use_torchao chooses the library for low-bit states: add --use_8bit, --use_4bit or --use_fp8")
 
 
 def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
-    """Refuses two answers to one question, and levels and precisions that the task cannot have."""
+    """Refuses flags that contradict each other, and levels and precisions that the task cannot use."""
     if args.memory and args.gradient_checkpointing:
         parser.error(
-            f"--memory {args.memory} --gradient_checkpointing: the level says what is computed again; leave the second "
+            f"--memory {args.memory} --gradient_checkpointing: the level says what is recomputed; leave the second "
             "one out"
         )
     if args.compile_blocks and args.no_compile_blocks:
@@ -162,18 +162,18 @@ def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
 
 
 def check_export(parser: FlagParser, args: argparse.Namespace):
-    """Refuses a form that could not hold what is trained."""
+    """Refuses formats that cannot hold what is trained."""
     if args.use_dora and "comfyui" in args.export:
         parser.error(
             "--use_dora --export comfyui: ComfyUI divides by the norm of the base's rows, DoRA by that of the sum's, "
-            "so that the file would not be what was trained; use --export merged"
+            "so the file would not be what was trained; use --export merged"
         )
     if args.use_dora and "kohya" in args.export:
         parser.error("--use_dora --export kohya: its readers leave DoRA's magnitudes out; use --export merged")
 
 
 def check_validation(parser: FlagParser, args: argparse.Namespace):
-    """Refuses two schedules at once, sizes that no video can have, and splitting at nothing."""
+    """Refuses two schedules at once, sizes that no video can have, and an empty separator."""
     if {"validation_steps", "validation_epochs"} <= set(args.given):
         parser.error("--validation_steps and --validation_epochs: give one of them")
     if not args.validation_prompt_separator:
@@ -196,13 +196,13 @@ def check_trackers(parser: FlagParser, args: argparse.Namespace):
 
 
 def check_reshape_mode(parser: FlagParser, args: argparse.Namespace):
-    """Refuses any other --video_reshape_mode than center, random and none."""
+    """Refuses any --video_reshape_mode other than center, random and none."""
     if args.video_reshape_mode not in (None, *RESHAPE_MODES):
         parser.error(f"--video_reshape_mode {args.video_reshape_mode}: must be one of {', '.join(RESHAPE_MODES)}")
 
 
 def check_data_source(parser: FlagParser, args: argparse.Namespace):
-    """Refuses a run without data, and with --load_tensors the flags that could no longer change anything."""
+    """Refuses a run without data and, with --load_tensors, flags that can no longer have an effect."""
     if args.load_tensors:
         idle = [f"--{dest}" for dest in RAW_VIDEOS_ONLY if parser.is_used(args, dest)]
         if idle:
@@ -218,7 +218,7 @@ def check_data_source(parser: FlagParser, args: argparse.Namespace):
 
 
 def check_buckets(parser: FlagParser, args: argparse.Namespace):
-    """Refuses sizes that the model cannot take; warns of frame counts that it takes unlike in inference."""
+    """Refuses sizes that the model cannot take; warns of frame counts that it encodes unlike in inference."""
     for dest in ("height_buckets", "width_buckets"):
         for size in getattr(args, dest):
             if size < 1 or size % 16:
@@ -237,7 +237,7 @@ def check_buckets(parser: FlagParser, args: argparse.Namespace):
 
 
 def nearest(value: int, step: int, offset: int) -> str:
-    """The positive numbers step * k + offset on both sides of a value that is none of them, for an error line."""
+    """The valid values step * k + offset on both sides of an invalid one, for an error line."""
     below = (value - offset) // step * step + offset
     return " or ".join(str(number) for number in (below, below + step) if number >= 1) or str(offset or step)
 

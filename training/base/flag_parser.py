@@ -1,4 +1,4 @@
-"""A parser of a script's flags: every mistake is one line on stderr and exit code 2."""
+"""Parser for a script's flags: every mistake is one line on stderr and exit code 2."""
 
 import argparse
 import contextlib
@@ -73,7 +73,7 @@ NO_MEANING = {
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser that ends every mistake with one line on stderr and exit code 2."""
+    """Reports every mistake in one line on stderr, with exit code 2."""
 
     def __init__(self, prog: str, script: str):
         description = f"{DESCRIPTIONS[script]} {WRAPPERS[script]} calls it with settings for most runs."
@@ -89,7 +89,7 @@ class FlagParser(argparse.ArgumentParser):
         self.argv: list[str] = []
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """What a flag's `type=` says of a value follows the flag, as in every other refusal: `--rank 0: must be ...`."""
+        """A `type=` error follows the flag's name, as in every other refusal: `--rank 0: must be ...`."""
         try:
             return super().parse_args(args, namespace)
         except argparse.ArgumentError as error:
@@ -97,8 +97,8 @@ class FlagParser(argparse.ArgumentParser):
             self.error(f"{error.argument_name} {error.message}" if is_of_type else str(error))
 
     def error(self, message: str):
-        """Leaves with exit code 2."""
-        from base.status import record_refusal  # only here: --help is quick
+        """Exits with code 2."""
+        from base.status import record_refusal  # imported here to keep --help fast
 
         self.say("error", message)
         output_dir = named_value(self.argv, "--output_dir")
@@ -108,7 +108,7 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(REFUSED)
 
     def format_help(self) -> str:
-        """An example and the flags that most runs need, the others by group, and the names of those without a use."""
+        """An example, the flags that most runs need, the others by group, and the names of those without a use."""
         width = min(max(shutil.get_terminal_size().columns, 60), 100) - 2  # longer lines are hard to read
         first, hidden = FIRST[self.script], NO_MEANING.get(self.script, {})
         flags = {action.dest: action for action in self._actions}
@@ -129,30 +129,30 @@ class FlagParser(argparse.ArgumentParser):
         print_to_pipe(self.format_help().rstrip("\n"))
 
     def say(self, kind: str, message: str):
-        """One line on stderr, from one process of each machine: all of them parse the same flags."""
+        """One line on stderr, from one process per machine, since all of them parse the same flags."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: {kind}: {' '.join(message.splitlines())}", file=sys.stderr)
 
     def parse_flags(self, argv: list[str] | None) -> argparse.Namespace:
-        """The flags' values, and in `given` the sorted names of those on the command line."""
+        """The flags' values; `given` holds the sorted names of those on the command line."""
         argv = sys.argv[1:] if argv is None else list(argv)
         self.argv = argv
         self.refuse_unknown(argv)
         argv = self.with_config(argv)
         args = self.parse_args(argv)
-        # argparse fills in defaults only where the namespace has no value: what is still unset was not given.
+        # argparse fills in a default only if the namespace has no value: what is still unset was not given.
         unset = object()
         marked = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
         args.given = sorted(dest for dest, value in vars(marked).items() if value is not unset)
         return args
 
     def with_config(self, argv: list[str]) -> list[str]:
-        """The flags of the run that --config names, then those on the command line, which win."""
+        """The flags of the run that --config names, followed by those on the command line, which win."""
         path = named_value(argv, "--config")
         return argv if path is None else self.recorded_argv(path) + argv
 
     def recorded_argv(self, path: str) -> list[str]:
-        """The command line of the run whose args.json this is, with the seed that it drew."""
+        """The command line of the run that wrote this args.json, with the seed that it drew."""
         try:
             with open(path, encoding="utf-8") as file:
                 record = json.load(file)
@@ -174,7 +174,7 @@ class FlagParser(argparse.ArgumentParser):
         return argv
 
     def refuse_unknown(self, argv: list[str]):
-        """Before argparse looks: it would complain of a missing required flag where one is only misspelt."""
+        """Runs before argparse, which would report a required flag as missing if it is only misspelt."""
         for token in argv:
             if token == "--":
                 return
@@ -200,7 +200,7 @@ def help_of_group(title: str, actions: list[argparse.Action], width: int) -> str
 
 
 def help_of_flag(action: argparse.Action, width: int) -> list[str]:
-    """The flag on the left; what it means beside it, or where both are too long for that, below."""
+    """The flag on the left, its meaning beside it, or below it if the line would be too long."""
     left = f"  {action.option_strings[0]} {values_of_flag(action)}".rstrip()
     meaning, _, default = parts_of_help(action)
     text = f"{meaning} [{default}]" if default else meaning
@@ -220,7 +220,7 @@ def values_of_flag(action: argparse.Action) -> str:
 
 
 def parts_of_help(action: argparse.Action) -> tuple[str, str, str]:
-    """What a flag means, in short, the rest of it, and what holds where it is left out, "" for nothing."""
+    """(meaning in short, the rest, what applies without the flag, "" for nothing)."""
     short, _, more = action.help.partition("\n")
     stated = re.fullmatch(r"(.*) \(default: (.*)\)", short)
     if stated:
@@ -234,7 +234,7 @@ def parts_of_help(action: argparse.Action) -> tuple[str, str, str]:
 
 
 def named_value(argv: list[str], flag: str) -> str | None:
-    """The value of one flag, whatever the others are; None also for a flag without a value, of which argparse speaks."""
+    """The value of one flag, ignoring all others; None also if its value is missing, which argparse reports."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(flag, dest="value")
     try:
@@ -243,17 +243,17 @@ def named_value(argv: list[str], flag: str) -> str | None:
         return None
 
 
-# A token is written nowhere, --config only stands for the flags of another run, --verbose changes nothing in one
+# A token is never written, --config only stands for another run's flags, --verbose does not affect a run
 NOT_RECORDED = ("hub_token", "config", "given", "verbose")
 
 
 def recorded_flags(args: argparse.Namespace) -> dict:
-    """The flags' values as files and trackers may hold them."""
+    """The flags' values, without those that files and trackers must not hold."""
     return {name: value for name, value in sorted(vars(args).items()) if name not in NOT_RECORDED}
 
 
 def looks_like_flag(token: str) -> bool:
-    """argparse's own rule: a leading dash, no space, and no negative number."""
+    """argparse's own rule: a leading dash, no space, not a negative number."""
     if len(token) < 2 or token[0] != "-" or " " in token:
         return False
     try:
@@ -267,7 +267,7 @@ def looks_like_flag(token: str) -> bool:
 
 
 def example_of(script: str) -> str:
-    """A command that works where it is pasted into the repository's folder, on its small models and clips."""
+    """A command that works when pasted in the repository's folder, on its small models and clips."""
     model = "assets/tiny-cogvideox-i2v" if script.startswith("i2v") else "assets/tiny-cogvideox"
     clips = ["--data_root assets/tests", "--video_column videos.txt --caption_column prompts.txt"]
     sizes = ["--height_buckets 64 --width_buckets 64", "--frame_buckets 9 --max_num_frames 9"]

@@ -1,6 +1,6 @@
 """The levels of --memory, by name."""
 
 LEVELS = ("speed", "balanced", "offload", "stream")  # fastest first
-# What is saved for the backward pass lies in host memory, in `stream` the weights do too. For LoRA: frozen weights never
-# change. T5 is streamed, and of a video guidance's two samples are denoised one after the other.
+# Activations saved for the backward pass are in host memory; in `stream` the weights are too. LoRA only, whose frozen
+# weights never change. T5 is streamed, and validation denoises guidance's two samples one by one.
 HOST_LEVELS = ("offload", "stream")

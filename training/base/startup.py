@@ -1,16 +1,16 @@
-"""How long a run takes from its launch to its first update, by part."""
+"""How long a run takes from launch to first update, by part."""
 
 import time
 
 
 class StartupTimer:
-    """Seconds since the launch; each service that takes long marks its own part when it is through."""
+    """Seconds since the launch, by part; each slow service marks its own part when it is done."""
 
     def __init__(self):
         self.begin(time.time())
 
     def begin(self, launched: float) -> None:
-        """Start over at `launched`, in seconds since the epoch."""
+        """Restart at `launched`, in seconds since the epoch."""
         self.parts: dict[str, float] = {}
         self.since = launched
 

@@ -1,1 +1,1 @@
-"""All that is known of CogVideoX: a transformer sees in training what diffusers' pipeline feeds it."""
+"""Everything specific to CogVideoX: in training, a transformer sees what diffusers' pipeline feeds it."""

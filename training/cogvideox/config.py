@@ -1,4 +1,4 @@
-"""What a CogVideoX folder says of its model: version, task, sizes, and whether the flags fit it."""
+"""What a CogVideoX folder's configs say about the model: version, task, sizes, and whether the flags fit it."""
 
 import json
 import logging
@@ -22,25 +22,25 @@ logger = logging.getLogger(__name__)
 TEXT_TO_VIDEO_PIPELINE = CogVideoXPipeline
 IMAGE_TO_VIDEO_PIPELINE = CogVideoXImageToVideoPipeline
 SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4  # pixels per latent; the VAE's first latent frame covers one pixel frame
-CONFIGS = ["transformer/config.json", "vae/config.json"]  # kilobytes that say which model it is
+CONFIGS = ["transformer/config.json", "vae/config.json"]  # a few kilobytes that identify the model
 
 
 class VaeConfig(NamedTuple):
-    """The two numbers that latents need of the VAE; a run on precomputed latents loads nothing else of it."""
+    """The two values that latents need from the VAE; with prepared latents a run loads nothing else of it."""
 
     scaling_factor: float
     invert_scale_latents: bool
 
 
 class WeightFiles(NamedTuple):
-    """A transformer's files: their folder, and the variant that is read."""
+    """A transformer's weight files: their folder and the variant to read."""
 
     folder: Path
     variant: str | None
 
 
 def read_config(model_dir: Path, component: str) -> dict:
-    """The component's JSON configuration; UsageError for a transformer that is no CogVideoX."""
+    """The component's config; UsageError if the transformer is not CogVideoX's."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
     config = json.loads((model_dir / component / name).read_text(encoding="utf-8"))
     if component == "transformer":
@@ -70,30 +70,30 @@ def takes_image(transformer_config) -> bool:
 
 
 def num_parameters(transformer_config) -> float:
-    """About how many parameters: 12 d^2 of attention and feed-forward, 6 x 2 x d x time_embed_dim of modulation."""
+    """Approximate count, per block 12 d^2 for attention and feed-forward, 6 x 2 x d x time_embed_dim for modulation."""
     width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
     per_block = 12 * width**2 + 12 * width * transformer_config.get("time_embed_dim", 512)
     return transformer_config["num_layers"] * per_block
 
 
 def empty_transformer(transformer_config) -> CogVideoXTransformer3DModel:
-    """The transformer without memory for its weights, to count and to name them."""
+    """The transformer on the meta device, to count and name its weights without allocating them."""
     with torch.device("meta"):
         return CogVideoXTransformer3DModel.from_config(transformer_config)
 
 
 def text_length(transformer_config) -> int:
-    """Text tokens that the checkpoint was trained with."""
+    """Number of text tokens that the checkpoint was trained with."""
     return transformer_config.get("max_text_seq_length", 226)
 
 
 def text_shape(transformer_config) -> tuple[int, int]:
-    """[S, D] of a prompt's embedding."""
+    """[S, D] of a prompt embedding."""
     return text_length(transformer_config), transformer_config.get("text_embed_dim", 4096)
 
 
 def check_task(model: str, transformer_config, image_to_video: bool) -> None:
-    """Refuse a checkpoint of the other task."""
+    """Refuse a checkpoint for the other task."""
     has_image = takes_image(transformer_config)
     if has_image != image_to_video:
         names = {True: "an image-to-video", False: "a text-to-video"}
@@ -101,8 +101,9 @@ def check_task(model: str, transformer_config, image_to_video: bool) -> None:
 
 
 def check_sizes(transformer_config, buckets, drop_learned_positions: bool = False) -> None:
-    """Refuse sizes that the transformer's learned positions (5b-I2V) do not fit; warn of frame counts that the
-    pipelines do not give back. `buckets` are (frames, height, width) in pixels.
+    """Refuse sizes that do not fit learned positions (5b-I2V); warn of frame counts that the pipelines change.
+
+    `buckets` are (frames, height, width) in pixels.
     """
     config = transformer_config
     learned = config.get("use_learned_positional_embeddings", False)
@@ -119,7 +120,7 @@ def check_sizes(transformer_config, buckets, drop_learned_positions: bool = Fals
     odd = sorted({bucket[0] for bucket in buckets if bucket[0] % period != 1})
     if odd:
         logger.warning(
-            "%s frames: this checkpoint was made for %dN+1; the pipeline renders other counts with some frames more",
+            "%s frames: this checkpoint was made for %dN+1; for other counts, the pipeline renders a few frames more",
             ", ".join(map(str, odd)),
             period,
         )
@@ -161,7 +162,7 @@ def load_scheduler(model_dir: Path) -> CogVideoXDPMScheduler | CogVideoXDDIMSche
 
 
 def load_vae_config(model_dir: Path) -> VaeConfig:
-    """Scaling of the latents, without the VAE's weights."""
+    """The scaling of latents, without the VAE's weights."""
     config = read_config(model_dir, "vae")
     return VaeConfig(config["scaling_factor"], config.get("invert_scale_latents", False))
 

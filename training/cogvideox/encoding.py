@@ -1,4 +1,4 @@
-"""Prompts, videos and first frames through T5 and the VAE.
+"""Encodes prompts with T5, and videos and first frames with the VAE.
 
 Axes: B batch, F' pixel frames, F latent frames, C latent channels, h/w pixels, H/W latent size (h = 8H), S text
 tokens, D text width.
@@ -26,7 +26,7 @@ IMAGE_NOISE_MEAN, IMAGE_NOISE_STD = -3.0, 0.5  # of log sigma, the noise on imag
 
 @torch.no_grad()
 def encode_prompts(tokenizer, text_encoder, prompts: list[str], max_length: int = 226) -> torch.Tensor:
-    """T5 embeddings [B, S, D] of `prompts` as the pipelines make them: cut or padded to S tokens, no attention mask."""
+    """T5 embeddings [B, S, D] as the pipelines make them: truncated or padded to S tokens, no attention mask."""
     tokens = tokenizer(prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
     return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
 
@@ -71,16 +71,16 @@ def encode_captions(
     variant: str | None = None,
     level: str | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The embedding [S, D] of each prompt in turn, on the CPU. T5 is loaded, used and freed: it never trains beside
-    the transformer (T5-XXL alone takes 9 GiB in bf16).
+    """Yield the embedding [S, D] of each prompt, on the CPU.
 
-    At a `level` of memory that keeps things on the host T5 is streamed too.
+    T5 is loaded, used and freed: it is never in memory beside the transformer (T5-XXL alone takes 9 GiB in bf16). At a
+    memory `level` that uses host memory, T5 is streamed too.
     """
     if not prompts:
         return
     tokenizer, text_encoder = load_text_encoder(model_dir, dtype, variant)
     place_text_encoder(text_encoder, device, streamed=level in HOST_LEVELS)
-    # One by one: a caption's neighbours would change the last bits of its embedding
+    # One at a time: in a batch, the other captions would change the last bits of an embedding
     for prompt in with_progress(prompts, "captions", delay=1):
         yield encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
     del text_encoder
@@ -88,9 +88,9 @@ def encode_captions(
 
 
 def place_text_encoder(text_encoder, device: torch.device, streamed: bool = False) -> None:
-    """T5 on `device`; if asked to, or where it does not fit, its blocks stay in page-locked host memory and come in turn.
+    """Move T5 to `device`; if asked to, or if it does not fit, its blocks are streamed from pinned host memory.
 
-    The same bits either way. Of T5-XXL that takes 1.4 GiB of the GPU, and one transfer of 8.6 GiB a caption.
+    Same bits either way. Streaming T5-XXL takes 1.4 GiB of the GPU, and one transfer of 8.6 GiB per caption.
     """
     if not streamed and not fits(text_encoder, device):
         logger.info("T5 does not fit into what is free on the GPU: its weights are streamed from host memory")
@@ -101,14 +101,14 @@ def place_text_encoder(text_encoder, device: torch.device, streamed: bool = Fals
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what models held to which no name is left."""
+    """Release the memory of models that are no longer referenced."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # a ring of weights may still be filling up for a pass that never comes
-    training_utils.free_memory()  # it collects garbage first: streamed blocks refer to themselves
+        torch.cuda.synchronize(device)  # weights may still be prefetched for a pass that never comes
+    training_utils.free_memory()  # collects garbage first: streamed blocks are reference cycles
 
 
 def fits(model: torch.nn.Module, device: torch.device) -> bool:
-    """True unless `device` is a GPU without room for the weights of `model`, and a GiB to compute with."""
+    """True unless `device` is a GPU without room for the weights of `model` and 1 GiB to compute with."""
     if device.type != "cuda":
         return True
     needed = sum(param.nbytes for param in model.parameters()) + 2**30

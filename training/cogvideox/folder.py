@@ -1,4 +1,4 @@
-"""The files of a model: found or downloaded, of which dtype, which of them load, and their hashes."""
+"""A model's files: finding or downloading them, their dtype, which of them load, and their hashes."""
 
 import hashlib
 import inspect
@@ -24,12 +24,12 @@ from cogvideox.config import (
 )
 
 
-WEIGHT_NAME = re.compile(r"\.(safetensors|bin)$|\.index\.(\w+\.)?json$")  # files of weights, and indices of several
+WEIGHT_NAME = re.compile(r"\.(safetensors|bin)$|\.index\.(\w+\.)?json$")  # weight files, and indices of sharded ones
 SETTINGS_SUFFIXES = {".json", ".model", ".txt"}
 
 
 def resolve_model_dir(model: str, components: list[str], revision: str | None = None, cache_dir: str | None = None):
-    """The local folder of `model` (a folder or a hub id) with `components` in it, subfolders or files; only these are fetched."""
+    """The local folder of `model`, a folder or hub id; downloads only `components`, which are subfolders or files."""
     model_dir = Path(model)
     if not model_dir.is_dir():
         model_dir = download_model(model, components, revision, cache_dir)
@@ -46,7 +46,7 @@ def resolve_model_dir(model: str, components: list[str], revision: str | None = 
 
 
 def check_model_files(paths: list[Path]) -> None:
-    """Refuse damaged or missing files now, by their headers: they would else be met one after the other, minutes later."""
+    """Refuse damaged or missing files now, by their headers; otherwise they would fail one by one, minutes later."""
     for path in paths:
         if path.is_dir():
             continue
@@ -75,13 +75,13 @@ def download_model(model: str, components: list[str], revision: str | None, cach
         return Path(snapshot_download(model, allow_patterns=patterns, **options))
     except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
-            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); where it cannot be "
-            "reached, name a mirror by HF_ENDPOINT=https://..., or give the folder of a downloaded model"
+            f"{model}: neither a folder nor a model that the hub serves here ({first_line(error)}); if it cannot be "
+            "reached, set HF_ENDPOINT=https://... to a mirror, or give the folder of a downloaded model"
         ) from error
 
 
 def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
-    """The dtype in which the transformer's weights lie on disk: read from a header, never from a name."""
+    """The dtype of the transformer's weights on disk, read from a header, never guessed from a name."""
     folder = transformer_folder(model_dir)
     files = [path for path in sorted(folder.glob("*.safetensors")) if variant_of(path.name) == variant]
     if not files:
@@ -97,7 +97,7 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
 
 
 def weights_from_args(args, model_dir: Path) -> WeightFiles:
-    """Of the transformer that training starts from: the model's own, or --init_transformer."""
+    """Weights of the transformer that training starts from: the model's own, or --init_transformer."""
     if args.init_transformer is None:
         return WeightFiles(model_dir / "transformer", args.variant)
     folder = find_transformer(args.init_transformer)
@@ -109,7 +109,7 @@ def weights_from_args(args, model_dir: Path) -> WeightFiles:
 
 
 def find_transformer(start: str) -> Path:
-    """The folder of the weights that --init_transformer names: itself, or in the folder of a run, checkpoint or pipeline."""
+    """The folder with the weights of --init_transformer: that folder, or inside a run, checkpoint or pipeline."""
     root = Path(start)
     folder = transformer_folder(root)
     if (folder / "config.json").is_file():
@@ -119,7 +119,7 @@ def find_transformer(start: str) -> Path:
     checkpoints = [path.parent.parent for path in root.glob("checkpoint-*/transformer/config.json")]
     checkpoints = [path for path in checkpoints if path.name.removeprefix("checkpoint-").isdigit()]
     if not root.is_dir():
-        advice = "no such folder; of a model on the hub, download it first: hf download MODEL --local-dir FOLDER"
+        advice = "no such folder; if it is on the hub, download it first: hf download MODEL --local-dir FOLDER"
     elif checkpoints:
         newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
         advice = f"the run there has no result yet; its newest checkpoint is {newest}"
@@ -129,15 +129,15 @@ def find_transformer(start: str) -> Path:
 
 
 def transformer_folder(model_dir: Path) -> Path:
-    """The transformer's folder in that of a pipeline; else it is that itself."""
+    """The transformer's folder inside a pipeline's; otherwise the folder itself."""
     folder = Path(model_dir, "transformer")
     return folder if folder.is_dir() else Path(model_dir)
 
 
 def read_start_config_from_args(args, model_config) -> dict:
-    """The configuration of --init_transformer; UsageError unless it is a transformer of the same kind and size.
+    """The config of --init_transformer; UsageError unless it is a transformer of the same kind and size.
 
-    It may lack learned positions that the model has, which --drop_learned_positions took out.
+    It may lack the model's learned positions, if --drop_learned_positions removed them.
     """
     folder, model = find_transformer(args.init_transformer), args.pretrained_model_name_or_path
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -159,7 +159,7 @@ def read_start_config_from_args(args, model_config) -> dict:
 
 
 def check_start_weights(args, folder: Path, config: dict) -> None:
-    """UsageError unless the files hold every weight of the model, each of its shape: by their headers."""
+    """UsageError unless the files, by their headers, hold every weight of the model in its shape."""
     found = {}
     for path in filter(Path.is_file, weight_files(*weights_from_args(args, folder))):
         with safe_open(path, framework="pt") as file:
@@ -178,7 +178,7 @@ def check_start_weights(args, folder: Path, config: dict) -> None:
 
 
 def all_settings(model_class: type, config) -> dict:
-    """A component's configuration with defaults filled in: versions of diffusers write more or fewer of them."""
+    """A component's config with defaults filled in: diffusers versions write more or fewer of them."""
     parameters = inspect.signature(model_class.__init__).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     given = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -186,15 +186,15 @@ def all_settings(model_class: type, config) -> dict:
 
 
 def changed_settings(model_class: type, config) -> dict:
-    """Settings that are not the class's defaults: the same for every version."""
+    """Settings that differ from the class's defaults: the same in every diffusers version."""
     settings, defaults = all_settings(model_class, config), all_settings(model_class, {})
     return {name: value for name, value in settings.items() if name not in defaults or defaults[name] != value}
 
 
 def hash_model_from_args(args, model_dir: Path, weights: WeightFiles) -> dict[str, str]:
-    """Of the weights that training starts from, and of what else of the model a run depends on.
+    """Hashes of the weights that training starts from, and of everything else in the model that a run depends on.
 
-    With prepared data that is settings alone. Names of files, folders and repositories do not count.
+    With prepared data that is only settings. Names of files, folders and repositories do not count.
     """
     with HashCache() as hashes:
         config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
@@ -208,7 +208,7 @@ def hash_model_from_args(args, model_dir: Path, weights: WeightFiles) -> dict[st
 
 
 def hash_weights(folder: Path, variant: str | None, hashes: HashCache) -> str:
-    """The SHA-256 of the one file of weights, or of those of several, whatever they are called."""
+    """SHA-256 of the weight file, or a combined hash of several, whatever they are called."""
     paths = [path for path in files_that_load(folder, variant) if path.suffix in (".safetensors", ".bin")]
     each = sorted(hashes.hash(path, "sha256") for path in paths)
     return each[0] if len(each) == 1 else hash_json(each)
@@ -222,11 +222,11 @@ def hash_json(content) -> str:
 
 
 def files_that_load(folder: Path, variant: str | None) -> list[Path]:
-    """The files that decide what a VAE, a text encoder or a tokenizer computes: settings, and the weights of `variant`."""
+    """Files that determine what a VAE, text encoder or tokenizer computes: settings, and the weights of `variant`."""
     paths = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     weights = [path for path in paths if WEIGHT_NAME.search(path.name)]
     chosen = [path for path in weights if variant_of(path.name) == variant] or weights
-    is_safe = any(path.suffix == ".safetensors" for path in chosen)  # which is then read alone
+    is_safe = any(path.suffix == ".safetensors" for path in chosen)  # the library then reads only these
     chosen = [path for path in chosen if "safetensors" in path.name or not is_safe]
     return [path for path in paths if path not in weights and path.suffix in SETTINGS_SUFFIXES] + chosen
 

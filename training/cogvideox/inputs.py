@@ -1,6 +1,6 @@
-"""What the transformer is given: latents, padded and conditioned, and their positions.
+"""The transformer's inputs: latents, padded and conditioned, and their positions.
 
-It sees in training what the stock diffusers pipeline feeds it. Latents are [B, F, C, H, W] here and outside:
+In training they are what the stock diffusers pipeline feeds it. Latents are [B, F, C, H, W] here and outside:
 B batch, F latent frames, C latent channels, H/W latent size.
 """
 
@@ -15,16 +15,17 @@ from cogvideox.config import VaeConfig
 
 
 def latent_shape(moments: torch.Tensor) -> tuple[int, int, int, int]:
-    """(F, C, H, W) of the latents that moments [B, 2C, F, H, W] give."""
+    """(F, C, H, W) of the latents that moments [B, 2C, F, H, W] describe."""
     _, channels, frames, height, width = moments.shape
     return frames, channels // 2, height, width
 
 
 def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: VaeConfig) -> torch.Tensor:
-    """Scaled fp32 latents [B, F, C, H, W] drawn from moments [B, 2C, F, H, W] with standard normal noise of the result's shape.
+    """Sample scaled fp32 latents [B, F, C, H, W] from moments [B, 2C, F, H, W]; `noise` is standard normal [B, F, C,
+    H, W].
 
-    Video latents are always times scaling_factor, also where invert_scale_latents is set: that concerns image
-    latents alone (CogVideoXPipeline.decode_latents).
+    Video latents are always multiplied by scaling_factor, even with invert_scale_latents: that applies to image
+    latents only (CogVideoXPipeline.decode_latents).
     """
     posterior = DiagonalGaussianDistribution(moments.float())
     latents_BFCHW = posterior.mean.transpose(1, 2) + posterior.std.transpose(1, 2) * noise
@@ -34,10 +35,10 @@ def sample_latents(moments: torch.Tensor, noise: torch.Tensor, vae_config: VaeCo
 def sample_image_latents(
     moments: torch.Tensor, noise: torch.Tensor, vae_config: VaeConfig, scale: str = "pipeline"
 ) -> torch.Tensor:
-    """fp32 latents [B, 1, C, H, W] of first frames from their moments [B, 2C, 1, H, W].
+    """Sample fp32 latents [B, 1, C, H, W] of first frames from their moments [B, 2C, 1, H, W].
 
-    `scale`: "pipeline" as CogVideoXImageToVideoPipeline.prepare_latents does it, which for invert_scale_latents (1.5)
-    is 1/scaling_factor; "raw" leaves them as the VAE gave them, as the SAT code of 1.5 did.
+    `scale`: "pipeline" as in CogVideoXImageToVideoPipeline.prepare_latents, which uses 1/scaling_factor with
+    invert_scale_latents (1.5); "raw" leaves them unscaled, as the SAT code of 1.5 did.
     """
     raw_latents = sample_latents(moments, noise, VaeConfig(1.0, False))
     if scale == "raw":
@@ -47,20 +48,20 @@ def sample_image_latents(
 
 
 def condition_on_first_frame(latents: torch.Tensor, image_latents: torch.Tensor) -> torch.Tensor:
-    """[B, F, 2C, H, W]: noisy padded latents beside the image's, which sit in the first frame, zeros in the others."""
+    """Noisy padded latents with image latents as further channels, [B, F, 2C, H, W], zero after the first frame."""
     padding = image_latents.new_zeros(image_latents.shape[0], latents.shape[1] - 1, *image_latents.shape[2:])
     return torch.cat([latents, torch.cat([image_latents, padding], dim=1)], dim=2)
 
 
 def ofs_input(transformer_config, latents: torch.Tensor) -> torch.Tensor | None:
-    """The constant 2.0 [1] that 1.5's image-to-video model takes beside the timestep; None for all others."""
+    """The constant 2.0 [1] that 1.5's image-to-video model takes beside the timestep; None for all other models."""
     return None if transformer_config.get("ofs_embed_dim") is None else latents.new_full((1,), 2.0)
 
 
 def pad_frames(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
-    """Latents [B, F, ...] with the first one repeated in front until F is a multiple of `patch_size_t` (1.5).
+    """Repeat the first frame of latents [B, F, ...] in front until F is a multiple of `patch_size_t` (1.5).
 
-    The pipelines pad in front too and drop those latents before decoding.
+    The pipelines pad in front too, and drop those latents before decoding.
     """
     missing = -latents.shape[1] % (patch_size_t or 1)
     return torch.cat([latents[:, :1]] * missing + [latents], dim=1) if missing else latents
@@ -77,7 +78,7 @@ def rotary_embeddings(transformer_config, latents: torch.Tensor) -> tuple[torch.
     return rotary_grid(config.attention_head_dim, config.patch_size_t, num_frames, grid, base, latents.device)
 
 
-@functools.lru_cache(maxsize=64)  # one entry per bucket: rebuilding it costs some 20 ms a step
+@functools.lru_cache(maxsize=64)  # one entry per bucket; rebuilding it takes about 20 ms per step
 def rotary_grid(
     head_dim: int,
     patch_size_t: int | None,
@@ -86,8 +87,10 @@ def rotary_grid(
     base: tuple[int, int],
     device: torch.device,
 ):
-    """As CogVideoXPipeline._prepare_rotary_positional_embeddings: 1.0 stretches the base grid over other sizes,
-    1.5 cuts a slice of it. Grids are (height, width) in patches.
+    """CogVideoXPipeline._prepare_rotary_positional_embeddings: 1.0 stretches the base grid to other sizes, 1.5 slices
+    it.
+
+    Grids are (height, width) in patches.
     """
     if patch_size_t is None:
         crops = get_resize_crop_region_for_grid(grid, base[1], base[0])

@@ -1,4 +1,4 @@
-"""The models of a folder, each loaded in the dtype that is asked for."""
+"""Loads a folder's models, each in the requested dtype."""
 
 import json
 from collections.abc import Callable
@@ -12,13 +12,11 @@ from base.errors import UsageError
 from base.startup import STARTUP
 from base.tensor_file import weight_files
 from cogvideox.config import WeightFiles, empty_transformer
-from cogvideox.folder import (
-    transformer_folder,
-)
+from cogvideox.folder import transformer_folder
 
 
 class TransformerWithoutBlocks(CogVideoXTransformer3DModel):
-    """Read without a word on the blocks' weights, which the files hold as well."""
+    """Suppresses the warning about the blocks' weights, which are loaded separately."""
 
     _keys_to_ignore_on_load_unexpected = [r"^transformer_blocks\."]
 
@@ -30,10 +28,10 @@ def load_transformer(
     drop_learned_positions: bool = False,
     load_blocks: Callable | None = None,
 ) -> CogVideoXTransformer3DModel:
-    """The transformer in `dtype`, on the CPU, frozen; without 5b-I2V's learned positions if they are dropped.
+    """The frozen transformer in `dtype`, on the CPU; without 5b-I2V's learned positions if they are dropped.
 
-    `model_dir`: a pipeline's folder, or the transformer's own.
-    `load_blocks(blocks, prefix, files, dtype)` may fill the blocks, which then come without memory, by itself.
+    `model_dir`: a pipeline's folder, or the transformer's own. `load_blocks(blocks, prefix, files, dtype)`, if given,
+    fills the blocks, which it gets on the meta device.
     """
     changes = {"use_learned_positional_embeddings": False} if drop_learned_positions else {}
     cls = CogVideoXTransformer3DModel
@@ -58,7 +56,7 @@ def load_transformer_from_args(args, weights: WeightFiles, dtype: torch.dtype, l
 
 
 def load_whole(model_class, folder: Path, dtype: torch.dtype, **options):
-    """`model_class.from_pretrained`; UsageError where files lack weights, which libraries draw at random with a warning."""
+    """`from_pretrained`, but missing weights are a UsageError: the libraries only warn and draw them at random."""
     model, loading = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     if loading["missing_keys"]:
         raise UsageError(f"{folder}: lacks {min(loading['missing_keys'])}; download the model again")
@@ -66,7 +64,7 @@ def load_whole(model_class, folder: Path, dtype: torch.dtype, **options):
 
 
 def load_vae_from_args(args, model_dir: Path, dtype: torch.dtype, device: torch.device) -> AutoencoderKLCogVideoX:
-    """The VAE as a training run needs it: on `device`, but on the CPU where prepared data leaves it to validation."""
+    """The VAE for a training run, on `device`; on the CPU with prepared data, where only validation uses it."""
     vae = load_vae(model_dir, dtype, args.variant, args.enable_slicing, args.enable_tiling)
     return vae.to("cpu" if args.load_tensors else device)
 

@@ -1,4 +1,4 @@
-"""The model of a run: what its files say, from the configuration on, before any weights are read."""
+"""The model of a run, described by its files: the configs first, before any weights are read."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -44,12 +44,12 @@ class Model(NamedTuple):
 
     @property
     def fps(self) -> int:
-        """Frames per second that the checkpoint was made for."""
+        """Frames per second that the checkpoint was trained at."""
         return default_fps(self.config)
 
     @property
     def patch_size_t(self) -> int | None:
-        """Latent frames that make one token (1.5); None for 1.0, where it is one."""
+        """Latent frames per token (1.5); None for 1.0, where it is one."""
         return self.config.get("patch_size_t")
 
     @property
@@ -66,7 +66,7 @@ class Model(NamedTuple):
 
     @property
     def has_apache_licence(self) -> bool:
-        """True for 2b, the one without rotary positions; all others are under the CogVideoX LICENSE."""
+        """True for 2b, the only one without rotary positions; all others are under the CogVideoX LICENSE."""
         return not self.config.get("use_rotary_positional_embeddings", False)
 
     @property
@@ -75,21 +75,21 @@ class Model(NamedTuple):
 
     @property
     def text_shape(self) -> tuple[int, int]:
-        """[S, D] of a prompt's embedding."""
+        """[S, D] of a prompt embedding."""
         return text_shape(self.config)
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype that the weights have on disk, once they are there."""
+        """The dtype of the weights on disk; they must have been fetched."""
         return stored_dtype(*self.weights)
 
     @property
     def has_weights(self) -> bool:
-        """False for a model on the hub of which configurations alone were fetched."""
+        """False if only the configs were fetched from the hub."""
         return any(self.weights.folder.glob("*.safetensors"))
 
     def empty_transformer(self) -> CogVideoXTransformer3DModel:
-        """The transformer without memory for its weights, to count and to name them."""
+        """The transformer on the meta device, to count and name its weights without allocating them."""
         return empty_transformer(self.config)
 
     def load_scheduler(self) -> CogVideoXDPMScheduler | CogVideoXDDIMScheduler:
@@ -102,9 +102,7 @@ class Model(NamedTuple):
 
 
 def open_from_args(args, image_to_video: bool) -> Model:
-    """The model by its configurations, fetched alone: gigabytes follow for a model of the script's task and for data that
-    can be read.
-    """
+    """The model by its configs, fetched alone: gigabytes follow once the task fits and the data can be read."""
     name = args.pretrained_model_name_or_path
     folder = resolve_model_dir(name, CONFIGS, args.revision, args.cache_dir)
     config = read_config(folder, "transformer")
@@ -115,8 +113,9 @@ def open_from_args(args, image_to_video: bool) -> Model:
 
 
 def check_sizes_from_args(args, model: Model, buckets: list, sample_size: tuple | None = None) -> None:
-    """Refuse clips and validation videos of a size that the model cannot take; warn of frame counts that it was not made
-    for. Sizes are (frames, height, width) in pixels.
+    """Refuse sizes of clips and validation videos that the model cannot take; warn of unusual frame counts.
+
+    Sizes are (frames, height, width) in pixels.
     """
     check_sizes(model.config, buckets, args.drop_learned_positions)
     if sample_size is not None:
@@ -124,14 +123,14 @@ def check_sizes_from_args(args, model: Model, buckets: list, sample_size: tuple 
 
 
 def hash_from_args(args, model: Model) -> dict[str, str]:
-    """Hashes of the weights that training starts from, and of what else of the model the run depends on."""
+    """Hashes of the weights that training starts from, and of everything else in the model that the run depends on."""
     return hash_model_from_args(args, model.folder, model.weights)
 
 
 def fetch_from_args(args, model: Model, with_encoders: bool) -> Model:
-    """The same model with all files that the run needs in its folder.
+    """The same model, with all files that the run needs in its folder.
 
-    Of the VAE two numbers are needed, unless something is encoded; of the transformer none but --init_transformer.
+    If nothing is encoded, only the VAE's config is fetched; with --init_transformer, only the transformer's.
     """
     encoders = ["vae", "text_encoder", "tokenizer"] if with_encoders else ["vae/config.json"]
     transformer = "transformer" if args.init_transformer is None else "transformer/config.json"

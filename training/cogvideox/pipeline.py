@@ -1,4 +1,4 @@
-"""The pipeline of diffusers around the models that are trained."""
+"""diffusers' pipeline around the models in training."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -7,9 +7,9 @@ from cogvideox import vae as vae_walk
 
 
 def make_pipeline(model, vae, scheduler, image_latent_scale: str, transformer) -> DiffusionPipeline:
-    """The stock pipeline of `model` around models that exist already, for prompts given as embeddings: it gets no T5.
+    """The stock pipeline of `model` around existing models, for prompts given as embeddings: it has no T5.
 
-    The schedule is a new one of the checkpoint's class and configuration: sampling changes its state.
+    The scheduler is a new one with the checkpoint's class and config, since sampling changes its state.
     """
     scheduler = type(scheduler).from_config(scheduler.config)
     pipe = model.pipeline_class(
@@ -34,7 +34,7 @@ def decode_on_gpu(pipe) -> None:
 
 
 def use_raw_image_latents(pipe) -> None:
-    """Feed the first frame's latents as the VAE gives them; the pipeline's factor stays for decoding."""
+    """Feed the first frame's latents unscaled; the pipeline keeps its factor for decoding."""
     prepare_latents, factor = pipe.prepare_latents, pipe.vae_scaling_factor_image
 
     def prepare_raw(*positional, **named):

@@ -1,8 +1,8 @@
-"""A LoRA's file: written so that every reader takes it at its trained strength, and read as others write it.
+"""LoRA files: written so that every reader applies the trained strength, and read in all common layouts.
 
-Readers add s * B @ A to a weight. From 0.34 on diffusers takes s from the metadata, earlier releases and most other
-tools know none and take 1. So B is written times its scaling, and the metadata says 1 as well: alpha is the rank. Of
-peft's configuration it holds nine settings, which peft 0.18 and newer know: an unknown one is a TypeError there.
+Readers add s * B @ A to a weight. diffusers reads s from the metadata since 0.34; earlier releases and most other
+tools ignore it and take 1. So B is written times its scaling, and the metadata says 1 as well: alpha is the rank. Of
+peft's config, the file holds nine settings, which peft 0.18 and newer know: an unknown one is a TypeError there.
 """
 
 import json
@@ -21,15 +21,15 @@ from base.file_kinds import placeholder
 from base.files import written_beside
 
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights(folder) looks for
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights(folder) looks for
 PEFT_NAME, PEFT_CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"  # peft's own
 PREFIX = "transformer."  # diffusers' name for the adapted part of the pipeline
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's configuration, as JSON
-TRAINING_KEY = "training"  # where this toolkit keeps what a reader must follow, and the flags that RECORDED names
-RECORDED = ("lora_alpha", "use_rslora")  # as trained, where the scaling was not 1: --init_lora compares them
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps peft's config, as JSON
+TRAINING_KEY = "training"  # where this toolkit keeps the inference notes, and the flags in RECORDED
+RECORDED = ("lora_alpha", "use_rslora")  # as trained, if the scaling was not 1: --init_lora compares them
 
 PEFT_PREFIX, COMFYUI_PREFIX, KOHYA_PREFIX = "base_model.model.", "diffusion_model.", "lora_unet__"
-# Modules that ComfyUI calls otherwise than diffusers; all the rest have one name in both
+# Modules that ComfyUI names differently from diffusers; all others have the same name in both
 COMFYUI_MODULES = (
     ("transformer_blocks.", "blocks."),
     (".attn1.to_q", ".q"),
@@ -50,16 +50,16 @@ PARTS = {
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
     "alpha": "alpha",
 }
-ALIGNMENT = 64  # bytes: diffusers computes on the mapped file, and a CPU rounds otherwise where that is misaligned
+ALIGNMENT = 64  # bytes; diffusers computes on the mapped file, and a CPU rounds differently if that is misaligned
 
 
 class LoraFile(NamedTuple):
-    """What a LoRA's file holds, by diffusers' names of the layers."""
+    """Contents of a LoRA file, under diffusers' names of the layers."""
 
     tensors: dict[str, torch.Tensor]  # by peft's keys: <layer>.lora_A.weight and so on
-    alphas: dict[str, float]  # by layer, where the file has tensors for it
-    config: dict  # peft's configuration, empty without
-    inference_notes: dict  # what inference must follow
+    alphas: dict[str, float]  # by layer, if the file has tensors for it
+    config: dict  # peft's, empty if the file has none
+    inference_notes: dict  # what inference must do as training did
     recorded: dict  # RECORDED
 
 
@@ -74,14 +74,14 @@ def comfyui_module(module: str) -> str:
 
 
 def kohya_module(module: str) -> str:
-    """The name in files after kohya's sd-scripts; two underscores, as VideoX-Fun's own trainer has it."""
+    """The name in files of kohya's sd-scripts; with two underscores, as VideoX-Fun's own trainer writes it."""
     return KOHYA_PREFIX + module.replace(".", "_")
 
 
 def peft_key(key: str, modules: dict[str, str]) -> tuple[str, str | None]:
-    """(layer, part) of a key in any of the layouts; `modules` has diffusers' names by those of the other layouts.
+    """(layer, part) of a key in any layout; `modules` maps the other layouts' names to diffusers'.
 
-    (key, None) for what is no part of a LoRA.
+    (key, None) for anything that is not part of a LoRA.
     """
     for prefix in (PEFT_PREFIX, PREFIX, COMFYUI_PREFIX):
         key = key.removeprefix(prefix)
@@ -95,7 +95,7 @@ def peft_key(key: str, modules: dict[str, str]) -> tuple[str, str | None]:
 
 
 def find_file(path: Path) -> Path:
-    """`path`, or the LoRA's file in that folder: of a run, or as peft's save_pretrained writes one."""
+    """`path`, or the LoRA file in that folder: a run's, or one written by peft's save_pretrained."""
     if not path.is_dir():
         return path
     is_peft = (path / PEFT_NAME).exists() and not (path / WEIGHTS_NAME).exists()
@@ -103,9 +103,9 @@ def find_file(path: Path) -> Path:
 
 
 def read_lora(path: Path, modules: Iterable[str] = ()) -> LoraFile:
-    """A LoRA's file, and the configuration that peft writes beside its own.
+    """Read a LoRA file, and the config that peft writes beside its own.
 
-    `modules`, the transformer's, are needed for layouts with names of their own.
+    `modules`, the transformer's, are needed for layouts with other names.
     """
     names = {form(module): module for module in modules for form in (kohya_module, comfyui_module)}
     tensors, alphas = {}, {}
@@ -135,7 +135,7 @@ def read_lora(path: Path, modules: Iterable[str] = ()) -> LoraFile:
 
 
 def rank_and_alpha(file: LoraFile, path: Path) -> tuple[int, float]:
-    """As the file says them. Without metadata and `.alpha` tensors alpha is the rank, as diffusers has it."""
+    """(rank, alpha) of the file. Without metadata and `.alpha` tensors, alpha is the rank, as in diffusers."""
     ranks = {tensor.shape[0] for key, tensor in file.tensors.items() if key.endswith(".lora_A.weight")}
     alphas = {file.alphas.get(layer, file.config.get("lora_alpha")) for layer in layers_in(file)}
     if len(ranks) != 1 or len(alphas) != 1 or file.config.get("rank_pattern") or file.config.get("alpha_pattern"):
@@ -145,7 +145,7 @@ def rank_and_alpha(file: LoraFile, path: Path) -> tuple[int, float]:
 
 
 def scaling_of(file: LoraFile, path: Path) -> float:
-    """What a reader of this layout multiplies B @ A by."""
+    """The factor that a reader of this layout applies to B @ A."""
     rank, alpha = rank_and_alpha(file, path)
     return alpha / (math.sqrt(rank) if file.config.get("use_rslora") and not file.alphas else rank)
 
@@ -155,7 +155,7 @@ def layers_in(file: LoraFile) -> set[str]:
 
 
 def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """In fp32, unless there is nothing to do. Exact for powers of two, else rounded once."""
+    """In fp32; as is for a factor of 1. Exact for powers of two, otherwise rounded once."""
     return tensor if factor == 1 else tensor.float() * factor
 
 
@@ -163,7 +163,7 @@ def scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def lora_metadata(config, inference_notes: dict, prefix: str) -> dict[str, str]:
-    """Of a file whose B is scaled. `config`: peft's, of the training; `inference_notes`: what inference must follow."""
+    """Metadata for a file whose B is scaled already. `config`: peft's, as trained."""
     settings = {
         "r": config.r,
         "lora_alpha": config.r,
@@ -194,7 +194,7 @@ def write_tensors(
     tensor_of: Callable[[str], torch.Tensor],
     metadata: dict[str, str],
 ) -> None:
-    """A safetensors file of tensors of these dtypes and shapes, asked for one by one; equal content, equal bytes."""
+    """Write tensors of these dtypes and shapes, requested one by one; equal content gives equal bytes."""
     header = tensor_file.encoded(tensor_file.describe(sizes, metadata), ALIGNMENT, sort_keys=True)
     with written_beside(path, durable=True) as temporary:
         tensor_file.write_file(temporary, header, sizes, tensor_of)

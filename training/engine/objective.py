@@ -23,13 +23,13 @@ def draw_generator(seed: int, name: str, *place: int | str) -> torch.Generator:
 def draw_normal(
     seed: int, name: str, sample_ids: Sequence[int | str], shape: Sequence[int], device: torch.device = CPU
 ) -> torch.Tensor:
-    """Standard normal [B, *shape] in fp32; row i depends only on (seed, name, positions[i]), not on the device."""
+    """Standard normal [B, *shape] in fp32; row i depends only on (seed, name, sample_ids[i]), not on the device."""
     rows = [torch.randn(tuple(shape), generator=draw_generator(seed, name, p)) for p in sample_ids]
     return to_device(torch.stack(rows), device)
 
 
 def draw_uniform(seed: int, name: str, sample_ids: Sequence[int | str], device: torch.device = CPU) -> torch.Tensor:
-    """Uniform [B] in [0, 1); row i depends only on (seed, name, positions[i])."""
+    """Uniform [B] in [0, 1); row i depends only on (seed, name, sample_ids[i])."""
     return to_device(
         torch.stack([torch.rand((), generator=draw_generator(seed, name, p)) for p in sample_ids]), device
     )

@@ -1,4 +1,4 @@
-"""Full weights in, full weights out: the files of supervised fine-tuning, where every weight is trained in fp32."""
+"""Files of full fine-tuning (SFT), where every weight is trained in fp32."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ from base.tensor_file import INDEX_NAME, WEIGHTS_NAME, save_tensors, sizes_of, w
 SUBFOLDER = "transformer"
 MASTERS_NAME = "masters.safetensors"
 EMA_NAME = "ema.safetensors"
-SHARD_SIZE = "10GB"  # of a file, as diffusers divides a model
-EMA_STEPS = "optimization_step"  # what EMAModel calls the number of updates that it has averaged
+SHARD_SIZE = "10GB"  # per file, as diffusers shards a model
+EMA_STEPS = "optimization_step"  # EMAModel's name for the number of averaged updates
 
 
 @contextlib.contextmanager
 def swapped(params: list[nn.Parameter], others: list[torch.Tensor]):
-    """`params` hold the numbers of `others`, and those theirs; no memory, and the old ones come back bit for bit."""
+    """Swap the values of `params` and `others` within the context: takes no memory, restored bit for bit."""
     swap(params, others)
     try:
         yield
@@ -42,10 +42,10 @@ def swap(params: list[nn.Parameter], others: list[torch.Tensor]) -> None:
 def save_transformer(
     model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype, directory: Path, inference_notes: dict
 ) -> Path:
-    """Write `<directory>/transformer/` in `dtype`, as from_pretrained(directory, subfolder="transformer") reads it.
+    """Write `<directory>/transformer/` in `dtype`, for from_pretrained(directory, subfolder="transformer").
 
-    `inference_notes`, what else inference must know, go into `training.json` there. An earlier folder is replaced when this one is
-    complete.
+    `inference_notes`, what else inference must know, go into `training.json` there. An earlier folder is replaced once
+    this one is complete.
     """
     target = Path(directory, SUBFOLDER)
     with replaced_folder(target) as folder:
@@ -58,13 +58,13 @@ def save_transformer(
 
 
 def save_shards(model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype, folder: Path) -> None:
-    """The files of weights that diffusers' `save_pretrained` writes, without a second model in memory."""
-    tensors = model.state_dict()  # with buffers, which stay as they are
+    """Write the weight files of diffusers' `save_pretrained`, without a second model in memory."""
+    tensors = model.state_dict()  # includes buffers, which keep their dtype
     trained = dict(zip((name for name, _ in model.named_parameters()), params, strict=True))
     sizes = sizes_of(tensors) | sizes_of(trained, dtype)
-    outlines = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in sizes.items()}
+    meta_tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in sizes.items()}
     pattern = WEIGHTS_NAME.replace(".", "{suffix}.")
-    plan = split_torch_state_dict_into_shards(outlines, filename_pattern=pattern, max_shard_size=SHARD_SIZE)
+    plan = split_torch_state_dict_into_shards(meta_tensors, filename_pattern=pattern, max_shard_size=SHARD_SIZE)
 
     def tensor_of(name: str) -> torch.Tensor:
         return trained[name].detach().to("cpu", dtype) if name in trained else tensors[name]
@@ -76,14 +76,14 @@ def save_shards(model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype
 
 
 def forget_source(config_path: Path) -> None:
-    """Take out the folder that the base was loaded from: it tells of the machine, and results are shared."""
+    """Remove the path that the base was loaded from: it reveals the machine, and results are shared."""
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_saved_transformer(model: nn.Module, params: list[nn.Parameter], dtype: torch.dtype, directory: Path) -> None:
-    """Compare the saved files with the trained weights, tensor by tensor: no second model in memory."""
+    """Compare the saved files with the trained weights, one tensor at a time: no second model in memory."""
     trained = dict(zip((name for name, _ in model.named_parameters()), params, strict=True))
     missing = set(trained)
     for path in sorted(Path(directory, SUBFOLDER).glob("*.safetensors")):
@@ -97,7 +97,7 @@ def check_saved_transformer(model: nn.Module, params: list[nn.Parameter], dtype:
 
 
 def save_weights(model: nn.Module, weights: list[torch.Tensor], path: Path, metadata: dict | None = None) -> None:
-    """fp32 weights that a run goes on from, by the model's names of them."""
+    """Save the fp32 weights that a run resumes from, by the model's names."""
     names = (name for name, _ in model.named_parameters())
     save_tensors(path, dict(zip(names, weights, strict=True)), metadata)
 
@@ -117,7 +117,7 @@ def load_weights(model: nn.Module, weights: list[torch.Tensor], path: Path) -> d
 
 
 def save_average(model: nn.Module, ema, directory: Path) -> None:
-    """The moving average of the weights (diffusers' EMAModel), and how many updates are in it."""
+    """Save the weights' moving average (diffusers' EMAModel) and the number of updates in it."""
     save_weights(model, ema.shadow_params, directory / EMA_NAME, {EMA_STEPS: str(ema.optimization_step)})
 
 

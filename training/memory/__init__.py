@@ -1,1 +1,1 @@
-"""Memory techniques on a plain nn.Module: recompute, offload, streaming, quantization; and the estimate of a run."""
+"""Memory techniques on a plain nn.Module: recompute, offload, streaming, quantization; and a run's memory estimate."""

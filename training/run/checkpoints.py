@@ -1,8 +1,8 @@
-"""Checkpoints that continue exactly where the data stood.
+"""Checkpoints from which a run continues exactly: write, find, load.
 
-A checkpoint is the result's file or folder beside `optimizer.safetensors`, `state.json` and `manifest.json`, which
-holds every file's size and hash, and the trained weights where the result's differ; nothing is pickled.
-Random state need not be kept: every draw is a function of the seed and of the sample's position in the run.
+A checkpoint is the result's file or folder beside `optimizer.safetensors`, `state.json` and `manifest.json` (size and
+hash of every file), plus the trained weights where they differ from the result's. Nothing is pickled. No random state
+is saved: every draw is a function of the seed and the sample's position in the run.
 """
 
 import json
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_checkpoint(output_dir: Path, step: int, state: TrainingState, identity: dict) -> Path:
-    """Write `checkpoint-<step>/`: what has that name is complete, an earlier one of that name included."""
+    """Write `checkpoint-<step>/` atomically: whatever has that name is complete, be it this one or an earlier one."""
     tensors, optimizer = split_tensors(state.optimizer.state_dict())
     refuse_bad_numbers([*state.engine.params, *tensors.values()])
     target = output_dir / f"checkpoint-{step}"
@@ -56,19 +56,19 @@ def write_checkpoint(output_dir: Path, step: int, state: TrainingState, identity
 
 
 def refuse_bad_numbers(tensors: list[torch.Tensor]) -> None:
-    """NumbersError if a value is not finite: such weights are written nowhere."""
+    """Raise NumbersError if any value is NaN or infinite: such weights are never written."""
     checked = [
         torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1
     ]
     if not all(torch.stack([flag.cpu() for flag in checked]) if checked else ()):
         raise NumbersError(
-            "weights or optimizer states are no longer finite, so that nothing is written; lower --learning_rate, and "
-            "name the last checkpoint with --resume_from_checkpoint"
+            "weights or optimizer states are no longer finite, so nothing is written; lower --learning_rate, and give the "
+            "last checkpoint as --resume_from_checkpoint"
         )
 
 
 def save(args, run, step: int, state: TrainingState, identity: dict) -> None:
-    """A checkpoint by the main process, the oldest removed after it is complete; the other ranks wait."""
+    """Write a checkpoint on the main process, then remove the oldest over the limit; the other ranks wait."""
     state.all_gather()
     if run.rank == 0:
         write_checkpoint(run.output_dir, step, state, identity)
@@ -79,7 +79,7 @@ def save(args, run, step: int, state: TrainingState, identity: dict) -> None:
 def leave_if_interrupted(
     args, run, first_step: int, step: int, num_steps: int, state: TrainingState, identity: dict
 ) -> None:
-    """After the loop: where it ended early, all ranks leave with a checkpoint of the last update, exit code 75."""
+    """After the loop: if it ended early, all ranks leave with a checkpoint of the last update and exit code 75."""
     if step == num_steps:
         return
     if step > first_step and step % args.checkpointing_steps:
@@ -89,9 +89,9 @@ def leave_if_interrupted(
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None, newest: int) -> None:
-    """Remove the oldest checkpoints over `limit`; called after the one of step `newest` is complete.
+    """Remove the oldest checkpoints over `limit`; call it once the checkpoint of step `newest` is complete.
 
-    Later ones do not count: damaged, or left by a run that an older checkpoint was named to replace.
+    Later checkpoints do not count: they are damaged, or belong to a run that was resumed from an older one.
     """
     if limit is not None:
         for directory in [path for path in checkpoint_dirs(output_dir) if step_of(path) <= newest][:-limit]:
@@ -102,9 +102,9 @@ def prune_checkpoints(output_dir: Path, limit: int | None, newest: int) -> None:
 
 
 def find(args, run, num_steps: int, content: dict) -> Path | None:
-    """The checkpoint to go on from: a path as written, a name or step in output_dir, or the newest whole one there.
+    """The checkpoint to resume from: a path as given, a name or step in output_dir, or the newest intact one there.
 
-    None: start at step 0, because there is none. The main process looks, and hashes, for all.
+    None if there is none: the run starts at step 0. The main process searches and hashes for all ranks.
     """
     return on_main_process(run.accelerator, lambda: choose_checkpoint(args, num_steps, content))
 
@@ -121,7 +121,7 @@ def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
     path = named_checkpoint(output_dir, wanted)
     if reason := find_damage(path):
         raise UsageError(
-            f"--resume_from_checkpoint {wanted}: {reason}; name another, or latest for the newest whole one"
+            f"--resume_from_checkpoint {wanted}: {reason}; give another, or latest for the newest intact one"
         )
     folder = path.resolve().parent
     if folder != output_dir.resolve():
@@ -133,7 +133,7 @@ def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
 
 
 def refuse_later_step(checkpoint: Path, step: int, num_steps: int) -> None:
-    """UsageError for a checkpoint that the run would have to go back from."""
+    """Raise UsageError for a checkpoint that is already past the end of this run."""
     if step > num_steps:
         raise UsageError(
             f"{checkpoint}: already beyond the {num_steps} updates of this run; name an older checkpoint with "
@@ -142,9 +142,9 @@ def refuse_later_step(checkpoint: Path, step: int, num_steps: int) -> None:
 
 
 def newest_whole(output_dir: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, a line for each newer one that is not; None without any.
+    """The newest intact checkpoint, with a warning for each newer one that is damaged; None if there are none at all.
 
-    UsageError if there are some, but none is whole: starting anew is for the user to say.
+    Raises UsageError if all are damaged: only the user may decide to start over.
     """
     directories = checkpoint_dirs(output_dir)[::-1]
     for directory in directories:
@@ -154,35 +154,36 @@ def newest_whole(output_dir: Path) -> Path | None:
         logger.warning("%s cannot be used: %s", directory, reason)
     if directories:
         raise UsageError(
-            f"{output_dir}: none of its {len(directories)} checkpoints is whole (the newest: {reason}); restore one, or "
-            "pass --overwrite to move the folder aside and start anew"
+            f"{output_dir}: none of its {len(directories)} checkpoints is intact (the newest: {reason}); restore one, or "
+            "pass --overwrite to move the folder aside and start over"
         )
     return None
 
 
 def run_identity(run, dataset, held_out_clips) -> dict:
-    """What a checkpoint records of its run, besides the flags, and what a run that goes on from it must share."""
+    """What a checkpoint records of its run besides the flags; a run that resumes from it must match, see `load`."""
     return {"seed": run.seed, "num_processes": run.num_ranks, **data_identity(dataset, held_out_clips)}
 
 
 def load(path: Path, state: TrainingState, identity: dict) -> int:
-    """Restore weights, optimizer, schedule and scaler of a whole checkpoint; returns the step.
+    """Restore weights, optimizer, schedule and loss scaler from an intact checkpoint; returns its step.
 
-    `identity` must equal that saved, but for the rule of draws about clips.
+    `identity` must equal the saved one, except for the rule of random draws about clips: a change there is only a
+    warning.
     """
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if identity.get("draws") and "draws" not in saved:
         logger.warning(
             "%s: made when starts, crops, flips, first frames and the noise on held-out clips were drawn by a clip's place "
-            "in the list; from here on they are drawn by its path, so that they differ from those before",
+            "in the list; from here on they are drawn by its path, so they differ from those before",
             path,
         )
-    if "data_as_written" in identity and saved.get("data") == identity["data_as_written"]:  # of an earlier version
+    if "data_as_written" in identity and saved.get("data") == identity["data_as_written"]:  # by an earlier version
         saved["data"] = identity["data"]
     for name, value in identity.items():
         if name not in ("draws", "data_as_written") and saved.get(name) != value:
             raise UsageError(
-                f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot go on from there"
+                f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot continue from there"
             )
     state.engine.load_state(path)
     state.optimizer.load_state_dict(join_tensors(load_file(path / "optimizer.safetensors"), saved["optimizer"]))

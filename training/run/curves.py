@@ -1,4 +1,4 @@
-"""The losses of runs as a picture."""
+"""Plots the losses of runs from their metrics files."""
 
 import json
 import math
@@ -12,19 +12,19 @@ from base.files import written_beside
 
 WINDOW = 20  # updates of the running mean
 HELD_OUT = "held_out_loss"  # the event that validation writes between the updates
-OUTLIERS, HEADROOM = 0.05, 3.0  # the share of largest losses that may lie above the axis, if above 3 times the others
-LABEL = 36  # characters of a run's name in the legend, which has two columns
-WIDTH, HEIGHT, LINE = 6.4, 3.2, 0.21  # inches: of the figure without a legend, and of a line of the legend
+OUTLIERS, HEADROOM = 0.05, 3.0  # the axis may cut off this share of the losses, if above 3 times the others
+LABEL = 36  # characters of a run's name in the two-column legend
+WIDTH, HEIGHT, LINE = 6.4, 3.2, 0.21  # inches: the figure without its legend, and one line of the legend
 
 
 class Losses(NamedTuple):
-    """What a metrics file holds: update numbers and losses [N], and those of the held-out clips [M]."""
+    """Contents of a metrics file: update numbers and losses [N], and the same for the held-out clips [M]."""
 
     steps: np.ndarray
     losses: np.ndarray
     held_steps: np.ndarray
     held_losses: np.ndarray
-    not_finite: list[int]  # updates
+    not_finite: list[int]  # update numbers
 
     @property
     def held(self):
@@ -32,19 +32,19 @@ class Losses(NamedTuple):
 
 
 def draw_losses(runs: dict[str, Path], figure_path: Path, window: int = WINDOW) -> list[str]:
-    """Draw the losses of metrics files, name -> path, into one figure; its suffix says the format.
+    """Plot the losses of metrics files, {name: path}, in one figure; its suffix sets the format.
 
-    Returns the names of those that hold no finite loss yet. Nothing is written if none does.
+    Returns the names of runs without a finite loss so far. Nothing is written if that is all of them.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure  # not pyplot: that one keeps figures and asks for a display
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures alive and looks for a display
 
     read = {name: read_losses(path) for name, path in runs.items()}
     drawn = {name: run for name, run in read.items() if len(run.steps)}
     if drawn:
         figure = Figure(dpi=150)
         axes = figure.add_subplot()
-        if len(drawn) > 10:  # the usual colours would come twice
+        if len(drawn) > 10:  # the default cycle has 10 colours
             axes.set_prop_cycle(color=colormaps["tab20"].colors)
         fill_axes(axes, drawn, window)
         place(figure)
@@ -57,7 +57,7 @@ def draw_losses(runs: dict[str, Path], figure_path: Path, window: int = WINDOW) 
 
 
 def read_losses(path: Path) -> Losses:
-    """A metrics.jsonl: one line an update, and events between them."""
+    """Parse a metrics.jsonl: one line per update, with events in between."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     updates = [row for row in rows if "event" not in row]
     held = [row for row in rows if row.get("event") == HELD_OUT]
@@ -69,13 +69,13 @@ def is_finite(row: dict) -> bool:
 
 
 def series(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """(update numbers, losses) [N] of the rows whose loss was finite."""
+    """(update numbers, losses), both [N], of the rows with a finite loss."""
     pairs = [(row["step"], row["loss"]) for row in rows if is_finite(row)]
     return np.array([step for step, _ in pairs]), np.array([loss for _, loss in pairs], dtype=float)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values, at the start of as many as there are: same length, no delay at the edges."""
+    """Mean of the last `window` values, or of as many as there are so far; same length as `values`."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -86,7 +86,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def fill_axes(axes, runs: dict[str, Losses], window: int) -> None:
-    """Runs, limits, and marks of what lies outside of them."""
+    """Plot the runs, set the limits, and mark what lies outside them."""
     alone = len(runs) == 1
     labels = [f"mean of {window} updates"] if alone else short_labels(list(runs))
     for label, run in zip(labels, runs.values(), strict=True):
@@ -103,7 +103,7 @@ def fill_axes(axes, runs: dict[str, Losses], window: int) -> None:
 
 
 def place(figure) -> None:
-    """A legend above the axes, where it covers nothing. Margins are given: to find them matplotlib draws twice."""
+    """Put the legend above the axes, where it hides nothing. Margins are given: finding them means drawing twice."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     lines = -(-len(labels) // 2)
     height = HEIGHT + lines * LINE
@@ -114,7 +114,7 @@ def place(figure) -> None:
 
 
 def draw_run(axes, label: str, run: Losses, window: int) -> None:
-    """Points, running mean and, where there is one, the held-out loss."""
+    """Points, running mean and, if there is one, the held-out loss."""
     few = len(run.steps) <= WINDOW
     (points,) = axes.plot(run.steps, run.losses, ".", markersize=6 if few else 2, alpha=0.4, rasterized=True)
     axes.plot(run.steps, running_mean(run.losses, window), color=points.get_color(), label=label)
@@ -122,7 +122,7 @@ def draw_run(axes, label: str, run: Losses, window: int) -> None:
 
 
 def mark_the_rest(axes, runs: list[Losses], top: float) -> None:
-    """Triangles at the upper edge for what lies above it, crosses at the lower for updates without a finite loss."""
+    """Triangles at the top edge for losses above it, crosses at the bottom for updates without a finite loss."""
     pairs = [pair for run in runs for pair in ((run.steps, run.losses), run.held)]
     above = np.concatenate([steps[values > top] for steps, values in pairs])
     not_finite = np.concatenate([run.not_finite for run in runs])
@@ -139,7 +139,7 @@ def mark_the_rest(axes, runs: list[Losses], top: float) -> None:
 
 
 def limits(columns: list[np.ndarray]) -> tuple[float, float]:
-    """Of the axis: from the least loss to the largest that is no outlier, of all `columns`, and a little more."""
+    """Axis limits over all `columns`: from the smallest loss to the largest that is no outlier, plus a margin."""
     columns = [values for values in columns if len(values)]
     low, high = min(values.min() for values in columns), max(ceiling(values) for values in columns)
     margin = 0.05 * (high - low or abs(high) or 1.0)
@@ -147,16 +147,16 @@ def limits(columns: list[np.ndarray]) -> tuple[float, float]:
 
 
 def ceiling(values: np.ndarray) -> float:
-    """The largest of `values` [N] that is no outlier. Below there are none: a loss is a mean of squares."""
+    """The largest of `values` [N] that is no outlier. There are none at the low end: a loss is a mean of squares."""
     ordered = np.sort(values)
     if len(ordered) < 3:
-        return float(ordered[-1])  # of two nobody can say which is the outlier
+        return float(ordered[-1])  # of two values, either could be the outlier
     largest_of_others = ordered[-1 - math.ceil(OUTLIERS * len(ordered))]
     return float(ordered[ordered <= max(HEADROOM * largest_of_others, ordered[0])][-1])
 
 
 def short_labels(names: list[str]) -> list[str]:
-    """What tells the runs' names apart: parts that all share are left out, long ones lose their middle."""
+    """Labels that tell the runs apart: parts shared by all names are dropped, long labels lose their middle."""
     parts = [name.replace("/", "__").split("__") for name in names]
     shared = set.intersection(*map(set, parts))
     labels = [", ".join(part for part in some if part not in shared) or some[-1] for some in parts]

@@ -1,4 +1,4 @@
-"""How a run ends: every error that a user can mend is one line and an exit code, also in status.json."""
+"""How a run ends: every error that the user can fix becomes one line and an exit code, also in status.json."""
 
 import contextlib
 import errno
@@ -41,25 +41,25 @@ STORAGE_ERRORS = FULL_DISK | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
 RESUME_ADVICE = "the same command continues from the last checkpoint"
 
 
-# ---------------------------------------------------------------- asked to stop, or out of memory
+# ---------------------------------------------------------------- stop requests, out of memory
 
 
 def stop_is_due(run, step: int) -> bool:
-    """True on all ranks after the same `step` if any was asked to stop. Ranks meet on the host: no GPU is waited for."""
+    """True on all ranks after the same `step` if any was asked to stop. Exchanged on the host: no GPU sync."""
     asked = INTERRUPTION.reason is not None
     if run.num_ranks == 1:
         return asked
     asked_of_ranks = exchange_on_host(f"stop-{step}", "asked" if asked else "")
-    # All have come here, so that none still reads what was said a step ago
+    # All ranks have reached this step, so none still reads the previous step's keys
     group_store().delete_key(f"stop-{step - 1}/{run.rank}")
     return any(asked_of_ranks)
 
 
 @contextlib.contextmanager
 def explained_oom(args, device: torch.device, buckets: Sequence[Bucket], level: str | None, is_lora: bool):
-    """Within, a GPU whose memory is full is one line: peak, largest batch, and the flags that would make it fit.
+    """Turn an out-of-memory error in the body into one line: peak, largest batch, and flags that would make it fit.
 
-    `level`: of memory that the run has, whichever --memory auto chose.
+    `level`: the memory level in use, also if --memory auto chose it.
     """
     try:
         yield
@@ -74,16 +74,16 @@ def explained_oom(args, device: torch.device, buckets: Sequence[Bucket], level: 
 
 
 def oom_line(error: torch.cuda.OutOfMemoryError) -> str:
-    """What torch says, but for its advice of expandable segments where they are in use."""
+    """torch's message, without its advice to use expandable segments if they are in use already."""
     line = first_line(error)
     return line.partition(" If reserved but unallocated")[0] if uses_expandable_segments() else line
 
 
 def memory_savers(args, level: str | None, is_lora: bool) -> list[str]:
-    """Flags not in use that lower the peak of a run at `level`, by what they cost in speed and quality."""
+    """Unused flags that lower the peak of a run at `level`, cheapest in speed and quality first."""
     is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
     batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    streams = is_lora and not uses_deepspeed()  # whose time hardly differs from that of the other levels
+    streams = is_lora and not uses_deepspeed()  # hardly slower than the other levels
     instead = " in place of --gradient_checkpointing" if args.gradient_checkpointing else ""
     savers = {
         f"--memory stream{instead}, with host memory for the weights": streams and level != "stream",
@@ -104,15 +104,15 @@ def memory_savers(args, level: str | None, is_lora: bool) -> list[str]:
 
 
 def run_script(main: Callable[[], None], output_dir: str | Path, resume_advice: str = RESUME_ADVICE) -> None:
-    """Run `main` and leave: every error that a user can mend is one line, its exit code also in status.json.
+    """Run `main` and exit: an error that the user can fix is one line, and its exit code is also in status.json.
 
-    Any other error is a defect: exit code 70 too, after its traceback. A signal is 75, see base/signals.py. `resume_advice` says
-    what the same command does then.
+    Any other error is a bug: exit code 70, with a traceback. A signal is 75, see base/signals.py. `resume_advice` says
+    what the same command does next.
     """
     output_dir = Path(output_dir)
     os.environ[ERROR_LOG_VARIABLE] = str(output_dir.absolute() / "errors.log")
     THIS_RUN.__init__(launch_id())
-    forget_undo()  # what a process before this one, or a run before in it, did
+    forget_undo()  # left by an earlier run in this process, or by the process that forked it
     with catch_signals(lambda: record_failure(output_dir, INTERRUPTED, f"stopped at once; {resume_advice}")):
         try:
             main()
@@ -125,7 +125,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path, resume_advice: 
             code, line = INTERRUPTED, f"interrupted by {INTERRUPTION.reason or 'the keyboard'}; {resume_advice}"
         except torch.cuda.OutOfMemoryError as error:
             code, line = INTERNAL, f"the GPU's memory is full: {oom_line(error)}"
-        except Exception as error:  # the outermost place: with its traceback, unless a user can mend it
+        except Exception as error:  # outermost handler: prints the traceback unless the user can fix the error
             code, line = explain(error, output_dir, resume_advice)
             if code == INTERNAL:
                 print_suppressed()
@@ -133,20 +133,20 @@ def run_script(main: Callable[[], None], output_dir: str | Path, resume_advice: 
             record_failure(output_dir, code, line)
             raise SystemExit(code) from error
         record_failure(output_dir, code, line)
-    sys.exit(code)  # at once: the other ranks may wait in a collective that will never come
+    sys.exit(code)  # at once: the other ranks may wait in a collective that this one never joins
 
 
 def explain(error: Exception, output_dir: Path, resume_advice: str) -> tuple[int, str]:
-    """(exit code, line) of an error of a library."""
+    """(exit code, line) for an error from a library."""
     if is_storage_error(error):
         return STORAGE, storage_line(error, output_dir)
-    if "DataLoader worker" in str(error):  # torch raises it at any place, as soon as the worker has died
+    if "DataLoader worker" in str(error):  # torch raises it anywhere, once a worker has died
         return INTERRUPTED, f"a data worker was killed, most likely for lack of memory; {resume_advice}"
     return INTERNAL, repr(error)
 
 
 def is_storage_error(error: Exception) -> bool:
-    """True for a full, read-only or failing disk; safetensors hides the error number in its text."""
+    """True for a full, read-only or failing disk; safetensors has the error number only in its message."""
     in_text = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     number = int(in_text[1]) if in_text else getattr(error, "errno", None)
     return number in STORAGE_ERRORS
@@ -154,20 +154,20 @@ def is_storage_error(error: Exception) -> bool:
 
 def storage_line(error: Exception, output_dir: str | Path) -> str:
     if getattr(error, "errno", None) not in (None, *FULL_DISK):
-        return f"cannot read or write: {error}; when that is mended the same command continues"
+        return f"cannot read or write: {error}; once that is fixed, the same command continues"
     folder = nearest_folder(output_dir)
     free = free_bytes(folder) / 2**30
     return f"cannot write: {error}; {free:.1f} GiB are free in {folder}; with room there the same command continues"
 
 
 def record_failure(output_dir: Path, code: int, line: str) -> None:
-    """One line on stderr, and status.json unless another rank of this run has spoken there.
+    """Print one line on stderr and write status.json, unless another rank of this run already has.
 
-    Any rank may be the one that fails; what the others say after that is only that it is gone.
+    Any rank may be the first to fail; what the others report afterwards is only a consequence.
     """
     with bars_cleared():
         print(f"error: {line}", file=sys.stderr, flush=True)
-    # Before the run has begun a rank may be asked to stop because another was refused, which leaves no trace by hand
+    # Before the run has begun, a stop may only mean that another rank was refused, and a refusal keeps the old status
     may_be_refused = code == INTERRUPTED and not THIS_RUN.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         earlier = read_status(output_dir)
@@ -176,16 +176,16 @@ def record_failure(output_dir: Path, code: int, line: str) -> None:
         elif may_be_refused or is_of_this_run(earlier):
             return
         elif not THIS_RUN.has_begun and earlier.get("state") == "complete":
-            record_refusal(output_dir, line, code)  # a finished run stays one, whatever a later command lacked
+            record_refusal(output_dir, line, code)  # a finished run stays finished, whatever a later command lacked
         else:
             state = "interrupted" if code == INTERRUPTED else "failed"
             write_status(output_dir, state, code, message=line, step=last_step(output_dir))
     except (OSError, StorageError) as error:
-        if code != STORAGE:  # which says already that the disk cannot be written
+        if code != STORAGE:  # whose line already says that the disk cannot be written
             print(f"error: status.json not written: {error}", file=sys.stderr, flush=True)
 
 
 def last_step(output_dir: Path) -> int:
-    """The newest checkpoint's step, 0 without one."""
+    """Step of the newest checkpoint, 0 without one."""
     steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
     return max((int(step) for step in steps if step.isdigit()), default=0)

@@ -1,12 +1,12 @@
-"""The trained LoRA in further forms, made from its file: no model is loaded, one weight at a time is in memory.
+"""Export the trained LoRA to other formats, from its file: no model is loaded, one weight at a time is in memory.
 
 ComfyUI's layout, as its own code reads it (Comfy-Org/ComfyUI): comfy/lora.py maps `diffusion_model.<module>` to every
 weight of a model; comfy/weight_adapter/lora.py takes `.lora_up.weight` [out, rank], `.lora_down.weight` [rank, in] and
 `.alpha` from there and adds strength * alpha / rank * up @ down; comfy/ldm/cogvideo/model.py names the modules.
 
 kohya's layout, as merge_lora of VideoX-Fun (videox_fun/utils/lora_utils.py) and of kijai's ComfyUI-CogVideoXWrapper
-(lora_utils.py) read it: the same three tensors under `lora_unet__<module>`, dots turned to underscores, whose pieces
-are joined until diffusers' model has a module of that name; added in fp32 with the same formula.
+(lora_utils.py) read it: the same three tensors under `lora_unet__<module>`, with underscores for dots. Readers join
+the pieces until they name a module of diffusers' model, and add in fp32 with the same formula.
 """
 
 import json
@@ -42,15 +42,15 @@ KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
 class LoraWeights(NamedTuple):
-    """One layer's adapter, which adds up @ down. `magnitude` [out] is DoRA's length of every weight row."""
+    """One layer's adapter, which adds up @ down. `magnitude` [out] is DoRA's norm of every weight row."""
 
-    down: torch.Tensor  # A [rank, in], of a convolution [rank, in, h, w]
-    up: torch.Tensor  # B times its scaling [out, rank], of a convolution [out, rank, 1, 1]
+    down: torch.Tensor  # A [rank, in]; for a convolution [rank, in, h, w]
+    up: torch.Tensor  # B times its scaling [out, rank]; for a convolution [out, rank, 1, 1]
     magnitude: torch.Tensor | None = None
 
 
 def export_lora(args, base_dir: Path, variant: str | None, only_missing: bool = False) -> None:
-    """What --export asks for, beside the LoRA in output_dir. `base_dir` holds the transformer that it was trained on."""
+    """Write what --export asks for beside the LoRA in output_dir. `base_dir` holds the transformer it changes."""
     output_dir = Path(args.output_dir)
     for form, name, export in (("comfyui", COMFYUI_NAME, export_comfyui), ("kohya", KOHYA_NAME, export_kohya)):
         if form in args.export and not (only_missing and (output_dir / name).exists()):
@@ -60,7 +60,7 @@ def export_lora(args, base_dir: Path, variant: str | None, only_missing: bool = 
 
 
 def read_layers(path: Path) -> tuple[dict[str, LoraWeights], dict, dict]:
-    """(weights by the name of their module, what inference must follow, flags on record) of a LoRA's file."""
+    """({module: weights}, inference notes, recorded flags) of a LoRA file."""
     file = read_lora(path)
     tensors, scaling, layers = file.tensors, scaling_of(file, path), {}
     for module in sorted(layers_in(file)):
@@ -85,7 +85,7 @@ def export_kohya(lora_path: Path, target: Path) -> None:
 
 
 def export_up_down(lora_path: Path, target: Path, name_of: Callable[[str], str]) -> None:
-    """Strength 1.0 is what was trained, whether or not a reader knows of `.alpha`: it is the rank."""
+    """Write up, down and alpha per module. alpha is the rank, so strength 1.0 is as trained in every reader."""
     layers, inference_notes, recorded = read_layers(lora_path)
     tensors = {}
     for module, layer in layers.items():
@@ -103,9 +103,9 @@ def export_up_down(lora_path: Path, target: Path, name_of: Callable[[str], str])
 
 
 def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | None = None) -> None:
-    """Write the folder `target`: the model of `base_dir` with the LoRA added, every weight in the dtype it is stored in.
+    """Write the folder `target`: the model in `base_dir` plus the LoRA, each weight in the dtype it is stored in.
 
-    Sums are made in fp32 of the stored weights and rounded once.
+    Sums are computed in fp32 from the stored weights and rounded once.
     """
     layers, inference_notes, _ = read_layers(lora_path)
     with replaced_folder(target) as folder:
@@ -116,7 +116,7 @@ def merge_lora(lora_path: Path, base_dir: Path, target: Path, variant: str | Non
 def merge_files(
     layers: dict[str, LoraWeights], base_dir: Path, target: Path, variant: str | None, dropped: set[str]
 ) -> None:
-    """The weight files, named and divided as the base's are, and the index of several."""
+    """Write the weight files, named and sharded as the base's are, and the index if there are several."""
     missing, weight_map, total = set(layers), {}, 0
     for source in weight_files(base_dir, variant):
         name = source.name.replace(f".{variant}", "") if variant else source.name
@@ -142,7 +142,7 @@ def merge_files(
 
 
 def merged_weight(weight: torch.Tensor, layer: LoraWeights) -> torch.Tensor:
-    """The fp32 weight that does what `weight` and the adapter do together."""
+    """The fp32 weight equivalent to `weight` plus the adapter."""
     weight = weight + (layer.up.flatten(1) @ layer.down.flatten(1)).view_as(weight)
     if layer.magnitude is None:
         return weight
@@ -152,12 +152,12 @@ def merged_weight(weight: torch.Tensor, layer: LoraWeights) -> torch.Tensor:
 
 
 def dropped_weights(inference_notes: dict) -> set[str]:
-    """Weights of the base that the trained model does without."""
+    """Weights of the base that the trained model does not have."""
     return {"patch_embed.pos_embedding"} if inference_notes.get("drop_learned_positions") else set()
 
 
 def write_config(base_dir: Path, target: Path, inference_notes: dict) -> None:
-    """The base's config.json without the place that it was loaded from, and what inference must know beside it."""
+    """The base's config.json without the path it was loaded from, and the inference notes beside it."""
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     if inference_notes.get("drop_learned_positions"):

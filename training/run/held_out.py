@@ -1,7 +1,7 @@
-"""The loss on clips that are not trained on: it tells learning from luck, and shows when a run begins to memorise.
+"""Loss on clips that are not trained on: it shows whether a run generalizes, and when it begins to memorize.
 
-Every clip at ten timesteps, with noise and latents that follow its path and never change: numbers of two validations,
-or of two runs with the same seed, differ by the weights alone.
+Every clip is evaluated at ten timesteps. Its noise and latents depend on its path and never change, so two
+validations, or two runs with the same seed, differ by the weights alone.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from memory.host import to_device
 
 
 DRAW_RULE = "source, window, repeat"
-NUM_BINS = 10  # of timesteps; the loss is taken at the centre of each
+NUM_BINS = 10  # of timesteps; the loss is evaluated at the centre of each
 
 
 @dataclass
 class HeldOutClips:
-    """The first clips of --validation_data_root; without the flag none."""
+    """The first clips of --validation_data_root; empty without the flag."""
 
     dataset: Dataset | None
     clip_buckets: list[Bucket]
@@ -37,10 +37,8 @@ class HeldOutClips:
 class HeldOut:
     """What this rank evaluates: its clips, encoded once, since their draws are fixed too."""
 
-    clips: dict[
-        str, list[torch.Tensor]
-    ]  # place of clip_lists.draw_keys -> what `losses_of` takes, on the CPU, latents first
-    num_clips: int  # of all ranks
+    clips: dict[str, list[torch.Tensor]]  # draw key -> inputs of `losses_of`, on the CPU, latents first
+    num_clips: int  # over all ranks
     losses_of: Callable
     seed: int
     num_timesteps: int  # of the noise schedule
@@ -48,7 +46,7 @@ class HeldOut:
 
 
 def read_clips(args, model, seed: int) -> HeldOutClips:
-    """Read like the training data, but never flipped, dropped or cut at random."""
+    """Read them like the training data, but never flipped, dropped or cropped at random."""
     if args.validation_data_root is None:
         return HeldOutClips(None, [], [])
     table = args.dataset_file and str(Path(args.validation_data_root, Path(args.dataset_file).name))
@@ -66,30 +64,32 @@ def read_clips(args, model, seed: int) -> HeldOutClips:
 
 
 def data_identity(dataset: Dataset, held_out_clips: HeldOutClips) -> dict:
-    """What checkpoints record of the data, and by which rule a run draws about clips: None where it draws nothing."""
+    """What checkpoints record of the data, and the rule by which a run draws about clips: None if it draws nothing."""
     is_random = bool(held_out_clips.prompts) or dataset.is_random()
     hashes = {"data": dataset.fingerprint(), "data_as_written": dataset.fingerprint(as_written=True)}
     return {**hashes, "draws": DRAW_RULE if is_random else None}
 
 
 def encode_clips(run, clips: HeldOutClips, encode: Callable, losses_of: Callable, num_timesteps: int) -> HeldOut:
-    """`encode(batch, seed, sample_ids)` gives what `losses_of(*inputs, noise, timesteps) -> [B]` takes, latents first."""
+    """Encode this rank's clips. `encode(batch, seed, sample_ids)` returns `inputs` for `losses_of(*inputs, noise,
+    timesteps) -> [B]`, latents first.
+    """
     own_seed, device = draw_seed(run.seed, "held_out"), run.device
     encoded = {}
     for index in range(run.rank, len(clips.prompts), run.num_ranks):
-        batch, place = to_device(collate([clips.dataset[index]]), device), clips.dataset.draw_keys[index]
-        encoded[place] = [tensor.cpu() for tensor in encode(batch, own_seed, [place])]
+        batch, key = to_device(collate([clips.dataset[index]]), device), clips.dataset.draw_keys[index]
+        encoded[key] = [tensor.cpu() for tensor in encode(batch, own_seed, [key])]
     return HeldOut(encoded, len(clips.prompts), losses_of, own_seed, num_timesteps, device)
 
 
 def sum_losses(held_out: HeldOut) -> torch.Tensor:
-    """Sum [NUM_BINS] of the loss over this rank's clips; called within the engine's inference()."""
+    """Sum [NUM_BINS] of the losses over this rank's clips. Call it within the engine's inference()."""
     sums = torch.zeros(NUM_BINS, dtype=torch.float64, device=held_out.device)
     width = held_out.num_timesteps / NUM_BINS
-    for place, inputs in held_out.clips.items():
+    for key, inputs in held_out.clips.items():
         inputs = [tensor.to(held_out.device) for tensor in inputs]
         for number in range(NUM_BINS):
-            noise = draw_normal(held_out.seed, f"noise/{number}", [place], inputs[0].shape[1:]).to(held_out.device)
+            noise = draw_normal(held_out.seed, f"noise/{number}", [key], inputs[0].shape[1:]).to(held_out.device)
             timesteps = torch.tensor([int((number + 0.5) * width)], device=held_out.device)
             sums[number] += held_out.losses_of(*inputs, noise, timesteps)[0]
     return sums

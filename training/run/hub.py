@@ -1,4 +1,4 @@
-"""The upload of a run's result."""
+"""Upload of a run's result to the hub."""
 
 import logging
 import re
@@ -17,19 +17,20 @@ from run.model_card import CARD_NAME, LOSS_NAME
 
 logger = logging.getLogger(__name__)
 
-# Of the client: refusals and disks, names that are none, its own transfer of large files, the line
+# What huggingface_hub raises: OSError (permission, disk), ValueError (name), RuntimeError (large-file transfer),
+# HTTPError (network)
 HUB_ERRORS = (OSError, ValueError, RuntimeError, HTTPError)
-# All that is ever uploaded: no args.json, which may name local paths, no checkpoints, logs or optimizer states
+# Nothing else is ever uploaded: no args.json, which may name local paths, no checkpoints, logs or optimizer states
 UPLOADED = (
     CARD_NAME, LOSS_NAME, "pytorch_lora_weights*.safetensors", f"{SUBFOLDER}/*", "samples/*.mp4", "samples/*.txt",
 )  # fmt: skip
-MAX_NAME_LENGTH = 96  # characters of a repository's name that the hub takes
+MAX_NAME_LENGTH = 96  # characters of a repository's name: the hub's limit
 
 
 def check_hub(args, accelerator) -> str | None:
-    """The repository to upload to, made if it is not there; UsageError now, not after training, if it cannot be.
+    """The repository to upload to, created if it does not exist; UsageError now, not after training, if that fails.
 
-    Without --push_to_hub, and on the other processes, None, and nothing asks the network.
+    None without --push_to_hub, when nothing accesses the network, and on the other processes.
     """
     if not args.push_to_hub:
         return None
@@ -38,13 +39,13 @@ def check_hub(args, accelerator) -> str | None:
 
 
 def make_repo(args) -> str:
-    """The repository's whole name; it is there, and this user may write it."""
+    """Create the repository if needed and check that this user may write to it; returns its full name."""
     api = HfApi(token=args.hub_token)
     wanted = args.hub_model_id or default_repo_name(Path(args.output_dir).resolve().name)
     try:
         repo = wanted if "/" in wanted else f"{api.whoami()['name']}/{wanted}"
         api.create_repo(repo, private=not args.hub_public, exist_ok=True)
-        api.auth_check(repo, write=True)  # an existing one may be another's, or the token for reading only
+        api.auth_check(repo, write=True)  # it may exist and be someone else's, or the token may be read-only
     except HUB_ERRORS as error:
         raise UsageError(
             f"--push_to_hub: {wanted} cannot be written ({first_line(error)}); log in with `hf auth login`, set "
@@ -55,9 +56,9 @@ def make_repo(args) -> str:
 
 
 def default_repo_name(folder: str) -> str:
-    """A name that the hub takes: at most 96 letters, digits, - _ and ., no -- or .. in it.
+    """A valid repository name from the folder's: at most 96 letters, digits, - _ and ., without -- or ..
 
-    One that had to be altered ends in a hash of the whole, so that two folders are never one repository.
+    If it had to be altered, it ends in a hash of the folder's, so that two folders never share a repository.
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder)
     name = re.sub(r"--+", "-", re.sub(r"\.\.+", ".", name)).removesuffix(".git").strip("-._")
@@ -69,7 +70,7 @@ def default_repo_name(folder: str) -> str:
 
 
 def push(args, repo: str) -> None:
-    """Upload what is on the list; StorageError, with the command to do it by hand, if that fails."""
+    """Upload the files on the list; if that fails, StorageError with the command to do it by hand."""
     try:
         HfApi(token=args.hub_token).upload_folder(
             repo_id=repo,
@@ -86,6 +87,6 @@ def push(args, repo: str) -> None:
 
 
 def upload_command(repo: str, output_dir: str) -> str:
-    """The same upload by hand."""
+    """The command for the same upload."""
     includes = [word for pattern in UPLOADED for word in ("--include", pattern)]
     return shlex.join(["hf", "upload", repo, str(output_dir), ".", *includes])

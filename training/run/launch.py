@@ -30,9 +30,9 @@ from run.tracking import tracking_options
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"no": DTYPES["fp32"], "fp16": DTYPES["fp16"], "bf16": DTYPES["bf16"]}  # as --mixed_precision says
-REAL_SIZE = 200e6  # parameters: above it a step on a CPU takes minutes
-# What the launcher exports of its config, where that sets it
+PRECISIONS = {"no": DTYPES["fp32"], "fp16": DTYPES["fp16"], "bf16": DTYPES["bf16"]}  # by --mixed_precision's names
+REAL_SIZE = 200e6  # parameters; above it, a step on a CPU takes minutes
+# Variables that the launcher exports, if its config sets them
 LAUNCHER_VARIABLES = {
     "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
     "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING",
@@ -42,7 +42,7 @@ LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "t
 
 def find_launcher() -> psutil.Process | None:
     """The launcher that started this process."""
-    with contextlib.suppress(psutil.Error):  # the parent of another user, or gone
+    with contextlib.suppress(psutil.Error):  # the parent is another user's, or gone
         parent = psutil.Process().parent()
         if parent and LAUNCHERS & {Path(word).name for word in parent.cmdline()[:4]}:
             return parent
@@ -50,18 +50,18 @@ def find_launcher() -> psutil.Process | None:
 
 
 def launch_time() -> float:
-    """When this process was started, or the launcher that started it."""
+    """When the launcher was started, or this process if it has none."""
     return (find_launcher() or psutil.Process()).create_time()
 
 
 def launch_id() -> str | None:
-    """An id of what the launcher has started, the same in all its processes; None without one."""
+    """An id of this launch, the same in all processes of the launcher; None without one."""
     launcher = find_launcher()
     return f"{socket.gethostname()}-{launcher.pid}-{launcher.create_time()}" if launcher else None
 
 
 def agree_on_run() -> None:
-    """All ranks take the id of the first: several machines have a launcher each, and mpirun is none of those known."""
+    """All ranks take rank 0's run id: every machine has its own launcher, and mpirun is not among the known ones."""
     if torch.distributed.is_initialized():
         store = group_store()
         if torch.distributed.get_rank() == 0:
@@ -78,11 +78,11 @@ class Run(NamedTuple):
     num_ranks: int
     seed: int
     output_dir: Path
-    hub_repo: str | None  # to upload to; None on the other ranks
+    hub_repo: str | None  # to upload to; None without an upload and on other ranks
 
 
 def open_run(args) -> Run:
-    """Start the processes, and claim the output folder and the repository: what cannot be had is refused here."""
+    """Start the processes, claim the output folder and the repository; refuses here if it cannot have them."""
     accelerator = init_accelerator(args)
     ranks = (accelerator.device, accelerator.process_index, accelerator.num_processes)
     hub_repo = check_hub(args, accelerator)
@@ -92,19 +92,19 @@ def open_run(args) -> Run:
 
 
 def init_accelerator(args) -> Accelerator:
-    """Processes and device. Precision stays "no" here: prepare() and autocast are not used, see `compute_dtype`."""
+    """Processes and device. accelerate's precision stays "no", its autocast unused: see `compute_dtype`."""
     STARTUP.begin(launch_time())
     STARTUP.mark("imports")
     log_to_stderr()
     check_launcher(args)
     check_deepspeed_from_args(args)
-    # No backend named: accelerate takes nccl on GPUs and gloo on CPUs, and fails on one process with one named
+    # No backend is named: accelerate picks nccl on GPUs and gloo on CPUs, and fails on one process if one is named
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=args.nccl_timeout))
-    cpu = not torch.cuda.is_available() and not uses_deepspeed()  # accelerate would leave DeepSpeed out
+    cpu = not torch.cuda.is_available() and not uses_deepspeed()  # cpu=True would drop DeepSpeed
     options = tracking_options(args)
     if uses_deepspeed():
-        import deepspeed  # noqa: F401 - its logger takes stdout as it is at the import, which accelerate makes below
-    with capture_prints():  # DeepSpeed's, which builds an operator here
+        import deepspeed  # noqa: F401 - imported before prints are captured: its logger binds stdout
+    with capture_prints():  # of DeepSpeed, which builds an operator here
         accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[process_group], **options)
     agree_on_run()
     if not accelerator.is_main_process:
@@ -117,7 +117,7 @@ def init_accelerator(args) -> Accelerator:
 
 
 def shared_seed(args) -> int:
-    """--seed, or one drawn by rank 0 for all."""
+    """--seed, or one that rank 0 draws for all."""
     if args.seed is not None:
         return args.seed
     seed = [secrets.randbits(31)]
@@ -127,9 +127,9 @@ def shared_seed(args) -> int:
 
 
 def compute_dtype(args, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """--mixed_precision, else what the launcher's configuration says, else bf16 on CUDA and fp32 on a CPU.
+    """--mixed_precision, else the launcher's config, else bf16 on CUDA and fp32 on a CPU.
 
-    The launcher exports "no" both for "no" and for nothing said; so that "no" decides nothing.
+    The launcher exports "no" both for "no" and if nothing is set, so "no" decides nothing.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.mixed_precision and launcher not in ("no", args.mixed_precision):
@@ -153,7 +153,7 @@ def compute_dtype(args, stored: torch.dtype, device: torch.device) -> torch.dtyp
 
 
 def check_launcher(args) -> None:
-    """Refuse an accelerate config whose accumulation or clipping is not the flags': each has one source of truth."""
+    """Refuse an accelerate config whose accumulation or clipping contradicts the flags': one source of truth each."""
     for dest, variable in LAUNCHER_VARIABLES.items():
         text = os.environ.get(variable, "auto")
         if text in ("auto", "none"):
@@ -167,9 +167,9 @@ def check_launcher(args) -> None:
 
 
 def check_device(args, num_parameters: float, device: torch.device) -> None:
-    """Refuse a model of real size without a GPU, unless --allow_cpu."""
+    """Refuse a model of real size without a GPU, unless --allow_cpu is given."""
     if device.type == "cpu" and num_parameters > REAL_SIZE and not args.allow_cpu:
         raise UsageError(
             f"no GPU found and the model has {num_parameters / 1e9:.1f} billion parameters: a step would take many "
-            "minutes; pass --allow_cpu to try all the same"
+            "minutes; pass --allow_cpu to try anyway"
         )

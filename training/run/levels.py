@@ -1,4 +1,4 @@
-"""--memory auto and --memory plan: what a run takes at each level, on this machine, and the level that it gets."""
+"""--memory auto and --memory plan: what a run needs at each level on this machine, and which level it gets."""
 
 import logging
 import os
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool) -> str | None:
-    """--memory; of auto the fastest level that fits all ranks, UsageError where none does.
+    """Resolve --memory: auto is the fastest level that fits on all ranks, UsageError if none does.
 
-    Called before anything lies on the GPU. `buckets`: (frames, height, width) of the clips, in pixels.
+    Call it before anything is on the GPU. `buckets`: (frames, height, width) of the clips, in pixels.
     """
     level = args.memory
     if level == "auto" and device.type != "cuda":
-        logger.info("--memory auto: speed, as there is no GPU whose memory could be short")
+        logger.info("--memory auto: speed, since there is no GPU to run out of memory")
         level = "speed"
     elif level == "auto":
         workload = make_workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
@@ -42,7 +42,7 @@ def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lo
 
 
 def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> str:
-    """The level of --memory auto, and in the log what it was chosen from."""
+    """The level for --memory auto; logs the estimates that it was chosen by."""
     level = fastest_that_fits(workload, gpu_bytes, host_bytes)
     if level is None:
         name, needed = nearest_level(workload, gpu_bytes, host_bytes)
@@ -59,17 +59,17 @@ def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> st
 
 
 def print_plan(args, model, is_lora: bool) -> None:
-    """--memory plan: a line for each level, from the model's configuration and the data's sizes alone; nothing is written.
+    """--memory plan: print one line per level, from the model's config and the data's sizes alone; nothing is written.
 
     Without a GPU: what one would need.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    expand_segments(device)  # as the run would, before the estimates
+    expand_segments(device)  # as the run does: the estimates depend on it
     dataset = build_dataset_from_args(args, model, args.seed or 0)
     dtype = PRECISIONS[args.mixed_precision or "bf16"]
-    stored = model.stored_dtype if model.has_weights else torch.bfloat16  # as almost all of the hub's are
+    stored = model.stored_dtype if model.has_weights else torch.bfloat16  # as almost all on the hub are
     workload = make_workload(args, model, stored, dataset.clip_buckets, dtype, is_lora)
     free = free_gpu_bytes(device) if device.type == "cuda" else None
     lines = [table(workload, free, psutil.virtual_memory().available)]
@@ -79,7 +79,7 @@ def print_plan(args, model, is_lora: bool) -> None:
 
 
 def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], dtype: torch.dtype) -> str:
-    """What the captions' embeddings take: of the disk, since their file is mapped, and not of the host's memory."""
+    """Disk space for the captions' embeddings. Their file is mapped, so they do not count as host memory."""
     num_captions = len(set(prompts)) + 1  # the empty one
     needed = embeds_bytes((num_captions, *text_shape), dtype)
     place = nearest_folder(output_dir)
@@ -92,13 +92,13 @@ def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], 
 
 
 def make_workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype, is_lora: bool) -> Workload:
-    """What the memory formula must know of a run whose weights are `stored` in one dtype and computed with in another."""
+    """What the memory formula needs to know about a run with weights `stored` in one dtype and compute in `dtype`."""
     transformer = model.empty_transformer()
     config = transformer.config
     blocks, deepspeed = transformer.transformer_blocks, uses_deepspeed()
     zero_on_host = deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu"
     state = state_bytes_from_args(args) + (0 if is_lora or not args.ema else 4)
-    on_host = 4 + 4 + 2 + state  # fp32 weight and gradient, and a copy that travels
+    on_host = 4 + 4 + 2 + state  # fp32 weight and gradient, and the 2-byte copy that is transferred
     if zero_on_host:
         on_host += 10  # measured
     return Workload(
@@ -141,7 +141,7 @@ def linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def num_adapted(transformer: nn.Module, targets: list[str], rank: int) -> int:
-    """Weights of a LoRA of `rank` on the layers whose names end with one of `targets`."""
+    """Number of weights of a LoRA of `rank` on the layers whose names end with one of `targets`."""
     ends = tuple(f".{target}" for target in targets)
     return sum(
         rank * (layer.in_features + layer.out_features) for name, layer in linears(transformer) if name.endswith(ends)
@@ -173,7 +173,7 @@ def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.d
 
 
 def sft_bytes_per_weight(args, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes on the GPU, bytes on the host) per trained weight, with gradient and optimizer states."""
+    """(bytes on the GPU, bytes on the host) per trained weight, including gradient and optimizer states."""
     trained = 4 + state_bytes_from_args(args) + (4 if args.ema else 0)
     if args.use_cpu_offload_optimizer:
         return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4

@@ -1,6 +1,6 @@
-"""What is told of the updates: metrics.jsonl, the bar, trackers, bad numbers, memory, and where the time goes.
+"""Per-update logging: metrics.jsonl, progress bar, trackers, non-finite updates, memory and timing.
 
-Everything stays on the device until `flush`, every --log_every updates: nothing else in a step waits for it.
+Values stay on the device until `flush`, every --log_every updates: logging adds no other sync to a step.
 """
 
 import json
@@ -28,7 +28,7 @@ from run.tracking import log_update
 
 logger = logging.getLogger(__name__)
 
-TRACKED = ("loss", "lr", "grad_norm", "seconds", "data_seconds", "copy_seconds")  # what trackers get of a line
+TRACKED = ("loss", "lr", "grad_norm", "seconds", "data_seconds", "copy_seconds")  # of a line, for trackers
 
 Timestamp = float | torch.cuda.Event
 
@@ -37,7 +37,7 @@ Timestamp = float | torch.cuda.Event
 
 
 def now(device: torch.device) -> Timestamp:
-    """A moment in the work of the device, which the host runs ahead of; on a CPU in the host's."""
+    """A timestamp in the device's work, which the host runs ahead of; on a CPU, the host's clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -46,7 +46,7 @@ def now(device: torch.device) -> Timestamp:
 
 
 def seconds_between(start: Timestamp, end: Timestamp) -> float:
-    """For events, once the device has come to the later one."""
+    """Seconds from `start` to `end`; the device must have reached the later event."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
@@ -54,7 +54,7 @@ def seconds_between(start: Timestamp, end: Timestamp) -> float:
 
 
 class BadSteps:
-    """Counts updates in a row that were skipped because their loss or gradient was not finite, and names the samples.
+    """Counts consecutive updates that were skipped for a non-finite loss or gradient, and names the samples.
 
     `sources` are the paths of all samples, by index.
     """
@@ -63,7 +63,7 @@ class BadSteps:
         self.limit, self.sources, self.in_a_row = limit, sources, 0
 
     def count(self, step: int, update: Update, seen: list[tuple[int, float]]) -> None:
-        """For every update in turn, on all ranks; `seen` are its samples and losses. Raises NumbersError at the limit."""
+        """Call it for every update in order, on all ranks, with its samples and losses. NumbersError at the limit."""
         bad = update.skipped and not update.searching
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if not bad:
@@ -72,11 +72,11 @@ class BadSteps:
         if self.in_a_row >= self.limit:
             raise NumbersError(
                 f"step {step}: {self.in_a_row} updates in a row had a loss or gradient that is not finite; lower "
-                "--learning_rate, train in bf16, or look at the samples named above"
+                "--learning_rate, train in bf16, or check the samples named above"
             )
 
     def describe(self, seen: list[tuple[int, float]]) -> str:
-        """The samples whose loss was not finite, on any rank; without one, all samples of the update."""
+        """The samples with a non-finite loss, on any rank; if there are none, all samples of the update."""
         pairs = [pair for pairs_of_rank in all_gather_objects(seen) for pair in pairs_of_rank]
         bad = [index for index, loss in pairs if not math.isfinite(loss)]
         names = [f"{index} ({self.sources[index]})" for index in sorted(set(bad or (index for index, _ in pairs)))]
@@ -92,11 +92,11 @@ class PendingUpdate(NamedTuple):
 
     step: int
     result: Update
-    loss: torch.Tensor  # the mean over this rank's samples
-    numbers: torch.Tensor  # gradient norm, 1 if it was skipped, the loss of every sample
+    loss: torch.Tensor  # mean over this rank's samples
+    numbers: torch.Tensor  # gradient norm, 1 if skipped, then the loss of every sample
     samples: list[int]
     times: tuple[Timestamp, Timestamp]
-    transfers: list[tuple[Timestamp, Timestamp]]  # of each micro-step, from the batch's arrival
+    transfers: list[tuple[Timestamp, Timestamp]]  # per micro-step, from the batch's arrival
     data_seconds: float
 
 
@@ -111,14 +111,14 @@ class StepMeter:
         num_steps: int,
         log_every: int,
         bad_steps: BadSteps,
-        start: StartupTimer | None = None,  # what the first update is the end of
+        start: StartupTimer | None = None,  # ends with the first update
     ):
         self.path, self.accelerator, self.device, self.log_every = path, accelerator, accelerator.device, log_every
         self.bad_steps, self.start = bad_steps, start
         self.unwritten: list[PendingUpdate] = []
-        self.began: Timestamp | None = None  # the update being made; None while something else is done
+        self.began: Timestamp | None = None  # start of the current update; None while something else runs
         self.begin_update()
-        self.bar = progress(num_steps, "steps", disable=True)  # until the loop begins: validation comes before it
+        self.bar = progress(num_steps, "steps", disable=True)  # until the loop begins: validation comes first
         self.first_step, self.num_steps = first_step, num_steps
         if accelerator.is_main_process:
             keep_lines_before(path, first_step)
@@ -128,7 +128,7 @@ class StepMeter:
         self.samples, self.losses, self.transfers = [], [], []
 
     def timed(self, batches: Iterable) -> Iterator:
-        """Hand on `batches`; how long each is waited for is the update's data_seconds."""
+        """Yield from `batches`; the time spent waiting for each counts as the update's data_seconds."""
         batches = iter(batches)
         while True:
             self.began = self.began or now(self.device)
@@ -142,17 +142,17 @@ class StepMeter:
             yield batch
 
     def copied(self) -> None:
-        """Batch and draws are on the device, encoded: since the batch arrived, that took copy_seconds."""
+        """Batch and draws are on the device, encoded: copy_seconds runs from the batch's arrival to this call."""
         self.transfers.append((self.arrived, now(self.device)))
 
     def add(self, loss: torch.Tensor, losses: torch.Tensor, samples: list[int]) -> None:
-        """Add a micro-step: its share of the update's loss, and the loss [B] of each of its samples."""
+        """Add a micro-step: its share of the update's loss, and the loss [B] of each sample."""
         self.loss += loss.detach()
         self.losses.append(losses.detach())
         self.samples += samples
 
     def log(self, step: int, result: Update) -> None:
-        """End update `step` (counted from 1)."""
+        """Finish update `step` (counted from 1)."""
         end = now(self.device)
         results = [scalar(value, self.device) for value in (result.grad_norm, result.skipped)]
         numbers = torch.cat([torch.stack(results), *self.losses])
@@ -167,16 +167,14 @@ class StepMeter:
             self.log_startup(step)
 
     def flush(self) -> None:
-        """Wait for the updates so far and write their lines; then bad ones are named, and too many in a row raise
-        NumbersError.
-        """
+        """Wait for the pending updates, write their lines, report bad ones; NumbersError if too many came in a row."""
         if not self.unwritten:
             return
         made, self.unwritten = self.unwritten, []
         losses = torch.stack([update.loss for update in made])
         if self.accelerator.num_processes > 1:
             losses = self.accelerator.reduce(losses, reduction="mean")
-        values = iter(torch.cat([losses, *(update.numbers for update in made)]).tolist())  # the one transfer
+        values = iter(torch.cat([losses, *(update.numbers for update in made)]).tolist())  # the only transfer
         losses = list(islice(values, len(made)))
         rows, checks = [], []
         for update, loss in zip(made, losses, strict=True):
@@ -196,17 +194,17 @@ class StepMeter:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def pause(self) -> None:
-        """Write what waits; until the next batch is asked for, time is no update's."""
+        """Write the pending updates; until the next batch is requested, time counts for no update."""
         self.flush()
         self.began = None
 
     def write_event(self, step: int, event: str, **values) -> None:
-        """A line of its own, {"step", "event", ...}, for what happened after update `step`; all ranks call it."""
+        """Write a line {"step", "event", ...} about what happened after update `step`; all ranks must call it."""
         self.pause()
         self.write([{"step": step, "event": event, **values}])
 
     def log_startup(self, step: int) -> None:
-        """One line for people and one in metrics.jsonl, once the first update is through."""
+        """Log the startup's parts, also in metrics.jsonl, once the first update is done."""
         start, self.start = self.start, None
         self.pause()
         start.mark("first update")
@@ -217,12 +215,12 @@ class StepMeter:
 
     def __enter__(self) -> "StepMeter":
         if self.start:
-            self.start.mark("validation")  # all between the checkpoint and the loop
+            self.start.mark("validation")  # everything between the checkpoint and the loop
         self.bar = progress(self.num_steps, "steps", self.first_step, disable=not self.accelerator.is_main_process)
         return self
 
     def __exit__(self, error_type, error, trace) -> None:
-        # After an error the other ranks may not come: no collective then
+        # After an error the other ranks may not get here: no collective then
         if error is None or self.accelerator.num_processes == 1:
             self.flush()
         self.bar.close()
@@ -236,12 +234,12 @@ def make_meter(args, run, first_step: int, num_steps: int, sources: list[str]) -
 
 
 def scalar(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
-    """An fp32 number [] on `device`, where a tensor already is; Python's own are filled in there, not copied."""
+    """An fp32 scalar [] on `device`: a tensor is there already, a Python number is filled in without a copy."""
     return value.float() if torch.is_tensor(value) else torch.full((), float(value), device=device)
 
 
 def row_of(update: PendingUpdate, result: Update, loss: float) -> dict:
-    """The line of an update that is through on the device. JSON knows no NaN."""
+    """The line of an update that the device has finished. JSON has no NaN: null instead."""
     return {
         "step": update.step,
         "loss": loss if math.isfinite(loss) else None,
@@ -255,7 +253,7 @@ def row_of(update: PendingUpdate, result: Update, loss: float) -> dict:
 
 
 def keep_lines_before(path: Path, first_step: int) -> None:
-    """Cut the lines of updates, and of events after them, that a resumed run will make again; from the start all."""
+    """Drop what a resumed run writes again: updates after `first_step` and their events; at step 0 everything."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step else []
@@ -267,9 +265,9 @@ def keep_lines_before(path: Path, first_step: int) -> None:
 
 
 def report_memory(meter: StepMeter, step: int, when: str) -> None:
-    """One line for people and one in metrics.jsonl; `when` is "before_training" and the like. All ranks call it.
+    """Log the memory in use, also in metrics.jsonl; `when` is "before_training" and the like. All ranks must call it.
 
-    Peaks on the GPU are those since the last report.
+    GPU peaks are those since the last report.
     """
     device = meter.accelerator.device
     figures = memory_report(device)
@@ -281,7 +279,7 @@ def report_memory(meter: StepMeter, step: int, when: str) -> None:
 
 
 def memory_report(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB: the host's peak, and on CUDA torch's allocated and reserved, now and at their peak."""
+    """This process's memory in GiB: the host's peak and, on CUDA, torch's allocated and reserved, current and peak."""
     unit = 2**10 if sys.platform == "darwin" else 1  # ru_maxrss: KiB, on macOS bytes
     figures = {"host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 / unit}
     if device.type == "cuda":

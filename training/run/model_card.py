@@ -16,32 +16,32 @@ from run.steps import scaled_learning_rate
 
 
 LOSS_NAME, CARD_NAME = "loss.png", "README.md"
-MODEL_OWNERS = {"zai-org", "THUDM"}  # who released CogVideoX, under its present and its earlier name
+MODEL_OWNERS = {"zai-org", "THUDM"}  # the organization that released CogVideoX, by its present and former name
 APACHE = {"license": "apache-2.0"}
 MODEL_LICENCE = {
     "license": "other",
     "license_name": "cogvideox-license",
     "license_link": "https://huggingface.co/zai-org/CogVideoX-5b/blob/main/LICENSE",
 }
-PACKAGES = ("torch", "diffusers", "transformers", "peft")  # to use the result; args.json says what made it
-NO_PROMPT = "A lighthouse stands in the rain."  # of the example, where the run had none
+PACKAGES = ("torch", "diffusers", "transformers", "peft")  # needed to use the result; args.json has those that made it
+NO_PROMPT = "A lighthouse stands in the rain."  # for the example, if the run had none
 
 
 class RunSummary(NamedTuple):
-    """What is told of a run, besides its flags, once it is complete."""
+    """What the end of a run needs to know about it, besides its flags."""
 
     run: NamedTuple  # launch.Run
-    model: NamedTuple  # of the family: classes, task, licence, frame rate, the weights that training starts from
+    model: NamedTuple  # the family's: classes, task, licence, frame rate, weights that training starts from
     content: dict  # hashes of what it was trained on, see output_dir.CONTENT
     buckets: list  # of every clip: (frames, height, width)
-    size: tuple  # that videos are rendered at
+    size: tuple  # of rendered videos
     dtype: torch.dtype
     plan: NamedTuple  # steps.StepPlan
     is_lora: bool
 
 
 def write_card(args, summary: RunSummary) -> None:
-    """`README.md`: equal runs write equal cards but for the versions; never a path, date or host."""
+    """Write `README.md`: equal runs write equal cards except for versions; never a path, date or host name."""
     output_dir = Path(args.output_dir)
     samples = last_samples(output_dir)
     data = ModelCardData(**card_data(args, summary, samples))
@@ -65,7 +65,7 @@ def write_card(args, summary: RunSummary) -> None:
 
 
 def hub_base(args) -> str | None:
-    """The base model where it is one of the hub; a local folder is nobody's business."""
+    """The base model if it is on the hub; a local path is never published."""
     model = args.pretrained_model_name_or_path
     return model if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).is_dir() else None
 
@@ -91,7 +91,7 @@ def task_of(summary: RunSummary) -> str:
 
 
 def last_samples(output_dir: Path) -> list[tuple[str, str]]:
-    """(prompt, path in output_dir) of the newest validation's videos whose prompt lies beside them."""
+    """(prompt, path in output_dir) of the newest validation's videos that have their prompt beside them."""
     steps = [path for path in output_dir.glob("samples/step_*") if path.name.removeprefix("step_").isdigit()]
     if not steps:
         return []
@@ -110,7 +110,7 @@ def introduction(args, summary: RunSummary) -> str:
 
 
 def start_text(args, summary: RunSummary) -> str:
-    """Of a transformer that was fine-tuned before: where it lay is nobody's business, by the hash one finds it."""
+    """A fine-tuned transformer as the start is identified by its hash; its path is never published."""
     if args.init_transformer is None:
         return ""
     belongs = " It belongs on that transformer, not on the base model's." if summary.is_lora else ""
@@ -119,7 +119,7 @@ def start_text(args, summary: RunSummary) -> str:
 
 
 def training_table(args, summary: RunSummary) -> str:
-    """What was trained, one row a fact."""
+    """What was trained and how, one fact per row."""
     sizes = sorted(set(map(tuple, summary.buckets)))
     texts = [f"{frames} frames of {height}x{width}" for frames, height, width in sizes]
     clips_per_update = args.train_batch_size * args.gradient_accumulation_steps * summary.run.num_ranks
@@ -157,7 +157,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def licence_data(base: str | None, summary: RunSummary) -> dict:
-    """The card's metadata of the licence: of the released models it is known, `unknown` for any other base."""
+    """The licence in the card's metadata: known for the released models, `unknown` for any other base."""
     if base is None or base.split("/")[0] not in MODEL_OWNERS:
         return {"license": "unknown"}
     return APACHE if summary.model.has_apache_licence else MODEL_LICENCE
@@ -195,7 +195,7 @@ class RawFirstFramePipeline({pipeline}):
 
 
 def usage(args, summary: RunSummary, name: str) -> str:
-    """Python that renders a video with the result called `name`: a repository, or a folder."""
+    """Python code that renders a video with the result `name`, a repository or a folder."""
     is_on_top = summary.is_lora and args.init_transformer is not None
     pipeline, transformer = summary.model.pipeline_class.__name__, summary.model.transformer_class.__name__
     own_transformer = not summary.is_lora or args.drop_learned_positions or is_on_top
@@ -233,7 +233,7 @@ def usage(args, summary: RunSummary, name: str) -> str:
 
 
 def rendering(args, summary: RunSummary) -> str:
-    """The call of `pipe`, as validation renders."""
+    """The call of `pipe`, with validation's settings."""
     frames, height, width = summary.size
     own_prompt = f"{args.id_token} {NO_PROMPT}" if args.id_token else NO_PROMPT
     prompts = (args.validation_prompt or own_prompt).split(args.validation_prompt_separator)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether this command goes on there, and args.json."""
+"""A run's output folder: whose it is, whether this command continues it, and args.json."""
 
 import contextlib
 import importlib.metadata
@@ -31,7 +31,7 @@ from engine.lora import hash_lora
 
 logger = logging.getLogger(__name__)
 
-# Flags that do not touch what is trained: they may differ when a run goes on
+# Flags that do not affect what is trained: they may change when a run continues
 FREE_FLAGS = {
     "allow_cpu", "allow_outside_root", "cache_dir", "checkpointing_steps", "checkpoints_total_limit",
     "dataloader_num_workers",
@@ -42,13 +42,13 @@ FREE_FLAGS = {
     "validation_attention", "validation_data_root", "validation_epochs", "validation_images", "validation_num_clips",
     "validation_prompt", "validation_prompt_separator", "validation_steps", "width",
 }  # fmt: skip
-# These change memory and time, not what is computed: what ran out of memory may go on with them
+# These affect memory and time, not what is computed: after running out of memory, a run may continue with others
 MEMORY_FLAGS = {
     "gradient_checkpointing", "memory", "compile_blocks", "no_compile_blocks", "attention", "enable_slicing",
     "offload_gradients",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
-# What these name may lie elsewhere when a run goes on: what they hold is compared, see check_content
+# The paths may change when a run continues: their content is compared instead, see check_content
 DATA_FLAGS = ("data_root", "dataset_file", "video_column", "caption_column")
 MODEL_FLAGS = ("pretrained_model_name_or_path", "revision", "variant", "init_transformer")
 CONTENT_FLAGS = {*DATA_FLAGS, *MODEL_FLAGS, "init_lora"}
@@ -64,17 +64,17 @@ CONSTANT_SCHEDULES = {"constant", "constant_with_warmup"}
 
 
 def open_output_dir(args, accelerator) -> int | None:
-    """Make or re-open `output_dir`. Returns the seed that a run to go on with there had drawn, else None.
+    """Create or reopen `output_dir`. Returns the seed that was drawn by the run to continue there, else None.
 
-    Refuses, with UsageError on all ranks, a folder that another process writes, or that holds another run, unless
-    --overwrite moves it aside. Where the command is refused, here or until `record_run`, all stays as it was.
+    Refuses, with UsageError on all ranks, a folder that another process writes to, or that holds another run, unless
+    --overwrite moves it aside. If the command is refused, here or before `record_run`, everything stays as it was.
     """
     return on_main_process(accelerator, lambda: claim_output_dir(args))
 
 
 def claim_output_dir(args) -> int | None:
     output_dir = Path(args.output_dir)
-    forget_undo()  # of a run before it in this process
+    forget_undo()  # left by an earlier run in this process
     make_folder(output_dir)
     lock_folder(output_dir)
     if args.overwrite:
@@ -94,7 +94,7 @@ def claim_output_dir(args) -> int | None:
 
 
 def refuse_own_checkpoint(args, output_dir: Path) -> None:
-    """UsageError if the checkpoint to go on from would be moved aside with the folder."""
+    """Raise UsageError if --overwrite would move the checkpoint to resume from aside."""
     wanted = args.resume_from_checkpoint
     if wanted is None:
         return
@@ -106,7 +106,7 @@ def refuse_own_checkpoint(args, output_dir: Path) -> None:
 
 
 def move_aside(output_dir: Path) -> None:
-    """Rename the folder: the time in its new name, and a number where that is taken."""
+    """Rename the folder: the new name has the time, and a number that makes it unique."""
     whole = output_dir.resolve()
     name = f"{whole.name}.{time.strftime('%Y%m%d-%H%M%S')}"
     number = next(n for n in itertools.count(1) if not whole.with_name(f"{name}.{n}").exists())
@@ -117,22 +117,23 @@ def move_aside(output_dir: Path) -> None:
 
 
 def read_record(output_dir: Path) -> dict:
-    """args.json of the run whose checkpoints lie in `output_dir`."""
+    """args.json of the run whose checkpoints are in `output_dir`."""
     record = output_dir / "args.json"
     if not record.exists():
-        raise UsageError(f"{record}: missing, so that nothing tells which run made the checkpoints beside it")
+        raise UsageError(f"{record}: missing, so it is unknown which run made the checkpoints beside it")
     return json.loads(record.read_text(encoding="utf-8"))
 
 
 def refuse_other_run(args, output_dir: Path, advice: str) -> None:
-    """UsageError, ending in `advice`, unless the run in `output_dir` had the same flags, save those that do not touch
-    what was trained and those whose content is compared.
+    """Raise UsageError, ending in `advice`, unless the run in `output_dir` had the same flags.
+
+    Exempt are flags that do not affect what was trained, and those whose content is compared.
     """
     record, flags = read_record(output_dir), recorded_flags(args)
     earlier = record["flags"]
     if earlier.get("seed") is None and flags["seed"] == record["seed"]:
-        earlier = earlier | {"seed": record["seed"]}  # the seed it drew, now named
-    # Flags that are new since then count as they are now, unless they were given
+        earlier = earlier | {"seed": record["seed"]}  # the seed it drew, now given
+    # Flags added since then count as unchanged unless they are given now
     earlier = {name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)} | earlier
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
     may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or not is_complete(output_dir)
@@ -149,8 +150,9 @@ def holds_run(output_dir: Path) -> bool:
 
 
 def check_content(args, run, dataset, hash_model: Callable[[], dict]) -> dict[str, str | None]:
-    """Hashes of all that a run is trained on, see CONTENT; UsageError on all ranks where output_dir holds a run on
-    something else. The main process reads for all.
+    """Hashes of everything the run is trained on, see CONTENT; the main process reads for all ranks.
+
+    UsageError on all ranks if output_dir holds a run on something else.
     """
 
     def read() -> dict:
@@ -170,15 +172,15 @@ def check_content(args, run, dataset, hash_model: Callable[[], dict]) -> dict[st
 
 
 def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> None:
-    """UsageError, ending in `advice`, unless the run in `output_dir` was trained on the same. What moved is said in one
-    line, and so is what cannot be compared.
+    """Raise UsageError, ending in `advice`, unless the run in `output_dir` was trained on the same content.
+
+    Content that only moved is logged in one line, and so is what cannot be compared.
     """
     earlier, flags, known = read_record(output_dir)["flags"], recorded_flags(args), recorded_content(output_dir)
-    if args.init_transformer and "transformer" not in known:  # of a version that had no such start
+    if args.init_transformer and "transformer" not in known:  # recorded before the flag existed
         known["transformer"] = None
-    if "data" in known and known["data"] == content.get(
-        "data_as_written"
-    ):  # of a version that hashed absolute paths as such
+    # Earlier versions hashed absolute paths as they are written
+    if "data" in known and known["data"] == content.get("data_as_written"):
         known["data"] = content.get("data")
     names = [name for name in sorted(CONTENT_FLAGS) if earlier.get(name) != flags[name]]
     changes = {name: f"--{name} {earlier.get(name)} -> {flags[name]}" for name in names}
@@ -189,21 +191,23 @@ def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> 
         named = ", ".join(changes[flag] for flag in names if flag in flags_of_these)
         raise UsageError(f"{output_dir}: holds a run with other content: {what}{named and f' ({named})'}; {advice}")
     if changes:
-        logger.info("%s goes on, with the same content at other places: %s", output_dir, ", ".join(changes.values()))
+        logger.info("%s continues, with the same content in other places: %s", output_dir, ", ".join(changes.values()))
     if unknown := [what for name, (what, _) in CONTENT.items() if name not in both]:
         logger.warning(
-            "%s goes on, though it cannot be compared whether these are the same: %s", output_dir, "; ".join(unknown)
+            "%s continues, but these cannot be compared with what it was trained on: %s",
+            output_dir,
+            "; ".join(unknown),
         )
 
 
 def recorded_content(output_dir: Path) -> dict:
-    """What args.json says of the content. Of earlier versions the data's hash, in a checkpoint, and what they had not."""
+    """Content hashes in args.json. Earlier versions: the data's from a checkpoint, None for an unused --init_lora."""
     record = read_record(output_dir)
     if "content" in record:
         return record["content"]
     content = {} if record["flags"].get("init_lora") else {"init_lora": None}
     for directory in checkpoint_dirs(output_dir):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged ones are named later
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged ones are reported later
             content["data"] = json.loads((directory / "state.json").read_text(encoding="utf-8"))["data"]
     return content
 
@@ -213,7 +217,7 @@ def is_complete(output_dir: Path) -> bool:
 
 
 def is_done(args, num_steps: int) -> bool:
-    """True if the output folder holds the result of these very steps: the same command again has nothing to do."""
+    """True if the output folder holds the finished result of this command: there is nothing left to do."""
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint not in (None, "latest") or not is_complete(output_dir):
         return False
@@ -224,7 +228,7 @@ def is_done(args, num_steps: int) -> bool:
 
 
 def record_run(args, run, content: dict) -> None:
-    """args.json anew, and the status of an earlier run dropped: from here on the folder is this run's."""
+    """Rewrite args.json and drop the status of an earlier run: from here on the folder is this run's."""
     if run.rank == 0:
         write_record(args, run.seed, content)
     begin_run(run.output_dir, run.rank == 0)
@@ -232,14 +236,14 @@ def record_run(args, run, content: dict) -> None:
 
 
 def write_record(args, seed: int, content: dict) -> None:
-    """args.json: the flags as given, which of them were given, the seed in force, hashes of `content`, the packages."""
+    """Write args.json: the flags, which of them were given, the seed in use, hashes of `content`, package versions."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     record = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "content": content}
     write_json(Path(args.output_dir) / "args.json", record | {"versions": versions})
 
 
 def checkpoint_dirs(output_dir: Path) -> list[Path]:
-    """Folders named checkpoint-<step>, oldest first, whole or not; others are ignored."""
+    """Folders named checkpoint-<step>, oldest first, intact or not; others are ignored."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 

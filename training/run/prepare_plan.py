@@ -126,17 +126,17 @@ def report_verified(args, output_dir: Path, old_content: dict[str, str]) -> None
 
 
 def warn_of_unused(args, output_dir: Path, plan: list[dict]) -> None:
-    unnamed = unused_files(output_dir, files_of(plan))
-    if unnamed and not args.prune:
+    unused = unused_files(output_dir, files_of(plan))
+    if unused and not args.prune:
         logger.warning(
             "%s: holds %d files (of %d clips) that this command does not use; data.jsonl will not name them, and they stay: "
             "--prune removes them, another --output_dir keeps both sets",
-            output_dir, len(unnamed), len({path.stem for path in unnamed}),
+            output_dir, len(unused), len({path.stem for path in unused}),
         )  # fmt: skip
 
 
 def prune_unused(args, output_dir: Path, done: list[dict], problems: list[str]) -> None:
-    """With --prune, delete files that no row uses; not while clips are skipped, since they may be back tomorrow."""
+    """With --prune, delete files that no row uses; not while clips are skipped, since those may be fixed later."""
     if args.prune and problems:
         logger.warning("--prune: nothing is removed while %d clips are left out", len(problems))
     elif args.prune:

@@ -1,6 +1,6 @@
-"""Sample videos of the model that is being trained, in as much memory as is left.
+"""Render sample videos with the model in training, in the memory that is left.
 
-Weights, train mode, devices and random state are afterwards as before. Sizes are (frames, height, width) in pixels.
+Weights, train mode, devices and random state are restored. Sizes are (frames, height, width) in pixels.
 """
 
 import contextlib
@@ -32,20 +32,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Samples:
-    """What every validation renders, made once before training; without prompts nothing."""
+    """What every validation renders, built once before training; empty without prompts."""
 
     prompts: list[str]
-    images: list[Image.Image]  # first frames; none in text-to-video
+    images: list[Image.Image]  # first frames; empty for text-to-video
     size: Bucket
     fps: int
     seed: int
-    embeds: dict[str, torch.Tensor]  # [S, D] of each prompt and of the empty one, on the CPU
-    make_pipeline: Callable[[nn.Module], object]  # of a transformer
+    embeds: dict[str, torch.Tensor]  # [S, D] per prompt, the empty one included, on the CPU
+    make_pipeline: Callable[[nn.Module], object]  # from a transformer
 
 
 @contextlib.contextmanager
 def preserved_random_state(device: torch.device):
-    """The generators of torch, Python and numpy as they were before."""
+    """Restore the generators of torch, Python and numpy on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -57,7 +57,7 @@ def preserved_random_state(device: torch.device):
 
 def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     """Write this rank's share of the videos, each with its prompt beside it: <prompt>_<video>.mp4 and .txt."""
-    transformer, is_thrifty = engine.transformer, engine.level in HOST_LEVELS
+    transformer, saves_memory = engine.transformer, engine.level in HOST_LEVELS
     jobs = [(number, video) for number in range(len(samples.prompts)) for video in range(args.num_validation_videos)]
     own_jobs = jobs[run.rank :: run.num_ranks]
     if not own_jobs:
@@ -67,11 +67,11 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     pipe.set_progress_bar_config(disable=not shows_bar, leave=False, desc="validation")
     sage = args.validation_attention == "sage"
     offload, device = args.enable_model_cpu_offload, run.device
-    if is_thrifty:
+    if saves_memory:
         logger.info("at --memory %s guidance's two samples are denoised one after the other", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
-            with one_sample_at_a_time(pipe.transformer) if is_thrifty else contextlib.nullcontext():
+            with one_sample_at_a_time(pipe.transformer) if saves_memory else contextlib.nullcontext():
                 render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
             return
         except torch.cuda.OutOfMemoryError as error:
@@ -87,7 +87,7 @@ def render_jobs(
     args, pipe, samples: Samples, device: torch.device, directory: Path, jobs: list[tuple[int, int]], offload: bool
 ) -> None:
     with placed(pipe, device, offload):
-        # On a terminal the pipeline shows a bar of its own
+        # On a terminal, the pipeline shows its own bar
         for number, video in with_progress(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
             frames = render_one(args, pipe, samples, device, number, video)
             path = directory / f"{number}_{video}.mp4"
@@ -97,9 +97,9 @@ def render_jobs(
 
 @contextlib.contextmanager
 def one_sample_at_a_time(transformer):
-    """A transformer that takes the batch of a pipeline's call in parts: a block's activations are of one sample.
+    """The transformer takes the pipeline's batch sample by sample, which keeps activations to those of one sample.
 
-    `ofs` and RoPE are the same for all. Streamed weights pass once for each sample.
+    `ofs` and RoPE are the same for all. Streamed weights are copied once per sample.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -121,10 +121,10 @@ def one_sample_at_a_time(transformer):
 
 
 def render_one(args, pipe, samples: Samples, device: torch.device, number: int, video: int) -> np.ndarray:
-    """uint8 frames [F', h, w, 3]. The noise depends on seed, prompt and video alone: validations can be compared."""
+    """uint8 frames [F', h, w, 3]. The noise depends only on seed, prompt and video, so validations can be compared."""
     num_frames, height, width = samples.size
     more = {}
-    if samples.images:  # brought to size as clips are: covering it, cut at the middle
+    if samples.images:  # resized as clips are: scaled to cover, center-cropped
         more["image"] = ImageOps.fit(samples.images[number], (width, height), Image.Resampling.LANCZOS)
     frames = pipe(
         prompt_embeds=samples.embeds[samples.prompts[number]][None].to(device),
@@ -146,32 +146,32 @@ def render_one(args, pipe, samples: Samples, device: torch.device, number: int, 
 
 @contextlib.contextmanager
 def placed(pipe, device: torch.device, offload: bool):
-    """The VAE on `device`, or with `offload` each model only while it works; all where they were afterwards."""
-    vae_home = pipe.vae.device
+    """The VAE on `device`, or with `offload` each model only while it runs; all devices are restored."""
+    vae_device = pipe.vae.device
     if offload and not may_move(pipe.transformer):
         logger.warning(
-            "validation: the transformer stays on the GPU, because the optimizer holds its weights in one piece"
+            "validation: the transformer stays on the GPU, because the optimizer holds its weights in one buffer"
         )
         offload = False
     try:
         if offload:
-            pipe.enable_model_cpu_offload(device=device)  # no .to() after this: it would load all at once again
+            pipe.enable_model_cpu_offload(device=device)  # no .to() after this: it would move everything to the GPU
         else:
             pipe.vae.to(device)
         yield
     except Exception as error:
-        # What the pipeline held would still be there when the weights come back
+        # The traceback's frames would keep the pipeline's tensors while the weights come back
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
         if offload:
             pipe.remove_all_hooks()
-        pipe.vae.to(vae_home)
+        pipe.vae.to(vae_device)
         if offload:
-            nn.Module.to(pipe.transformer, device)  # the parameters stay the same objects: the optimizer holds them
+            nn.Module.to(pipe.transformer, device)  # keeps the Parameter objects, which the optimizer holds
 
 
 def may_move(model: nn.Module) -> bool:
-    """False if trained weights are parts of a buffer, as DeepSpeed makes them: elsewhere they would be copies of it."""
+    """False if trained weights are views of one buffer, as with DeepSpeed: moving would turn them into copies."""
     trained = [param for param in model.parameters() if param.requires_grad]
     return all(param.untyped_storage().nbytes() == param.nbytes for param in trained)

@@ -1,4 +1,4 @@
-"""The end of a run, rehearsed before its first step: room on the disk, the result, what lies beside it, the upload."""
+"""The end of a run, rehearsed before its first step: disk space, the result and what lies beside it, the upload."""
 
 import logging
 from pathlib import Path
@@ -27,14 +27,16 @@ from run.tracking import finish_trackers
 
 logger = logging.getLogger(__name__)
 
-LOG_ABOVE_BYTES = 2**30  # bytes: a result of less is written in no time
+LOG_ABOVE_BYTES = 2**30  # smaller results take under a second to write: not logged
 
 
 # ---------------------------------------------------------------- rehearsed before the first step
 
 
 def rehearse(args, run, engine, first_step: int, num_steps: int) -> None:
-    """Before the first step, on the main process: is there room on the disk, and can checkpoints and the result be written?"""
+    """Before the first step, on the main process: check disk space, and that checkpoints and the result can be
+    written.
+    """
     forget_undo()
     on_main_process(run.accelerator, lambda: check_disk(args, engine, first_step, num_steps))
     on_main_process(run.accelerator, lambda: rehearse_checkpoint(run.output_dir))
@@ -43,7 +45,7 @@ def rehearse(args, run, engine, first_step: int, num_steps: int) -> None:
 
 
 def rehearse_checkpoint(output_dir: Path) -> None:
-    """Write a small checkpoint and one in its place, read it back and remove it: StorageError for a disk that cannot."""
+    """Write a small checkpoint, replace it, read it back and remove it; StorageError if the disk cannot do that."""
     tensors = {"step": torch.arange(2)}
     try:
         with scratch_folder(output_dir / "rehearsed-checkpoint") as folder:
@@ -51,7 +53,7 @@ def rehearse_checkpoint(output_dir: Path) -> None:
             for step in (1, 2):
                 with written_folder(target) as unfinished:
                     save_tensors(unfinished / "optimizer.safetensors", tensors)
-                    for _ in range(2):  # a file in place of another
+                    for _ in range(2):  # the second replaces the first
                         write_json(unfinished / "state.json", {"step": step})
             if reason := find_damage(target):
                 raise StorageError(
@@ -65,9 +67,9 @@ def rehearse_checkpoint(output_dir: Path) -> None:
 
 
 def rehearse_end(args, accelerator, engine) -> None:
-    """Write the untrained result, check it as at the end, and remove it: what would fail there fails here.
+    """Write the untrained result, check it as at the end, and remove it: what would fail then fails now.
 
-    Nothing is loaded twice: the check compares file and weights. Validation has its rehearsal in that of step 0.
+    Nothing is loaded twice: the check compares files with weights. Validation at step 0 is its own rehearsal.
     """
     _, num_bytes = file_bytes(args, engine)
     if num_bytes > LOG_ABOVE_BYTES:
@@ -88,14 +90,14 @@ def rehearse_end(args, accelerator, engine) -> None:
 def check_disk(args, engine, first_step: int, num_steps: int) -> None:
     """StorageError if the checkpoints and the result cannot fit on the disk.
 
-    Where no limit is set and only the later ones do not fit, a warning: the user may delete some.
+    Only a warning if no limit is set and just the later ones do not fit: the user may delete some.
     """
     output_dir, limit = Path(args.output_dir), args.checkpoints_total_limit
     checkpoint, result = file_bytes(args, engine)
-    if "merged" in args.export:  # the whole base model again
+    if "merged" in args.export:  # another copy of the base model
         result += unquantized_bytes(engine.transformer)
     saves = num_steps // args.checkpointing_steps - first_step // args.checkpointing_steps
-    # The newest is written before the oldest goes; those that lie there already take no more room
+    # The newest is written before the oldest is removed; existing ones need no more space
     together = saves if limit is None else min(saves, limit + 1 - min(limit, len(checkpoint_dirs(output_dir))))
     needed, free = checkpoint * together + result, free_bytes(output_dir)
     if needed <= free:
@@ -111,20 +113,20 @@ def check_disk(args, engine, first_step: int, num_steps: int) -> None:
 
 
 def file_bytes(args, engine) -> tuple[int, int]:
-    """(bytes of a checkpoint, of the result), estimated from above."""
+    """(bytes of a checkpoint, of the result), upper estimates."""
     weights = sum(param.numel() for param in engine.params)
     states = weights * state_bytes_from_args(args)
-    copies = weights * 4 * (1 + args.ema)  # fp32 weights, and their average
+    masters = weights * 4 * (1 + args.ema)  # fp32 weights, and their average
     save_dtype = getattr(engine, "save_dtype", None)  # full fine-tuning writes the model too
     result = weights * (save_dtype.itemsize if save_dtype else 4)
     if save_dtype:
-        return states + copies + result, result
+        return states + masters + result, result
     is_scaled = args.lora_alpha != args.rank or args.use_rslora
-    return states + copies + (result if is_scaled else 0), result  # B as it is trained, beside the file
+    return states + masters + (result if is_scaled else 0), result  # plus the unscaled B, in a file of its own
 
 
 def save(run, engine) -> None:
-    """Write the result and check it as diffusers loads it: before the last test, whatever becomes of that."""
+    """Write the result and check it as diffusers loads it, before the final validation, which may fail."""
     engine.all_gather()
     if run.rank == 0:
         refuse_bad_numbers(engine.params)
@@ -135,7 +137,7 @@ def save(run, engine) -> None:
 
 
 def finish(args, run, summary: RunSummary) -> None:
-    """Write what belongs beside the result, say in status.json that all is done, upload."""
+    """Write what belongs beside the result, mark the run complete in status.json, upload."""
     remove_caption_embeds(run.output_dir)
     if run.rank == 0:
         write_outputs(args, summary)
@@ -143,12 +145,12 @@ def finish(args, run, summary: RunSummary) -> None:
         logger.info("complete at step %d: %s", summary.plan.num_steps, run.output_dir)
     run.accelerator.wait_for_everyone()
     finish_trackers(run.accelerator)
-    run.accelerator.end_training()  # an upload may outlast every timeout: nobody waits for it
+    run.accelerator.end_training()  # before the upload, which may outlast any timeout: no rank waits for it
     upload_result(args, run)
 
 
 def finish_again(args, run, summary: RunSummary) -> None:
-    """A complete run's forms that --export asks for and that are not there yet, and its upload."""
+    """For a run that is already complete: write the formats of --export that are missing, and upload."""
     if run.rank == 0:
         clear_refusal(run.output_dir)
         if args.export or run.hub_repo:
@@ -157,12 +159,12 @@ def finish_again(args, run, summary: RunSummary) -> None:
 
 
 def upload_result(args, run) -> None:
-    """Upload a complete run where that was asked for; status.json tells of a failure and stays complete."""
+    """Upload a complete run if asked to; a failure is recorded in status.json, whose state stays complete."""
     if run.hub_repo is None:
         return
     output_dir = run.output_dir
-    told_anew = ("state", "exit_code", "message", "run")
-    rest = {name: value for name, value in read_status(output_dir).items() if name not in told_anew}
+    rewritten = ("state", "exit_code", "message", "run")
+    rest = {name: value for name, value in read_status(output_dir).items() if name not in rewritten}
     try:
         push(args, run.hub_repo)
     except StorageError as error:
@@ -172,14 +174,14 @@ def upload_result(args, run) -> None:
 
 
 def write_outputs(args, summary: RunSummary, only_missing: bool = False) -> None:
-    """Beside the result: the exports that were asked for, the loss as a picture, the model card."""
+    """Write what belongs beside the result: exports, the loss plot, the model card."""
     export_lora(args, *summary.model.weights, only_missing)
     draw_loss(Path(args.output_dir))
     write_card(args, summary)
 
 
 def draw_loss(output_dir: Path) -> None:
-    """`loss.png`; a picture that cannot be drawn is a warning."""
+    """Write `loss.png`; failing to draw it is only a warning."""
     name = output_dir.resolve().name
     try:
         if draw_losses({name: output_dir / "metrics.jsonl"}, output_dir / LOSS_NAME):

@@ -17,7 +17,7 @@ WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules
 
 
 class StepPlan(NamedTuple):
-    """Counts of a run: a step is one optimizer update of `accumulation` micro-steps; epochs flow into one another."""
+    """Counts of a run. A step is one optimizer update of `accumulation` micro-steps, which may span two epochs."""
 
     num_steps: int
     num_epochs: int
@@ -26,16 +26,16 @@ class StepPlan(NamedTuple):
     batches_per_epoch: int
 
     def micro_steps_in(self, step: int) -> int:
-        """Micro-steps of the update after `step` updates; only the run's last may have fewer."""
+        """Micro-steps of the update after `step` updates; only the run's last one may have fewer."""
         return min(self.accumulation, self.num_micro_steps - step * self.accumulation)
 
     def is_last_of_update(self, micro_step: int) -> bool:
-        """True where the accumulated gradient is due."""
+        """True if the accumulated gradient is applied after this micro-step."""
         return (micro_step + 1) % self.accumulation == 0 or micro_step + 1 == self.num_micro_steps
 
 
 def plan_steps(batches_per_epoch: int, accumulation: int, num_epochs: int, max_steps: int | None = None) -> StepPlan:
-    """How many updates, epochs and micro-steps a run has. `max_steps` given: it rules over `num_epochs`."""
+    """Number of updates, epochs and micro-steps of a run. `max_steps`, if given, overrides `num_epochs`."""
     if max_steps is None:
         num_micro_steps = batches_per_epoch * num_epochs
         return StepPlan(
@@ -48,7 +48,7 @@ def plan_steps(batches_per_epoch: int, accumulation: int, num_epochs: int, max_s
 
 
 def make_plan(args, buckets: list[Bucket], num_ranks: int) -> StepPlan:
-    """The flags' plan for clips of these sizes; what it leaves no room for is said."""
+    """The plan for clips of these sizes, from the flags; warns of what the run is too short for."""
     batches_per_epoch = num_batches(buckets, args.train_batch_size, num_ranks)
     plan = plan_steps(batches_per_epoch, args.gradient_accumulation_steps, args.num_train_epochs, args.max_train_steps)
     warn_of_unreached(args, plan.num_steps, scaled_learning_rate(args, num_ranks))
@@ -56,7 +56,7 @@ def make_plan(args, buckets: list[Bucket], num_ranks: int) -> StepPlan:
 
 
 def warn_of_unreached(args, num_steps: int, learning_rate: float) -> None:
-    """A line each, before the run: the whole learning rate, a checkpoint, a validation."""
+    """Before the run, log what it is too short for: the full learning rate, a checkpoint, a validation."""
     warmup = args.lr_warmup_steps
     if args.lr_scheduler not in WITHOUT_WARMUP and warmup >= num_steps:
         logger.warning(
@@ -79,21 +79,21 @@ def warn_of_unreached(args, num_steps: int, learning_rate: float) -> None:
 def sample_ids(run, micro_step: int, micro_batch: int, size: int) -> list[int]:
     """Positions in the run of this rank's `size` samples: what every random draw of training depends on.
 
-    `micro_batch` is the full batch of one rank. Accumulation, batch size and ranks only cut the same sequence
-    differently, so that they change nothing but rounding.
+    `micro_batch` is a full batch of one rank. Accumulation, batch size and ranks only cut the same sequence
+    differently, so they change nothing but rounding.
     """
     first = micro_step * micro_batch * run.num_ranks + run.rank * size
     return list(range(first, first + size))
 
 
 def scaled_learning_rate(args, num_ranks: int) -> float:
-    """--learning_rate, times the global batch with --scale_lr."""
+    """--learning_rate, times the global batch size with --scale_lr."""
     factor = args.gradient_accumulation_steps * args.train_batch_size * num_ranks if args.scale_lr else 1
     return args.learning_rate * factor
 
 
 def make_loader(args, run, dataset: Dataset, plan: StepPlan, first_step: int) -> tuple[range, DataLoader]:
-    """(micro-steps that follow `first_step` updates, a loader of this rank's batches for them)."""
+    """(the micro-steps after `first_step` updates, a loader of this rank's batches for them)."""
     ranks = {"rank": run.rank, "num_ranks": run.num_ranks}
     sampler = BucketSampler(
         dataset.clip_buckets, args.train_batch_size, **ranks, seed=run.seed, num_epochs=plan.num_epochs

@@ -1,7 +1,7 @@
-"""Trackers: what metrics.jsonl holds, sent to wandb, tensorboard or trackio through accelerate.
+"""Trackers: sends what metrics.jsonl holds to wandb, tensorboard or trackio through accelerate.
 
-A tracker that fails never ends a run: it is named in a warning and left, and metrics.jsonl stays complete. The run's name
-and id at the trackers lie in `trackers.json` of the output folder, so that a run that goes on is one run there too.
+A failing tracker never ends a run: it is dropped with a warning, and metrics.jsonl stays complete. The run's name and
+id at the trackers are in `trackers.json` of the output folder, so that a resumed run continues there too.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ RUN_NAME = "trackers.json"
 
 
 def tracker_names(args) -> list[str]:
-    """The trackers of --report_to; UsageError for one that is not installed. `all` is those that are."""
+    """The trackers of --report_to, `all` meaning those that are installed; UsageError for one that is not."""
     wanted = (args.report_to or "none").split(",")
     if wanted == ["none"]:
         return []
@@ -49,7 +49,7 @@ def tracker_names(args) -> list[str]:
 
 
 def tracking_options(args) -> dict:
-    """What the Accelerator must know of trackers when it is made; UsageError for one that is not installed."""
+    """The Accelerator's options for trackers; UsageError for one that is not installed."""
     tracker_names(args)
     folder = Path(args.output_dir)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / args.logging_dir))
@@ -57,9 +57,9 @@ def tracking_options(args) -> dict:
 
 
 def start_trackers(args, run, project: str, first_step: int) -> None:
-    """Open a run at every tracker, with the flags as its configuration; `project` unless --tracker_name is given.
+    """Open a run at every tracker with the flags as its config, in project --tracker_name, or else `project`.
 
-    A run that goes on after `first_step` goes on at the trackers too. The main process alone has trackers.
+    A run resumed after `first_step` is resumed at the trackers too. Only the main process has trackers.
     """
     names = tracker_names(args)
     if names and run.rank == 0:
@@ -70,37 +70,37 @@ def start_trackers(args, run, project: str, first_step: int) -> None:
 def open_trackers(args, accelerator: Accelerator, names: list[str], project: str, first_step: int) -> None:
     output_dir = Path(args.output_dir).resolve()
     earlier = read_run(output_dir, project) if first_step else {}
-    with_progress = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
+    tracked_run = {"project": project, "name": output_dir.name, "id": new_id()} | earlier | {"trackers": names}
     try:
         with written_beside(output_dir / RUN_NAME) as temporary:
-            temporary.write_text(json.dumps(with_progress) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(tracked_run) + "\n", encoding="utf-8")
         logging_dir = Path(accelerator.logging_dir).resolve()
         logging_dir.mkdir(parents=True, exist_ok=True)
         config = tracked_config(args)
         for name in names:
             continues = name in earlier.get("trackers", ())
-            tracker = make_tracker(name, with_progress, output_dir, logging_dir, first_step)
-            # Of tensorboard the repeated steps are purged; the others would show them twice
+            tracker = make_tracker(name, tracked_run, output_dir, logging_dir, first_step)
+            # tensorboard purges repeated steps; the others would show them twice
             tracker.known_step = last_update(output_dir) if continues and name != "tensorboard" else -1
             start_quietly(tracker)
             accelerator.trackers.append(tracker)
             if place := place_of(tracker, project):
                 logger.info("%s: %s", name, place)
-            if not (continues and name == "tensorboard"):  # where it would look like one more run
+            if not (continues and name == "tensorboard"):  # where it would look like another run
                 tracker.store_init_configuration(config)
-    except Exception as error:  # noqa: BLE001 - a tracker's own, of any kind
+    except Exception as error:  # noqa: BLE001 - trackers raise anything
         leave(accelerator, error)
 
 
 def make_tracker(name: str, run: dict, output_dir: Path, logging_dir: Path, first_step: int) -> GeneralTracker:
-    """The tracker, not started; where it knows the run already it goes on with it."""
+    """The tracker, not yet started; it continues a run that it already has."""
     project, unique = run["project"], f"{run['name']}-{run['id']}"
-    if name == "wandb":  # its own folder would else lie in the working directory
-        shown = os.environ.get("WANDB_NAME", run["name"])
-        return WandBTracker(project, dir=str(logging_dir), id=run["id"], name=shown, resume="allow")
-    if name == "trackio":  # which knows runs by their names
+    if name == "wandb":  # its folder would otherwise be in the working directory
+        display_name = os.environ.get("WANDB_NAME", run["name"])
+        return WandBTracker(project, dir=str(logging_dir), id=run["id"], name=display_name, resume="allow")
+    if name == "trackio":  # which identifies runs by name
         return TrackioTracker(project, name=unique, resume="allow")
-    # A folder of several runs' logs: they must not be read as one
+    # The folder may hold the logs of several runs: they must not be read as one
     folder = project if logging_dir.is_relative_to(output_dir) else f"{project}/{unique}"
     is_used = any((logging_dir / folder).glob("events.out.tfevents.*"))
     purge = {"purge_step": first_step + 1 if first_step else 0} if is_used else {}
@@ -108,15 +108,15 @@ def make_tracker(name: str, run: dict, output_dir: Path, logging_dir: Path, firs
 
 
 def start_quietly(tracker: GeneralTracker) -> None:
-    """Import it first: wandb records the console by the streams that it finds at its import."""
+    """Start it without its prints. Import its module first: wandb captures the streams that it finds at import."""
     importlib.import_module(MODULES[tracker.name])
-    may_ask = tracker.name == "wandb" and sys.stderr.isatty()  # for the user's key
+    may_ask = tracker.name == "wandb" and sys.stderr.isatty()  # for the API key
     with contextlib.nullcontext() if may_ask else capture_prints():
         tracker.start()
 
 
 def place_of(tracker: GeneralTracker, project: str) -> str:
-    """Where its user finds the run: an address, else the command that leads to it; empty where nothing is recorded."""
+    """Where to find the run: a URL, else a command that shows it; empty if nothing is recorded."""
     if tracker.name == "wandb":
         offline = f"offline; wandb sync {shlex.quote(str(Path(tracker.run.dir).parent))}"
         return "" if tracker.run.disabled else tracker.run.url or offline
@@ -126,12 +126,12 @@ def place_of(tracker: GeneralTracker, project: str) -> str:
 
 
 def new_id() -> str:
-    """wandb's own variable names the run where a sweep or a scheduler has chosen it."""
+    """A run id: the one in wandb's own variable if a sweep or scheduler set it, else a random one."""
     return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
 
 
 def read_run(output_dir: Path, project: str) -> dict:
-    """The run that this folder has at the trackers; empty if there is none in `project`."""
+    """This folder's run at the trackers; empty if there is none in `project`."""
     try:
         run = json.loads((output_dir / RUN_NAME).read_text(encoding="utf-8"))
         return run if run["project"] == project and run["name"] and run["id"] else {}
@@ -143,7 +143,7 @@ def read_run(output_dir: Path, project: str) -> dict:
 
 
 def last_update(output_dir: Path) -> int:
-    """The last update in metrics.jsonl, before a run that goes on cuts it; -1 without any."""
+    """The last update in metrics.jsonl, before a resumed run truncates it; -1 without any."""
     path = output_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -151,18 +151,18 @@ def last_update(output_dir: Path) -> int:
 
 
 def tracked_config(args) -> dict:
-    """The flags; as strings where they are no plain values, because tensorboard takes no lists."""
+    """The flags; lists and the like as strings, because tensorboard takes only plain values."""
     flags = recorded_flags(args)
     return {name: value if isinstance(value, bool | int | float) else str(value) for name, value in flags.items()}
 
 
 def log_values(accelerator: Accelerator, values: dict, step: int) -> None:
-    """Send numbers of a validation after update `step`."""
+    """Send a validation's numbers, after update `step`."""
     send(accelerator, accelerator.trackers, values, step)
 
 
 def log_update(accelerator: Accelerator, values: dict, step: int) -> None:
-    """Send numbers of update `step`, but to trackers that have them from before an interruption."""
+    """Send the numbers of update `step`, except to trackers that have them from before an interruption."""
     send(accelerator, [tracker for tracker in accelerator.trackers if step > tracker.known_step], values, step)
 
 
@@ -175,27 +175,27 @@ def send(accelerator: Accelerator, trackers: list[GeneralTracker], values: dict,
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Close the run at every tracker, whatever becomes of it at another."""
+    """Close the run at every tracker, even if another one fails."""
     for tracker in accelerator.trackers:
         try:
             with capture_prints():
                 tracker.finish()
-        except Exception as error:  # noqa: BLE001 - a tracker's own, of any kind
+        except Exception as error:  # noqa: BLE001 - trackers raise anything
             logger.warning("%s was not closed, metrics.jsonl is complete: %s", tracker.name, first_line(error))
     accelerator.trackers = []
 
 
 def leave(accelerator: Accelerator, error: Exception) -> None:
-    """Go on without trackers."""
-    logger.warning("tracking stops, metrics.jsonl goes on: %s", first_line(error))
+    """Continue without trackers."""
+    logger.warning("tracking stops, metrics.jsonl continues: %s", first_line(error))
     accelerator.trackers = []
 
 
-GIF_SIDE = 320  # pixels: longest side of the pictures that tensorboard gets
+GIF_SIDE = 320  # pixels: longest side of the videos that tensorboard gets
 
 
 def log_videos(accelerator, directory: Path, step: int) -> None:
-    """Send a step's videos and their prompts to the trackers that show videos. The main process calls it."""
+    """Send a step's videos and prompts to the trackers that show videos. Call it on the main process."""
     paths = sorted(directory.glob("*.mp4"))
     prompts = [path.with_suffix(".txt").read_text(encoding="utf-8").rstrip("\n") for path in paths]
     videos = {f"validation/{path.stem}": (path, prompt) for path, prompt in zip(paths, prompts, strict=True)}
@@ -217,7 +217,7 @@ def log_videos(accelerator, directory: Path, step: int) -> None:
 
 
 def add_gif(writer, tag: str, path: Path, step: int) -> None:
-    """An animated picture, shown as such by tensorboard; its own add_video needs moviepy."""
+    """Add an animated GIF, which tensorboard plays; its own add_video needs moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     with av.open(str(path)) as container:

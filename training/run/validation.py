@@ -1,6 +1,6 @@
-"""Validation: sample videos of fixed prompts and noise, and the held-out loss, at set steps of a run.
+"""Validation at set steps of a run: sample videos with fixed prompts and noise, and the held-out loss.
 
-Training never notices: weights, train mode, devices and random state are as before, and a failure is one warning.
+Training is not affected: weights, train mode, devices and random state are restored, and a failure is only a warning.
 """
 
 import io
@@ -29,14 +29,14 @@ from run.tracking import log_values, log_videos
 logger = logging.getLogger(__name__)
 
 CUT_SHORT = "ended by"  # a signal
-FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # the most that an image's URL may give and take
+FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # limits for downloading an image
 
 
 # ---------------------------------------------------------------- before training
 
 
 def read_prompts(args, image_to_video: bool) -> tuple[list[str], list[Image.Image]]:
-    """--validation_prompt and --validation_images, split, checked and opened; nothing without a prompt."""
+    """--validation_prompt and --validation_images, split, checked and opened; empty without a prompt."""
     if args.validation_prompt is None:
         return [], []
     prompts = split(args.validation_prompt, args.validation_prompt_separator)
@@ -46,13 +46,13 @@ def read_prompts(args, image_to_video: bool) -> tuple[list[str], list[Image.Imag
         return prompts, []
     if args.validation_images is None:
         raise UsageError(
-            "--validation_prompt: this model starts from an image; give --validation_images, one a prompt"
+            "--validation_prompt: this model starts from an image; give --validation_images, one per prompt"
         )
     sources = split(args.validation_images, args.validation_prompt_separator)
     if len(sources) != len(prompts):
         raise UsageError(
             f"--validation_images: {len(sources)} for {len(prompts)} prompts, split at "
-            f"{args.validation_prompt_separator}; give one for each"
+            f"{args.validation_prompt_separator}; give one per prompt"
         )
     return prompts, [open_image(source) for source in sources]
 
@@ -62,7 +62,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def open_image(source: str) -> Image.Image:
-    """An RGB image, turned as its EXIF data says, from a path or an http(s) URL."""
+    """An RGB image, rotated as its EXIF data says, from a path or an http(s) URL."""
     protocol = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
     if protocol and protocol[1].lower() not in ("http", "https"):
         raise UsageError(f"--validation_images {source}: only paths and http(s) URLs are read")
@@ -74,16 +74,16 @@ def open_image(source: str) -> Image.Image:
 
 
 def fetch(url: str) -> bytes:
-    """The content of an http(s) URL; redirects stay within these protocols. OSError if it fails, is too large or slow."""
-    import httpx  # here: most runs fetch nothing
+    """The content of an http(s) URL, redirects included. OSError if it fails, is too large or too slow."""
+    import httpx  # here, since most runs fetch nothing
 
     deadline = time.monotonic() + FETCH_SECONDS
-    options = {"timeout": FETCH_SECONDS / 2, "verify": ssl.create_default_context()}  # this machine's certificates
+    options = {"timeout": FETCH_SECONDS / 2, "verify": ssl.create_default_context()}  # the system's certificates
     try:
         with httpx.stream("GET", url, follow_redirects=True, **options) as response:
             response.raise_for_status()
             return join_pieces(response.iter_bytes(), deadline)
-    except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:  # a SOCKS proxy needs a package more
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:  # a SOCKS proxy needs another package
         raise OSError(first_line(error)) from error
 
 
@@ -99,12 +99,12 @@ def join_pieces(pieces: Iterable[bytes], deadline: float) -> bytes:
 
 
 def sample_size(args, clip_buckets: list[Bucket]) -> Bucket:
-    """--max_num_frames, --height and --width where given, else those of the bucket that most clips use."""
+    """--max_num_frames, --height and --width if given, else those of the most common bucket."""
     counts = Counter(clip_buckets)
     usual = max(counts, key=lambda bucket: (counts[bucket], bucket))
     given = {"frames": "max_num_frames", "height": "height", "width": "width"}
     size = usual._replace(**{name: getattr(args, flag) for name, flag in given.items() if flag in args.given})
-    return size._replace(frames=(size.frames - 1) // 4 * 4 + 1)  # what the pipelines make of other counts
+    return size._replace(frames=(size.frames - 1) // 4 * 4 + 1)  # as the pipelines round other counts
 
 
 def make_samples(
@@ -123,7 +123,7 @@ def make_samples(
 
 
 def check_attention(args, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse --validation_attention where it cannot run."""
+    """Refuse --validation_attention if it cannot run here."""
     if args.validation_prompt is not None and args.validation_attention == "sage":
         check_sage(dtype, device)
 
@@ -132,8 +132,10 @@ def check_attention(args, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def is_due(args, plan: StepPlan, step: int) -> bool:
-    """True after the updates that --validation_steps or --validation_epochs name. An epoch is over with the first update
-    at or after its last batch. The run's last update is left to the test after training.
+    """True after the updates that --validation_steps or --validation_epochs name.
+
+    An epoch ends with the first update at or after its last batch. The run's last update is left to the validation
+    after training.
     """
     if step == plan.num_steps:
         return False
@@ -144,11 +146,11 @@ def is_due(args, plan: StepPlan, step: int) -> bool:
 
 
 def validate(args, run, meter: StepMeter, engine, samples: Samples, held_out: HeldOut, step: int) -> None:
-    """Held-out loss and sample videos of the weights after `step` updates; all ranks take part."""
+    """Held-out loss and sample videos of the weights after `step` updates; all ranks must call it."""
     if not (samples.prompts or held_out.num_clips):
         return
     if run.device.type == "cuda":
-        torch.cuda.empty_cache()  # what training holds and does not use is no part of validation's peak
+        torch.cuda.empty_cache()  # training's unused cache is not part of validation's peak
     report_memory(meter, step, "before_validation")
     accelerator, directory = run.accelerator, run.output_dir / "samples" / f"step_{step}"
     with preserved_random_state(run.device), engine.inference():
@@ -156,7 +158,7 @@ def validate(args, run, meter: StepMeter, engine, samples: Samples, held_out: He
         _, render_problem = attempt(lambda: render_videos(args, run, engine, samples, directory))
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    # Ranks finish at different times; what follows may wait for all of them in a collective
+    # Ranks finish at different times: wait for all on the host, before the collectives below
     loss_problems = exchange_on_host(f"held-out-{step}", loss_problem)
     warn_of(step, "the held-out loss", loss_problems)
     warn_of(step, "validation videos", exchange_on_host(f"rendered-{step}", render_problem))
@@ -168,9 +170,9 @@ def validate(args, run, meter: StepMeter, engine, samples: Samples, held_out: He
 
 
 def attempt(work: Callable) -> tuple:
-    """(what it returned, "") or (None, why it failed, in one line): a sample is never worth a run.
+    """(its result, "") or (None, why it failed, in one line): a sample is never worth a run.
 
-    A signal ends it: the ranks leave together, which is for the loop to do.
+    A signal ends it early; the ranks then leave together, at the end of the step.
     """
     try:
         with INTERRUPTION.interruptible():
@@ -182,11 +184,11 @@ def attempt(work: Callable) -> tuple:
 
 
 def warn_of(step: int, what: str, problems: list[str]) -> None:
-    """One line for all ranks; those other than the main process are silent."""
+    """One line for all ranks; only the main process shows it."""
     named = [f"{problem} (process {rank})" if rank else problem for rank, problem in enumerate(problems) if problem]
     if named:
         is_cut = any(CUT_SHORT in problem for problem in named)  # then training is about to stop, too
-        outcome = "incomplete" if is_cut else "failed, training goes on"
+        outcome = "incomplete" if is_cut else "failed, training continues"
         logger.warning("step %d: %s %s: %s", step, what, outcome, "; ".join(named))
 
 
