@@ -177,7 +177,9 @@ def vae_bytes(workload: Workload, resident: float, ample_memory: bool, in_small_
     """GPU memory while the VAE encodes or decodes, 0 if it never does. If memory is short, it decodes alone."""
     coding = 0
     if workload.renders:
-        vae, alone = (0 if workload.raw else VAE), workload.offloads_models or not (ample_memory or in_small_pieces)
+        # Without room beside the resident weights, rendering is repeated with one model at a time
+        beside = ample_memory or (in_small_pieces and workload.tiled)
+        vae, alone = (0 if workload.raw else VAE), workload.offloads_models or not beside
         at_once = (1 if in_small_pieces or not ample_memory else 2) * unit_bytes(workload) / workload.shape[0]
         denoising = resident + DENOISING * at_once + (0 if alone else vae)
         decoding = decoding_bytes(workload, ample_memory) + (VAE if alone else resident + vae)
