@@ -66,6 +66,21 @@ def test_a_text_encoder_that_does_not_fit_is_streamed(tiny, monkeypatch, caplog)
     assert "T5 does not fit into what is free on the GPU: its weights are streamed" in caplog.text
 
 
+def test_weights_of_a_streamed_text_encoder_are_copied_once_for_many_captions(tiny, monkeypatch):
+    """In the last pass for fewer; to the bit what each caption gives alone."""
+    prompts = [f"caption {number} of " + "many " * number for number in range(2 * encoding.CAPTIONS_PER_PASS + 3)]
+    resident = list(encode_captions(tiny("5b"), prompts, torch.float32, CPU, 226))
+    passes, forward = [], streaming.WeightRing.forward
+    monkeypatch.setattr(
+        streaming.WeightRing,
+        "forward",
+        lambda ring, index, *inputs, **named: (passes.append(index), forward(ring, index, *inputs, **named))[1],
+    )
+    streamed = list(encode_captions(tiny("5b"), prompts, torch.float32, CPU, 226, level="stream"))
+    assert len(streamed) == len(prompts) and all(map(torch.equal, streamed, resident))
+    assert passes == 3 * sorted(set(passes))
+
+
 def test_nothing_is_left_of_a_streamed_text_encoder(tiny):
     gc.collect()
     before = num_page_locked()
@@ -105,7 +120,7 @@ def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, 
     """Balanced denoises both samples of guidance at once, the levels that keep things on the host one by one."""
     caplog.set_level(logging.INFO)
     vaes, load = [], loading.load_vae
-    monkeypatch.setattr(loading, "load_vae", lambda *given: vaes.append(load(*given)) or vaes[-1])
+    monkeypatch.setattr(loading, "load_vae", lambda *given, **named: vaes.append(load(*given, **named)) or vaes[-1])
     flags = [*sampling(), "--max_train_steps", "2", "--validation_steps", "1"]
     plain = train("plain", *flags, *TILES)
     said = "guidance's two samples are denoised one after the other"

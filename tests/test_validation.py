@@ -443,7 +443,7 @@ def test_t5_and_the_vae_are_loaded_once(raw, train, sampling, monkeypatch):
 @only_t2v_lora
 def test_the_vae_is_sliced_and_tiled_as_flagged(train, sampling, monkeypatch):
     vaes, load = [], loading.load_vae
-    monkeypatch.setattr(loading, "load_vae", lambda *values: vaes.append(load(*values)) or vaes[-1])
+    monkeypatch.setattr(loading, "load_vae", lambda *values, **named: vaes.append(load(*values, **named)) or vaes[-1])
     train("out", *sampling(), "--max_train_steps", "1", "--enable_slicing", "--enable_tiling")
     assert vaes[0].use_slicing and vaes[0].use_tiling
 
