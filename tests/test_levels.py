@@ -70,6 +70,15 @@ def test_weights_of_a_streamed_text_encoder_are_copied_once_for_many_captions(ti
     """In the last pass for fewer; to the bit what each caption gives alone."""
     prompts = [f"caption {number} of " + "many " * number for number in range(2 * encoding.CAPTIONS_PER_PASS + 3)]
     resident = list(encode_captions(tiny("5b"), prompts, torch.float32, CPU, 226))
+    samples, load = set(), encoding.load_text_encoder
+
+    def watched(*given):
+        tokenizer, text_encoder = load(*given)
+        for layer in (text_encoder.encoder.block[-1].layer[0], text_encoder.encoder.final_layer_norm):
+            layer.register_forward_pre_hook(lambda layer, inputs: samples.add(len(inputs[0])))
+        return tokenizer, text_encoder
+
+    monkeypatch.setattr(encoding, "load_text_encoder", watched)
     passes, forward = [], streaming.WeightRing.forward
     monkeypatch.setattr(
         streaming.WeightRing,
@@ -78,7 +87,7 @@ def test_weights_of_a_streamed_text_encoder_are_copied_once_for_many_captions(ti
     )
     streamed = list(encode_captions(tiny("5b"), prompts, torch.float32, CPU, 226, level="stream"))
     assert len(streamed) == len(prompts) and all(map(torch.equal, streamed, resident))
-    assert passes == 3 * sorted(set(passes))
+    assert passes == 3 * sorted(set(passes)) and samples == {1}
 
 
 def test_nothing_is_left_of_a_streamed_text_encoder(tiny):
