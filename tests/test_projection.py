@@ -9,7 +9,7 @@ from attention.kernels import make_attend
 from attention.processor import JointAttention, project_each
 from cogvideox.loading import load_transformer
 from engine import lora
-from engine.lora import add_lora, project, project_plain
+from engine.lora import add_lora, project, project_apart
 from memory.quantization import frozen_linears
 from test_memory import KINDS, make_inputs
 
@@ -34,7 +34,7 @@ def test_adapters_in_few_products_train_what_pefts_path_trains(kind, flags, tiny
         param.data += 0.05 * torch.randn_like(param)
     inputs = make_inputs(transformer, dtype=torch.float64)
     apart, calls = [], []
-    monkeypatch.setattr(lora, "project_plain", lambda *args: calls.append(1) or project_plain(*args))
+    monkeypatch.setattr(lora, "project_apart", lambda *args: calls.append(1) or project_apart(*args))
     for project_with in (project_each, functools.partial(project, linears=frozen_linears)):
         apart.append(loss_and_grads(transformer, JointAttention(make_attend("sdpa"), project_with), inputs))
     (loss, grads), (reference, reference_grads) = apart[1], apart[0]

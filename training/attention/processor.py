@@ -3,6 +3,7 @@
 Tensors are [B, S, heads, head_dim] throughout; S is the text tokens followed by the video tokens.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,10 +21,12 @@ class JointAttention:
 
     attend(query, key, value): the kernel; all [B, S, heads, head_dim].
     project(states, layers): one [B, S, D] per layer; called once with to_q, to_k and to_v, once with to_out.
+    make_heads(attn, states, rotary, num_text): (query, key, value), replaces `heads_by_torch`.
     """
 
-    def __init__(self, attend: Callable, project: Callable = project_each):
+    def __init__(self, attend: Callable, project: Callable = project_each, make_heads: Callable | None = None):
         self.attend, self.project = attend, project
+        self.make_heads = make_heads or functools.partial(heads_by_torch, project=project)
 
     def __call__(
         self,
@@ -38,13 +41,13 @@ class JointAttention:
             raise ValueError("joint attention takes no mask")
         num_text = encoder_hidden_states.shape[1]
         states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = make_heads(attn, states, image_rotary_emb, num_text, self.project)
+        query, key, value = self.make_heads(attn, states, image_rotary_emb, num_text)
         [states] = self.project(self.attend(query, key, value).flatten(2), [attn.to_out[0]])
         states = attn.to_out[1](states)
         return states[:, num_text:], states[:, :num_text]
 
 
-def make_heads(
+def heads_by_torch(
     attn: Attention, states: Tensor, rotary: tuple[Tensor, Tensor] | None, num_text: int, project: Callable
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of `states` [B, S, D]: projection, q/k norm over each head, RoPE on the video tokens."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from attention.choose_kernel import pick_attention
 from attention.kernels import SAVED_OPS, make_attend
+from attention.norm_rope import can_fuse, norm_and_rotate
 from attention.processor import JointAttention
 from base.dtypes import DTYPES
 from base.memory_levels import HOST_LEVELS
@@ -22,13 +23,15 @@ from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_d
 from engine.engines import Engine, LoraEngine, SftEngine
 from engine.lora import (
     add_lora,
+    is_plain,
     project,
+    project_apart,
     start_from_lora,
 )
 from engine.master_weights import HostMasters, Masters
 from engine.optimizers import make_optimizer_from_args
 from memory.activations import offload_activations
-from memory.quantization import frozen_linears, quantize_base
+from memory.quantization import frozen_linears, frozen_products, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks
 from memory.streaming import load_blocks, stream_weights
 
@@ -126,7 +129,10 @@ def set_attention(transformer: nn.Module, attend: Callable, device: torch.device
     attentions = [block.attn1 for block in transformer.transformer_blocks]
     processor = JointAttention(attend)
     if device.type == "cuda":
-        processor = JointAttention(attend, functools.partial(project, linears=frozen_linears))
+        adapted = [is_plain(layer) for attn in attentions for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        fuse = uses_triton(device) and all(adapted) and all(can_fuse(attn.norm_q, attn.norm_k) for attn in attentions)
+        projection = functools.partial(project, linears=frozen_linears)
+        processor = JointAttention(attend, projection, fused_heads if fuse else None)
     for attn in attentions:
         attn.processor = processor
 
@@ -140,6 +146,12 @@ def uses_triton(device: torch.device) -> bool:
     if lack:
         logger.warning("steps are slower than they could be, without compiled kernels: %s", lack)
     return lack is None
+
+
+def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`heads_by_torch` for adapted layers, with one pass over memory after the matmuls."""
+    bases, deltas = project_apart(states, [attn.to_q, attn.to_k, attn.to_v], frozen_products)
+    return norm_and_rotate(bases, deltas, attn.norm_q, attn.norm_k, rotary, num_text)
 
 
 def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, device: torch.device) -> None:

@@ -114,20 +114,21 @@ def project(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable
     `linears(states, layers)` does the same for layers without adapters. Equal to peft's own path up to rounding.
     """
     if all(is_plain(layer) for layer in layers):
-        return project_plain(states, layers, linears)
+        bases, deltas = project_apart(states, layers, linears)
+        return [base + delta for base, delta in zip(bases, deltas, strict=True)]
     if any(isinstance(layer, LoraLayer) for layer in layers):
         return [layer(states) for layer in layers]
     return linears(states, layers)
 
 
-def project_plain(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable) -> list[torch.Tensor]:
-    """`project` for layers that are all plain, see `is_plain`; their A matrices are one matmul."""
+def project_apart(states: torch.Tensor, layers: Sequence[nn.Module], linears: Callable):
+    """(`linears` of the base layers, [each adapter's output]); all layers must be plain, see `is_plain`."""
     down = torch.cat([layer.lora_A[ADAPTER].weight for layer in layers]).to(states.dtype)  # [layers x rank, D]
     narrow = F.linear(states, down).chunk(len(layers), dim=-1)  # each [B, S, rank]
     # Scale B, which is small; peft scales the output, which is as large as the states
     ups = [(layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]).to(states.dtype) for layer in layers]
     bases = linears(states, [layer.base_layer for layer in layers])
-    return [base + F.linear(low, up) for base, low, up in zip(bases, narrow, ups, strict=True)]
+    return bases, [F.linear(low, up) for low, up in zip(narrow, ups, strict=True)]
 
 
 def is_plain(layer: nn.Module) -> bool:
