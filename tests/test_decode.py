@@ -19,7 +19,7 @@ from data.buckets import frame_times, make_buckets, num_sampled_frames
 from data.clip_lists import Clip
 from data.decode import read_frames
 from data.videos import VideoDataset
-from synthetic_clips import FFMPEG, X264, encode, ffmpeg, numbered_frames, numbers, probe
+from synthetic_clips import X264, encode, ffmpeg, ffmpeg_path, numbered_frames, numbers, probe
 
 
 def numbered_clip(path, num_frames, fps=8):
@@ -288,7 +288,7 @@ def test_formats_that_store_when_a_frame_is_decoded(tmp_path, name):
 
 def test_an_avi_written_into_a_pipe_has_no_length_and_is_whole(tmp_path):
     raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "128x32", "-r", "25", "-i", "-")
-    command = [FFMPEG, "-v", "error", *raw, "-c:v", "mjpeg", "-q:v", "3", "-f", "avi", "-"]
+    command = [ffmpeg_path(), "-v", "error", *raw, "-c:v", "mjpeg", "-q:v", "3", "-f", "avi", "-"]
     piped = subprocess.run(command, input=numbered_frames(50).tobytes(), capture_output=True, check=True).stdout
     (tmp_path / "piped.avi").write_bytes(piped)
     assert every_number(tmp_path / "piped.avi") == list(range(50))

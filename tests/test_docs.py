@@ -15,7 +15,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import av
-import imageio_ffmpeg
 import pytest
 import torch
 
@@ -31,6 +30,7 @@ import world
 from args import make_prepare_parser, make_training_parser, parse_prepare_args, parse_training_args
 from base.flag_parser import EPILOG, FIRST, SCRIPTS
 from dry_run import dry_run, printed_commands
+from synthetic_clips import ffmpeg_path
 from test_hub import assert_first_frames_are_raw
 from test_shell import CONFIGS, ORIGINAL_SWEEP
 
@@ -161,7 +161,7 @@ def check_command(settings, words, monkeypatch):
 
 def check_ffmpeg(argv):
     """Run it on a clip of 20 seconds: what it writes has frames."""
-    quiet = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    quiet = [ffmpeg_path(), "-v", "error"]
     clip = argv[argv.index("-i") + 1]
     subprocess.run([*quiet, "-f", "lavfi", "-i", "testsrc=duration=20:rate=8:size=64x64", clip], check=True)
     subprocess.run([*quiet, *argv], check=True)
@@ -189,6 +189,8 @@ def check_script(script, argv, monkeypatch):
         assert [word for word in argv if word.endswith("metrics.jsonl")]
     elif name in ("assets/make_flags.py", "benchmarks/tables.py", "benchmarks/draw_memory.py"):
         assert not argv
+    elif name == "benchmarks/vae.py":
+        importlib.import_module("vae").parse_args(argv)
     elif name.startswith("tiny_model/"):
         monkeypatch.chdir(ROOT)  # where the model's folder is looked for
         importlib.import_module(Path(name).stem).parse_args(argv)

@@ -66,6 +66,30 @@ def test_a_text_encoder_that_does_not_fit_is_streamed(tiny, monkeypatch, caplog)
     assert "T5 does not fit into what is free on the GPU: its weights are streamed" in caplog.text
 
 
+def test_weights_of_a_streamed_text_encoder_are_copied_once_for_many_captions(tiny, monkeypatch):
+    """In the last pass for fewer; to the bit what each caption gives alone."""
+    prompts = [f"caption {number} of " + "many " * number for number in range(2 * encoding.CAPTIONS_PER_PASS + 3)]
+    resident = list(encode_captions(tiny("5b"), prompts, torch.float32, CPU, 226))
+    samples, load = set(), encoding.load_text_encoder
+
+    def watched(*given):
+        tokenizer, text_encoder = load(*given)
+        for layer in (text_encoder.encoder.block[-1].layer[0], text_encoder.encoder.final_layer_norm):
+            layer.register_forward_pre_hook(lambda layer, inputs: samples.add(len(inputs[0])))
+        return tokenizer, text_encoder
+
+    monkeypatch.setattr(encoding, "load_text_encoder", watched)
+    passes, forward = [], streaming.WeightRing.forward
+    monkeypatch.setattr(
+        streaming.WeightRing,
+        "forward",
+        lambda ring, index, *inputs, **named: (passes.append(index), forward(ring, index, *inputs, **named))[1],
+    )
+    streamed = list(encode_captions(tiny("5b"), prompts, torch.float32, CPU, 226, level="stream"))
+    assert len(streamed) == len(prompts) and all(map(torch.equal, streamed, resident))
+    assert passes == 3 * sorted(set(passes)) and samples == {1}
+
+
 def test_nothing_is_left_of_a_streamed_text_encoder(tiny):
     gc.collect()
     before = num_page_locked()
@@ -88,36 +112,37 @@ TILES = ["--enable_slicing", "--enable_tiling"]
 OFFLOAD = ["--enable_model_cpu_offload"]
 
 
-def train_in_small_pieces(train, monkeypatch, *flags):
+def train_by_single_samples(train, monkeypatch, *flags):
     """Without a level, its videos rendered as at `offload` and `stream`."""
     render = render_module.render_jobs
 
-    def in_small_pieces(args, pipe, *rest):
-        with render_module.in_small_pieces(pipe, render_module.SMALL_TILES):
+    def one_by_one(args, pipe, *rest):
+        with render_module.one_sample_at_a_time(pipe.transformer):
             return render(args, pipe, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(render_module, "render_jobs", in_small_pieces)
-        return train("small", *flags)
+        patched.setattr(render_module, "render_jobs", one_by_one)
+        return train("single", *flags)
 
 
 def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, monkeypatch, caplog):
-    """Balanced renders as the flags say, the levels that keep weights or activations on the host in small pieces."""
+    """Balanced denoises both samples of guidance at once, the levels that keep things on the host one by one."""
     caplog.set_level(logging.INFO)
     vaes, load = [], loading.load_vae
-    monkeypatch.setattr(loading, "load_vae", lambda *given: vaes.append(load(*given)) or vaes[-1])
+    monkeypatch.setattr(loading, "load_vae", lambda *given, **named: vaes.append(load(*given, **named)) or vaes[-1])
     flags = [*sampling(), "--max_train_steps", "2", "--validation_steps", "1"]
     plain = train("plain", *flags, *TILES)
-    assert "rendered in small pieces" not in caplog.text
-    small = train_in_small_pieces(train, monkeypatch, *flags)
+    said = "guidance's two samples are denoised one after the other"
+    assert said not in caplog.text
+    single = train_by_single_samples(train, monkeypatch, *flags)
     for level in LEVELS[:1] if script.key.endswith("sft") else LEVELS:
         more = TILES if level == "balanced" else OFFLOAD
         out = train(level, *flags, "--memory", level, *more)
         assert sampled(out) == {0: ["0_0"], 1: ["0_0"], 2: ["0_0"]}
-        same = plain if level == "balanced" else small
+        same = plain if level == "balanced" else single
         assert [video_bytes(out, step) == video_bytes(same, step) for step in (0, 1, 2)] == [True] * 3
         assert result_hash(out) == result_hash(plain)
-        assert f"at --memory {level} videos are rendered in small pieces" in caplog.text or level == "balanced"
+        assert f"at --memory {level} {said}" in caplog.text or level == "balanced"
         assert vaes[-1].use_tiling == vaes[-1].use_slicing == (level == "balanced")  # as before
 
 

@@ -69,7 +69,7 @@ def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops,
     [
         (
             [], None,
-            ["--gradient_checkpointing", "--load_tensors", "--enable_slicing", "--train_batch_size 1", "--use_8bit",
+            ["--gradient_checkpointing", "--load_tensors", "--train_batch_size 1", "--use_8bit",
              "--use_cpu_offload_optimizer", SMALLER],
         ),
         (

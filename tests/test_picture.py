@@ -15,7 +15,7 @@ from data.decode import read_frames
 from data.headers import read_header
 from data.picture import TO_SDR
 from data.videos import VideoDatasetWithResizing
-from synthetic_clips import FFMPEG, X264, encode, ffmpeg, probe
+from synthetic_clips import X264, encode, ffmpeg, ffmpeg_path, probe
 from test_decode import write_variable
 
 
@@ -44,7 +44,7 @@ def shown_by_ffmpeg(path, height, width):
     """The first frame as ffmpeg's own player path shows it: cropped and turned by the container, pixels made square."""
     square = "scale='if(gt(sar,1),iw*sar,iw)':'if(lt(sar,1),ih/sar,ih)'"
     command = [
-        FFMPEG,
+        ffmpeg_path(),
         "-v",
         "error",
         "-i",

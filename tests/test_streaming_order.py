@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from cogvideox import vae_memory
 from memory import activations, host, streaming
 
 
@@ -74,6 +75,7 @@ def streams(monkeypatch):
     monkeypatch.setattr(host, "TransferStream", TransferStream)
     monkeypatch.setattr(activations, "TransferStream", TransferStream)
     monkeypatch.setattr(streaming, "TransferStream", TransferStream)
+    monkeypatch.setattr(vae_memory, "TransferStream", TransferStream)
     return record
 
 
@@ -138,6 +140,28 @@ def test_no_memory_is_filled_while_somebody_uses_it(level, num_blocks, streams):
     for size, backward in ((1, True), (1, True), (2, True), (1, False), (1, False), (2, True)):  # 2: a larger video
         gradient = run(blocks, size, backward)
         assert gradient is None or torch.equal(gradient, expected.expand_as(gradient))
+
+
+@pytest.mark.parametrize("bytes_left", [0, 1000, 1e9])
+@pytest.mark.parametrize("num_keys", [1, 2, 3, 4, 9])
+def test_no_kept_frames_are_filled_while_somebody_uses_them(streams, monkeypatch, num_keys, bytes_left):
+    """Of the VAE's causal convolutions, over the passes of two videos."""
+    vae, like, passes = nn.Module(), torch.zeros(1), 4
+    monkeypatch.setattr(vae_memory, "bytes_left", lambda device: bytes_left)
+    for _ in range(2):
+        with vae_memory.KeptFrames(vae, like) as kept:
+            for number in range(passes):
+                for key in range(num_keys):
+                    older = kept.older(key)
+                    if older is not None:
+                        streams.access(COMPUTE, older, writes=False)
+                        assert older.tolist() == [10 * (number - 1) + key] * 50
+                    assert (older is None) == (number == 0)
+                    if number < passes - 1:
+                        newer = kept.newer(key, (50,))
+                        streams.access(COMPUTE, newer, writes=True)
+                        newer.fill_(10 * number + key)
+                        kept.written(key)
 
 
 def test_a_race_is_seen(streams):

@@ -659,12 +659,12 @@ def add_memory_flags(parser: FlagParser):
     group.add_argument(
         "--enable_slicing",
         action="store_true",
-        help="VAE: one video at a time, less memory\nIt encodes raw videos and decodes validation videos.",
+        help="VAE: one video at a time\nNo effect on a GPU, where it always does so.",
     )
     group.add_argument(
         "--enable_tiling",
         action="store_true",
-        help="VAE: overlapping tiles, less memory\nResults differ slightly.",
+        help="VAE: overlapping tiles\nSlower, with slightly different results; no longer needed to save memory.",
     )
     group.add_argument(
         "--use_cpu_offload_optimizer",
@@ -861,9 +861,15 @@ def add_prepare_memory_flags(parser: FlagParser):
     group.add_argument(
         "--batch_size", type=at_least(1), metavar="CLIPS", default=1, help="clips encoded at once, on each GPU"
     )
-    group.add_argument("--use_slicing", action="store_true", help="VAE: one clip at a time, less memory")
     group.add_argument(
-        "--use_tiling", action="store_true", help="VAE: overlapping tiles, less memory\nResults differ slightly."
+        "--use_slicing",
+        action="store_true",
+        help="VAE: one clip at a time\nNo effect on a GPU, where it always does so.",
+    )
+    group.add_argument(
+        "--use_tiling",
+        action="store_true",
+        help="VAE: overlapping tiles\nSlower, with slightly different results; no longer needed to save memory.",
     )
     group.add_argument(
         "--num_artifact_workers",

@@ -30,7 +30,6 @@ GIB = 2**30
 MODEL_DISK = 20e9  # bytes for a model, T5-XXL included
 MIN_HOST_GIB = 32  # GiB: T5-XXL in fp32 takes 18 during data preparation
 MIN_GPU_GIB = 4  # GiB: a LoRA of 2b with --memory stream, the minimum in the README's table, plus the CUDA context
-PREPARE_GIB = 10  # GiB for preparing data without slicing and tiling
 DEEPSPEED_WITHOUT_NVCC = (
     "0.19.8"  # the first DeepSpeed that can compile its CPU optimizer on a GPU machine without nvcc
 )
@@ -261,8 +260,6 @@ def check_gpu(index: int, gpu: Gpu) -> Finding:
             "WARN",
             f"{text}; a LoRA of CogVideoX-2b at full size takes {MIN_GPU_GIB} GiB, without validation: smaller buckets",
         )
-    if gpu.memory < PREPARE_GIB:
-        text += "; prepare data with --use_slicing --use_tiling"
     return Finding("OK", text)
 
 

@@ -38,8 +38,8 @@ from cogvideox.config import CONFIGS, default_fps, load_vae_config, num_paramete
 from cogvideox.encoding import (
     IMAGE_NOISE_MEAN,
     IMAGE_NOISE_STD,
+    encode_by_passes,
     encode_noised_images,
-    encode_prompts,
     encode_videos,
     free_memory,
     pixels_to_unit,
@@ -222,13 +222,13 @@ def write_embeddings(args, output_dir: Path, model_dir: Path, items, config: dic
         logger.warning("--max_sequence_length %d: this checkpoint was made for %d", max_length, text_length(config))
     tokenizer, text_encoder = load_text_encoder(model_dir, DTYPES[args.dtype], args.variant)
     expand_segments(device)
-    place_text_encoder(text_encoder, device)
-    # One at a time: 226 tokens fill a GPU, and the other captions of a batch would change the bits
-    for prompt, files in with_progress(wanted.items(), "captions", disable=rank > 0):
-        prompt_embeds = encode_prompts(tokenizer, text_encoder, [prompt], max_length)[0].cpu()
+    at_once = place_text_encoder(text_encoder, device)
+    embeds = encode_by_passes(tokenizer, text_encoder, list(wanted), max_length, at_once)
+    for files in with_progress(wanted.values(), "captions", disable=rank > 0):
+        prompt_embeds = next(embeds)
         for path, key in files:
             write_tensors(output_dir / path, {"prompt_embeds": prompt_embeds}, key)
-    del text_encoder
+    del text_encoder, embeds
     free_memory(device)
 
 

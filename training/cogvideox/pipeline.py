@@ -1,6 +1,9 @@
 """diffusers' pipeline around the models in training."""
 
+import torch
 from diffusers import DiffusionPipeline
+
+from cogvideox import vae as vae_walk
 
 
 def make_pipeline(model, vae, scheduler, image_latent_scale: str, transformer) -> DiffusionPipeline:
@@ -14,7 +17,20 @@ def make_pipeline(model, vae, scheduler, image_latent_scale: str, transformer) -
     )
     if image_latent_scale == "raw":
         use_raw_image_latents(pipe)
+    decode_on_gpu(pipe)
     return pipe
+
+
+def decode_on_gpu(pipe) -> None:
+    """Decode in less time and memory than the stock VAE does, which is used on a CPU and for tiles."""
+    decode_latents = pipe.decode_latents
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        if not vae_walk.is_used_on(latents.device):
+            return decode_latents(latents)
+        return vae_walk.decode(pipe.vae, 1 / pipe.vae_scaling_factor_image * latents.permute(0, 2, 1, 3, 4))
+
+    pipe.decode_latents = decode
 
 
 def use_raw_image_latents(pipe) -> None:

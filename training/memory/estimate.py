@@ -36,12 +36,19 @@ RENDERING = 1.0 * GIB  # on the host: the VAE and the videos
 T5_XXL, T5_STREAMED = 8.96 * GIB, 1.4 * GIB  # on the GPU
 T5_HOST = 16.0 * GIB  # on the host: a copy, and the page cache of its file, which the system can reclaim
 DENOISING = 13.8  # u per sample: a block without gradients. Guidance doubles the batch, or takes two passes
-# The VAE at work on one video, 8 frames at a time: whole frames of 480x720, or tiles
+# The VAE at work on one video, a pass of 8 or 9 frames at a time (cogvideox/vae.py). Values per pixel of a frame: a
+# pass's activations, and the frames kept for the next pass, on the GPU where there is room and else on the host
 VAE = 0.4 * GIB
-DECODING_SMALL, DECODING, DECODING_UNTILED = 1.45 * GIB, 3.45 * GIB, 12.3 * GIB
-VIDEO = 3.6 * 3  # values per pixel: overlapping tiles, rows of tiles and the video, 3 channels each
-ENCODING, ENCODING_TILED = 8.2 * GIB, 2.3 * GIB  # the second is not measured: scaled like decoding above
-# Fragmentation meanwhile: with ample memory; in small pieces with ample memory; minimum at `offload` and `stream`
+ENCODING, ENCODING_KEPT = 9 * 2 * 128, 2 * 1340
+DECODING, DECODING_KEPT = 9 * (256 + 128), 2 * 2085
+SLABS = 0.5 * GIB
+# What --enable_tiling asks for: diffusers' tiles
+ENCODING_TILED, DECODING_TILED = 2.3 * GIB, 3.45 * GIB  # the first is not measured
+VIDEO, VIDEO_TILED = (
+    3,
+    3.6 * 3,
+)  # values per pixel of a clip: its 3 channels; as overlapping tiles, rows of them, whole
+# Fragmentation meanwhile, with ample memory: of tiles; of whole frames, or of small tiles; and of these at least
 VAE_UNUSED, SMALL_UNUSED, MIN_SMALL_UNUSED = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
 EXPANDABLE_VAE_UNUSED = 0.55  # factor on these with expandable segments
 PRECISION_BYTES = {"bf16": None, "fp8": 1.0, "int8": 1.0, "nf4": 0.52}  # per weight; None: the compute dtype's size
@@ -70,7 +77,6 @@ class Workload(NamedTuple):
     pixels: int  # of all frames of the largest clip
     raw: bool  # videos are encoded during training
     renders: bool  # validation renders videos
-    sliced: bool
     tiled: bool
     offloads_models: bool  # the transformer leaves the GPU while the VAE runs
     expandable: bool  # expandable segments, memory/allocator.py
@@ -109,14 +115,14 @@ def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> 
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused_bytes(workload, eager)
-    in_small_pieces = level in HOST_LEVELS  # streams T5, and renders videos in small pieces
+    in_small_pieces = level in HOST_LEVELS  # streams T5, and denoises guidance's samples one by one
     returning = RETURN_SLOTS * kept_bytes(workload) if in_small_pieces else 0  # the slots stay allocated
     coding = vae_bytes(workload, resident + returning, ample_memory, in_small_pieces)
     if coding:
         share = EXPANDABLE_VAE_UNUSED if workload.expandable else 1
         reserved = max(reserved, coding + share * vae_unused(workload, ample_memory, in_small_pieces))
         # Memory cached by training is released before rendering; a loop that encodes holds both all the time
-        reserved += share * VAE_UNUSED if ample_memory and workload.raw else 0
+        reserved += share * vae_unused_at_most(workload) if ample_memory and workload.raw else 0
         allocated = max(allocated, coding)
     if ample_memory and (workload.raw or workload.renders):
         text = T5_STREAMED if in_small_pieces else T5_XXL
@@ -169,23 +175,34 @@ def weights_on_gpu(workload: Workload, level: str) -> float:
 
 def vae_bytes(workload: Workload, resident: float, ample_memory: bool, in_small_pieces: bool) -> float:
     """GPU memory while the VAE encodes or decodes, 0 if it never does. If memory is short, it decodes alone."""
-    scale = workload.area / (480 * 720)
     coding = 0
     if workload.renders:
-        whole = DECODING if workload.tiled else scale * DECODING_UNTILED
-        vae, alone = (0 if workload.raw else VAE), workload.offloads_models or not (ample_memory or in_small_pieces)
-        in_pieces = in_small_pieces or not ample_memory
-        at_once = (
-            (1 if in_pieces else 2) * unit_bytes(workload) / workload.shape[0]
-        )  # with and without the prompt, for guidance
+        # Without room beside the resident weights, rendering is repeated with one model at a time
+        beside = ample_memory or (in_small_pieces and workload.tiled)
+        vae, alone = (0 if workload.raw else VAE), workload.offloads_models or not beside
+        at_once = (1 if in_small_pieces or not ample_memory else 2) * unit_bytes(workload) / workload.shape[0]
         denoising = resident + DENOISING * at_once + (0 if alone else vae)
-        decoding = (DECODING_SMALL if in_pieces else whole) + VIDEO * workload.item_bytes * workload.pixels
-        decoding += VAE if alone else resident + vae
+        decoding = decoding_bytes(workload, ample_memory) + (VAE if alone else resident + vae)
         coding = max(denoising, decoding)
     if workload.raw:
-        batch = 1 if workload.sliced else workload.shape[0]
-        coding = max(coding, resident + batch * (ENCODING_TILED if workload.tiled else scale * ENCODING))
+        coding = max(coding, resident + encoding_bytes(workload, ample_memory))
     return coding
+
+
+def decoding_bytes(workload: Workload, ample_memory: bool) -> float:
+    """Without the VAE's weights."""
+    if workload.tiled:
+        return DECODING_TILED + VIDEO_TILED * workload.item_bytes * workload.pixels
+    values = DECODING + (DECODING_KEPT if ample_memory else 0)
+    return SLABS + workload.item_bytes * (values * workload.area + VIDEO * workload.pixels)
+
+
+def encoding_bytes(workload: Workload, ample_memory: bool) -> float:
+    """Clips of a batch one by one; in tiles together."""
+    if workload.tiled:
+        return workload.shape[0] * ENCODING_TILED
+    values = ENCODING + (ENCODING_KEPT if ample_memory else 0)
+    return SLABS + workload.item_bytes * (values * workload.area + VIDEO * workload.shape[0] * workload.pixels)
 
 
 def vae_unused(workload: Workload, ample_memory: bool, in_small_pieces: bool) -> float:
@@ -194,7 +211,11 @@ def vae_unused(workload: Workload, ample_memory: bool, in_small_pieces: bool) ->
         return SMALL_UNUSED if ample_memory else MIN_SMALL_UNUSED
     if workload.raw or workload.offloads_models:  # the latter: the VAE reuses the transformer's memory
         return 0
-    return VAE_UNUSED if ample_memory and workload.renders else 0
+    return vae_unused_at_most(workload) if ample_memory and workload.renders else 0
+
+
+def vae_unused_at_most(workload: Workload) -> float:
+    return VAE_UNUSED if workload.tiled else SMALL_UNUSED
 
 
 def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
@@ -218,6 +239,8 @@ def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
         peak = max(peak, loaded + travelling + saving + workload.num_trained * workload.host_optimizer)
     if workload.renders:
         peak += RENDERING
+    if (workload.renders or workload.raw) and not (workload.tiled or ample_memory):
+        peak += workload.item_bytes * workload.area * (DECODING_KEPT if workload.renders else ENCODING_KEPT)
     total = shared + workload.num_processes * (HOST_BASE + peak)
     if workload.raw or workload.renders:  # T5 is freed before the transformer is loaded
         total = max(

@@ -91,7 +91,6 @@ def memory_savers(args, level: str | None, is_lora: bool) -> list[str]:
         "--gradient_checkpointing": not (streams or level or args.gradient_checkpointing),
         "--mixed_precision bf16": args.mixed_precision == "no",
         "--load_tensors on data of prepare_dataset.py, which needs no VAE here": not args.load_tensors,
-        "--enable_slicing --enable_tiling": not (args.load_tensors or args.enable_tiling),
         f"--train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}": batch > 1,
         "--use_8bit": args.optimizer in ("adam", "adamw") and not (is_low_bit or args.use_cpu_offload_optimizer),
         "--use_cpu_offload_optimizer": not (is_low_bit or args.use_cpu_offload_optimizer),

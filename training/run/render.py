@@ -29,11 +29,6 @@ from engine.objective import draw_generator
 
 logger = logging.getLogger(__name__)
 
-# Small VAE tiles: side as a share of diffusers' tiles; overlap; and what a side is a multiple of: the pixels of five
-# latents, so that an overlap of 1/5 is whole latents, as diffusers' blending needs
-SMALL_TILES, SMALLEST_TILES = 2 / 3, 1 / 2
-TILE_OVERLAP, TILE_STEP = 1 / 5, 40
-
 
 @dataclass
 class Samples:
@@ -73,18 +68,17 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     sage = args.validation_attention == "sage"
     offload, device = args.enable_model_cpu_offload, run.device
     if saves_memory:
-        logger.info("at --memory %s videos are rendered in small pieces", engine.level)
-    tiles = SMALLEST_TILES if saves_memory else SMALL_TILES  # for the second attempt
+        logger.info("at --memory %s guidance's two samples are denoised one after the other", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
         try:
-            with in_small_pieces(pipe, SMALL_TILES) if saves_memory else contextlib.nullcontext():
+            with one_sample_at_a_time(pipe.transformer) if saves_memory else contextlib.nullcontext():
                 render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
             return
         except torch.cuda.OutOfMemoryError as error:
             logger.warning(
-                "validation: %s; tried again in small pieces, with one model at a time on the GPU", named_line(error)
+                "validation: %s; tried again with one sample and one model at a time on the GPU", named_line(error)
             )
-        with in_small_pieces(pipe, tiles):
+        with one_sample_at_a_time(pipe.transformer):
             offload = offload or device.type == "cuda"
             render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
 
@@ -102,20 +96,13 @@ def render_jobs(
 
 
 @contextlib.contextmanager
-def in_small_pieces(pipe, tiles: float):
-    """Guidance's two samples pass the transformer one at a time; the VAE's tiles are SMALL_TILES or SMALLEST_TILES."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    with one_sample_at_a_time(pipe.transformer), in_small_tiles(pipe.vae, tiles):
-        yield
-
-
-@contextlib.contextmanager
 def one_sample_at_a_time(transformer):
     """The transformer takes the pipeline's batch sample by sample, which keeps activations to those of one sample.
 
     `ofs` and RoPE are the same for all. Streamed weights are copied once per sample.
     """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     forward, own = transformer.forward, vars(transformer).get("forward")
 
     def forward_each(hidden_states, encoder_hidden_states, timestep, return_dict=False, **shared):
@@ -131,26 +118,6 @@ def one_sample_at_a_time(transformer):
         del transformer.forward
         if own is not None:
             transformer.forward = own
-
-
-@contextlib.contextmanager
-def in_small_tiles(vae, tiles: float):
-    """Small VAE tiles within the context; the old settings are restored, since training may encode with this VAE.
-
-    At 480x720, SMALL_TILES are 160x240 and take less than half the memory of diffusers' tiles, SMALLEST_TILES 120x160
-    and a quarter. Group norms are per tile, so brightness may differ between tiles.
-    """
-    names = [name for name in vars(vae) if name.startswith("tile_") or name in ("use_slicing", "use_tiling")]
-    before = {name: getattr(vae, name) for name in names}
-    sides = (vae.tile_sample_min_height, vae.tile_sample_min_width)
-    height, width = (max(TILE_STEP, int(side * tiles) // TILE_STEP * TILE_STEP) for side in sides)
-    vae.enable_slicing()
-    vae.enable_tiling(height, width, TILE_OVERLAP, TILE_OVERLAP)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(vae, name, value)
 
 
 def render_one(args, pipe, samples: Samples, device: torch.device, number: int, video: int) -> np.ndarray:
