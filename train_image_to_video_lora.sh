@@ -114,8 +114,6 @@ describe_run() {  # called once per combination of the swept settings
         --dataloader_num_workers "$NUM_WORKERS"
         --pin_memory
         --seed "$SEED"
-        --enable_slicing
-        --enable_tiling
         --allow_tf32
         --nccl_timeout 1800
     )

@@ -254,6 +254,7 @@ def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
         ["--max_train_steps", "20"],
         ["--num_train_epochs", "20"],
         ["--memory", "balanced", "--attention", "math", "--no_compile_blocks"],
+        ["--enable_slicing", "--enable_tiling"],
         ["--hub_token", "secret"],
         ["--report_to", "tensorboard", "--tracker_name", "mine", "--logging_dir", "there"],
         ["--config", "{out}/args.json"],

@@ -138,6 +138,8 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
     may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or not is_complete(output_dir)
     free = FREE_FLAGS | MEMORY_FLAGS | CONTENT_FLAGS | (LENGTH_FLAGS if may_extend else set())
+    if args.load_tensors:
+        free |= {"enable_tiling"}  # the VAE only decodes samples
     refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
     if refused:
         raise UsageError(f"{output_dir}: holds a run with other flags ({', '.join(refused)}); {advice}")
