@@ -145,8 +145,8 @@ def test_changed_code_behind_an_operator_is_compiled_anew(tmp_path, monkeypatch)
         (tmp_path / "attention/kernels.py").write_text(f"backward = lambda grad: {scale} * grad")
         tags.append(recompute.code_hash.__wrapped__())
     assert tags[0] == tags[1] != tags[2]
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "the user's")
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    for _ in range(2):
-        recompute.compile_blocks([torch.nn.Linear(2, 2)])
-    assert torch.compiler.config.cache_key_tag == f"the user's{recompute.code_hash()}"
+    with torch.compiler.config.patch(cache_key_tag="the user's"):  # monkeypatch would delete it afterwards
+        for _ in range(2):
+            recompute.compile_blocks([torch.nn.Linear(2, 2)])
+        assert torch.compiler.config.cache_key_tag == f"the user's{recompute.code_hash()}"

@@ -919,3 +919,13 @@ def test_two_processes_equal_one(five_clips, tiny, tmp_path):
         prepare_dataset.main(parse_prepare_args(arguments(tiny("5b"), five_clips, tmp_path / "one", *EVERYTHING)))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert [row["metadata"]["source"] for row in rows_of(tmp_path / "two")] == ["a.mp4", "c.mp4"]
+
+
+def test_each_process_works_on_its_own_gpu(monkeypatch):
+    """Triton's kernels and new streams go to the current device, whatever device the tensors are on."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    _, _, device = prepare_dataset.init_processes()
+    assert chosen == [device] == [torch.device("cuda:3")]

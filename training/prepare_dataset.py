@@ -144,8 +144,10 @@ def init_processes() -> tuple[int, int, torch.device]:
     if rank > 0:
         console.log_errors_only()
     # LOCAL_RANK, because a global rank is no device index on a second machine
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    return rank, num_ranks, torch.device(device)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton's kernels and new streams go to the current device
+    return rank, num_ranks, device
 
 
 def claim_output_dir(args) -> Path:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cogvideox import vae_plain
+from memory.recompute import uses_triton
 
 
 try:
@@ -27,7 +28,7 @@ SIZES = ("top", "height", "width", "alone", "time_ratio", "ratio", "num_spots", 
 def can_run(vae) -> bool:
     """True on a GPU with Triton, for channels and groups that are powers of two, as in all CogVideoX checkpoints."""
     counts = [*vae.config.block_out_channels, vae.config.norm_num_groups]
-    return triton is not None and vae.device.type == "cuda" and all(count & (count - 1) == 0 for count in counts)
+    return triton is not None and uses_triton(vae.device) and all(count & (count - 1) == 0 for count in counts)
 
 
 if triton is not None:

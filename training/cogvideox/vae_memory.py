@@ -4,13 +4,17 @@ Kept frames lie on the GPU as far as there is plenty of room, the others in pinn
 the same bits either way.
 """
 
+import logging
 import math
 import weakref
 
 import torch
 
+from base.errors import MemoryFullError
 from memory.host import TransferStream, free_gpu_bytes, pinned_memory, wait
 
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT = 128  # values: as aligned as memory from torch's allocator, whatever the kernels make of it
 SLOTS = 3  # buffers in turn, for each direction: one in use, two prefetched or on their way out
@@ -18,7 +22,8 @@ SLOTS = 3  # buffers in turn, for each direction: one in use, two prefetched or 
 # half of what is free, and MARGIN bytes, for slots, what a slab's convolution takes, and fragments
 MARGIN = 2**30
 
-# {vae: {key: flat host memory}}, for as long as the VAE lives: pinning takes longer than decoding a video
+# {vae: flat host memory, in the order in which a video asks for it}, for as long as the VAE lives: pinning takes longer
+# than decoding a video. Videos of all sizes, encoder and decoder share it
 PAGES = weakref.WeakKeyDictionary()
 
 
@@ -59,7 +64,7 @@ class KeptFrames:
         self.like = like
         self.on_gpu = {}
         self.left = bytes_left(like.device)
-        self.on_host = HostFrames(like, PAGES.setdefault(vae, {}))
+        self.on_host = HostFrames(like, PAGES.setdefault(vae, []))
 
     def __enter__(self):
         return self
@@ -79,7 +84,11 @@ class KeptFrames:
         """Where this pass writes: on the GPU or not, as decided in the first pass. `written` comes next."""
         num_bytes = math.prod(shape) * self.like.element_size()
         if key in self.on_host.homes or num_bytes > self.left:
-            return self.on_host.slot(key, shape)
+            try:
+                return self.on_host.slot(key, shape)
+            except MemoryFullError as error:  # a container's limit, perhaps: the GPU may have room all the same
+                logger.warning("%s: the VAE's frames stay on the GPU", error)
+                self.left = math.inf
         self.left -= num_bytes
         self.on_gpu[key] = self.like.new_empty(shape)
         return self.on_gpu[key]
@@ -100,7 +109,7 @@ def bytes_left(device: torch.device) -> float:
 class HostFrames:
     """Kept frames in host memory; each next pass asks for them in the order in which they came."""
 
-    def __init__(self, like: torch.Tensor, pages: dict):
+    def __init__(self, like: torch.Tensor, pages: list):
         self.pages = pages
         self.inward, self.outward = (
             TransferStream(like.device),
@@ -115,13 +124,15 @@ class HostFrames:
         """GPU memory to write the frames of `key` to, before `store`."""
         frames = self.outgoing.next(shape)
         if key not in self.homes:
-            self.homes[key] = self.page(key, frames)
+            self.homes[key] = self.page(len(self.homes), frames)
         return frames
 
-    def page(self, key: tuple, frames: torch.Tensor) -> torch.Tensor:
-        if key not in self.pages or self.pages[key].nbytes < frames.nbytes:
-            self.pages[key] = pinned_memory(frames.nbytes, frames.device)
-        return self.pages[key][: frames.nbytes].view(frames.dtype).view(frames.shape)
+    def page(self, number: int, frames: torch.Tensor) -> torch.Tensor:
+        if number == len(self.pages):
+            self.pages.append(pinned_memory(frames.nbytes, frames.device))
+        elif self.pages[number].nbytes < frames.nbytes:
+            self.pages[number] = pinned_memory(frames.nbytes, frames.device)
+        return self.pages[number][: frames.nbytes].view(frames.dtype).view(frames.shape)
 
     def store(self, key: tuple) -> None:
         pair = (self.homes[key], self.outgoing.latest)

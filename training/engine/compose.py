@@ -18,7 +18,6 @@ from attention.processor import JointAttention
 from base.dtypes import DTYPES
 from base.memory_levels import HOST_LEVELS
 from base.startup import STARTUP
-from base.toolchain import missing_for_triton
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 from engine.engines import Engine, LoraEngine, SftEngine
 from engine.lora import (
@@ -32,13 +31,11 @@ from engine.master_weights import HostMasters, Masters
 from engine.optimizers import make_optimizer_from_args
 from memory.activations import offload_activations
 from memory.quantization import frozen_linears, frozen_products, quantize_base
-from memory.recompute import checkpoint_blocks, compile_blocks
+from memory.recompute import checkpoint_blocks, compile_blocks, uses_triton
 from memory.streaming import load_blocks, stream_weights
 
 
 logger = logging.getLogger(__name__)
-
-TRITON_CAPABILITY = (8, 0)  # Ampere: what Triton supports
 
 
 def build_lora_engine_from_args(
@@ -135,17 +132,6 @@ def set_attention(transformer: nn.Module, attend: Callable, device: torch.device
         processor = JointAttention(attend, projection, fused_heads if fuse else None)
     for attn in attentions:
         attn.processor = processor
-
-
-@functools.cache  # it warns once
-def uses_triton(device: torch.device) -> bool:
-    """True if Triton kernels can be compiled and run."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
-        return False
-    lack = missing_for_triton()
-    if lack:
-        logger.warning("steps are slower than they could be, without compiled kernels: %s", lack)
-    return lack is None
 
 
 def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

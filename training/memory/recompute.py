@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,8 +16,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from base.toolchain import missing_for_triton
+
+
+logger = logging.getLogger(__name__)
 
 STATES = ("hidden_states", "encoder_hidden_states")  # a block's first two inputs, and its outputs
+TRITON_CAPABILITY = (8, 0)  # Ampere: what Triton supports
 MAX_GRAPHS_PER_BLOCK = 64  # compiled graphs per block, one per bucket; torch's default stops compiling after 8
 
 
@@ -123,3 +129,14 @@ class NeedsGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return (grad if ctx.needs_input_grad[0] else None), None
+
+
+@functools.cache  # it warns once
+def uses_triton(device: torch.device) -> bool:
+    """True if Triton kernels can be compiled and run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+        return False
+    lack = missing_for_triton()
+    if lack:
+        logger.warning("steps are slower than they could be, without compiled kernels: %s", lack)
+    return lack is None
