@@ -1,7 +1,7 @@
-"""Memory of the walk through the VAE: room for the activations in flight, and the frames that causal convolutions keep.
+"""Memory of the walk through the VAE: room for the activations in flight, and frames that causal convolutions keep.
 
-Kept frames lie on the GPU as far as there is plenty of room, the others in pinned host memory, copied while the GPU computes:
-the same bits either way.
+Kept frames lie on the GPU if there is plenty of room, else in pinned host memory, copied while the GPU computes: the
+same bits either way.
 """
 
 import logging
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 128  # values: as aligned as memory from torch's allocator, whatever the kernels make of it
 SLOTS = 3  # buffers in turn, for each direction: one in use, two prefetched or on their way out
-# Host memory takes no more time (H200, PCIe 5), so that kept frames lie on the GPU only where there is plenty: they leave
-# half of what is free, and MARGIN bytes, for slots, what a slab's convolution takes, and fragments
+# Host memory takes no more time (H200, PCIe 5), so kept frames lie on the GPU only where there is plenty: they leave half
+# of what is free, and MARGIN bytes, for slots, a slab's convolution, and fragments
 MARGIN = 2**30
 
-# {vae: flat host memory, in the order in which a video asks for it}, for as long as the VAE lives: pinning takes longer
-# than decoding a video. Videos of all sizes, encoder and decoder share it
+# {vae: flat host memory, in the order in which a video asks for it}, for as long as the VAE lives: pinning takes
+# longer than decoding a video. Videos of all sizes share it, and so do encoder and decoder
 PAGES = weakref.WeakKeyDictionary()
 
 

@@ -1,8 +1,8 @@
 """What a run trains, in one of two ways: a LoRA on a frozen transformer, or every weight of it.
 
-Both share an interface: `params` (fp32, for the optimizer), `masters` (`params` and the model's low-precision copies of
-them, if these differ), `ema` (moving average of `params`, if enabled), `save` and `check` (the result), `save_state` and
-`load_state` (for checkpoints), `inference`.
+Both share an interface: `params` (fp32, for the optimizer), `masters` (`params` and the model's low-precision copies
+of them, if these differ), `ema` (moving average of `params`, if enabled), `save` and `check` (the result),
+`save_state` and `load_state` (for checkpoints), `inference`.
 """
 
 import contextlib

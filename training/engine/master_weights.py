@@ -18,7 +18,7 @@ MAX_IN_FLIGHT = 8  # gradients being copied to the host; each is kept on the dev
 
 
 class Masters:
-    """fp32 masters of `model_weights` on `device`. Hooks move each gradient to `master.grad` as soon as backward computes it.
+    """fp32 masters of `model_weights` on `device`. Hooks move each gradient to `master.grad` once backward computed it.
 
     So low-precision gradients never all exist at once, and accumulation is in fp32.
     """
