@@ -73,12 +73,20 @@ class TransferStream:
 
     def start(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: list):
         """Queue a copy for each (target, source), after the events `after`; returns an event for their completion."""
+        return self.run(functools.partial(copy_all, pairs), after)
+
+    def run(self, action: Callable[[], None], after: list):
+        """Call `action`, which queues work, with this stream as the current one; otherwise as `start`."""
         with self.api.stream(self.stream):
             for event in after:
                 event.wait()
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+            action()
             return self.mark()
+
+
+def copy_all(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for target, source in pairs:
+        target.copy_(source, non_blocking=True)
 
 
 def to_device(values, device: torch.device):
@@ -117,9 +125,12 @@ class WrappedBlock:
     """
 
     def __call__(self, *args, **kwargs):
-        if torch._C._current_graph_task_id() != -1:  # inside a backward pass: recompute around the block
-            raise RuntimeError(f"a block was called in the backward pass: {NO_OUTER_CHECKPOINT}")
         index, techniques = self.wrapped
+        # Inside a backward pass: recompute around the block
+        if torch._C._current_graph_task_id() != -1 and not all(
+            getattr(technique, "may_recompute", False) for technique in techniques
+        ):
+            raise RuntimeError(f"a block was called in the backward pass: {NO_OUTER_CHECKPOINT}")
         run = super().__call__
         for technique in techniques:
             run = functools.partial(technique.forward, index, run)
@@ -133,7 +144,10 @@ def wrapped_class(block_class: type) -> type:
 
 
 def wrap_blocks(blocks: nn.ModuleList, technique) -> None:
-    """Replace every block's call by `technique.forward(index, call, *args, **kwargs)`, around earlier techniques."""
+    """Replace every block's call by `technique.forward(index, call, *args, **kwargs)`, around earlier techniques.
+
+    `technique.may_recompute`: True if a checkpoint around the block may call it again in the backward pass.
+    """
     for index, block in enumerate(blocks):
         if not isinstance(block, WrappedBlock):
             block.wrapped = (index, [])

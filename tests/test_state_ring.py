@@ -1,0 +1,208 @@
+"""States on the GPU or the host, in chunks of any size: bit for bit torch's fused AdamW on plain fp32 masters."""
+
+import pytest
+import torch
+from torch import nn
+
+from engine.split import join, round_to_bf16, split
+from engine.state_ring import RingAdam, StateRing
+
+
+CPU = torch.device("cpu")
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class Block(nn.Module):
+    def __init__(self, width=24):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(width, 2 * width), nn.Linear(2 * width, width), nn.LayerNorm(width)
+        self.unused = nn.Parameter(torch.randn(5))
+
+    def forward(self, states):
+        return states + self.down(torch.nn.functional.gelu(self.up(self.norm(states))))
+
+
+class Model(nn.Module):
+    def __init__(self, num_blocks=4):
+        super().__init__()
+        self.embed, self.blocks, self.out = nn.Linear(8, 24), nn.ModuleList(map(lambda _: Block(), range(num_blocks))), nn.Linear(24, 8)
+
+    def forward(self, states):
+        states = self.embed(states)
+        for block in self.blocks:
+            states = block(states)
+        return self.out(states)
+
+
+def make_model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def make_loss(model, seed, scale=1.0):
+    inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return (model(inputs).float() - 1).square().mean() * scale
+
+
+class PlainRun:
+    """fp32 masters and torch's own optimizer and clipping; the model's copies are rounded as the ring's."""
+
+    def __init__(self, kind, fused=True):
+        self.model = make_model()
+        self.masters = [nn.Parameter(weight.detach().clone()) for weight in self.model.parameters()]
+        self.optimizer = kind(self.masters, **SETTINGS, fused=fused)
+        self.copy()
+
+    def copy(self):
+        for weight, master in zip(self.model.parameters(), self.masters, strict=True):
+            weight.data = round_to_bf16(master.detach())
+
+    def update(self, losses, max_norm, lr):
+        for make in losses:
+            make(self.model).backward()
+            for weight, master in zip(self.model.parameters(), self.masters, strict=True):
+                if weight.grad is not None:
+                    master.grad = weight.grad.float() if master.grad is None else master.grad + weight.grad
+                    weight.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        self.optimizer.param_groups[0]["lr"] = lr
+        if norm.isfinite():
+            self.optimizer.step()
+            self.copy()
+        self.optimizer.zero_grad()
+        return norm
+
+
+class RingRun:
+    def __init__(self, kind, on_host, accumulates, chunk=1024):
+        self.model = make_model()
+        self.states = StateRing(self.model, self.model.blocks, CPU, on_host, accumulates, chunk)
+        self.optimizer = RingAdam(self.states, kind, SETTINGS)
+
+    def update(self, losses, max_norm, lr):
+        for make in losses:
+            make(self.model).backward()
+        self.optimizer.param_groups[0]["lr"] = lr
+        return self.optimizer.clip_and_step(max_norm)[0]
+
+    @property
+    def masters(self):
+        self.states.finish()
+        return list(self.states.masters.values())
+
+
+PLAN = [((1,), 0.02, 1e-2), ((2,), 1e3, 2e-2), ((3,), 1e-3, 3e-2), ((4,), 1.0, 1e-2)]  # seeds, max_norm, lr
+
+
+def micro_steps(seeds, accumulation):
+    return [lambda model, seed=seed, k=k: make_loss(model, 10 * seed + k) for seed in seeds for k in range(accumulation)]
+
+
+def run_plan(run, accumulation=1, plan=PLAN):
+    return [float(run.update(micro_steps(seeds, accumulation), *rest)) for seeds, *rest in plan]
+
+
+def assert_same(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.detach(), other.detach())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize("chunk", [128, 1024, 2**20])
+def test_updates_are_the_bits_of_plain_fused_adamw(kind, accumulation, on_host, chunk):
+    """Clipping in force in the first and third update; one weight of each block takes no part in the loss."""
+    plain, ring = PlainRun(kind), RingRun(kind, on_host, accumulation > 1, chunk)
+    assert run_plan(plain, accumulation) == run_plan(ring, accumulation)
+    assert_same(ring.masters, plain.masters)
+    assert_same(ring.model.parameters(), plain.model.parameters())
+    ours, theirs = ring.optimizer.state_dict()["state"], plain.optimizer.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    for index, entry in theirs.items():
+        assert entry.keys() == ours[index].keys()
+        assert_same(ours[index].values(), [entry[name] for name in ours[index]])
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_with_bad_gradients_changes_nothing(on_host, bad):
+    plain, ring = PlainRun(torch.optim.AdamW), RingRun(torch.optim.AdamW, on_host, False)
+    for run in (plain, ring):
+        run_plan(run, plan=PLAN[:2])
+        run.update([lambda model: make_loss(model, 7, scale=bad)], 1.0, 1e-2)
+        run_plan(run, plan=PLAN[2:])
+    assert_same(ring.masters, plain.masters)
+
+
+@pytest.mark.parametrize("of_run", ["plain", "ring on host", "ring on device"])
+@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
+def test_a_run_goes_on_from_the_states_of_any_other(of_run, on_host):
+    whole = PlainRun(torch.optim.AdamW)
+    run_plan(whole)
+    first = PlainRun(torch.optim.AdamW) if of_run == "plain" else RingRun(torch.optim.AdamW, "host" in of_run, False)
+    run_plan(first, plan=PLAN[:2])
+    masters, state = list(first.masters), first.optimizer.state_dict()
+    ring = RingRun(torch.optim.AdamW, on_host, False)
+    for index, master in enumerate(masters):
+        ring.states.set_master(index, master.detach())
+    ring.optimizer.load_state_dict(state)
+    run_plan(ring, plan=PLAN[2:])
+    assert_same(ring.masters, whole.masters)
+
+
+def test_an_update_waits_for_its_blocks_forward_pass_but_no_reader_sees_old_weights():
+    ring = RingRun(torch.optim.AdamW, on_host=True, accumulates=False)
+    before = [weight.clone() for weight in ring.model.blocks[3].parameters()]
+    ring.update(micro_steps((1,), 1), 1.0, 1e-2)
+    assert_same(ring.model.blocks[3].parameters(), before)  # deferred
+    with torch.no_grad():
+        seen = make_loss(ring.model, 5)
+    plain = PlainRun(torch.optim.AdamW)
+    plain.update(micro_steps((1,), 1), 1.0, 1e-2)
+    assert torch.equal(seen, make_loss(plain.model, 5))
+
+
+def test_weights_may_move_and_return():
+    """As a validation does that has one model at a time on the GPU."""
+    ring, plain = RingRun(torch.optim.AdamW, True, False), PlainRun(torch.optim.AdamW)
+    for run in (ring, plain):
+        run_plan(run, plan=PLAN[:2])
+    ring.states.finish()
+    for weight in ring.model.parameters():
+        weight.data = weight.data.clone()
+    for run in (ring, plain):
+        run_plan(run, plan=PLAN[2:])
+    assert_same(ring.masters, plain.masters)
+
+
+def test_a_second_backward_pass_is_refused_where_it_would_be_rounded():
+    ring = RingRun(torch.optim.AdamW, on_host=True, accumulates=False)
+    make_loss(ring.model, 1).backward()
+    with pytest.raises(RuntimeError, match="accumulates=True"):
+        make_loss(ring.model, 2).backward()
+
+
+# ---------------------------------------------------------------- split masters
+
+
+def test_splitting_is_lossless_for_every_low_half():
+    """For NaN, infinities, subnormals and the largest numbers, too."""
+    low = torch.arange(2**16, dtype=torch.int32)
+    for high in (0x0000, 0x0001, 0x007F, 0x3F80, 0x3FFF, 0x7F7F, 0x7F80, 0x7FFF, 0x8000, 0xBF81, 0xFF7F, 0xFFFF):
+        bits = (low + (high << 16)).to(torch.int32) if high < 2**15 else low + ((high - 2**16) << 16)
+        master = bits.view(torch.float32)
+        weight, remainder = torch.empty(2**16, dtype=torch.bfloat16), torch.empty(2**16, dtype=torch.int16)
+        split(master, weight, remainder)
+        back = torch.empty(2**16)
+        join(weight, remainder, back)
+        assert torch.equal(back.view(torch.int32), bits)
+        assert torch.equal(round_to_bf16(master).view(torch.int16), weight.view(torch.int16))
+
+
+def test_rounding_is_to_the_nearest_and_away_from_zero_between_two():
+    master = torch.randn(100_000)
+    rounded = round_to_bf16(master)
+    assert torch.equal(rounded, master.bfloat16())  # no ties here
+    tie = torch.tensor([1 + 2**-8, -1 - 2**-8, 1 + 3 * 2**-8])
+    assert round_to_bf16(tie).tolist() == [1 + 2**-7, -1 - 2**-7, 1 + 2**-6]
