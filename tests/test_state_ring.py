@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from engine.split import join, round_to_bf16, split
-from engine.state_ring import RingAdam, StateRing
+from engine.state_ring import MastersByName, RingAdam, StateRing
 
 
 CPU = torch.device("cpu")
@@ -25,7 +25,11 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, num_blocks=4):
         super().__init__()
-        self.embed, self.blocks, self.out = nn.Linear(8, 24), nn.ModuleList(map(lambda _: Block(), range(num_blocks))), nn.Linear(24, 8)
+        self.embed, self.blocks, self.out = (
+            nn.Linear(8, 24),
+            nn.ModuleList(map(lambda _: Block(), range(num_blocks))),
+            nn.Linear(24, 8),
+        )
 
     def forward(self, states):
         states = self.embed(states)
@@ -83,19 +87,21 @@ class RingRun:
         for make in losses:
             make(self.model).backward()
         self.optimizer.param_groups[0]["lr"] = lr
-        return self.optimizer.clip_and_step(max_norm)[0]
+        return self.optimizer.step(max_norm)[0]
 
     @property
     def masters(self):
         self.states.finish()
-        return list(self.states.masters.values())
+        return list(MastersByName(self.states).values())
 
 
 PLAN = [((1,), 0.02, 1e-2), ((2,), 1e3, 2e-2), ((3,), 1e-3, 3e-2), ((4,), 1.0, 1e-2)]  # seeds, max_norm, lr
 
 
 def micro_steps(seeds, accumulation):
-    return [lambda model, seed=seed, k=k: make_loss(model, 10 * seed + k) for seed in seeds for k in range(accumulation)]
+    return [
+        lambda model, seed=seed, k=k: make_loss(model, 10 * seed + k) for seed in seeds for k in range(accumulation)
+    ]
 
 
 def run_plan(run, accumulation=1, plan=PLAN):

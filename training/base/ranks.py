@@ -12,6 +12,11 @@ from base.errors import UserError
 EXCHANGE_TIMEOUT = 24 * 3600  # timeout for barriers outside of collectives
 
 
+def is_distributed() -> bool:
+    """True if there are several processes."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
 def on_main_process(accelerator, function: Callable):
     """Call `function()` on the main process and broadcast its result. A UserError is raised on all ranks.
 
@@ -37,7 +42,7 @@ def exchange_on_host(name: str, message: str = "") -> list[str]:
     longer than --nccl_timeout. A gloo group would not, but while it waits the first Ctrl-C is not heard, and a process
     that leaves does not end before the others come.
     """
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+    if not is_distributed():
         return [message]
     store = group_store()
     keys = [f"{name}/{rank}" for rank in range(torch.distributed.get_world_size())]

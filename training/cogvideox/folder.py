@@ -1,5 +1,6 @@
 """A model's files: finding or downloading them, their dtype, which of them load, and their hashes."""
 
+import functools
 import hashlib
 import inspect
 import json
@@ -94,6 +95,15 @@ def stored_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
             return WEIGHT_DTYPES[weights.get_slice(name).get_dtype()]
     except (SafetensorError, KeyError) as error:
         raise UsageError(f"{files[0]}: not readable as model weights ({error}); download the model again") from error
+
+
+def widest_dtype(model_dir: Path, variant: str | None = None) -> torch.dtype:
+    """The smallest dtype that holds all of the transformer's weights exactly."""
+    found = set()
+    for path in weight_files(transformer_folder(model_dir), variant):
+        with safe_open(path, framework="pt") as weights:
+            found |= {WEIGHT_DTYPES[weights.get_slice(name).get_dtype()] for name in sorted(weights.keys())}
+    return functools.reduce(torch.promote_types, found)
 
 
 def weights_from_args(args, model_dir: Path) -> WeightFiles:

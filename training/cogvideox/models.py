@@ -31,6 +31,7 @@ from cogvideox.folder import (
     resolve_model_dir,
     stored_dtype,
     weights_from_args,
+    widest_dtype,
 )
 
 
@@ -82,6 +83,10 @@ class Model(NamedTuple):
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the weights on disk; they must have been fetched."""
         return stored_dtype(*self.weights)
+
+    def loading_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The smallest dtype that holds every stored weight as it is, for masters; fp32 for compute in that `dtype`."""
+        return torch.float32 if dtype == torch.float32 else widest_dtype(*self.weights)
 
     @property
     def has_weights(self) -> bool:

@@ -17,6 +17,7 @@ from attention.norm_rope import can_fuse, norm_and_rotate
 from attention.processor import JointAttention
 from base.dtypes import DTYPES
 from base.memory_levels import HOST_LEVELS
+from base.ranks import is_distributed
 from base.startup import STARTUP
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 from engine.engines import Engine, LoraEngine, SftEngine
@@ -28,7 +29,8 @@ from engine.lora import (
     start_from_lora,
 )
 from engine.master_weights import HostMasters, Masters
-from engine.optimizers import make_optimizer_from_args
+from engine.optimizers import ADAMS, adam_settings_from_args, make_optimizer_from_args
+from engine.state_ring import RingAdam, StateRing
 from memory.activations import offload_activations
 from memory.quantization import frozen_linears, frozen_products, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks, uses_triton
@@ -76,23 +78,16 @@ def build_sft_engine_from_args(
     stored_dtype: torch.dtype,
     device: torch.device,
 ) -> SftEngine:
-    """Prepare `transformer`, on the CPU in fp32, for training all its weights on `device` with compute in `dtype`.
+    """Prepare `transformer`, on the CPU as stored, for training all its weights on `device` with compute in `dtype`.
 
     `level` and `shape` as above. The masters start from the stored weights, before these are rounded to `dtype`.
     """
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
     set_attention(transformer, attend, device)
-    weights = list(transformer.requires_grad_(True).parameters())
-    masters = None
-    if uses_deepspeed():
-        masters = ZeroMasters(weights, device, dtype)
-    elif args.use_cpu_offload_optimizer:
-        masters = HostMasters(weights, device, dtype, args.offload_gradients)
-    elif dtype != torch.float32:
-        masters = Masters(weights, device)
-    set_memory_level_from_args(args, level, transformer, device)
+    set_memory_level_from_args(args, level, transformer.requires_grad_(True), device)
+    masters = make_masters_from_args(args, level, transformer, device, dtype)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns about modules that do not exist here
-    params = masters.params if masters else weights
+    params = masters.params if masters else list(transformer.parameters())
     ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
     if ema:
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
@@ -101,8 +96,33 @@ def build_sft_engine_from_args(
     return SftEngine(transformer, params, inference_notes_from_args(args), level, save_dtype, masters, ema)
 
 
+def make_masters_from_args(args, level: str | None, transformer: nn.Module, device: torch.device, dtype: torch.dtype):
+    """fp32 masters of all weights for compute in `dtype`, None in fp32. Split ones wherever the optimizer takes them."""
+    weights = list(transformer.parameters())
+    if uses_deepspeed():
+        return ZeroMasters(weights, device, dtype)
+    if splits_masters_from_args(args, dtype):
+        on_host = args.use_cpu_offload_optimizer or level in HOST_LEVELS
+        accumulates = args.gradient_accumulation_steps > 1 or is_distributed()
+        return StateRing(transformer, transformer.transformer_blocks, device, on_host, accumulates)
+    if args.use_cpu_offload_optimizer:
+        return HostMasters(weights, device, dtype, args.offload_gradients)
+    return None if dtype == torch.float32 else Masters(weights, device)
+
+
+def splits_masters_from_args(args, dtype: torch.dtype) -> bool:
+    """True for Adam and AdamW in bf16, except what needs all fp32 weights at once, or on the host on several ranks."""
+    bits = args.use_8bit or args.use_4bit or args.use_fp8
+    if dtype != torch.bfloat16 or args.optimizer not in ADAMS or bits or args.ema:
+        return False
+    return not (args.use_cpu_offload_optimizer and is_distributed())
+
+
 def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
     """The optimizer for the engine's weights, or DeepSpeed if the accelerate config turns it on."""
+    if isinstance(engine.masters, StateRing):
+        settings = adam_settings_from_args(args, learning_rate)
+        return RingAdam(engine.masters, ADAMS[args.optimizer], settings)
     if not uses_deepspeed():
         return make_optimizer_from_args(args, engine.params, learning_rate)
     config = accelerator.state.deepspeed_plugin.deepspeed_config

@@ -9,11 +9,12 @@ Where states lie changes no bit, and the host never waits for the GPU.
     optimizer = RingAdam(states, torch.optim.AdamW, {"lr": 1e-5})
     for ...:
         loss.backward()
-        optimizer.clip_and_step(max_norm=1.0)
+        optimizer.step(max_norm=1.0)
     states.finish()  # before anything reads weights or states
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -138,10 +139,10 @@ class StateRing:
     ):
         self.device, self.accumulates = device, accumulates
         self.names = {name: index for index, (name, _) in enumerate(model.named_parameters())}
-        self.weights = list(model.parameters())
-        self.blocks = divide(self.weights, blocks, on_host, chunk)  # in the order of the forward pass, then the rest
+        self.params = list(model.parameters())
+        self.blocks = divide(self.params, blocks, on_host, chunk)  # in the order of the forward pass, then the rest
         self.block_of = {index: block for block in self.blocks for index in block.weights}
-        self.num_updates = torch.zeros(len(self.weights), device=device)  # of each weight, as torch's AdamW counts
+        self.num_updates = torch.zeros(len(self.params), device=device)  # of each weight, as torch's AdamW counts
         self.norms: dict[int, torch.Tensor] = {}  # of the gradients that have come for the next update
         self.inward, self.work, self.outward = (TransferStream(device) for _ in range(3))
         self.leaving: list[Leaving] = []
@@ -214,6 +215,14 @@ class StateRing:
         self.norms[index] = norm_of(total)
         host.copy_(total, non_blocking=True)
 
+    def gradients(self) -> list[torch.Tensor]:
+        """Those that are on the GPU, to be averaged over ranks in place; call `measure_norms` afterwards."""
+        return [gradient for block in self.blocks for gradient in block.gradients.values()]
+
+    def measure_norms(self) -> None:
+        for block in self.blocks:
+            self.norms |= {index: norm_of(gradient) for index, gradient in block.gradients.items()}
+
     def release_gradients(self, keep: int) -> None:
         """Free the gradients of all but the last `keep` blocks: their copies are done, so that nothing has to wait."""
         while len(self.leaving) > keep:
@@ -232,7 +241,7 @@ class StateRing:
         norm = torch.linalg.vector_norm(torch.stack([norm for _, norm in sorted(self.norms.items())]))
         coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         skipped = ~norm.isfinite()
-        if len(self.norms) == len(self.weights):
+        if len(self.norms) == len(self.params):
             self.num_updates += 1 - skipped.float()
         else:  # some take no part in the loss
             self.num_updates[sorted(self.norms)] += 1 - skipped.float()
@@ -282,7 +291,7 @@ class StateRing:
     def update_chunk(self, chunk: Chunk, states: dict[str, torch.Tensor], step: Step) -> None:
         """Step a chunk whose fp32 gradients are in `self.gradient`."""
         master, gradient, weight = (flat[: chunk.size] for flat in (self.master, self.gradient, self.weight))
-        own = [self.weights[piece.index].data.view(-1)[piece.part] for piece in chunk.pieces]
+        own = [self.params[piece.index].data.view(-1)[piece.part] for piece in chunk.pieces]
         copies = [weight[piece.inside] for piece in chunk.pieces]
         torch._foreach_copy_(copies, own)
         join(weight, states["remainders"], master)
@@ -315,26 +324,25 @@ class StateRing:
         self.queue_updates(len(self.blocks))
         self.outward.api.synchronize()
 
-    @property
-    def masters(self) -> "Masters":
-        return Masters(self)
+    def all_gather(self) -> None:
+        self.finish()  # every rank has all of them
 
     def get_master(self, index: int) -> torch.Tensor:
         """fp32, made on access."""
-        weight, remainder = self.weights[index].data, self.block_of[index].view("remainders", index)
+        weight, remainder = self.params[index].data, self.block_of[index].view("remainders", index)
         master = torch.empty(weight.shape, device=weight.device)
         join(weight, remainder.to(weight.device), master)
         return master
 
     def set_master(self, index: int, master: torch.Tensor) -> None:
-        weight, kept = self.weights[index].data, self.block_of[index].view("remainders", index)
+        weight, kept = self.params[index].data, self.block_of[index].view("remainders", index)
         master = master.to(weight.device, torch.float32).contiguous()
         remainder = torch.empty(weight.shape, dtype=torch.int16, device=weight.device)
         split(master, weight, remainder)
         kept.copy_(remainder)
 
 
-class Masters(Mapping):
+class MastersByName(Mapping):
     """The fp32 masters by name, each made when it is asked for."""
 
     def __init__(self, states: StateRing):
@@ -357,11 +365,11 @@ class RingAdam(torch.optim.Optimizer):
 
     def __init__(self, states: StateRing, kind: type, settings: dict):
         self.states, self.kernel = states, self.RULES[kind]
-        super().__init__(states.weights, kind(states.weights, **settings, fused=True).defaults)
+        super().__init__(states.params, kind(states.params, **settings, fused=True).defaults)
         self.stepped: set[int] = set()  # indices of weights that have moments
 
     @torch.no_grad()
-    def clip_and_step(self, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, max_norm: float = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
         """(gradient norm before clipping, whether the update was skipped because of it), both [] on the device."""
         self.stepped |= set(self.states.norms)
         group = self.param_groups[0]
@@ -375,7 +383,9 @@ class RingAdam(torch.optim.Optimizer):
         state = {}
         for index in sorted(self.stepped):
             block = self.states.block_of[index]
-            state[index] = {"step": self.states.num_updates[index]} | {name: block.view(name, index) for name in MOMENTS}
+            state[index] = {"step": self.states.num_updates[index]} | {
+                name: block.view(name, index) for name in MOMENTS
+            }
         return super().state_dict() | {"state": state}
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed
 
+from base.ranks import is_distributed
 from engine.deepspeed_zero import ZeroOptimizer
 from engine.engines import Engine
 from engine.master_weights import HostMasters, group_by_bytes
+from engine.state_ring import RingAdam
 
 
 REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory
@@ -95,6 +97,8 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     (loss * state.scaler.scale if state.scaler else loss).backward()
     if not last_micro_step:
         return Update(stepped=False)
+    if isinstance(state.optimizer, RingAdam):
+        return ring_update(state, max_grad_norm)
 
     masters = state.engine.masters
     average_gradients(masters.gradients() if masters else [p.grad for p in state.engine.params if p.grad is not None])
@@ -155,6 +159,17 @@ def zero_update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool)
     return Update(stepped=True, skipped=not math.isfinite(grad_norm), grad_norm=grad_norm, lr=lr)
 
 
+def ring_update(state: TrainingState, max_grad_norm: float) -> Update:
+    """`update` after the backward passes, for states that are updated block by block: the host decides nothing."""
+    if is_distributed():
+        average_gradients(state.engine.masters.gradients())
+        state.engine.masters.measure_norms()
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    grad_norm, skipped = state.optimizer.step(max_grad_norm)
+    state.lr_scheduler.step()
+    return Update(stepped=True, skipped=skipped, grad_norm=grad_norm, lr=lr)
+
+
 def apply_gradients(state: TrainingState) -> None:
     """Step the optimizer, then update what depends on its weights: the model's copies and the moving average."""
     state.optimizer.step()
@@ -166,7 +181,7 @@ def apply_gradients(state: TrainingState) -> None:
 
 def average_gradients(grads: list[torch.Tensor]) -> None:
     """Average the gradients over the ranks in place. Some parameters never get one, the same ones on every rank."""
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+    if not is_distributed():
         return
     for group in group_by_bytes(grads, REDUCE_BYTES):
         device = reduce_device(group[0])
