@@ -25,11 +25,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self, num_blocks=4):
         super().__init__()
-        self.embed, self.blocks, self.out = (
-            nn.Linear(8, 24),
-            nn.ModuleList(map(lambda _: Block(), range(num_blocks))),
-            nn.Linear(24, 8),
-        )
+        self.embed, self.out = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
 
     def forward(self, states):
         states = self.embed(states)

@@ -1,9 +1,9 @@
 """AdamW for bf16 weights with exact fp32 masters, whose states lie on the GPU or in host memory, block by block.
 
-A master is a bf16 weight and its 16-bit remainder (engine/split.py). With states on the host, gradients leave during
-the backward pass, and a block's update runs right before its next forward pass: chunk by chunk, remainders, moments and
-gradients are copied to slots on the GPU, torch's fused kernel steps there, and the states are copied back meanwhile.
-Where states lie changes no bit, and the host never waits for the GPU.
+A master is a bf16 weight and its 16-bit remainder (engine/split.py). A block's update runs right before its next forward
+pass, beside that of the blocks before it. With states on the host, gradients leave during the backward pass; then, chunk
+by chunk, remainders, moments and gradients are copied to slots on the GPU, torch's fused kernel steps there, and states
+are copied back. Where they lie changes no bit, and the host never waits for the GPU.
 
     states = StateRing(model, model.transformer_blocks, device, on_host=True)  # weights in bf16 from here on
     optimizer = RingAdam(states, torch.optim.AdamW, {"lr": 1e-5})
@@ -27,8 +27,8 @@ from engine.split import join, split
 from memory.host import TransferStream, aligned, pinned_memory, wait, wrap_blocks
 
 
-CHUNK = 2**24  # weights that are updated at a time
-NUM_SLOTS = 3  # chunks on the GPU: one arrives, one is updated, one leaves
+CHUNK = 2**23  # weights that are updated at a time
+NUM_SLOTS = 7  # chunks on the GPU: 0.66 GiB. Fewer stall while saved activations leave through the same link
 QUEUED_AHEAD = 2  # blocks whose update is queued before the forward pass comes to them
 LEAVING = 2  # blocks whose gradients may still be on their way to the host
 PINNING_THREADS = 4
@@ -148,8 +148,7 @@ class StateRing:
         self.leaving: list[Leaving] = []
         self.take_weights()
         self.make_room(min(chunk, max(block.size for block in self.blocks)), on_host)
-        if on_host:
-            wrap_blocks(blocks, self)
+        wrap_blocks(blocks, self)
 
     # ---- set-up
 
@@ -185,6 +184,8 @@ class StateRing:
         gradient, weight.grad = weight.grad, None
         if index in self.norms and not self.accumulates:
             raise RuntimeError("a second backward pass before the update: give StateRing accumulates=True")
+        if block.due:
+            raise RuntimeError("a backward pass through a block without its forward pass, which updates it first")
         if block.on_host:
             self.send_gradient(block, index, gradient)
             return
@@ -233,7 +234,7 @@ class StateRing:
     def start_step(self, rule: Callable, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Decide on an update, as `clip_grad_norm_` and a loss scaler do; returns (norm before clipping, skipped).
 
-        States on the GPU are updated now, those on the host later.
+        The blocks are updated when the next forward pass comes to them, the weights around them now.
         """
         sent = self.outward.run(lambda: None, after=[])
         if self.accumulates:
@@ -249,31 +250,33 @@ class StateRing:
             wait(sent)
         step = Step(rule, coefficient, skipped.float(), set(self.norms), None)
         self.norms = {}
-        for block in self.blocks:
-            if not block.on_host:
-                self.update_here(block, step)
+        *blocks, around = self.blocks
+        self.update_resident(around, step)
         step = step._replace(ready=self.work.mark())
-        for block in self.blocks:
-            block.due = step if block.on_host else None
+        for block in blocks:
+            block.due = step
         self.queue_updates(QUEUED_AHEAD)
         return norm, skipped
 
-    def update_here(self, block: BlockStates, step: Step) -> None:
+    def queue_updates(self, stop: int) -> None:
+        """Queue the updates that are due of the first `stop` blocks, beside what the compute stream does meanwhile."""
+        for block in self.blocks[:stop]:
+            step, block.due = block.due, None
+            if step and block.on_host:
+                self.update_on_host(block, step)
+            elif step:
+                update = functools.partial(self.update_resident, block, step)
+                block.updated = self.work.run(update, after=[step.ready])
+
+    def update_resident(self, block: BlockStates, step: Step) -> None:
         for chunk in block.chunks:
             pieces = [piece for piece in chunk.pieces if piece.index in step.has_gradient]
             if pieces:
                 gradients = [block.gradients[piece.index].flatten()[piece.part] for piece in pieces]
                 torch._foreach_copy_([self.gradient[piece.inside] for piece in pieces], gradients)
                 self.update_chunk(chunk, {name: flat[chunk.inside] for name, flat in block.buffers.items()}, step)
-        block.gradients.clear()
 
-    def queue_updates(self, stop: int) -> None:
-        for block in self.blocks[:stop]:
-            if block.due:
-                self.queue_update(block, block.due)
-
-    def queue_update(self, block: BlockStates, step: Step) -> None:
-        """Update a block whose states are on the host, behind whatever the compute stream does meanwhile."""
+    def update_on_host(self, block: BlockStates, step: Step) -> None:
         for chunk in block.chunks:
             slot = self.slots[self.turn % len(self.slots)]
             self.turn += 1
@@ -282,7 +285,6 @@ class StateRing:
             arrived = self.inward.start([(there[name], here[name]) for name in here], after=[slot.free, step.ready])
             block.updated = self.work.run(functools.partial(self.update_arrived, chunk, there, step), after=[arrived])
             slot.free = self.outward.start([(here[name], there[name]) for name in STATES], after=[block.updated])
-        block.due = None
 
     def update_arrived(self, chunk: Chunk, there: dict[str, torch.Tensor], step: Step) -> None:
         self.gradient[: chunk.size].copy_(there["gradients"])
@@ -313,15 +315,22 @@ class StateRing:
         """Call a block once it is updated."""
         self.release_gradients(0)
         self.queue_updates(index + 1 + QUEUED_AHEAD)
-        if self.blocks[index].updated:
-            wait(self.blocks[index].updated)
+        self.await_update(self.blocks[index])
         return call(*args, **kwargs)
+
+    def await_update(self, block: BlockStates) -> None:
+        if block.updated:
+            wait(block.updated)
+            block.updated = None
+            block.gradients.clear()
 
     # ---- reading and writing, by name or index
 
     def finish(self) -> None:
         """Apply what is due, and wait for it: afterwards weights and states may be read and written anywhere."""
         self.queue_updates(len(self.blocks))
+        for block in self.blocks:
+            self.await_update(block)
         self.outward.api.synchronize()
 
     def all_gather(self) -> None:
