@@ -21,6 +21,7 @@ from base import files as files_module
 from base import tensor_file
 from base.errors import NumbersError, StorageError, UsageError
 from base.files import find_damage, release_locks, write_manifest, written_folder
+from engine.optimizers import split_tensors
 from run import checkpoints
 from run.checkpoints import write_checkpoint
 from run.exits import run_script
@@ -67,11 +68,30 @@ def out(state, tmp_path):
 
 
 def continued(out, *more):
-    """The checkpoint that the same command goes on from."""
-    open_output_dir(flags(out, *more), MAIN)
-    path = checkpoints.find(flags(out, *more), run_in(out), 100, {})
-    release_locks()
-    return path
+    """The checkpoint that the same command goes on from, read to its end; its weights and states are loaded whole."""
+    args, run = flags(out, *more), run_in(out)
+    open_output_dir(args, MAIN)
+    try:
+        if path := checkpoints.find(args, run, 100, {}):
+            resumed = make_state(engine_class=FolderEngine)
+            path = out / f"checkpoint-{checkpoints.resume(args, run, path, resumed, FACTS)}"
+            assert content_of(resumed) == content_of(loaded(path))
+        return path
+    finally:
+        release_locks()
+
+
+def loaded(path):
+    state = make_state(engine_class=FolderEngine)
+    checkpoints.load(path, state, FACTS)
+    return state
+
+
+def content_of(state):
+    """Everything that training goes on from, comparable."""
+    tensors, rest = split_tensors(state.optimizer.state_dict())
+    tensors |= {f"weight {name}": weight.detach() for name, weight in state.engine.weights.items()}
+    return {name: tensor.tolist() for name, tensor in tensors.items()}, rest, state.lr_scheduler.state_dict()
 
 
 def partial(out):

@@ -36,6 +36,7 @@ class OneTensorEngine:
         self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 6))
         self.unused = torch.nn.Parameter(torch.ones(2))  # like the text half of the last block: never a gradient
         self.params = [self.weight, self.unused]
+        self.weights = {"weight": self.weight, "unused": self.unused}
         self.masters = self.ema = None
 
     def all_gather(self):

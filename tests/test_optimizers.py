@@ -95,7 +95,7 @@ class TinyEngine:
     """The real engine's weights, in files that need no names of diffusers'."""
 
     def __init__(self, engine):
-        self.transformer, self.params = engine.transformer, engine.params
+        self.transformer, self.params, self.weights = engine.transformer, engine.params, engine.weights
         self.masters, self.ema = engine.masters, engine.ema
 
     def save_state(self, directory):

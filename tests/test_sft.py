@@ -11,7 +11,7 @@ from base.errors import UsageError
 from cogvideox.loading import load_transformer
 from engine.compose import build_sft_engine_from_args
 from engine.master_weights import HostMasters, Masters
-from engine.sft import check_saved_transformer, load_weights, save_transformer, save_weights
+from engine.sft import by_name, check_saved_transformer, load_weights, save_transformer, save_weights, setter
 from run.levels import check_sft_fits
 
 
@@ -125,7 +125,7 @@ def test_the_stored_weights_are_trained_not_their_rounding(more, tiny):
 
 @pytest.fixture(params=["device", "host"])
 def trained(tiny, request):
-    """(transformer in bf16, masters that are no longer its stored weights)."""
+    """(transformer in bf16, masters by name that are no longer its stored weights)."""
     transformer = load_transformer(tiny("5b"), torch.float32).requires_grad_(True)
     masters = PLACES[request.param](transformer)
     torch.nn.Module.to(transformer, torch.bfloat16)
@@ -133,7 +133,7 @@ def trained(tiny, request):
         for master in masters.params:
             master *= 1.01
     masters.write_to_model()
-    return transformer, masters.params
+    return transformer, by_name(transformer, masters.params)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -142,8 +142,8 @@ def test_the_result_is_the_masters_in_the_dtype_asked_for(trained, tmp_path, dty
     save_transformer(transformer, masters, dtype, tmp_path, {})
     check_saved_transformer(transformer, masters, dtype, tmp_path)
     loaded = type(transformer).from_pretrained(tmp_path, subfolder="transformer", dtype=dtype)
-    for (name, param), master in zip(loaded.named_parameters(), masters, strict=True):
-        assert torch.equal(param, master.to(dtype)), name
+    for name, param in loaded.named_parameters():
+        assert torch.equal(param, masters[name].to(dtype)), name
     # The model in memory is as before
     assert {param.dtype for param in transformer.parameters()} == {torch.bfloat16}
     assert not list(tmp_path.glob(".*"))
@@ -154,7 +154,7 @@ def test_a_second_save_replaces_the_first_and_notes_facts(trained, tmp_path):
     save_transformer(transformer, masters, torch.bfloat16, tmp_path, {"image_latent_scale": "raw"})
     assert json.loads((tmp_path / "transformer" / "training.json").read_text()) == {"image_latent_scale": "raw"}
     with torch.no_grad():
-        masters[0] += 1.0
+        next(iter(masters.values())).add_(1.0)
     with pytest.raises(RuntimeError, match="differs after saving"):
         check_saved_transformer(transformer, masters, torch.bfloat16, tmp_path)
     save_transformer(transformer, masters, torch.bfloat16, tmp_path, {})
@@ -167,12 +167,12 @@ def test_masters_are_restored_bit_for_bit(trained, tmp_path):
     path = tmp_path / "masters.safetensors"
     save_weights(transformer, masters, path, {"note": "1"})
     assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
-    fresh = [torch.zeros_like(master) for master in masters]
-    assert load_weights(transformer, fresh, path)["note"] == "1"
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(fresh, masters, strict=True))
+    fresh = {name: torch.zeros_like(master) for name, master in masters.items()}
+    assert load_weights(transformer, setter(fresh), path)["note"] == "1"
+    assert all(torch.equal(fresh[name], master) for name, master in masters.items())
     other = small_model()
     with pytest.raises(UsageError, match="other weights"):
-        load_weights(other, list(other.parameters()), path)
+        load_weights(other, setter(dict(other.named_parameters())), path)
 
 
 # ---------------------------------------------------------------- does it fit?

@@ -114,11 +114,11 @@ def transformer(tiny):
 @pytest.mark.parametrize("kind", ["2b", "5b-i2v"], ids=["", "with a buffer"])
 def test_a_transformer_lies_on_the_disk_as_diffusers_saves_it(kind, size, tiny, tmp_path, monkeypatch):
     transformer = load_transformer(tiny(kind), torch.float32)
-    params = [param.detach() * 1.01 for param in transformer.parameters()]
+    weights = {name: param.detach() * 1.01 for name, param in transformer.named_parameters()}
     monkeypatch.setattr(sft, "SHARD_SIZE", size)
-    save_transformer(transformer, params, torch.float16, tmp_path, {})
-    for param, weight in zip(transformer.parameters(), params, strict=True):
-        param.data = weight.half()
+    save_transformer(transformer, weights, torch.float16, tmp_path, {})
+    for name, param in transformer.named_parameters():
+        param.data = weights[name].half()
     transformer.save_pretrained(tmp_path / "theirs", max_shard_size=size)
     ours, theirs = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "config.json"}
@@ -139,18 +139,18 @@ def test_one_weight_at_a_time_is_copied(transformer, tmp_path, monkeypatch):
         return bytes_of(tensor)
 
     monkeypatch.setattr(tensor_file, "bytes_of", seen)
-    params = list(transformer.parameters())
-    save_transformer(transformer, params, torch.bfloat16, tmp_path, {})
-    assert len(made) == len(params)
+    weights = dict(transformer.named_parameters())
+    save_transformer(transformer, weights, torch.bfloat16, tmp_path, {})
+    assert len(made) == len(weights)
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
 def test_files_may_be_read_by_whom_the_umask_lets(mask, mode, transformer, tmp_path):
-    params = list(transformer.parameters())
+    weights = dict(transformer.named_parameters())
     before = os.umask(mask)
     try:
-        save_transformer(transformer, params, torch.bfloat16, tmp_path, {"image_latent_scale": "raw"})
-        save_weights(transformer, params, tmp_path / "masters.safetensors")
+        save_transformer(transformer, weights, torch.bfloat16, tmp_path, {"image_latent_scale": "raw"})
+        save_weights(transformer, weights, tmp_path / "masters.safetensors")
         write_json(tmp_path / "state.json", {})
         write_shared(tmp_path / "cache.json", "{}")
     finally:
@@ -163,8 +163,8 @@ def test_files_may_be_read_by_whom_the_umask_lets(mask, mode, transformer, tmp_p
 
 
 def write_a_transformer(folder, transformer, version):
-    params = [torch.full_like(param, version) for param in transformer.parameters()]
-    save_transformer(transformer, params, torch.bfloat16, folder, {"version": version})
+    weights = {name: torch.full_like(param, version) for name, param in transformer.named_parameters()}
+    save_transformer(transformer, weights, torch.bfloat16, folder, {"version": version})
 
 
 def writers(name, tiny, tmp_path):

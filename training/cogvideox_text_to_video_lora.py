@@ -82,7 +82,7 @@ def main(args) -> None:
     lr_scheduler = optimizers.make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
     state = TrainingState(engine, optimizer, lr_scheduler, make_scaler(dtype))
     identity = checkpoints.run_identity(run, clips, held_out_clips)
-    first_step = checkpoints.load(checkpoint, state, identity) if checkpoint else 0
+    first_step = checkpoints.resume(args, run, checkpoint, state, identity) if checkpoint else 0
     result.rehearse(args, run, engine, first_step, plan.num_steps)
     output_dir.record_run(args, run, content)
     tracking.start_trackers(args, run, "cogvideox-text-to-video-lora", first_step)

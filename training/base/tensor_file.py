@@ -1,21 +1,25 @@
-"""Safetensors files, written one tensor at a time; a checkpoint's are hashed while they are written.
+"""Safetensors files, written and read one tensor at a time; a checkpoint's are hashed on the way.
 
 The format: length of the header, header in JSON, tensors without gaps. The library's own writer takes all tensors at
-once, orders several metadata entries at random and creates files that only their owner can read.
+once, orders several metadata entries at random and creates files that only their owner can read. Its reader maps the
+file: hashing it would be a second read.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from base.dtypes import FILE_DTYPES
-from base.files import file_identity, hashes_for_manifest
+from base.files import DamagedFile, changed, file_identity, hashes_for_manifest, unverified
 
 
 # The library orders tensors from the widest dtype to the narrowest, so that each is aligned. `save_tensors` does the
@@ -24,18 +28,40 @@ CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
 WIDTH = {code: number for number, code in enumerate(FILE_DTYPES)}
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # diffusers' name for a model's weights
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"  # and for the index of several such files
+CHUNK_BYTES = 2**24  # read while the chunk before is hashed
+MAX_HEADER_BYTES = 100_000_000  # the library's limit
 
 Sizes = dict[str, tuple[torch.dtype, Iterable[int]]]  # name -> dtype, shape
 
 
-def sizes_of(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> Sizes:
-    """Dtypes and shapes of the tensors, as they are or converted to `dtype`."""
-    return {name: (dtype or tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+class Hasher:
+    """SHA-256 of pieces, each hashed in a thread of `pool` while the caller goes on; it must not change meanwhile."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self.pool, self.sha256, self.last = pool, hashlib.sha256(), None
+
+    def update(self, piece) -> None:
+        self.wait()
+        self.last: Future | None = self.pool.submit(self.sha256.update, piece)
+
+    def wait(self) -> None:
+        """Until all pieces are hashed; none is kept alive any longer."""
+        if self.last:
+            self.last.result()
+        self.last = None
+
+    def hexdigest(self) -> str:
+        self.wait()
+        return self.sha256.hexdigest()
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+# ---------------------------------------------------------------- write
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write the very bytes of the library's `save_file`; each tensor leaves its device only when it is written."""
-    write_as_library(path, sizes_of(tensors), tensors.__getitem__, metadata)
+    sizes = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_as_library(path, sizes, tensors.__getitem__, metadata)
 
 
 def write_as_library(
@@ -78,20 +104,93 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 @contextmanager
 def written_pieces(path: Path):
     """A function that appends to the new file. If a manifest needs its hash, a thread hashes while it is written."""
-    hashes, digest = hashes_for_manifest(path), hashlib.sha256()
+    hashes = hashes_for_manifest(path)
     if hashes is None:
         with open(path, "wb") as file:
             yield file.write
         return
     with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
+        hasher = Hasher(pool)
 
         def write(piece) -> None:
-            hashing = pool.submit(digest.update, piece)
+            hasher.update(piece)
             file.write(piece)
-            hashing.result()
+            hasher.wait()
 
         yield write
-    hashes[file_identity(path)] = digest.hexdigest()
+    hashes[file_identity(path)] = hasher.hexdigest()
+
+
+# ---------------------------------------------------------------- read
+
+
+def read_tensors(path: Path, digest: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The file's tensors by name, front to back, one in memory at a time; DamagedFile if it is not as written.
+
+    `digest`: the SHA-256 that it must have; by default, in a `verified_folder`, that of the manifest. It is compared at
+    the end: until then, what was read may be wrong.
+    """
+    digest = digest or unverified.get(path)
+    with open(path, "rb") as file, ThreadPoolExecutor(1) as pool:
+        hasher = Hasher(pool) if digest else None
+        sizes, _ = read_header(file, hasher)
+        for name, (dtype, shape) in sizes.items():
+            yield name, read_tensor(file, dtype, shape, hasher)
+            if hasher:
+                hasher.wait()
+        if hasher and hasher.hexdigest() != digest:
+            raise DamagedFile(changed(path.name))
+    unverified.pop(path, None)
+
+
+def read_tensor(file: BinaryIO, dtype: torch.dtype, shape: list[int], hasher: Hasher | None) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    memory = bytes_of(tensor)
+    for start in range(0, len(memory), CHUNK_BYTES):
+        piece = memory[start : start + CHUNK_BYTES]
+        if file.readinto(piece) != len(piece):
+            raise DamagedFile(f"{Path(file.name).name} has become shorter")
+        if hasher:
+            hasher.update(piece)
+    return tensor
+
+
+def open_header(path: Path) -> tuple[Sizes, dict[str, str]]:
+    """(dtypes and shapes in the order of the file, metadata)."""
+    with open(path, "rb") as file:
+        return read_header(file)
+
+
+def read_header(file: BinaryIO, hasher: Hasher | None = None) -> tuple[Sizes, dict[str, str]]:
+    """The same from an open file, which is then at its first tensor. DamagedFile unless it fills the file exactly."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    try:
+        start = file.read(8)
+        if (length := int.from_bytes(start, "little")) > min(num_bytes, MAX_HEADER_BYTES):
+            raise ValueError(f"it would have {length} bytes")
+        text = file.read(length)
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        sizes = sizes_in(header, num_bytes - 8 - len(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedFile(f"{Path(file.name).name} has no valid safetensors header ({error})") from error
+    if hasher:
+        hasher.update(start + text)
+    return sizes, metadata
+
+
+def sizes_in(header: dict, num_bytes: int) -> Sizes:
+    """Dtypes and shapes in the order of the tensors; ValueError unless these follow one another up to `num_bytes`."""
+    sizes, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = FILE_DTYPES[entry["dtype"]], [operator.index(size) for size in entry["shape"]]
+        offsets = [end, end + math.prod(shape) * dtype.itemsize]
+        if entry["data_offsets"] != offsets or min(shape, default=0) < 0:
+            raise ValueError(f"{name} is said to lie elsewhere")
+        sizes[name], end = (dtype, shape), offsets[1]
+    if end != num_bytes:
+        raise ValueError(f"it describes {end} bytes of {num_bytes}")
+    return sizes
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:

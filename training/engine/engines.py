@@ -1,11 +1,12 @@
 """What a run trains, in one of two ways: a LoRA on a frozen transformer, or every weight of it.
 
-Both share an interface: `params` (fp32, for the optimizer), `masters` (`params` and the model's low-precision copies
-of them, if these differ), `ema` (moving average of `params`, if enabled), `save` and `check` (the result),
-`save_state` and `load_state` (for checkpoints), `inference`.
+Both share an interface: `params` (fp32, for the optimizer), `weights` (`params` by name), `masters` (`params` and the
+model's low-precision copies of them, if these differ), `ema` (moving average of `params`, if enabled), `save` and
+`check` (the result), `save_state` and `load_state` (for checkpoints), `inference`.
 """
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from engine.lora import check_saved_lora, load_lora, save_lora, save_unscaled
 from engine.master_weights import Masters
 from engine.sft import (
     MASTERS_NAME,
+    by_name,
     check_saved_transformer,
     load_average,
     load_weights,
     save_average,
     save_transformer,
     save_weights,
+    setter,
     swapped,
 )
 
@@ -33,6 +36,11 @@ class Engine:
     params: list[nn.Parameter]
     inference_notes: dict  # what inference must do as training did, beyond a plain load; written beside the result
     level: str | None  # of memory
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """`params` by the model's names. A value may be made when asked for: use one at a time, and each once."""
+        return by_name(self.transformer, self.params)
 
     def all_gather(self) -> None:
         """All-gather `params` before they are written, if they are sharded. All ranks must call it."""
@@ -83,9 +91,9 @@ class SftEngine(Engine):
     ema: EMAModel | None = None
 
     @property
-    def result(self) -> list[torch.Tensor]:
+    def result(self) -> Mapping[str, torch.Tensor]:
         """The weights that are saved and validated: the moving average if there is one."""
-        return self.ema.shadow_params if self.ema else self.params
+        return by_name(self.transformer, self.ema.shadow_params) if self.ema else self.weights
 
     def save(self, directory: Path) -> Path:
         return save_transformer(self.transformer, self.result, self.save_dtype, directory, self.inference_notes)
@@ -95,12 +103,12 @@ class SftEngine(Engine):
 
     def save_state(self, directory: Path) -> None:
         self.save(directory)
-        save_weights(self.transformer, self.params, directory / MASTERS_NAME)
+        save_weights(self.transformer, self.weights, directory / MASTERS_NAME)
         if self.ema:
             save_average(self.transformer, self.ema, directory)
 
     def load_state(self, directory: Path) -> None:
-        load_weights(self.transformer, self.params, directory / MASTERS_NAME)
+        load_weights(self.transformer, setter(self.weights), directory / MASTERS_NAME)
         if self.masters:
             self.masters.write_to_model()
         if self.ema:

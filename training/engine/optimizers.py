@@ -162,7 +162,8 @@ def schedule_state(lr_scheduler) -> dict:
 def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]:
     """Split an optimizer's state_dict into (tensors by "<index>.<name>", the rest as JSON).
 
-    A low-bit state becomes its inner tensors, "<index>.<name>.<part>", and what is needed to wrap them again.
+    A low-bit state becomes its inner tensors, "<index>.<name>.<part>", and what is needed to wrap them again. Nothing is
+    copied: some tensors may share memory, as bitsandbytes' maps do.
     """
     tensors, values, wrapped, groups = {}, {}, {}, []  # values: step counts and other plain numbers
     for index, entry in optimizer_state["state"].items():
@@ -181,23 +182,13 @@ def split_tensors(optimizer_state: dict) -> tuple[dict[str, torch.Tensor], dict]
         in_group = {name: value for name, value in group.items() if isinstance(value, torch.Tensor)}
         tensors |= {f"group{number}.{name}": value for name, value in in_group.items()}
         groups.append({name: value for name, value in group.items() if name not in in_group})
-    return unshare_tensors(tensors), {"values": values, "wrapped": wrapped, "param_groups": groups}
+    return tensors, {"values": values, "wrapped": wrapped, "param_groups": groups}
 
 
 def state_items(entry: dict) -> Iterator[tuple[str, object]]:
     """Items of one weight's state, flattened: bitsandbytes nests tensors in another dict, but loads them without."""
     for name, value in entry.items():
         yield from value.items() if isinstance(value, dict) else [(name, value)]
-
-
-def unshare_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors that share no memory, which safetensors would refuse: bitsandbytes shares its maps."""
-    seen, separated = set(), {}
-    for key, tensor in tensors.items():
-        place = tensor.data_ptr()
-        separated[key] = tensor.clone() if place in seen else tensor.contiguous()
-        seen.add(place)
-    return separated
 
 
 def join_tensors(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
@@ -215,6 +206,19 @@ def join_tensors(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
         else:
             state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
+
+
+def load_states(optimizer, pairs: Iterator[tuple[str, torch.Tensor]], rest: dict, device: torch.device) -> None:
+    """Load what `split_tensors` returned, its tensors read one by one; each moves to the weights' `device` at once."""
+
+    def moved(pair: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+        name, tensor = pair
+        return name, tensor.to(device) if tensor.ndim else tensor  # the optimizer knows where it wants numbers
+
+    if hasattr(optimizer, "load_tensors"):
+        optimizer.load_tensors(pairs, rest)
+    else:
+        optimizer.load_state_dict(join_tensors(dict(map(moved, pairs)), rest))
 
 
 def low_bit_class(name: str) -> type:

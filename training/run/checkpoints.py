@@ -3,21 +3,26 @@
 A checkpoint is the result's file or folder beside `optimizer.safetensors`, `state.json` and `manifest.json` (size and
 hash of every file), plus the trained weights where they differ from the result's. Nothing is pickled. No random state
 is saved: every draw is a function of the seed and the sample's position in the run.
+
+Tensors are written and read one at a time, and read once: hashed while they are loaded.
 """
 
+import functools
+import itertools
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-from safetensors.torch import load_file
 
 from base.errors import Interrupted, NumbersError, UsageError
-from base.files import find_damage, remove, write_json, written_folder
-from base.ranks import on_main_process
+from base.files import DamagedFile, find_damage, remove, verified_folder, write_json, written_folder
+from base.ranks import exchange_on_host, on_main_process
 from base.signals import INTERRUPTION
-from base.tensor_file import save_tensors
-from engine.optimizers import join_tensors, schedule_state, split_tensors
+from base.tensor_file import read_tensors, save_tensors
+from engine.optimizers import load_states, schedule_state, split_tensors
 from engine.update import TrainingState
 from run.held_out import data_identity
 from run.output_dir import (
@@ -32,6 +37,8 @@ from run.output_dir import (
 
 logger = logging.getLogger(__name__)
 
+OPTIMIZER_NAME = "optimizer.safetensors"
+
 
 # ---------------------------------------------------------------- save
 
@@ -39,11 +46,11 @@ logger = logging.getLogger(__name__)
 def write_checkpoint(output_dir: Path, step: int, state: TrainingState, identity: dict) -> Path:
     """Write `checkpoint-<step>/` atomically: whatever has that name is complete, be it this one or an earlier one."""
     tensors, optimizer = split_tensors(state.optimizer.state_dict())
-    refuse_bad_numbers([*state.engine.params, *tensors.values()])
+    refuse_bad_numbers(itertools.chain(state.engine.weights.values(), tensors.values()))
     target = output_dir / f"checkpoint-{step}"
     with written_folder(target) as folder:
         state.engine.save_state(folder)
-        save_tensors(folder / "optimizer.safetensors", tensors)
+        save_tensors(folder / OPTIMIZER_NAME, tensors)
         content = {
             **identity,
             "step": step,
@@ -55,16 +62,27 @@ def write_checkpoint(output_dir: Path, step: int, state: TrainingState, identity
     return target
 
 
-def refuse_bad_numbers(tensors: list[torch.Tensor]) -> None:
-    """Raise NumbersError if any value is NaN or infinite: such weights are never written."""
-    checked = [
-        torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point() and tensor.itemsize > 1
-    ]
-    if not all(torch.stack([flag.cpu() for flag in checked]) if checked else ()):
+def refuse_bad_numbers(tensors: Iterable[torch.Tensor]) -> None:
+    """Raise NumbersError if any value is NaN or infinite: such weights are never written.
+
+    One tensor at a time, before the first is written: a pass over memory takes a fraction of the time on the disk.
+    """
+    flags: dict[torch.device, list[torch.Tensor]] = {}
+    for flag in map(is_finite, tensors):
+        flags.setdefault(flag.device, []).append(flag)
+    if not all(torch.stack(on_device).all() for on_device in flags.values()):  # waits once per device
         raise NumbersError(
             "weights or optimizer states are no longer finite, so nothing is written; lower --learning_rate, and give the "
             "last checkpoint as --resume_from_checkpoint"
         )
+
+
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """A bool [] on the tensor's device. One pass without a copy: NaN becomes both ends, infinity is one of them."""
+    if not (tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel()):
+        return torch.ones((), dtype=torch.bool)
+    lowest, highest = torch.aminmax(tensor.detach())
+    return lowest.isfinite() & highest.isfinite()
 
 
 def save(args, run, step: int, state: TrainingState, identity: dict) -> None:
@@ -104,9 +122,15 @@ def prune_checkpoints(output_dir: Path, limit: int | None, newest: int) -> None:
 def find(args, run, num_steps: int, content: dict) -> Path | None:
     """The checkpoint to resume from: a path as given, a name or step in output_dir, or the newest intact one there.
 
-    None if there is none: the run starts at step 0. The main process searches and hashes for all ranks.
+    None if there is none: the run starts at step 0. The main process searches for all ranks. What `resume` reads is
+    verified there.
     """
     return on_main_process(run.accelerator, lambda: choose_checkpoint(args, num_steps, content))
+
+
+def is_loaded(name: str) -> bool:
+    """Is this file of a checkpoint read by `load`? The result in its folder is not."""
+    return name.endswith(".safetensors") and "/" not in name
 
 
 def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
@@ -119,10 +143,8 @@ def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
             refuse_later_step(newest, step_of(newest), num_steps)
         return newest
     path = named_checkpoint(output_dir, wanted)
-    if reason := find_damage(path):
-        raise UsageError(
-            f"--resume_from_checkpoint {wanted}: {reason}; give another, or latest for the newest intact one"
-        )
+    if reason := find_damage(path, is_loaded):
+        refuse_damaged(wanted, reason)
     folder = path.resolve().parent
     if folder != output_dir.resolve():
         advice = "give the same, or name a checkpoint of a run like this"
@@ -141,14 +163,20 @@ def refuse_later_step(checkpoint: Path, step: int, num_steps: int) -> None:
         )
 
 
-def newest_whole(output_dir: Path) -> Path | None:
+def refuse_damaged(wanted: str, reason: str) -> NoReturn:
+    raise UsageError(f"--resume_from_checkpoint {wanted}: {reason}; give another, or latest for the newest intact one")
+
+
+def newest_whole(output_dir: Path, damaged: Path | None = None, reason: str | None = None) -> Path | None:
     """The newest intact checkpoint, with a warning for each newer one that is damaged; None if there are none at all.
 
-    Raises UsageError if all are damaged: only the user may decide to start over.
+    Raises UsageError if all are damaged: only the user may decide to start over. `damaged`, and the `reason`: what turned
+    out to be so while it was loaded; the search goes on with the one before.
     """
     directories = checkpoint_dirs(output_dir)[::-1]
-    for directory in directories:
-        reason = find_damage(directory)
+    for directory in directories[directories.index(damaged) if damaged else 0 :]:
+        if directory != damaged:
+            reason = find_damage(directory, is_loaded)
         if reason is None:
             return directory
         logger.warning("%s cannot be used: %s", directory, reason)
@@ -160,14 +188,40 @@ def newest_whole(output_dir: Path) -> Path | None:
     return None
 
 
+def choose_older(args, damaged: Path, reason: str) -> Path:
+    """The checkpoint to load instead of one that turned out `damaged`; a named one is refused."""
+    if args.resume_from_checkpoint not in (None, "latest"):
+        refuse_damaged(args.resume_from_checkpoint, reason)
+    return newest_whole(Path(args.output_dir), damaged, reason)
+
+
 def run_identity(run, dataset, held_out_clips) -> dict:
     """What a checkpoint records of its run besides the flags; a run that resumes from it must match, see `load`."""
     return {"seed": run.seed, "num_processes": run.num_ranks, **data_identity(dataset, held_out_clips)}
 
 
-def load(path: Path, state: TrainingState, identity: dict) -> int:
-    """Restore weights, optimizer, schedule and loss scaler from an intact checkpoint; returns its step.
+def resume(args, run, checkpoint: Path, state: TrainingState, identity: dict) -> int:
+    """Load `checkpoint`, or the next older one if it turns out damaged; returns its step. All ranks must call it.
 
+    Nothing is left of a damaged one: the next overwrites all that was loaded, and without a next the run is refused.
+    """
+    while True:
+        step, reason = None, ""
+        try:
+            step = load(checkpoint, state, identity)
+        except DamagedFile as error:
+            reason = str(error)
+        reason = next(filter(None, exchange_on_host(f"loaded {checkpoint}", reason)), None)  # of any rank
+        if reason is None:
+            logger.info("continuing from %s at step %d", checkpoint, step)
+            return step
+        checkpoint = on_main_process(run.accelerator, functools.partial(choose_older, args, checkpoint, reason))
+
+
+def load(path: Path, state: TrainingState, identity: dict) -> int:
+    """Restore weights, optimizer, schedule and loss scaler from a checkpoint that `find` chose; returns its step.
+
+    Raises DamagedFile if what was read is not what was written: `state` is then unusable until another is loaded.
     `identity` must equal the saved one, except for the rule of random draws about clips: a change there is only a
     warning.
     """
@@ -185,10 +239,11 @@ def load(path: Path, state: TrainingState, identity: dict) -> int:
             raise UsageError(
                 f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot continue from there"
             )
-    state.engine.load_state(path)
-    state.optimizer.load_state_dict(join_tensors(load_file(path / "optimizer.safetensors"), saved["optimizer"]))
+    with verified_folder(path, is_loaded):
+        state.engine.load_state(path)
+        pairs, device = read_tensors(path / OPTIMIZER_NAME), state.engine.params[0].device
+        load_states(state.optimizer, pairs, saved["optimizer"], device)
     state.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     if state.scaler:
         state.scaler.load_state_dict(saved["scaler"])
-    logger.info("continuing from %s at step %d", path, saved["step"])
     return saved["step"]

@@ -129,7 +129,7 @@ def save(run, engine) -> None:
     """Write the result and check it as diffusers loads it, before the final validation, which may fail."""
     engine.all_gather()
     if run.rank == 0:
-        refuse_bad_numbers(engine.params)
+        refuse_bad_numbers(engine.weights.values())
         result = engine.save(run.output_dir)
         engine.check(run.output_dir)
         logger.info("the result: %s", result)
