@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from args import parse_training_args
 from base.errors import UsageError
 from cogvideox.loading import load_transformer
+from engine import master_weights
 from engine.compose import build_sft_engine_from_args
 from engine.master_weights import HostMasters, Masters
 from engine.sft import check_saved_transformer, load_weights, save_transformer, save_weights
@@ -91,17 +92,49 @@ def test_small_gradients_are_not_lost_in_accumulation(add_masters):
     assert torch.allclose(masters.params[0].grad, torch.full((4,), 1.3), rtol=0.01)
 
 
-def test_copies_are_the_rounded_masters(add_masters):
+def test_copies_are_the_masters_rounded_half_away_from_zero(add_masters):
+    """Not half to even as torch does it: masters of every kind, split ones too, have the same copies."""
     model = small_model()
     masters = add_masters(model)
+    ties = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000], dtype=torch.int32).view(torch.float32)
+    upper = torch.tensor([0x3F81, 0x3F82, -0x407F], dtype=torch.int16).view(torch.bfloat16)
     with torch.no_grad():
         for master in masters.params:
             master += 1e-3
+        masters.params[1][:3] = ties
     masters.write_to_model()
+    assert torch.equal(masters.model_weights[1][:3], upper)
     for master, param in zip(masters.params, model.parameters(), strict=True):
-        assert torch.equal(param, master.bfloat16())
+        assert torch.equal(param.flatten()[3:], master.bfloat16().flatten()[3:])
     masters.read_from_model()
     assert all(torch.equal(a, b.float()) for a, b in zip(masters.params, model.parameters(), strict=True))
+
+
+def test_the_norm_is_that_of_the_accumulated_gradients():
+    """Taken as they leave, over all micro-steps; of an update in which a part of the model takes part, of that part."""
+    for offload_gradients in (False, True):
+        model = small_model()
+        masters = host_masters(model, offload_gradients)
+        for parts in ((model, model), (model[2:],)):
+            for seed, part in enumerate(parts):
+                backward(part, seed)
+            norm = masters.gradient_norm()
+            masters.deliver_gradients()
+            assert norm == torch.nn.utils.get_total_norm([m.grad for m in masters.params if m.grad is not None])
+            for master in masters.params:
+                master.grad = None
+
+
+def test_the_norm_is_that_of_the_average_over_ranks(monkeypatch):
+    model = small_model()
+    masters = host_masters(model, offload_gradients=True)
+    backward(model)
+    for grad in masters.gradients():
+        grad /= 2
+    monkeypatch.setattr(master_weights, "has_several_ranks", lambda: True)
+    norm = masters.gradient_norm()
+    masters.deliver_gradients()
+    assert norm == torch.nn.utils.get_total_norm([master.grad for master in masters.params])
 
 
 def test_masters_on_the_host_leave_a_model_in_the_compute_dtype():

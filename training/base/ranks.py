@@ -30,6 +30,10 @@ def on_main_process(accelerator, function: Callable):
     return outcome[0]
 
 
+def has_several_ranks() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
 def exchange_on_host(name: str, message: str = "") -> list[str]:
     """Barrier `name` (unique per run) through the process group's store; returns each rank's message, in rank order.
 
@@ -37,7 +41,7 @@ def exchange_on_host(name: str, message: str = "") -> list[str]:
     longer than --nccl_timeout. A gloo group would not, but while it waits the first Ctrl-C is not heard, and a process
     that leaves does not end before the others come.
     """
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+    if not has_several_ranks():
         return [message]
     store = group_store()
     keys = [f"{name}/{rank}" for rank in range(torch.distributed.get_world_size())]
