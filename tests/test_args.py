@@ -540,6 +540,35 @@ def test_combinations_that_exist_nowhere_are_refused(flags, message, capsys):
     assert message in refused_training(capsys, *flags.split())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--memory stream", "--memory stream: not available for full fine-tuning yet; use --memory offload"),
+        ("--memory offload --mixed_precision fp16", "use --mixed_precision bf16, or --memory balanced with --use_cpu"),
+        ("--memory offload --mixed_precision no", "--memory offload --mixed_precision no: full fine-tuning has that"),
+        ("--memory offload --optimizer prodigy", "--optimizer prodigy: full fine-tuning has that level in bf16, with"),
+        ("--memory offload --optimizer came", "use --optimizer adamw, or --memory balanced with --use_cpu_offload"),
+        ("--memory offload --use_8bit", "without --use_8bit: fp32 states take no GPU memory there"),
+        ("--memory offload --use_8bit --use_torchao", "without --use_8bit: fp32 states take no GPU memory there"),
+        ("--memory offload --use_4bit", "without --use_4bit: fp32 states take no GPU memory there"),
+        ("--memory offload --use_fp8", "without --use_fp8: fp32 states take no GPU memory there"),
+        ("--memory offload --ema", "use --memory balanced with --use_cpu_offload_optimizer --offload_gradients"),
+    ],
+)
+def test_levels_that_full_fine_tuning_does_not_have_are_refused(flags, message, capsys):
+    for script in ("t2v_sft", "i2v_sft"):
+        line = refused_training(capsys, *flags.split(), script=script)
+        assert message in line and len(line.splitlines()) == 1
+    if "--ema" not in flags:
+        parse_training_args("t2v_lora", [*TRAIN, *flags.split()])
+
+
+@pytest.mark.parametrize("more", ["", "--optimizer adamw", "--use_cpu_offload_optimizer --offload_gradients"])
+def test_full_fine_tuning_offloads(more, capsys):
+    args = parse_training_args("t2v_sft", [*TRAIN, "--memory", "offload", "--mixed_precision", "bf16", *more.split()])
+    assert args.memory == "offload" and capsys.readouterr().err == ""
+
+
 IMAGE_USES = {"noised_image_dropout": "0.1", "image_latent_scale": "raw", "drop_learned_positions": None}
 
 

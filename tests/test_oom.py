@@ -35,8 +35,8 @@ def test_one_line_says_peak_shape_and_flags(stops, script, monkeypatch, tmp_path
     monkeypatch.setattr("run.exits.memory_report", lambda device: {"peak_allocated_gib": 78.9})
     line = stops(70, "out", "--max_train_steps", "4", "--train_batch_size", "2", data="two")
     assert "the GPU's memory is full (peak 78.9 GiB): batches of 2 with up to 9 frames of 64x96" in line
-    streams = script.module.endswith("lora")
-    cheapest = "--memory stream, with host memory for the weights" if streams else "--gradient_checkpointing"
+    level, what = ("stream", "weights") if script.module.endswith("lora") else ("offload", "optimizer")
+    cheapest = f"--memory {level}, with host memory for the {what}"
     assert f"cheapest first: {cheapest}; --train_batch_size 1 --gradient_accumulation_steps 2;" in line
     assert "Tried to allocate 2.00 GiB" in line and ADVICE not in line and "second line" not in line
     assert status(tmp_path / "out")["message"] in line and checkpoints(tmp_path / "out") == [1, 2]
@@ -69,8 +69,22 @@ def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops,
     [
         (
             [], None,
-            ["--gradient_checkpointing", "--load_tensors", "--train_batch_size 1", "--use_8bit",
-             "--use_cpu_offload_optimizer", SMALLER],
+            ["--memory offload, with host memory for the optimizer", "--load_tensors", "--train_batch_size 1", SMALLER],
+        ),
+        (
+            ["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1"], None,
+            ["--memory offload in place of --gradient_checkpointing, with", SMALLER],
+        ),
+        (["--load_tensors", "--memory", "auto", "--train_batch_size", "1"], "speed",
+         ["--memory balanced", "--memory offload, with", SMALLER]),
+        (["--load_tensors", "--memory", "auto", "--train_batch_size", "1"], "offload", [SMALLER]),
+        (
+            ["--load_tensors", "--memory", "balanced", "--use_cpu_offload_optimizer", "--train_batch_size", "1"],
+            "balanced", ["--memory offload, with", SMALLER],
+        ),
+        (
+            ["--load_tensors", "--optimizer", "came", "--train_batch_size", "1"], None,
+            ["--gradient_checkpointing", "--use_cpu_offload_optimizer", SMALLER],
         ),
         (
             ["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--mixed_precision", "no"], None,
@@ -78,8 +92,8 @@ def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops,
         ),
         (["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--use_8bit"], None, [SMALLER]),
         (
-            ["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--use_cpu_offload_optimizer"],
-            None, ["--offload_gradients", SMALLER],
+            ["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--use_cpu_offload_optimizer",
+             "--ema"], None, ["--offload_gradients", SMALLER],
         ),
         (["--load_tensors", "--memory", "auto", "--train_batch_size", "1", "--use_8bit"], "speed", ["--memory balanced", SMALLER]),
         (["--load_tensors", "--memory", "auto", "--train_batch_size", "1", "--use_8bit"], "balanced", [SMALLER]),

@@ -127,6 +127,37 @@ def test_what_must_know_at_once_decides_on_the_host():
     ]
 
 
+def hosted_state(optimizer_class, offload_gradients, scaler=None):
+    """A weight in host memory; its first moment is the gradient that it stepped with."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 4096))
+    masters = HostMasters([weight], torch.device("cpu"), torch.float32, offload_gradients)
+    optimizer = optimizer_class(masters.params, lr=0.1, betas=(0.0, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    engine = SimpleNamespace(params=masters.params, masters=masters, ema=None)
+    return weight, TrainingState(engine, optimizer, schedule, scaler)
+
+
+@pytest.mark.parametrize("offload_gradients", [False, True])
+@pytest.mark.parametrize("scaler", [None, LossScaler])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_in_host_memory_are_clipped_and_unscaled_on_the_way(fused, scaler, offload_gradients, monkeypatch):
+    """By the fused step or by one product; never by torch's passes over host memory. A bad number is skipped."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", None)
+    monkeypatch.setattr(LossScaler, "unscale", None)
+    adamw = partial(torch.optim.AdamW, fused=fused)
+    weight, state = hosted_state(adamw, offload_gradients, scaler and scaler())
+    for factor in (1.0, math.nan, 0.001):  # clipped; skipped; too small to be clipped
+        gradient, before = factor * 2 * weight.detach(), weight.detach().clone()
+        result = update(factor * weight.square().sum(), state, True, 1.0)
+        assert result.skipped == (not math.isfinite(factor))
+        if result.skipped:
+            assert torch.equal(weight, before)
+            continue
+        moment = state.optimizer.state[state.engine.params[0]]["exp_avg"]
+        assert result.grad_norm == pytest.approx(float(gradient.norm()), rel=1e-6)
+        torch.testing.assert_close(moment, gradient * min(1.0, 1.0 / float(gradient.norm())))
+
+
 def test_groups_keep_order_and_limit():
     tensors = [torch.zeros(n) for n in (10, 20, 5, 100, 1)]
     groups = group_by_bytes(tensors, 4 * 32)

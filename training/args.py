@@ -649,7 +649,8 @@ def add_memory_flags(parser: FlagParser):
         help="what is kept for the backward pass: auto is the fastest level that fits, plan prints what each "
         "needs, see assets/training.md (default: by --gradient_checkpointing)\nspeed keeps all of it on the "
         "GPU; balanced recomputes blocks but keeps the attention's output; offload is balanced with that in "
-        "host memory; stream has the frozen weights there too. offload and stream are for LoRA.",
+        "host memory, in full fine-tuning the optimizer states and gradients too; stream, for LoRA only, has the "
+        "frozen weights there.",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -669,14 +670,15 @@ def add_memory_flags(parser: FlagParser):
     group.add_argument(
         "--use_cpu_offload_optimizer",
         action="store_true",
-        help="fp32 weights and optimizer in host memory: far less GPU memory, slower steps\nThe optimizer steps "
-        "there.",
+        help="optimizer in host memory: far less GPU memory, slower steps\nFull fine-tuning with adam or adamw in "
+        "bf16 on one GPU updates its weights on the GPU, block by block, as at --memory offload. Otherwise fp32 "
+        "weights are there too, and the CPU updates them.",
     )
     group.add_argument(
         "--offload_gradients",
         action="store_true",
         help="gradients too, with --use_cpu_offload_optimizer\nEvery gradient moves to host memory as soon as it "
-        "is computed.",
+        "is computed. Where blocks are updated on the GPU it always does.",
     )
     add_speed_flags(group)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from base.flag_parser import NO_MEANING, FlagParser
-from base.memory_levels import HOST_LEVELS, LEVELS
+from base.memory_levels import LEVELS, obstacle_to_splitting
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
@@ -152,13 +152,23 @@ def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
         )
     if args.compile_blocks and args.no_compile_blocks:
         parser.error("--compile_blocks and --no_compile_blocks: give one of them")
-    if args.memory in HOST_LEVELS and script.endswith("sft"):
-        parser.error(
-            f"--memory {args.memory}: moves frozen weights, and full fine-tuning has none; use --memory balanced with "
-            "--use_cpu_offload_optimizer --offload_gradients"
-        )
+    if script.endswith("sft"):
+        check_sft_level(parser, args)
     if args.base_precision != "bf16" and args.use_dora:
         parser.error(f"--use_dora --base_precision {args.base_precision}: DoRA needs the norms of exact weights")
+
+
+def check_sft_level(parser: FlagParser, args: argparse.Namespace):
+    """Refuses levels that full fine-tuning does not have, or not with these flags."""
+    if args.memory == "stream":
+        parser.error("--memory stream: not available for full fine-tuning yet; use --memory offload")
+    obstacle = obstacle_to_splitting(args) if args.memory == "offload" else None
+    if obstacle:
+        flag, instead = obstacle
+        parser.error(
+            f"--memory offload {flag}: full fine-tuning has that level in bf16, with fp32 states of adam or adamw and "
+            f"without --ema; use {instead}"
+        )
 
 
 def check_export(parser: FlagParser, args: argparse.Namespace):

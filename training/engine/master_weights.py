@@ -12,9 +12,23 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from base.memory_levels import FP32, HOST, RING, SPLIT, obstacle_to_splitting
+from base.ranks import is_distributed
+from engine.split import round_to_bf16
+
 
 SLAB_BYTES = 2**30  # torch rounds pinned allocations up to powers of two: pinned one by one, tensors could take double
 MAX_IN_FLIGHT = 8  # gradients being copied to the host; each is kept on the device until its copy is done
+
+
+def kind_of_masters_from_args(args, level: str | None, dtype: torch.dtype, num_ranks: int) -> str:
+    """FP32, SPLIT, RING or HOST: what full fine-tuning without DeepSpeed uses at `level`, computing in `dtype`."""
+    splits = dtype == torch.bfloat16 and obstacle_to_splitting(args) is None
+    if splits and num_ranks == 1 and (level == "offload" or args.use_cpu_offload_optimizer):
+        return RING
+    if args.use_cpu_offload_optimizer:
+        return HOST
+    return SPLIT if splits else FP32
 
 
 class Masters:
@@ -42,7 +56,8 @@ class Masters:
     @torch.no_grad()
     def write_to_model(self, weights: list[torch.Tensor] | None = None) -> None:
         """Copy `weights`, by default the masters, to the model, rounded to its dtype."""
-        torch._foreach_copy_(self.model_weights, self.params if weights is None else weights)
+        for copy, weight in zip(self.model_weights, self.params if weights is None else weights, strict=True):
+            copy.copy_(rounded(weight, copy.dtype))
 
     @torch.no_grad()
     def read_from_model(self) -> None:
@@ -63,7 +78,8 @@ class HostMasters(Masters):
 
     Gradients accumulate in fp32 on the device and are copied to the host once per update. With `offload_gradients`
     each is copied as soon as backward has computed it, overlapping with the rest of backward; further micro-steps add
-    on the device to the value fetched from the host, so the sums are the same.
+    on the device to the value fetched from the host, so the sums are the same. Their norm is taken on the device, as
+    they leave: on the host it takes longer than the forward pass.
     """
 
     def __init__(
@@ -77,11 +93,12 @@ class HostMasters(Masters):
         self.params = []
         for copy, memory in zip(model_weights, host_memory(model_weights, device), strict=True):
             memory.copy_(copy.detach())
-            copy.data = copy.data.to(device, dtype)
+            copy.data = rounded(copy.data.to(device), dtype)
             self.params.append(nn.Parameter(memory))
         self.host_grads = list(host_memory(model_weights, device))  # pinned, allocated once
         self.device_grads: dict[int, torch.Tensor] = {}  # fp32 sums, without `offload_gradients`
         self.arrived: set[int] = set()  # indices of host_grads that hold a gradient
+        self.norms = torch.zeros(len(model_weights), device=device).unbind()  # of the gradients, valid where they are
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.in_flight: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()  # (copy done, gradient kept alive)
         for index, copy in enumerate(model_weights):
@@ -104,6 +121,7 @@ class HostMasters(Masters):
             total = grad.float()
             if index in self.arrived:
                 total = total + self.host_grads[index].to(self.device, non_blocking=True)
+            self.take_norm(index, total)
             self.host_grads[index].copy_(total, non_blocking=True)
         self.arrived.add(index)
         if self.stream:
@@ -121,7 +139,25 @@ class HostMasters(Masters):
             return [self.host_grads[index] for index in sorted(self.arrived)]
         return [grad for _, grad in sorted(self.device_grads.items())]
 
-    def deliver_gradients(self) -> None:
+    def gradient_norm(self) -> torch.Tensor:
+        """The 2-norm [] of the accumulated gradients, on the device."""
+        if self.stream:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if is_distributed():  # averaging changed the gradients that had left
+            for index in self.arrived:
+                self.take_norm(index, self.host_grads[index].to(self.device, non_blocking=True))
+        for index, grad in self.device_grads.items():
+            self.take_norm(index, grad)
+        norms = [self.norms[index] for index in sorted(self.arrived | self.device_grads.keys())]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def take_norm(self, index: int, grad: torch.Tensor) -> None:
+        self.norms[index].copy_(torch.linalg.vector_norm(grad))
+
+    def deliver_gradients(self, factor: float = 1.0) -> None:
+        """Move the accumulated gradients, times `factor`, to `master.grad`."""
+        if factor != 1:  # on the device if they are still there
+            torch._foreach_mul_(self.gradients(), factor)
         self.wait_for_gradients()
         for index, grad in self.device_grads.items():
             self.host_grads[index].copy_(grad, non_blocking=True)
@@ -140,7 +176,12 @@ class HostMasters(Masters):
         Needs no synchronization: the host changes its weights only after the gradients of a later forward arrived.
         """
         for copy, weight in zip(self.model_weights, self.params if weights is None else weights, strict=True):
-            copy.copy_(weight.to(self.device, non_blocking=True))
+            copy.copy_(rounded(weight.to(self.device, non_blocking=True), copy.dtype))
+
+
+def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` in `dtype`, bf16 rounded as split masters round it, so that all kinds of masters give the same copies."""
+    return round_to_bf16(weight.float()) if dtype == torch.bfloat16 else weight.to(dtype)
 
 
 def host_memory(like: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:

@@ -102,12 +102,13 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
 
     masters = state.engine.masters
     average_gradients(masters.gradients() if masters else [p.grad for p in state.engine.params if p.grad is not None])
-    if masters:
-        masters.deliver_gradients()
-    if state.scaler:
-        state.scaler.unscale(state.engine.params)
     # After averaging, one rank's non-finite gradient is non-finite on all: they agree without further communication
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.engine.params, max_grad_norm)
+    if isinstance(masters, HostMasters):
+        grad_norm = clip_in_transit(state, masters, max_grad_norm)
+    else:
+        if state.scaler:
+            state.scaler.unscale(state.engine.params)
+        grad_norm = torch.nn.utils.clip_grad_norm_(state.engine.params, max_grad_norm)
     lr = float(state.optimizer.param_groups[0]["lr"])
     if skips_on_device(state):
         result = Update(stepped=True, skipped=step_if_finite(state, grad_norm), grad_norm=grad_norm, lr=lr)
@@ -116,6 +117,23 @@ def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_
     state.lr_scheduler.step()  # also after a skipped update: the learning rate is a function of the step alone
     state.optimizer.zero_grad(set_to_none=True)
     return result
+
+
+def clip_in_transit(state: TrainingState, masters: HostMasters, max_grad_norm: float) -> torch.Tensor:
+    """Deliver the gradients, clipped and unscaled; returns their norm [], on the host.
+
+    Passes over gigabytes of host memory are what such an update takes its time for. torch's fused Adam divides by
+    `grad_scale` in its own pass; for others, gradients are multiplied before they leave the device, if they are there.
+    """
+    scale = state.scaler.scale if state.scaler else 1.0
+    grad_norm = (masters.gradient_norm() / scale).cpu()
+    coefficient = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
+    if getattr(state.optimizer, "_step_supports_amp_scaling", False):
+        state.optimizer.grad_scale = scale / coefficient
+        masters.deliver_gradients()
+    else:
+        masters.deliver_gradients(float(coefficient) / scale)
+    return grad_norm
 
 
 def skips_on_device(state: TrainingState) -> bool:

@@ -7,7 +7,7 @@ size of one [B, S, D] tensor in the compute dtype, 104 MiB for CogVideoX-5b at 4
 import math
 from typing import NamedTuple
 
-from base.memory_levels import HOST_LEVELS, LEVELS
+from base.memory_levels import HOST_LEVELS, LEVELS, RING, SFT_LEVELS, SPLIT
 from memory.streaming import NUM_SLOTS
 
 
@@ -28,6 +28,10 @@ FP8_UNUSED = 3.5
 EXPANDABLE_UNUSED = 4.1  # u, replaces all of the above with expandable segments
 SAVED_BY_SPEED_EAGER = 20.3  # u per stock block, simulated
 DEEPSPEED = 0.8 * GIB  # its gradient buckets
+# Split masters (engine/state_ring.py): two fp32 buffers of a chunk; with states on the host also three slots, each with
+# a chunk's remainders, moments and gradients, and the gradients of two blocks on their way to the host
+CHUNK, SPLIT_BUFFERS, RING_SLOTS, LEAVING_BLOCKS = 2**24, 2, 3, 2
+REMAINDER = 2  # bytes per weight
 HOST_BASE = 2.5 * GIB  # Python, torch, CUDA libraries
 LOADING = 1.6 * GIB  # temporaries of loading a model, without its weights
 CONVERTED = 0.65  # share of the weights that the host allocator keeps after converting them from the file's dtype
@@ -64,12 +68,16 @@ class Workload(NamedTuple):
     num_block_linears: int  # of these, weights of attention and feed-forward, which can be quantized
     num_trained: int
     is_lora: bool
+    masters: str  # FP32, SPLIT, RING or HOST; at full fine-tuning's `offload` it is RING
+    rings: bool  # full fine-tuning may have its states in host memory, updated on the GPU
+    accumulates: bool  # several gradients make an update, of micro-steps or ranks
     deepspeed: bool
     rotary: bool
     item_bytes: int  # of the compute dtype
+    stored_bytes: int  # of a weight in the files
     base_precision: str
     state_bytes: int  # of the optimizer, per trained weight
-    host_optimizer: int  # bytes on the host per trained weight; 0: the optimizer is on the GPU
+    host_optimizer: int  # bytes on the host per trained weight, if the CPU updates it; else 0
     host_gradients: bool
     converted: bool  # the files hold another dtype
     compiled: bool
@@ -97,6 +105,8 @@ def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> 
     `ample_memory`: what it uses if more than the minimum is free: T5 then encodes on the GPU, torch keeps cached memory after
     rendering, and the system keeps the pages of T5's file.
     """
+    if level == "offload" and not workload.is_lora:
+        workload = workload._replace(masters=RING)
     unit = unit_bytes(workload)
     resident = weights_on_gpu(workload, level) + trained_bytes(workload)
     resident += (VAE if workload.raw else 0) + (DEEPSPEED if workload.deepspeed else 0)
@@ -108,10 +118,10 @@ def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> 
         transient += ADDING_POSITIONS * unit / workload.shape[0]
     if workload.base_precision == "fp8":
         transient += FP8_TRANSIENT * unit
-    gradients = 0 if workload.host_gradients else 4 * workload.num_trained
+    gradients = gradients_on_gpu(workload)
     peak = gradients + saved + transient
     # The larger of the start of backward (all activations, no gradients yet) and its end (all gradients)
-    if not workload.is_lora:  # gradients are allocated as activations are freed
+    if not (workload.is_lora or workload.masters == RING):  # gradients are allocated as activations are freed
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused_bytes(workload, eager)
@@ -230,13 +240,13 @@ def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
         if workload.base_precision == "bf16":
             loading = 0
     if not workload.is_lora:
-        loading = LOADING + 4 * workload.num_weights
-    left = CONVERTED * full if workload.converted and level == "offload" else 0
+        loading = LOADING + workload.stored_bytes * workload.num_weights
+    left = CONVERTED * full if workload.converted and workload.is_lora and level == "offload" else 0
     saving = 4 * workload.num_trained if workload.is_lora else 0  # a copy of the adapters
     peak = max(loading, travelling + left + saving)  # loading is over when training begins
-    if workload.host_optimizer:
+    if on_host := states_on_host(workload):
         loaded = 0 if level == "stream" else LOADING
-        peak = max(peak, loaded + travelling + saving + workload.num_trained * workload.host_optimizer)
+        peak = max(peak, loaded + travelling + saving + on_host)
     if workload.renders:
         peak += RENDERING
     if (workload.renders or workload.raw) and not (workload.tiled or ample_memory):
@@ -265,7 +275,11 @@ def quantized_bytes(workload: Workload) -> float:
 
 
 def trained_bytes(workload: Workload) -> float:
-    """Always on the GPU: fp32 adapters, or fp32 masters beside the model's weights; and optimizer states."""
+    """Always on the GPU beside the model's weights: fp32 adapters or masters, or remainders; and optimizer states."""
+    if workload.masters == RING:
+        return streamed_bytes(workload) * (RING_SLOTS * CHUNK + outside_blocks(workload)) + SPLIT_BUFFERS * 4 * CHUNK
+    if workload.masters == SPLIT:
+        return workload.num_trained * REMAINDER + SPLIT_BUFFERS * 4 * CHUNK + states_bytes(workload)
     masters = 0 if workload.item_bytes == 4 and not workload.is_lora else 4
     if workload.host_optimizer:
         return workload.num_trained * (4 if workload.is_lora else 0)
@@ -274,12 +288,43 @@ def trained_bytes(workload: Workload) -> float:
 
 def states_bytes(workload: Workload) -> int:
     """Optimizer states on the GPU."""
-    return 0 if workload.host_optimizer else workload.num_trained * workload.state_bytes
+    on_host = workload.host_optimizer or workload.masters == RING
+    return 0 if on_host else workload.num_trained * workload.state_bytes
+
+
+def states_on_host(workload: Workload) -> int:
+    """Optimizer states, and what of weights and gradients is with them in host memory."""
+    if workload.masters == RING:
+        return workload.num_block_weights * streamed_bytes(workload)
+    return workload.num_trained * workload.host_optimizer
+
+
+def streamed_bytes(workload: Workload) -> int:
+    """What the ring moves to the GPU per weight of a block; of weights outside of the blocks it is always there."""
+    return REMAINDER + workload.state_bytes + gradient_bytes(workload)
+
+
+def outside_blocks(workload: Workload) -> int:
+    return workload.num_weights - workload.num_block_weights
+
+
+def gradient_bytes(workload: Workload) -> int:
+    """Per trained weight. A sum is in fp32, a single gradient stays as backward computed it."""
+    return 4 if workload.accumulates or workload.masters not in (SPLIT, RING) else workload.item_bytes
+
+
+def gradients_on_gpu(workload: Workload) -> float:
+    """At the end of the backward pass."""
+    if workload.masters == RING:
+        return LEAVING_BLOCKS * workload.item_bytes * workload.num_block_weights / workload.num_blocks
+    return 0 if workload.host_gradients else gradient_bytes(workload) * workload.num_trained
 
 
 def levels_of(workload: Workload) -> tuple[str, ...]:
     """The levels available for this task, fastest first."""
-    return LEVELS if workload.is_lora and not workload.deepspeed else ("speed", "balanced")
+    if workload.is_lora and not workload.deepspeed:
+        return LEVELS
+    return SFT_LEVELS if workload.rings else SFT_LEVELS[:2]
 
 
 def fits(needed: MemoryPeaks, gpu_bytes: float, host_bytes: float) -> bool:

@@ -26,6 +26,7 @@ from base.errors import (
     first_line,
 )
 from base.files import forget_undo, free_bytes, nearest_folder, undo_all
+from base.memory_levels import obstacle_to_splitting
 from base.ranks import exchange_on_host, group_store
 from base.signals import INTERRUPTION, catch_signals
 from base.status import THIS_RUN, is_of_this_run, read_status, record_refusal, write_status
@@ -81,20 +82,23 @@ def oom_line(error: torch.cuda.OutOfMemoryError) -> str:
 
 def memory_savers(args, level: str | None, is_lora: bool) -> list[str]:
     """Unused flags that lower the peak of a run at `level`, cheapest in speed and quality first."""
-    is_low_bit = args.use_8bit or args.use_4bit or args.use_fp8
     batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     streams = is_lora and not uses_deepspeed()  # hardly slower than the other levels
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    offloads = alone and not (is_lora or uses_deepspeed() or obstacle_to_splitting(args))  # full fine-tuning's level
+    has_small_states = args.use_8bit or args.use_4bit or args.use_fp8 or args.use_cpu_offload_optimizer
     instead = " in place of --gradient_checkpointing" if args.gradient_checkpointing else ""
     savers = {
         f"--memory stream{instead}, with host memory for the weights": streams and level != "stream",
         "--memory balanced": not streams and level == "speed",
-        "--gradient_checkpointing": not (streams or level or args.gradient_checkpointing),
+        f"--memory offload{instead}, with host memory for the optimizer": offloads and level != "offload",
+        "--gradient_checkpointing": not (streams or offloads or level or args.gradient_checkpointing),
         "--mixed_precision bf16": args.mixed_precision == "no",
         "--load_tensors on data of prepare_dataset.py, which needs no VAE here": not args.load_tensors,
         f"--train_batch_size 1 --gradient_accumulation_steps {batch * accumulation}": batch > 1,
-        "--use_8bit": args.optimizer in ("adam", "adamw") and not (is_low_bit or args.use_cpu_offload_optimizer),
-        "--use_cpu_offload_optimizer": not (is_low_bit or args.use_cpu_offload_optimizer),
-        "--offload_gradients": args.use_cpu_offload_optimizer and not args.offload_gradients,
+        "--use_8bit": args.optimizer in ("adam", "adamw") and not (offloads or has_small_states),
+        "--use_cpu_offload_optimizer": not (offloads or has_small_states),
+        "--offload_gradients": args.use_cpu_offload_optimizer and not (offloads or args.offload_gradients),
         "smaller --frame_buckets, --height_buckets, --width_buckets": True,
     }
     return [flags for flags, helps in savers.items() if helps]

@@ -9,11 +9,13 @@ from torch import nn
 
 from base.errors import UsageError, print_to_pipe
 from base.files import free_bytes, nearest_folder
+from base.memory_levels import FP32, HOST, ON_HOST_INSTEAD, RING, SPLIT
 from base.ranks import min_over_ranks
 from base.startup import STARTUP
 from data.captions import embeds_bytes
 from data.dataset import build_dataset_from_args
 from engine.deepspeed_zero import uses_deepspeed
+from engine.master_weights import kind_of_masters_from_args
 from engine.optimizers import state_bytes_from_args
 from memory.allocator import expand_segments, uses_expandable_segments
 from memory.estimate import GIB, Workload, fastest_that_fits, nearest_level, table
@@ -23,6 +25,8 @@ from run.launch import PRECISIONS
 
 
 logger = logging.getLogger(__name__)
+
+ON_HOST = "fp32 weights, gradients and optimizer states"
 
 
 def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool) -> str | None:
@@ -46,7 +50,8 @@ def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> st
     level = fastest_that_fits(workload, gpu_bytes, host_bytes)
     if level is None:
         name, needed = nearest_level(workload, gpu_bytes, host_bytes)
-        more = "" if workload.is_lora else ", or --use_cpu_offload_optimizer --offload_gradients, or train a LoRA"
+        hosted = "" if workload.rings else ", or --use_cpu_offload_optimizer --offload_gradients"
+        more = "" if workload.is_lora else f"{hosted}, or train a LoRA"
         raise UsageError(
             f"--memory auto: no level fits the {gpu_bytes / GIB:.1f} GiB that are free on the GPU and the "
             f"{host_bytes / GIB:.1f} GiB of host memory; the closest, {name}, takes {needed.reserved / GIB:.1f} and "
@@ -101,6 +106,9 @@ def make_workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype,
     on_host = 4 + 4 + 2 + state  # fp32 weight and gradient, and the 2-byte copy that is transferred
     if zero_on_host:
         on_host += 10  # measured
+    masters = kind_of_masters(args, None, dtype)
+    if is_lora or deepspeed:
+        masters = HOST if args.use_cpu_offload_optimizer or zero_on_host else FP32
     return Workload(
         shape=model.attention_shape(buckets, args.train_batch_size),
         num_blocks=len(blocks),
@@ -111,13 +119,17 @@ def make_workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype,
         ),
         num_trained=num_adapted(transformer, args.lora_target_modules, args.rank) if is_lora else count(transformer),
         is_lora=is_lora,
+        masters=masters,
+        rings=not (is_lora or deepspeed) and kind_of_masters(args, "offload", dtype) == RING,
+        accumulates=accumulates(args),
         deepspeed=deepspeed,
         rotary=config.get("use_rotary_positional_embeddings", False)
         and not config.get("use_learned_positional_embeddings", False),
         item_bytes=dtype.itemsize,
+        stored_bytes=stored.itemsize,
         base_precision=args.base_precision,
         state_bytes=state,
-        host_optimizer=on_host if args.use_cpu_offload_optimizer or zero_on_host else 0,
+        host_optimizer=on_host if masters == HOST else 0,
         host_gradients=(args.use_cpu_offload_optimizer and args.offload_gradients) or zero_on_host,
         converted=stored != dtype,
         compiled=not args.no_compile_blocks,
@@ -148,45 +160,93 @@ def num_adapted(transformer: nn.Module, targets: list[str], rank: int) -> int:
     )
 
 
+def num_ranks() -> int:
+    """From the launcher, before a process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def kind_of_masters(args, level: str | None, dtype: torch.dtype) -> str:
+    return kind_of_masters_from_args(args, level, dtype, num_ranks())
+
+
+def accumulates(args) -> bool:
+    """True if an update sums several gradients, which is done in fp32."""
+    return args.gradient_accumulation_steps > 1 or num_ranks() > 1
+
+
 # ---------------------------------------------------------------- does it fit?
 
 
 def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
     """UsageError, before anything is loaded, if weights, gradients and optimizer states alone do not fit."""
-    if device.type != "cuda" or uses_deepspeed():  # DeepSpeed shards them
+    check_sft_level(args, dtype)
+    # DeepSpeed shards them; --memory auto estimates all of it
+    if device.type != "cuda" or uses_deepspeed() or args.memory == "auto":
         return
-    on_device, on_host = sft_bytes_per_weight(args, dtype)
+    kind = kind_of_masters(args, args.memory, dtype)
+    on_device, on_host = sft_bytes_per_weight(args, kind, dtype)
     size, weights = num_weights / 2**30, f"full fine-tuning of {num_weights / 1e9:.1f} billion weights"
     free = free_gpu_bytes(device) / 2**30
     if on_device * size > free:
         raise UsageError(
-            f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device(args)}, and {free:.0f} GiB "
-            f"are free on the GPU; {how_to_need_less(args)}"
+            f"{weights} needs {on_device * size:.0f} GiB for {what_lies_on_device(args, kind)}, and {free:.0f} GiB "
+            f"are free on the GPU; {how_to_need_less(args, kind)}"
         )
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, each with its own masters
     available = psutil.virtual_memory().available / 2**30
     if on_host * size * processes > available:
+        flag = "--use_cpu_offload_optimizer" if args.use_cpu_offload_optimizer else f"--memory {args.memory}"
+        what = "gradients, optimizer states and the low bits of weights" if kind == RING else ON_HOST
         raise UsageError(
-            f"--use_cpu_offload_optimizer: {weights} needs {on_host * size * processes:.0f} GiB of host memory for fp32 "
-            f"weights, gradients and optimizer states of {processes} process(es), and {available:.0f} GiB are available"
+            f"{flag}: {weights} needs {on_host * size * processes:.0f} GiB of host memory for {what} of {processes} "
+            f"process(es), and {available:.0f} GiB are available"
         )
 
 
-def sft_bytes_per_weight(args, dtype: torch.dtype) -> tuple[int, int]:
+def check_sft_level(args, dtype: torch.dtype) -> None:
+    """UsageError if `offload` cannot work here; the flags alone were checked when they were parsed."""
+    if args.memory != "offload":
+        return
+    if uses_deepspeed():
+        raise UsageError("--memory offload: DeepSpeed has an optimizer of its own; use --memory balanced with it")
+    if num_ranks() > 1:
+        raise UsageError(
+            f"--memory offload: full fine-tuning has that level on one GPU only yet, not on {num_ranks()}; use "
+            f"{ON_HOST_INSTEAD}"
+        )
+    if dtype != torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"--memory offload: full fine-tuning has that level in bf16 only, and this run computes in {name}; use "
+            f"--mixed_precision bf16, or {ON_HOST_INSTEAD}"
+        )
+
+
+def sft_bytes_per_weight(args, kind: str, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes on the GPU, bytes on the host) per trained weight, including gradient and optimizer states."""
-    trained = 4 + state_bytes_from_args(args) + (4 if args.ema else 0)
-    if args.use_cpu_offload_optimizer:
+    states = state_bytes_from_args(args)
+    if kind in (SPLIT, RING):
+        moved = 2 + states + (4 if accumulates(args) else 2)  # low bits, states and gradient
+        return (2, moved) if kind == RING else (2 + moved, 0)
+    trained = 4 + states + (4 if args.ema else 0)
+    if kind == HOST:
         return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4
     return trained + 4 + (0 if dtype == torch.float32 else dtype.itemsize), 0
 
 
-def what_lies_on_device(args) -> str:
-    if not args.use_cpu_offload_optimizer:
-        return "fp32 weights, gradients and optimizer states"
-    return "the weights" if args.offload_gradients else "the weights and fp32 gradients"
+def what_lies_on_device(args, kind: str) -> str:
+    if kind == RING or (kind == HOST and args.offload_gradients):
+        return "the weights"
+    return "the weights and fp32 gradients" if kind == HOST else ON_HOST
 
 
-def how_to_need_less(args) -> str:
-    if not args.use_cpu_offload_optimizer:
-        return "add --use_cpu_offload_optimizer, or train a LoRA, or a smaller model"
-    return ("" if args.offload_gradients else "add --offload_gradients, or ") + "train a LoRA, or a smaller model"
+def how_to_need_less(args, kind: str) -> str:
+    """The end of a sentence; a LoRA always takes less."""
+    flag = ""
+    if kind == SPLIT and num_ranks() == 1:
+        flag = "--memory offload" + (" in place of --gradient_checkpointing" if args.gradient_checkpointing else "")
+    elif kind in (SPLIT, FP32):
+        flag = "--use_cpu_offload_optimizer"
+    elif kind == HOST and not args.offload_gradients:
+        flag = "--offload_gradients"
+    return (f"add {flag}, or " if flag else "") + "train a LoRA, or a smaller model"
