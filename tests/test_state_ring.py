@@ -88,7 +88,7 @@ class RingRun:
 
     @property
     def masters(self):
-        self.states.finish()
+        self.states.complete()
         return list(MastersByName(self.states).values())
 
 
@@ -171,7 +171,7 @@ def test_weights_may_move_and_return():
     ring, plain = RingRun(torch.optim.AdamW, True, False), PlainRun(torch.optim.AdamW)
     for run in (ring, plain):
         run_plan(run, plan=PLAN[:2])
-    ring.states.finish()
+    ring.states.complete()
     for weight in ring.model.parameters():
         weight.data = weight.data.clone()
     for run in (ring, plain):

@@ -16,7 +16,7 @@ from attention.kernels import SAVED_OPS, make_attend
 from attention.norm_rope import can_fuse, norm_and_rotate
 from attention.processor import JointAttention
 from base.dtypes import DTYPES
-from base.memory_levels import HOST_LEVELS
+from base.memory_levels import HOST, HOST_LEVELS, RING, SPLIT
 from base.ranks import is_distributed
 from base.startup import STARTUP
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
@@ -28,7 +28,7 @@ from engine.lora import (
     project_apart,
     start_from_lora,
 )
-from engine.master_weights import HostMasters, Masters
+from engine.master_weights import HostMasters, Masters, kind_of_masters_from_args
 from engine.optimizers import ADAMS, adam_settings_from_args, make_optimizer_from_args
 from engine.state_ring import RingAdam, StateRing
 from memory.activations import offload_activations
@@ -97,25 +97,18 @@ def build_sft_engine_from_args(
 
 
 def make_masters_from_args(args, level: str | None, transformer: nn.Module, device: torch.device, dtype: torch.dtype):
-    """fp32 masters of all weights for compute in `dtype`, None in fp32. Split ones wherever the optimizer takes them."""
+    """fp32 masters of all weights for compute in `dtype`; None if the weights are in fp32 themselves."""
     weights = list(transformer.parameters())
     if uses_deepspeed():
         return ZeroMasters(weights, device, dtype)
-    if splits_masters_from_args(args, dtype):
-        on_host = args.use_cpu_offload_optimizer or level in HOST_LEVELS
-        accumulates = args.gradient_accumulation_steps > 1 or is_distributed()
-        return StateRing(transformer, transformer.transformer_blocks, device, on_host, accumulates)
-    if args.use_cpu_offload_optimizer:
+    num_ranks = torch.distributed.get_world_size() if is_distributed() else 1
+    kind = kind_of_masters_from_args(args, level, dtype, num_ranks)
+    if kind in (SPLIT, RING):
+        accumulates = args.gradient_accumulation_steps > 1 or num_ranks > 1
+        return StateRing(transformer, transformer.transformer_blocks, device, kind == RING, accumulates)
+    if kind == HOST:
         return HostMasters(weights, device, dtype, args.offload_gradients)
     return None if dtype == torch.float32 else Masters(weights, device)
-
-
-def splits_masters_from_args(args, dtype: torch.dtype) -> bool:
-    """True for Adam and AdamW in bf16, except what needs all fp32 weights at once, or on the host on several ranks."""
-    bits = args.use_8bit or args.use_4bit or args.use_fp8
-    if dtype != torch.bfloat16 or args.optimizer not in ADAMS or bits or args.ema:
-        return False
-    return not (args.use_cpu_offload_optimizer and is_distributed())
 
 
 def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):

@@ -29,7 +29,7 @@ ADAM_STATES = ("exp_avg", "exp_avg_sq")  # Adam's states; no other optimizer is 
 class ZeroMasters:
     """fp32 masters of the model's `model_weights`, held by DeepSpeed as flat shards.
 
-    `params` (fp32, on the host) is a full copy for files: filled by `all_gather`, and written back by `write_to_model`.
+    `params` (fp32, on the host) is a full copy for files: filled by `complete`, and written back by `write_to_model`.
     """
 
     def __init__(self, model_weights: list[nn.Parameter], device: torch.device, dtype: torch.dtype):
@@ -40,7 +40,7 @@ class ZeroMasters:
             param.data = param.data.to(device, dtype)
 
     @torch.no_grad()
-    def all_gather(self) -> None:
+    def complete(self) -> None:
         """All-gather the shards to `params`. All ranks must call it."""
         for param, piece in zip(self.params, self.model_weights, strict=True):
             param.copy_(gather_full(piece))
@@ -84,7 +84,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: DeepSpeed zeroes them in `step`."""
 
-    def all_gather(self) -> None:
+    def complete(self) -> None:
         """All-gather what `state_dict` returns. All ranks must call it."""
         steps = [entry["step"] for entry in self.engine.optimizer.optimizer.state.values() if "step" in entry]
         state = {}
@@ -97,7 +97,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.gathered = {"state": state, "param_groups": groups}
 
     def state_dict(self) -> dict:
-        """In torch's format, as of the last `all_gather`."""
+        """In torch's format, as of the last `complete`."""
         return self.gathered
 
     @torch.no_grad()

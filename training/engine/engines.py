@@ -28,6 +28,7 @@ from engine.sft import (
     setter,
     swapped,
 )
+from engine.state_ring import MastersByName, StateRing
 
 
 @dataclass
@@ -42,10 +43,10 @@ class Engine:
         """`params` by the model's names. A value may be made when asked for: use one at a time, and each once."""
         return by_name(self.transformer, self.params)
 
-    def all_gather(self) -> None:
-        """All-gather `params` before they are written, if they are sharded. All ranks must call it."""
+    def complete(self) -> None:
+        """Before weights or optimizer states are read: finish updates, all-gather shards. All ranks must call it."""
         if self.masters:
-            self.masters.all_gather()
+            self.masters.complete()
 
     @contextlib.contextmanager
     def inference(self):
@@ -87,8 +88,12 @@ class SftEngine(Engine):
     """A transformer in the compute dtype with all weights trained, on fp32 masters."""
 
     save_dtype: torch.dtype
-    masters: Masters | None = None
+    masters: Masters | StateRing | None = None
     ema: EMAModel | None = None
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        return MastersByName(self.masters) if isinstance(self.masters, StateRing) else super().weights
 
     @property
     def result(self) -> Mapping[str, torch.Tensor]:
@@ -108,14 +113,18 @@ class SftEngine(Engine):
             save_average(self.transformer, self.ema, directory)
 
     def load_state(self, directory: Path) -> None:
-        load_weights(self.transformer, setter(self.weights), directory / MASTERS_NAME)
-        if self.masters:
+        splits = isinstance(self.masters, StateRing)
+        set_weight = self.masters.set_weight if splits else setter(self.weights)
+        load_weights(self.transformer, set_weight, directory / MASTERS_NAME)
+        if self.masters and not splits:
             self.masters.write_to_model()
         if self.ema:
             load_average(self.transformer, self.ema, directory)
 
     @contextlib.contextmanager
     def inference(self):
+        if isinstance(self.masters, StateRing):
+            self.masters.complete()  # a pipeline may move the weights
         with self.averaged_weights(), super().inference() as transformer:
             yield transformer
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from base.memory_levels import FP32, HOST, RING, SPLIT, obstacle_to_splitting
 from base.ranks import is_distributed
-from engine.split import round_to_bf16
+from engine.split import rounded
 
 
 SLAB_BYTES = 2**30  # torch rounds pinned allocations up to powers of two: pinned one by one, tensors could take double
@@ -50,7 +50,7 @@ class Masters:
     def deliver_gradients(self) -> None:
         """Move the accumulated gradients to `master.grad`."""
 
-    def all_gather(self) -> None:
+    def complete(self) -> None:
         """Nothing to do: every rank has all masters."""
 
     @torch.no_grad()
@@ -177,11 +177,6 @@ class HostMasters(Masters):
         """
         for copy, weight in zip(self.model_weights, self.params if weights is None else weights, strict=True):
             copy.copy_(rounded(weight.to(self.device, non_blocking=True), copy.dtype))
-
-
-def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`weight` in `dtype`, bf16 rounded as split masters round it, so that all kinds of masters give the same copies."""
-    return round_to_bf16(weight.float()) if dtype == torch.bfloat16 else weight.to(dtype)
 
 
 def host_memory(like: list[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:

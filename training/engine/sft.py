@@ -16,6 +16,7 @@ from torch import nn
 from base.errors import UsageError
 from base.files import replaced_folder, write_json
 from base.tensor_file import INDEX_NAME, WEIGHTS_NAME, open_header, read_tensors, write_as_library
+from engine.split import rounded
 
 
 SUBFOLDER = "transformer"
@@ -70,7 +71,7 @@ def save_shards(model: nn.Module, weights: Mapping[str, torch.Tensor], dtype: to
     plan = split_torch_state_dict_into_shards(meta_tensors, filename_pattern=pattern, max_shard_size=SHARD_SIZE)
 
     def tensor_of(name: str) -> torch.Tensor:
-        return rounded(weights[name], dtype) if name in trained else tensors[name]
+        return in_result(weights[name], dtype) if name in trained else tensors[name]
 
     for file, names in plan.filename_to_tensors.items():
         write_as_library(folder / file, {name: sizes[name] for name in names}, tensor_of, {"format": "pt"})
@@ -78,9 +79,9 @@ def save_shards(model: nn.Module, weights: Mapping[str, torch.Tensor], dtype: to
         write_json(folder / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
-def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def in_result(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A trained weight as the result has it, on the host."""
-    return weight.detach().to("cpu", dtype)
+    return rounded(weight.detach(), dtype).cpu()
 
 
 def forget_source(config_path: Path) -> None:
@@ -98,7 +99,7 @@ def check_saved_transformer(
     missing = trained.copy()
     for path in sorted(Path(directory, SUBFOLDER).glob("*.safetensors")):
         for name, tensor in read_tensors(path):
-            if name in trained and not torch.equal(tensor, rounded(weights[name], dtype)):
+            if name in trained and not torch.equal(tensor, in_result(weights[name], dtype)):
                 raise RuntimeError(f"{path}: {name} differs after saving")
             del tensor  # before the next is read
             missing.discard(name)

@@ -27,6 +27,11 @@ def round_to_bf16(master: torch.Tensor) -> torch.Tensor:
     return ((bits + HALF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+def rounded(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A master, or a stored weight, in the dtype of a copy."""
+    return round_to_bf16(master.float()) if dtype == torch.bfloat16 else master.to(dtype)
+
+
 def split(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> None:
     """Write fp32 `master` into bf16 `weight` and int16 `remainder`, contiguous and of the same shape."""
     if runs_triton(master.device):

@@ -10,7 +10,7 @@ are copied back. Where they lie changes no bit, and the host never waits for the
     for ...:
         loss.backward()
         optimizer.step(max_norm=1.0)
-    states.finish()  # before anything reads weights or states
+    states.complete()  # before anything reads weights or states
 """
 
 import functools
@@ -326,15 +326,12 @@ class StateRing:
 
     # ---- reading and writing, by name or index
 
-    def finish(self) -> None:
-        """Apply what is due, and wait for it: afterwards weights and states may be read and written anywhere."""
+    def complete(self) -> None:
+        """Apply what is due, and wait for it: afterwards weights and states may be read, written and moved."""
         self.queue_updates(len(self.blocks))
         for block in self.blocks:
             self.await_update(block)
         self.outward.api.synchronize()
-
-    def all_gather(self) -> None:
-        self.finish()  # every rank has all of them
 
     def get_master(self, index: int) -> torch.Tensor:
         """fp32, made on access."""
@@ -342,6 +339,9 @@ class StateRing:
         master = torch.empty(weight.shape, device=weight.device)
         join(weight, remainder.to(weight.device), master)
         return master
+
+    def set_weight(self, name: str, master: torch.Tensor) -> None:
+        self.set_master(self.names[name], master)
 
     def set_master(self, index: int, master: torch.Tensor) -> None:
         weight, kept = self.params[index].data, self.block_of[index].view("remainders", index)
@@ -388,7 +388,7 @@ class RingAdam(torch.optim.Optimizer):
         return self.states.start_step(rule, max_norm)
 
     def state_dict(self) -> dict:
-        """Views, without a copy; call `states.finish()` first."""
+        """Views, without a copy; call `states.complete()` first."""
         state = {}
         for index in sorted(self.stepped):
             block = self.states.block_of[index]

@@ -58,11 +58,11 @@ class TrainingState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: LossScaler | None = None  # fp16 only
 
-    def all_gather(self) -> None:
-        """All-gather what is sharded over the ranks, before a checkpoint is written. All ranks must call it."""
-        self.engine.all_gather()
+    def complete(self) -> None:
+        """Before a checkpoint is written: finish updates, all-gather what is sharded. All ranks must call it."""
+        self.engine.complete()
         if isinstance(self.optimizer, ZeroOptimizer):
-            self.optimizer.all_gather()
+            self.optimizer.complete()
 
 
 class Update(NamedTuple):

@@ -87,7 +87,7 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
 
 def save(args, run, step: int, state: TrainingState, identity: dict) -> None:
     """Write a checkpoint on the main process, then remove the oldest over the limit; the other ranks wait."""
-    state.all_gather()
+    state.complete()
     if run.rank == 0:
         write_checkpoint(run.output_dir, step, state, identity)
         prune_checkpoints(run.output_dir, args.checkpoints_total_limit, step)

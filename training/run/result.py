@@ -76,7 +76,7 @@ def rehearse_end(args, accelerator, engine) -> None:
         logger.info(
             "rehearsing the end of the run: a result of %.1f GiB is written, checked and removed", num_bytes / 2**30
         )
-    engine.all_gather()
+    engine.complete()
     if accelerator.is_main_process:
         with scratch_folder(Path(args.output_dir, "rehearsal")) as folder:
             engine.save(folder)
@@ -127,7 +127,7 @@ def file_bytes(args, engine) -> tuple[int, int]:
 
 def save(run, engine) -> None:
     """Write the result and check it as diffusers loads it, before the final validation, which may fail."""
-    engine.all_gather()
+    engine.complete()
     if run.rank == 0:
         refuse_bad_numbers(engine.weights.values())
         result = engine.save(run.output_dir)
