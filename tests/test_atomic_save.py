@@ -263,6 +263,66 @@ def test_without_a_whole_checkpoint_nothing_starts_anew(out):
     assert continued(out, "--overwrite") is None
 
 
+NUMBERS = "optimizer.safetensors", "weight.safetensors"  # found to be damaged only while they are loaded
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_damage_found_while_loading_leaves_nothing_behind(name, state, out, caplog):
+    """The newest has other weights, states and rates; of those, none is trained from."""
+    step(state, 3)
+    write_checkpoint(out, 3, state, FACTS)
+    flip(out / "checkpoint-3" / name)
+    args, run, resumed = flags(out), run_in(out), make_state(engine_class=FolderEngine)
+    newest = checkpoints.find(args, run, 100, {})
+    assert newest == out / "checkpoint-3" and not caplog.text
+    assert checkpoints.resume(args, run, newest, resumed, FACTS) == 2
+    assert f"{newest} cannot be used: {name} was changed after it was written" in caplog.text
+    assert content_of(resumed) == content_of(loaded(out / "checkpoint-2")) != content_of(state)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_if_all_turn_out_damaged_the_run_is_refused(name, out, caplog):
+    for number in (1, 2):
+        flip(out / f"checkpoint-{number}" / name)
+    args, run = flags(out), run_in(out)
+    with pytest.raises(UsageError, match=rf"none of its 2 checkpoints is intact .*{name}.*--overwrite"):
+        checkpoints.resume(args, run, checkpoints.find(args, run, 100, {}), make_state(), FACTS)
+    assert [record.getMessage().split()[0][-12:] for record in caplog.records] == ["checkpoint-2", "checkpoint-1"]
+
+
+def test_older_ones_that_are_damaged_too_are_passed_over(state, out, caplog):
+    for number in (3, 4):
+        write_checkpoint(out, number, state, FACTS)
+    flip(out / "checkpoint-4/optimizer.safetensors")
+    (out / "checkpoint-3/state.json").unlink()
+    flip(out / "checkpoint-2/weight.safetensors")
+    assert continued(out) == out / "checkpoint-1"
+    assert len(caplog.records) == 3
+
+
+def test_two_names_of_one_step_are_tried_once_each(state, out):
+    (out / "checkpoint-2").rename(out / "checkpoint-02")
+    write_checkpoint(out, 2, state, FACTS)
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-02"):
+        flip(out / name / "weight.safetensors")
+    with pytest.raises(UsageError, match="none of its 3 checkpoints is intact"):
+        continued(out)
+
+
+def test_what_one_rank_finds_damaged_no_rank_trains_from(out, monkeypatch, caplog):
+    """Each reads for itself: a disk of its own, or a bad cable."""
+    asked = []
+
+    def exchanged(name, message):
+        asked.append((name, message))
+        return [message, "weight.safetensors was changed" if name.endswith("checkpoint-2") else ""]
+
+    monkeypatch.setattr(checkpoints, "exchange_on_host", exchanged)
+    assert continued(out) == out / "checkpoint-1"
+    assert [message for _, message in asked] == ["", ""] and len(dict(asked)) == 2
+    assert "checkpoint-2 cannot be used: weight.safetensors was changed" in caplog.text
+
+
 def test_a_file_beside_those_of_the_checkpoint_does_no_harm(out):
     (out / "checkpoint-2/notes.txt").write_text("the best so far")
     assert continued(out) == out / "checkpoint-2"

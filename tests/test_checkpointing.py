@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from args import parse_training_args
-from base.errors import UsageError
+from base.errors import NumbersError, UsageError
 from base.status import write_status
 from engine.optimizers import join_tensors, split_tensors
 from engine.update import TrainingState, update
 from run import checkpoints, output_dir, result
-from run.checkpoints import prune_checkpoints, write_checkpoint
+from run.checkpoints import prune_checkpoints, refuse_bad_numbers, write_checkpoint
 from run.launch import Run
 from run.output_dir import checkpoint_dirs, open_output_dir, write_record
 
@@ -153,6 +153,43 @@ def test_a_gradient_scaler_is_kept(state, tmp_path):
     other.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     checkpoints.load(path, other, FACTS)
     assert other.scaler.get_scale() == 8.0
+
+
+def test_an_optimizer_may_take_its_states_one_by_one(state, tmp_path):
+    class Streaming(torch.optim.AdamW):
+        def load_tensors(self, pairs, rest):
+            self.pairs, self.rest = {name: tensor.clone() for name, tensor in pairs}, rest
+
+    path = write_checkpoint(tmp_path, 3, state, FACTS)
+    other = make_state()
+    other.optimizer = Streaming(other.engine.params)
+    assert checkpoints.load(path, other, FACTS) == 3
+    tensors, rest = split_tensors(state.optimizer.state_dict())
+    assert other.optimizer.pairs.keys() == tensors.keys() and other.optimizer.rest == json.loads(json.dumps(rest))
+    assert all(torch.equal(other.optimizer.pairs[name], tensor) for name, tensor in tensors.items())
+
+
+def test_states_are_split_without_a_copy(state):
+    before = state.optimizer.state_dict()["state"][0]
+    tensors, _ = split_tensors({"state": {0: before, 1: before}, "param_groups": []})
+    for name, tensor in before.items():
+        assert tensors[f"0.{name}"] is tensors[f"1.{name}"] is tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_numbers_that_are_not_finite_are_found_in_any_tensor(size, dtype):
+    largest = torch.finfo(dtype).max
+    others = [torch.zeros(0), torch.ones(3, dtype=torch.int64), torch.full((9,), largest, dtype=dtype)]
+    good = [*others, -others[-1], torch.cat([others[-1], -others[-1]])]  # whose sum, or difference, is infinite
+    refuse_bad_numbers(iter(good))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in {0, size // 2, size - 1}:
+            bad = torch.randn(size).to(dtype)
+            bad[place] = value
+            with pytest.raises(NumbersError):
+                refuse_bad_numbers(iter([*good, bad, *others]))
+    refuse_bad_numbers([])
 
 
 # ---------------------------------------------------------------- whole or not there

@@ -1,6 +1,7 @@
 """Full fine-tuning: fp32 masters get every gradient, and what is written is what was trained."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,8 +13,13 @@ from cogvideox.loading import load_transformer
 from engine import master_weights
 from engine.compose import build_sft_engine_from_args
 from engine.master_weights import HostMasters, Masters
+from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, split_tensors
 from engine.sft import by_name, check_saved_transformer, load_weights, save_transformer, save_weights, setter
+from engine.update import TrainingState
+from run import checkpoints
+from run.checkpoints import write_checkpoint
 from run.levels import check_sft_fits
+from test_checkpointing import run_in
 
 
 CPU = torch.device("cpu")
@@ -206,6 +212,93 @@ def test_masters_are_restored_bit_for_bit(trained, tmp_path):
     other = small_model()
     with pytest.raises(UsageError, match="other weights"):
         load_weights(other, setter(dict(other.named_parameters())), path)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def make_state(tiny, request):
+    """A run's state before its first update, all weights at `value` if given."""
+
+    def make(place, value=None):
+        more = ["--use_cpu_offload_optimizer"] if place == "host" else []
+        argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--optimizer", "adamw", "--ema", *more]
+        args, transformer = parse_training_args("t2v_sft", argv), load_transformer(tiny("5b"), torch.float32)
+        shape = 1, 8, 4, 32
+        engine = build_sft_engine_from_args(args, None, transformer, shape, request.param, torch.bfloat16, CPU)
+        optimizer = make_optimizer_from_args(args, engine.params, 0.1)
+        state = TrainingState(engine, optimizer, make_lr_scheduler_from_args(args, optimizer, 10))
+        if value is not None:
+            fill(state, value)
+        return state
+
+    return make
+
+
+def fill(state, value):
+    """Weights, their copies, the average and the optimizer's states made from one number; a schedule at that step."""
+    engine = state.engine
+    for param in engine.params:
+        param.grad = torch.full_like(param, value)
+    state.optimizer.step()
+    for index, param in enumerate(engine.params):
+        param.data.fill_(value + index / 256)
+        engine.ema.shadow_params[index].fill_(value / 3)
+    engine.ema.optimization_step = value
+    if engine.masters:
+        engine.masters.write_to_model()
+    state.lr_scheduler.step()
+
+
+def content_of(state):
+    """All that a checkpoint holds, and the model that computes."""
+    engine, (tensors, rest) = state.engine, split_tensors(state.optimizer.state_dict())
+    lists = {"params": engine.params, "average": engine.ema.shadow_params, "model": engine.transformer.parameters()}
+    tensors |= {f"{name} {index}": tensor for name, found in lists.items() for index, tensor in enumerate(found)}
+    numbers = engine.ema.optimization_step, state.lr_scheduler.state_dict(), rest
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}, json.loads(json.dumps(numbers))
+
+
+def assert_same(ours, theirs):
+    assert ours[1] == theirs[1] and ours[0].keys() == theirs[0].keys()
+    assert [name for name in ours[0] if not torch.equal(ours[0][name], theirs[0][name])] == []
+
+
+def flip(path, place):
+    """Change a letter of the header's first name, or a byte of the first or of the last tensor."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[{"header": 12, "first": start, "last": -1}[place]] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_checkpoint_is_loaded_bit_for_bit(place, make_state, tmp_path):
+    state = make_state(place, 2)
+    path = write_checkpoint(tmp_path, 2, state, {})
+    for other in (make_state(place), make_state(place, 5)):
+        assert checkpoints.load(path, other, {}) == 2
+        assert_same(content_of(other), content_of(state))
+
+
+@pytest.mark.parametrize("place", ["header", "first", "last"])
+@pytest.mark.parametrize("name", ["masters", "ema", "optimizer", "transformer/diffusion_pytorch_model"])
+def test_nothing_of_a_checkpoint_that_turns_out_damaged_is_trained_from(name, place, make_state, tmp_path, caplog):
+    args, run = Namespace(output_dir=str(tmp_path), resume_from_checkpoint=None), run_in(tmp_path)
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, make_state("device", step), {})
+    flip(tmp_path / f"checkpoint-2/{name}.safetensors", place)
+    state = make_state("device")
+    assert checkpoints.resume(args, run, checkpoints.find(args, run, 9, {}), state, {}) == 1
+    assert f"checkpoint-2 cannot be used: {name}.safetensors was changed" in caplog.text
+    expected = make_state("device")
+    checkpoints.load(tmp_path / "checkpoint-1", expected, {})
+    assert_same(content_of(state), content_of(expected))
+
+    args = Namespace(output_dir=str(tmp_path), resume_from_checkpoint="2")
+    with pytest.raises(UsageError, match=f"--resume_from_checkpoint 2: {name}.safetensors was changed"):
+        checkpoints.resume(args, run, checkpoints.find(args, run, 9, {}), state, {})
 
 
 # ---------------------------------------------------------------- does it fit?

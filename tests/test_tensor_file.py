@@ -1,28 +1,44 @@
 """Files of tensors: the library's bytes, one tensor at a time, the hash for nothing; whole or not there when killed."""
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
 import shutil
 import time
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save as library_bytes
+from safetensors.torch import save_file
 
 from base import files, tensor_file
-from base.files import clean_up, find_damage, remove_unfinished, write_json, write_shared, written_folder
-from base.tensor_file import CODES, save_tensors
+from base.files import (
+    DamagedFile,
+    clean_up,
+    find_damage,
+    read_manifest,
+    remove_unfinished,
+    verified_folder,
+    write_json,
+    write_manifest,
+    write_shared,
+    written_folder,
+)
+from base.tensor_file import CODES, open_header, read_tensors, save_tensors
 from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
 from cogvideox.loading import load_transformer
 from data.artifacts import write_tensors as write_prepared
 from engine import sft
 from engine.lora import save_lora
-from engine.sft import save_transformer, save_weights
+from engine.sft import check_saved_transformer, load_weights, save_transformer, save_weights
 from run import curves
+from run.checkpoints import refuse_bad_numbers
 from run.export import merge_lora
 from run.output_dir import open_output_dir
 from test_atomic_save import KILLED, MAIN, count_operations, flags, in_child, kill_at
@@ -102,6 +118,126 @@ def test_nothing_is_hashed_where_nobody_asks(tmp_path, monkeypatch):
         save_tensors(folder / "a.safetensors", {"x": torch.ones(3)})
 
 
+# ---------------------------------------------------------------- read, and hashed as it is read
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """(a file of all dtypes, its SHA-256), read in chunks of 8 bytes."""
+    monkeypatch.setattr(tensor_file, "CHUNK_BYTES", 8)
+    save_tensors(tmp_path / "a.safetensors", of_all_dtypes(), {"key": "value"})
+    return tmp_path / "a.safetensors", hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("is_hashed", [False, True])
+@pytest.mark.parametrize("writer", [save_tensors, save_file], ids=["ours", "the library"])
+def test_what_was_written_is_read_in_the_order_of_the_file(writer, is_hashed, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_file, "CHUNK_BYTES", 8)
+    path, tensors = tmp_path / "a.safetensors", of_all_dtypes()
+    tensors["turned"] = tensors["turned"].contiguous()
+    tensors |= {f"again {name}": tensor.clone() for name, tensor in tensors.items()}
+    writer(tensors, path) if writer is save_file else writer(path, tensors, {"format": "pt"})
+    found = dict(read_tensors(path, hashlib.sha256(path.read_bytes()).hexdigest() if is_hashed else None))
+    assert list(found) == list(open_header(path)[0]) and found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert bytes(tensor_file.bytes_of(found[name])) == bytes(tensor_file.bytes_of(tensor)), name
+    assert open_header(path)[1] == ({} if writer is save_file else {"format": "pt"})
+
+
+def test_every_changed_byte_is_found(file):
+    """Each byte in turn, and bytes that came or went: of the header, of a tensor, at the end."""
+    path, digest = file
+    whole = path.read_bytes()
+    assert dict(read_tensors(path, digest)).keys() == of_all_dtypes().keys()
+    changes = [whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :] for place in range(0, len(whole), 3)]
+    for data in (*changes, whole + b"\0", whole[:-1], b"", whole[:5]):
+        path.write_bytes(data)
+        with pytest.raises(DamagedFile, match=r"a\.safetensors"):
+            dict(read_tensors(path, digest))
+
+
+def header_of(text):
+    return len(text).to_bytes(8, "little") + text
+
+
+BAD_HEADERS = {
+    "no JSON": header_of(b"{" * 8),
+    "a list": header_of(b"[]"),
+    "longer than the file": (2**40).to_bytes(8, "little") + b"{}",
+    "no dtype": header_of(b'{"a": {"shape": [], "data_offsets": [0, 0]}}'),
+    "an unknown dtype": header_of(b'{"a": {"dtype": "F1", "shape": [0], "data_offsets": [0, 0]}}'),
+    "a shape of more": header_of(b'{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4]}}') + b"1234",
+    "a negative shape": header_of(b'{"a": {"dtype": "I8", "shape": [-2, -2], "data_offsets": [0, 4]}}') + b"1234",
+    "a gap": header_of(b'{"a": {"dtype": "I8", "shape": [2], "data_offsets": [2, 4]}}') + b"1234",
+    "more behind": header_of(b'{"a": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}}') + b"1234",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_HEADERS)
+def test_a_header_that_does_not_fit_the_file_is_refused_without_a_hash_too(kind, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(BAD_HEADERS[kind])
+    with pytest.raises(DamagedFile, match=r"a\.safetensors has no valid safetensors header"):
+        next(read_tensors(path))
+
+
+def is_tensors(name):
+    return name.endswith(".safetensors")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    with written_folder(tmp_path / "checkpoint") as folder:
+        for name in "ab":
+            save_tensors(folder / f"{name}.safetensors", {"x": torch.arange(1000), "y": torch.ones(3)})
+        write_json(folder / "state.json", {})
+    return tmp_path / "checkpoint"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_loaded_is_read_once(checkpoint, monkeypatch):
+    reads, file_hash = [], files.file_hash
+    monkeypatch.setattr(files, "file_hash", lambda path, *more: reads.append(path.name) or file_hash(path, *more))
+    assert find_damage(checkpoint, is_tensors) is None
+    assert reads == ["state.json"]
+    with verified_folder(checkpoint, is_tensors):
+        dict(read_tensors(checkpoint / "a.safetensors"))
+    assert reads == ["state.json", "b.safetensors"] and not files.unverified  # b: read by nobody
+
+
+@pytest.mark.parametrize("reader", [read_tensors, lambda path: [next(read_tensors(path))], lambda path: []])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_changed_file_is_found_however_much_of_it_is_read(name, reader, checkpoint):
+    flip(checkpoint / f"{name}.safetensors")
+    assert find_damage(checkpoint, is_tensors) is None  # it is left for later
+    with (
+        pytest.raises(DamagedFile, match=rf"^{name}\.safetensors was changed"),
+        verified_folder(checkpoint, is_tensors),
+    ):
+        for path in ("a", "b"):
+            list(reader(checkpoint / f"{path}.safetensors"))
+    assert not files.unverified
+
+
+def test_an_error_from_a_changed_file_is_its_damage_and_any_other_is_itself(checkpoint):
+    with pytest.raises(KeyError), verified_folder(checkpoint, is_tensors):
+        dict(read_tensors(checkpoint / "a.safetensors"))["z"]
+    path = checkpoint / "b.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"y"', b'"z"'))
+    with pytest.raises(DamagedFile, match=r"^b\.safetensors was changed"), verified_folder(checkpoint, is_tensors):
+        dict(read_tensors(path))["y"]
+    write_manifest(checkpoint)  # by whom it is as meant: then it is no damage
+    with pytest.raises(KeyError), verified_folder(checkpoint, is_tensors):
+        dict(read_tensors(path))["y"]
+    assert read_manifest(checkpoint).keys() == {"a.safetensors", "b.safetensors", "manifest.json", "state.json"}
+
+
 # ---------------------------------------------------------------- the model's files
 
 
@@ -142,6 +278,74 @@ def test_one_weight_at_a_time_is_copied(transformer, tmp_path, monkeypatch):
     weights = dict(transformer.named_parameters())
     save_transformer(transformer, weights, torch.bfloat16, tmp_path, {})
     assert len(made) == len(weights)
+
+
+class MadeOnAccess(Mapping):
+    """Weights that exist while they are used: none twice, never two at once."""
+
+    def __init__(self, model):
+        self.params, self.asked, self.alive = dict(model.named_parameters()), [], []
+
+    def __getitem__(self, name):
+        assert all(earlier() is None for earlier in self.alive), f"{self.asked[-1]} is kept"
+        self.asked.append(name)
+        made = self.params[name].detach() * 1.01
+        self.alive.append(weakref.ref(made))
+        return made
+
+    def __iter__(self):
+        return iter(self.params)
+
+    def __len__(self):
+        return len(self.params)
+
+    def was_made_once(self):
+        asked, self.asked = self.asked, []
+        return sorted(asked) == sorted(self.params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_made_on_access_are_made_once_and_one_at_a_time(dtype, transformer, tmp_path):
+    weights = MadeOnAccess(transformer)
+    gc.disable()  # what only the collector frees is kept
+    try:
+        refuse_bad_numbers(weights.values())
+        assert weights.was_made_once()
+        with written_folder(tmp_path / "checkpoint") as folder:  # hashed in a thread
+            save_transformer(transformer, weights, dtype, folder, {})
+            assert weights.was_made_once()
+            check_saved_transformer(transformer, weights, dtype, folder)
+            assert weights.was_made_once()
+            save_weights(transformer, weights, folder / "masters.safetensors")
+            assert weights.was_made_once()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("is_hashed", [False, True])
+def test_loading_holds_one_tensor_at_a_time(is_hashed, transformer, tmp_path, monkeypatch):
+    alive, read_tensor = [], tensor_file.read_tensor
+
+    def seen(*arguments):
+        assert all(earlier() is None for earlier in alive)
+        tensor = read_tensor(*arguments)
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    monkeypatch.setattr(tensor_file, "read_tensor", seen)
+    weights = dict(transformer.named_parameters())
+    with written_folder(tmp_path / "checkpoint") as folder:
+        save_weights(transformer, weights, folder / "masters.safetensors")
+        save_transformer(transformer, weights, torch.bfloat16, folder, {})
+    path, loaded = tmp_path / "checkpoint/masters.safetensors", []
+    gc.disable()
+    try:
+        with verified_folder(path.parent, is_tensors) if is_hashed else contextlib.nullcontext():
+            load_weights(transformer, lambda name, tensor: loaded.append(name), path)
+        check_saved_transformer(transformer, weights, torch.bfloat16, path.parent)
+    finally:
+        gc.enable()
+    assert sorted(loaded) == sorted(weights) and len(alive) == 2 * len(weights)
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

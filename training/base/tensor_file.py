@@ -11,7 +11,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -38,17 +38,22 @@ class Hasher:
     """SHA-256 of pieces, each hashed in a thread of `pool` while the caller goes on; it must not change meanwhile."""
 
     def __init__(self, pool: ThreadPoolExecutor):
-        self.pool, self.sha256, self.last = pool, hashlib.sha256(), None
+        self.pool, self.sha256 = pool, hashlib.sha256()
+        self.piece, self.last = None, None  # being hashed
 
     def update(self, piece) -> None:
         self.wait()
-        self.last: Future | None = self.pool.submit(self.sha256.update, piece)
+        self.piece = piece
+        self.last = self.pool.submit(self.hash_piece)
+
+    def hash_piece(self) -> None:
+        self.sha256.update(self.piece)
+        self.piece = None  # its memory is free as soon as `wait` returns
 
     def wait(self) -> None:
-        """Until all pieces are hashed; none is kept alive any longer."""
+        """Until all pieces are hashed."""
         if self.last:
             self.last.result()
-        self.last = None
 
     def hexdigest(self) -> str:
         self.wait()
