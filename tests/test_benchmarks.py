@@ -602,21 +602,32 @@ def test_levels_are_proven_by_their_hashes(work, monkeypatch, capsys):
 
 
 @pytest.mark.slow  # each run is a process of its own, as it is proven
-@pytest.mark.parametrize("accumulation", ["1", "2"])
-def test_levels_of_full_fine_tuning_are_proven_by_the_hashes_of_fp32_weights(accumulation, work, monkeypatch):
+def test_levels_of_full_fine_tuning_are_proven_by_the_hashes_of_fp32_weights(work, monkeypatch):
     monkeypatch.setattr(same_files, "card_name", lambda: "cpu")
     width = json.loads((work / "models/tiny/transformer/config.json").read_text())["text_embed_dim"]
     write_dataset(work / "data/9+5x64x96", num_clips=4, frames=[9, 5], height=64, width=96, text_shape=(226, width))
-    argv = ["same_files.py", "tiny", "--sft", "--accumulation", accumulation, "--times", "1", "--steps", "2"]
-    argv += ["--frames", "9", "5", "--attention", "math", "--work", str(work), "--csv", str(work / "same.csv")]
-    monkeypatch.setattr("sys.argv", argv)
+    argv = ["same_files.py", "tiny", "--sft", "--accumulation", "1", "--levels", "balanced", "offload", "--times", "1"]
+    argv += ["--steps", "2", "--frames", "9", "5", "--attention", "math"]
+    monkeypatch.setattr("sys.argv", [*argv, "--work", str(work), "--csv", str(work / "same.csv")])
     assert same_files.main() == 0
     rows = same_files.read_rows(work / "same.csv")
-    added = "+accum1+sft" if accumulation == "1" else "+sft"
-    assert [row["level"] for row in rows] == [level + added for level in same_files.SFT_LEVELS]
+    assert [row["level"] for row in rows] == ["balanced+accum1+sft", "offload+accum1+sft"]
     assert len({row["sha256"] for row in rows}) == 1
     assert all("--save_dtype fp32" in row["command"] for row in rows)
-    assert ["--use_cpu_offload_optimizer" in row["command"] for row in rows] == [False, True, False]
+
+
+def test_full_fine_tuning_is_compared_wherever_its_states_are():
+    args = same_files.parse_args(["2b", "--sft"])
+    runs = same_files.runs_of(args)
+    assert len(runs) == 9 and [run["level"] for run in runs[:3]] == [
+        "balanced+sft",
+        "balanced+hostadam+sft",
+        "offload+sft",
+    ]
+    commands = [same_files.command_of(run, args, "out") for run in runs[:3]]
+    assert ["--use_cpu_offload_optimizer" in command for command in commands] == [False, True, False]
+    assert [command[command.index("--memory") + 1] for command in commands] == ["balanced", "balanced", "offload"]
+    assert all("--rank" not in command for command in commands)
 
 
 class FakeCuda:
