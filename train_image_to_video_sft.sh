@@ -6,10 +6,9 @@
 #   DATA_ROOT=clips-prepared LEARNING_RATES="1e-5 5e-6" DRY_RUN=1 ./train_image_to_video_sft.sh
 #
 # Data must be prepared with IMAGE_LATENTS=true. Hardware: all released image-to-video models have 5 billion weights.
-# Their fp32 weights, gradients, Adam states and the bf16 copy take 93 GiB of GPU memory, plus activations: too much for
-# an 80 GB GPU, where the script exits with one line. With --use_cpu_offload_optimizer --offload_gradients they train in
-# 18.3 GiB of GPU and 99 GiB of host memory, at 7.4 s per step on an H100, at 49x480x720 and batch 1. A checkpoint takes
-# 73 GiB of disk, the result 10.4 GiB.
+# At 49x480x720 and batch 1 they take about 74 GiB of GPU memory: with less free, the script exits with one line.
+# MEMORY=offload keeps optimizer states, gradients and activations in host memory: about 15 GiB of GPU and 75 GiB of
+# host memory are enough. MEMORY=plan estimates it for your data. A checkpoint takes 73 GiB of disk, the result 10.4 GiB.
 #
 # Set the settings below in the environment or here. Arguments of this script are appended to every training command
 # and override its flags: --use_8bit, --push_to_hub, --checkpoints_total_limit 2.
@@ -43,8 +42,8 @@ OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # each run gets its own folder in it
 ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the same as for prepare_dataset.sh
 
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"                 # "no" on a CPU
-# speed, balanced, auto (the faster that fits) or plan (print what each takes); empty: gradient checkpointing only, the
-# least memory
+# auto: the fastest of speed, balanced and offload that fits; plan: print what each takes; empty: gradient checkpointing
+# only
 MEMORY="${MEMORY-}"
 LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
 TEXT_DROPOUT="${TEXT_DROPOUT:-0.1}"

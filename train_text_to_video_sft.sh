@@ -8,11 +8,9 @@
 #
 # Prepared data belongs to one model: use a different folder for another MODEL.
 #
-# Hardware: fp32 weights, gradients, Adam states and the bf16 copy take 28 GiB of GPU memory for CogVideoX-2b, plus
-# activations. For a 5b model they take 93 GiB: with less free, the script exits with one line.
-# --use_cpu_offload_optimizer --offload_gradients keeps most of it in host memory: with prepared data of 49x480x720 at
-# batch 1, 2b then trains in 10.4 GiB of GPU and 35 GiB of host memory, 5b in 18.5 and 99 GiB, at 8 s per step on an
-# H100.
+# Hardware: with prepared data of 49x480x720 at batch 1, CogVideoX-2b takes about 24 GiB of GPU memory, a 5b model 74: with
+# less free, the script exits with one line. MEMORY=offload keeps optimizer states, gradients and activations in host
+# memory: 2b then takes about 6 GiB of GPU and 27 of host memory, 5b 15 and 75. MEMORY=plan estimates it for your data.
 # A checkpoint of CogVideoX-2b takes 22 GiB of disk, the result 3.2 GiB.
 #
 # Set the settings below in the environment or here. Arguments of this script are appended to every training command
@@ -47,8 +45,8 @@ OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # each run gets its own folder in it
 ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the same as for prepare_dataset.sh
 
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"  # "no" on a CPU
-# speed, balanced, auto (the faster that fits) or plan (print what each takes); empty: gradient checkpointing only, the
-# least memory
+# auto: the fastest of speed, balanced and offload that fits; plan: print what each takes; empty: gradient checkpointing
+# only
 MEMORY="${MEMORY-}"
 LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
 TEXT_DROPOUT="${TEXT_DROPOUT:-0.1}"

@@ -55,17 +55,20 @@ MEANINGS = {
     "Peak learning rate.": "学习率的最大值。",
     "What is kept for the backward pass: auto is the fastest level that fits, plan prints what each needs, see "
     "assets/training.md. speed keeps all of it on the GPU; balanced recomputes blocks but keeps the attention's output; "
-    "offload is balanced with that in host memory; stream has the frozen weights there too. offload and stream are for "
-    "LoRA. One of":
+    "offload is balanced with that in host memory, in full fine-tuning the optimizer states and gradients too; stream, "
+    "for LoRA only, has the frozen weights there. One of":
         "为反向传播保留什么：auto 选放得下的最快级别，plan 打印各级别的用量，见 assets/training_zh.md。speed 全部留在 GPU "
-        "上；balanced 重算各个块，但保留注意力的输出；offload 同 balanced，只是放在主机内存；stream 把冻结权重也放在那里。"
-        "offload 和 stream 用于 LoRA。可取",
+        "上；balanced 重算各个块，但保留注意力的输出；offload 同 balanced，只是放在主机内存，全量微调时优化器状态和梯度也在那里；"
+        "stream 仅用于 LoRA，把冻结权重也放在那里。可取",
     "Prompts to render before, during and after training, with ::: between them. They are rendered at every validation "
     "as well as before the first step and after the last.":
         "训练之前、之中和之后用来渲染视频的提示词，多条用 ::: 隔开。第一步之前、每次验证时和最后一步之后都渲染。",
     "Rank of the LoRA. Its size grows with it.": "LoRA 的秩；秩越大，文件越大。",
-    "fp32 weights and optimizer in host memory: far less GPU memory, slower steps. The optimizer steps there.":
-        "fp32 权重和优化器放在主机内存，更新也在那里计算：显存少得多，每步更慢。",
+    "Optimizer in host memory: far less GPU memory, slower steps. Full fine-tuning with adam or adamw in bf16 on one GPU "
+    "updates its weights on the GPU, block by block, as at `--memory` offload. Otherwise fp32 weights are there too, and "
+    "the CPU updates them.":
+        "优化器放在主机内存：显存少得多，每步更慢。在一张 GPU 上以 bf16 和 adam 或 adamw 全量微调时，权重在 GPU 上逐块更新，与 "
+        "`--memory` offload 相同；其他情况下 fp32 权重也放在那里，由 CPU 更新。",
 }  # fmt: skip
 
 

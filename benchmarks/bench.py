@@ -2,7 +2,7 @@
 """Benchmark training runs, one CSV row per run: time, memory, model FLOP utilization, versions, GPU.
 
     python benchmarks/bench.py 5b-reference 5b-balanced 5b-balanced+fp8@fa4 2b-speed+batch4
-    python benchmarks/bench.py 5b-stream+validated+cap5.5
+    python benchmarks/bench.py 5b-stream+validated+cap5.5 5b-offload+sft+accum4+cap15.5
 
 A row is MODEL-LEVEL plus additions, see the tables at the top of this file. Each runs in its own process under
 step_time.py, on a model of the real size with random weights and random prepared data, made once in the work folder.
@@ -46,7 +46,8 @@ ADDITIONS = {
     "+eager": "--no_compile_blocks",
     "+8bit": "--use_8bit",
     "+hostadam": "--use_cpu_offload_optimizer --offload_gradients",
-    "+validated": "--num_inference_steps 2 --enable_slicing --enable_tiling",  # and a prompt: validate() below
+    "+validated": "--num_inference_steps 2 --enable_slicing",  # and a prompt, in script_flags() below
+    "+tiled": "--enable_tiling",  # the VAE's tiles instead of whole frames
     "+xxl": "",  # full-size T5 instead of a tiny one: 9 GiB on disk; matters with +validated
     "+sft": "",  # full fine-tuning instead of a LoRA
     "@cudnn": "--attention cudnn",
@@ -54,7 +55,8 @@ ADDITIONS = {
     "@fa4": "--attention fa4",
     "@math": "--attention math",
 }
-COUNTS = {"+batch": 1, "+rank": 64, "+cap": None}  # with defaults; +cap5.5: torch may reserve 5.5 GiB on the GPU
+# With defaults; +accum4: micro-steps per update; +cap5.5: torch may reserve 5.5 GiB on the GPU
+COUNTS = {"+batch": 1, "+rank": 64, "+accum": 1, "+cap": None}
 PROMPT = "A red ball rolls over the grass."
 NUM_CLIPS = 8
 
@@ -66,6 +68,7 @@ class Row(NamedTuple):
     additions: tuple[str, ...]
     batch: int
     rank: int
+    accumulation: int
     cap: float | None  # GiB
 
     @property
@@ -99,8 +102,10 @@ def parse_row(label):
             raise ValueError(
                 f"{label}: {addition} is none of {', '.join([*ADDITIONS, *(f'{key}N' for key in COUNTS)])}"
             )
-    if level == "reference" and "+sft" in additions:
-        raise ValueError(f"{label}: the reference trains a LoRA")
+    if level == "reference" and ("+sft" in additions or counts["+accum"] > 1):
+        raise ValueError(f"{label}: the reference trains a LoRA, one batch per update")
+    if level == "stream" and "+sft" in additions:
+        raise ValueError(f"{label}: full fine-tuning has no level stream")
     additions = tuple(sorted(additions))
     return Row(head + "".join(additions), model, level, additions, *counts.values())
 
@@ -133,6 +138,7 @@ def script_flags(row, steps):
     if row.level == "reference":
         return [*flags, *size_flags(row), *added]
     flags += ["--data_root", data_folder(row), "--load_tensors", "--mixed_precision", "bf16", "--optimizer", "adamw"]
+    flags += ["--gradient_accumulation_steps", str(row.accumulation)] if row.accumulation > 1 else []
     flags += ["--learning_rate", "1e-5" if row.is_sft else "1e-4", "--lr_warmup_steps", "0", "--allow_tf32"]
     flags += ["--dataloader_num_workers", "2", "--checkpointing_steps", "100000", "--output_dir", f"runs/{row.label}"]
     if row.is_validated:
@@ -191,7 +197,7 @@ def measure(row, args, card):
     log_path.unlink(missing_ok=True)
     shutil.rmtree(work / "runs" / row.label, ignore_errors=True)
     config = make_inputs(row, work, log_path, card)
-    tflop = step_flops(config, MODELS[row.model], row.batch, not row.is_sft) / 1e12
+    tflop = row.accumulation * step_flops(config, MODELS[row.model], row.batch, not row.is_sft) / 1e12
     command = [sys.executable, ROOT / "benchmarks/step_time.py", "--warmup", args.warmup, "--label", row.label]
     command += ["--model_tflop", tflop] + (["--memory_cap", row.cap] if row.cap else [])
     run_logged([*command, "--", script_of(row), *script_flags(row, args.steps)], log_path, cwd=work)

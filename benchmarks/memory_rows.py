@@ -6,9 +6,13 @@
     python benchmarks/memory_rows.py benchmarks/optimizers.csv --model models/2b --data data/random --label 2b
     python benchmarks/memory_rows.py benchmarks/lora_memory.csv --model models/2b --data data/random --label 2b --original
 
+    python benchmarks/memory_rows.py benchmarks/optimizers.csv --model models/5b --data data/random --label 5b --original \
+        --tasks sft
+
 Each row is an optimizer, with the loss on fixed noise and timesteps before and after. With --original, rows are the
 LoRAs of original_memory.csv (the original's published figures for one GPU), with the same optimizer, batch size and
-rank. What the original trained with checkpointing runs at --level, what it trained without runs at --memory speed.
+rank. What the original trained with checkpointing runs at --level, what it trained without runs at --memory speed. With
+--tasks sft they are those of its full fine-tuning: what had its states in host memory at offload, else at balanced.
 
 Each run trains, validates halfway (after at least two updates, since optimizer states are allocated at the first), and
 tests at the end, with 2 denoising steps: the peak does not depend on their number. The text encoder may be tiny, since
@@ -88,11 +92,11 @@ def optimizer_rows(args):
     ]
 
 
-def read_originals(model):
-    """The original's rows for LoRA on one GPU."""
+def read_originals(model, task="lora"):
+    """The original's rows for one GPU, without DeepSpeed's."""
     with open(ORIGINAL_ROWS, newline="") as file:
         rows = list(csv.DictReader(file))
-    kept = [row for row in rows if row["method"] == "lora" and row["optimizer"] in ORIGINAL_OPTIMIZERS]
+    kept = [row for row in rows if row["method"] == task and row["optimizer"] in ORIGINAL_OPTIMIZERS]
     return [row for row in kept if row["model"] == f"CogVideoX-{model}"]
 
 
@@ -100,30 +104,39 @@ def name_of(original):
     """The label of our counterpart to an original row, without the level."""
     optimizer = ORIGINAL_OPTIMIZERS[original["optimizer"]]
     model = original["model"].removeprefix("CogVideoX-")
-    return f"{model} lora {optimizer} batch {original['batch']} rank {original['lora_rank']}"
+    rank = f" rank {original['lora_rank']}" if original["method"] == "lora" else ""
+    return f"{model} {original['method']} {optimizer} batch {original['batch']}{rank}"
+
+
+def levels_of(original):
+    """The levels that our counterpart may have run at."""
+    if original["method"] == "sft":
+        return ("offload",) if ORIGINAL_OPTIMIZERS[original["optimizer"]] == "offload-gradients" else ("balanced",)
+    return LEVELS if original["gradient_checkpointing"] == "True" else ("speed",)
 
 
 def original_rows(args):
     return [
-        original_row(original, args.level if original["gradient_checkpointing"] == "True" else "speed")
-        for original in read_originals(args.label)
+        original_row(original, args.level if args.level in levels_of(original) else levels_of(original)[0])
+        for task in args.tasks
+        for original in read_originals(args.label, task)
         if ORIGINAL_OPTIMIZERS[original["optimizer"]] in args.optimizers
     ]
 
 
 def original_row(original, level):
-    rank = original["lora_rank"]
-    flags = ["--memory", level, "--train_batch_size", original["batch"], "--rank", rank, "--lora_alpha", rank]
+    flags = ["--memory", level, "--train_batch_size", original["batch"]]
+    if original["method"] == "lora":
+        flags += ["--rank", original["lora_rank"], "--lora_alpha", original["lora_rank"]]
     flags.append("--no_first_validation")  # as the original
-    return Row(f"{name_of(original)} {level}", "lora", ORIGINAL_OPTIMIZERS[original["optimizer"]], flags)
+    return Row(f"{name_of(original)} {level}", original["method"], ORIGINAL_OPTIMIZERS[original["optimizer"]], flags)
 
 
-def side_by_side(model, rows):
+def side_by_side(model, rows, task="lora"):
     """(the original's row, ours) for rows that both have; ours is the last in the file, at any level."""
     pairs = []
-    for original in read_originals(model):
-        levels = LEVELS if original["gradient_checkpointing"] == "True" else ("speed",)
-        labels = [f"{name_of(original)} {level}" for level in levels]
+    for original in read_originals(model, task):
+        labels = [f"{name_of(original)} {level}" for level in levels_of(original)]
         ours = [row for row in rows if row["label"] in labels]
         pairs += [(original, ours[-1])] if ours else []
     return pairs
@@ -224,12 +237,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--level", choices=LEVELS, default="stream", help="--memory beside the original's checkpointing"
     )
-    parser.add_argument("--tasks", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    parser.add_argument("--tasks", nargs="+", choices=SCRIPTS, help="default: both, with --original lora")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--steps", type=int, default=10, help="updates, at least 3 (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once on one GPU: memory is measured, time is not")
     parser.add_argument("--work", type=Path, default=Path("outputs/memory_rows"), help="folder of the runs")
     args = parser.parse_args(argv)
+    args.tasks = args.tasks or (["lora"] if args.original else list(SCRIPTS))
     if args.steps < 3:
         parser.error("--steps: at least 3, validation is in the middle")
     if args.original and not read_originals(args.label):

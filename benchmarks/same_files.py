@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Train a LoRA several times at several memory levels and check that the files are byte-identical.
+"""Train a LoRA, or every weight, several times at several memory levels and check that the files are byte-identical.
 
     python benchmarks/same_files.py 2b 5b --jobs 3
+    python benchmarks/same_files.py 2b --sft --accumulation 1
 
 Hashes detect an asynchronous copy that is occasionally late; a similarity measure would not. Models have the real size
-and random weights; clips of two lengths alternate, two per update, with torch's deterministic algorithms. Runs already
-in the CSV are skipped, so several calls can fill it. The exit code is 1 unless every model has a single hash.
+and random weights; clips of two lengths alternate, by default two per update, with torch's deterministic algorithms. With --sft the
+fp32 weights are compared: all on the GPU (balanced), with optimizer states and gradients in host memory (+hostadam), and
+with activations there too (offload). Runs already in the CSV are skipped, so several calls can fill it. The exit code
+is 1 unless every model has a single hash.
 """
 
 import csv
@@ -20,17 +23,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
-from bench import MODELS, RowError, card_name, make_once, parse_row, run_logged, script_of
+from bench import ADDITIONS, MODELS, RowError, card_name, make_once, parse_row, run_logged, script_of
 from step_time import ROOT, append_row, check_csv, command_line, package_versions
 
 
 LEVELS = ("balanced", "offload", "stream")
+SFT_LEVELS = ("balanced", "balanced+hostadam", "offload")
 FIELDS = ["model", "level", "attention", "steps", "frames", "run", "sha256", "card", *package_versions(), "command"]
 
 
 def runs_of(args):
     """The CSV's identifying columns of each run; levels alternate, so that an unfinished file is useful too."""
-    kinds = itertools.product(args.models, range(1, args.times + 1), args.levels)
+    added = ("" if args.accumulation == 2 else f"+accum{args.accumulation}") + ("+sft" if args.sft else "")
+    kinds = itertools.product(args.models, range(1, args.times + 1), [level + added for level in args.levels])
     fixed = {"attention": args.attention, "steps": str(args.steps), "frames": "+".join(map(str, args.frames))}
     return [{"model": model, "level": level, **fixed, "run": str(number)} for model, number, level in kinds]
 
@@ -43,10 +48,13 @@ def command_of(run, args, output_dir):
     row = parse_row(f"{run['model']}-{run['level']}")
     command = [sys.executable, ROOT / "benchmarks/step_time.py", "--deterministic", "--", script_of(row)]
     command += ["--pretrained_model_name_or_path", f"models/{row.model}", "--data_root", data_folder(row.model, args)]
-    command += ["--load_tensors", "--output_dir", output_dir, "--memory", run["level"], "--attention", args.attention]
-    command += ["--rank", 64, "--lora_alpha", 64, "--train_batch_size", 1, "--gradient_accumulation_steps", 2]
+    command += ["--load_tensors", "--output_dir", output_dir, "--memory", row.level, "--attention", args.attention]
+    command += ["--save_dtype", "fp32"] if row.is_sft else ["--rank", 64, "--lora_alpha", 64]
+    command += ["--train_batch_size", 1, "--gradient_accumulation_steps", args.accumulation]
     command += ["--max_train_steps", args.steps, "--mixed_precision", "bf16", "--optimizer", "adamw", "--seed", 42]
-    command += ["--learning_rate", "1e-4", "--lr_warmup_steps", 0, "--checkpointing_steps", 100000]
+    command += ["--learning_rate", "1e-5" if row.is_sft else "1e-4", "--lr_warmup_steps", 0]
+    command += ["--checkpointing_steps", 100000]
+    command += [flag for name in row.additions for flag in ADDITIONS.get(name, "").split()]
     return [str(word) for word in command]
 
 
@@ -70,10 +78,20 @@ def train(run, args, card):
     log_path.unlink(missing_ok=True)
     command = command_of(run, args, f"runs/{name}")
     run_logged(command, log_path, cwd=args.work)
-    digest = hashlib.sha256((output_dir / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
+    digest = digest_of(output_dir)
     typed = command_line(["python", *command[1:]])
     append_row(args.csv, run | {"sha256": digest, "card": card, **package_versions(), "command": typed}, FIELDS)
     shutil.rmtree(output_dir)
+
+
+def digest_of(output_dir):
+    """The SHA-256 of the result's weights: a LoRA's file, or the transformer's, one after the other."""
+    digest = hashlib.sha256()
+    for path in sorted([*output_dir.glob("*.safetensors"), *output_dir.glob("transformer/*.safetensors")]):
+        with open(path, "rb") as file:
+            while piece := file.read(2**24):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_rows(path):
@@ -87,12 +105,13 @@ def report(rows, wanted):
     """Print the hashes per level; returns the models with several hashes or missing runs."""
     rows = [row for row in rows if key_of(row) in wanted]
     bad = []
-    print(f"{'model':11} {'level':9} runs  sha256")
+    width = max(len(key[1]) for key in wanted)
+    print(f"{'model':11} {'level':{width}} runs  sha256")
     for model in dict.fromkeys(key[0] for key in wanted):
         ours = [row for row in rows if row["model"] == model]
         for level in dict.fromkeys(key[1] for key in wanted):
             hashes = [row["sha256"][:16] for row in ours if row["level"] == level]
-            print(f"{model:11} {level:9} {len(hashes):4}  {' '.join(dict.fromkeys(hashes))}")
+            print(f"{model:11} {level:{width}} {len(hashes):4}  {' '.join(dict.fromkeys(hashes))}")
         is_whole = len(ours) == sum(key[0] == model for key in wanted)
         if len({row["sha256"] for row in ours}) != 1 or not is_whole:
             bad.append(model)
@@ -102,7 +121,9 @@ def report(rows, wanted):
 def parse_args(argv=None):
     parser = console.Parser(description=__doc__)
     parser.add_argument("models", nargs="+", choices=MODELS, metavar="MODEL", help="such as 5b")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="of --memory")
+    parser.add_argument("--sft", action="store_true", help="full fine-tuning instead of a LoRA")
+    parser.add_argument("--levels", nargs="+", choices=[*LEVELS, SFT_LEVELS[1]], help="of --memory (default: all)")
+    parser.add_argument("--accumulation", type=int, default=2, help="clips per update (default: %(default)s)")
     parser.add_argument("--times", type=int, default=3, help="runs at each level (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="updates of a run (default: %(default)s)")
     parser.add_argument("--frames", type=int, nargs=2, default=(49, 25), help="of the clips (default: 49 25)")
@@ -110,7 +131,9 @@ def parse_args(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="runs at once on the GPU")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/same_files.csv", help="file to go on with")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/bench", help="folder of models, data and logs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.levels = args.levels or (SFT_LEVELS if args.sft else LEVELS)
+    return args
 
 
 def main():

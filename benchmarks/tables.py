@@ -62,7 +62,7 @@ def level_of(row):
     """The level and its additions as text, except those that have their own column."""
     shown_elsewhere = r"@|\+cap|\+validated|\+xxl" if row.cap else "@"
     added = [name.lstrip("+") for name in row.additions if not re.match(shown_elsewhere, name)]
-    return ", ".join([row.level, *(re.sub(r"^(batch|rank)", r"\1 ", name) for name in added)])
+    return ", ".join([row.level, *(re.sub(r"^(batch|rank|accum)", r"\1 ", name) for name in added)])
 
 
 def attention_of(row):
@@ -187,9 +187,9 @@ def read_originals():
 # ---------------------------------------------------------------- the original's own tables
 
 
-def ours_beside(original, loras, optimizers):
-    """Our counterpart to one of the original's rows, from lora_memory.csv or else optimizers.csv; or None."""
-    found = [ours for theirs, ours in loras if theirs == original]
+def ours_beside(original, pairs, optimizers):
+    """Our counterpart to one of the original's rows, made for it, or else from optimizers.csv; or None."""
+    found = [ours for theirs, ours in pairs if theirs == original]
     name = ORIGINAL_OPTIMIZERS.get(original["optimizer"], "deepspeed")
     label = f"{original['model'].removeprefix('CogVideoX-')} {original['method']} {name}"
     if not found and original["batch"] == "1":
@@ -216,13 +216,13 @@ def original_cells(original, ours, words):
     ]  # fmt: skip
 
 
-def original_table(page_name, originals, loras, optimizers):
+def original_table(page_name, originals, pairs, optimizers):
     """All rows that the original published, by task and model, next to ours."""
     rows = sorted(originals, key=lambda row: (row["method"], row["model"]))
     heading = ORIGINAL_HEADINGS[page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
     for row in rows:
-        cells = original_cells(row, ours_beside(row, loras, optimizers), WORDS[page_name])
+        cells = original_cells(row, ours_beside(row, pairs, optimizers), WORDS[page_name])
         lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(["", *lines, "", ""])
 
@@ -231,9 +231,14 @@ def original_table_of_files(page_name):
     """`original_table` from the files in benchmarks/."""
     with open(ORIGINAL_ROWS, newline="") as file:
         originals = list(csv.DictReader(file))
-    measured = rows_in(ROOT / "benchmarks/lora_memory.csv")
-    loras = [pair for model in ("2b", "5b") for pair in side_by_side(model, measured)]
-    return original_table(page_name, originals, loras, rows_in(ROOT / "benchmarks/optimizers.csv"))
+    loras, optimizers = (rows_in(ROOT / f"benchmarks/{name}.csv") for name in ("lora_memory", "optimizers"))
+    pairs = [
+        pair
+        for task, measured in (("lora", loras), ("sft", optimizers))
+        for model in ("2b", "5b")
+        for pair in side_by_side(model, measured, task)
+    ]
+    return original_table(page_name, originals, pairs, optimizers)
 
 
 def main():

@@ -186,7 +186,21 @@ def test_a_label_says_what_runs():
     assert bench.data_folder(bench.parse_row("1.5-5b-stream")) == "data/81x768x1360"
 
 
-@pytest.mark.parametrize("label", ["5b", "5b-fast", "3b-speed", "5b-speed+fp9", "5b-speed+batch", "5b-reference+sft"])
+def test_full_fine_tuning_runs_at_its_levels_and_is_validated_in_whole_frames():
+    row = bench.parse_row("5b-offload+sft+accum4+validated+cap15.5")
+    flags = " ".join(bench.script_flags(row, steps=20))
+    assert row.is_sft and row.cap == 15.5 and bench.script_of(row).name == "cogvideox_text_to_video_sft.py"
+    for expected in ("--memory offload", "--gradient_accumulation_steps 4", "--validation_prompt"):
+        assert expected in flags
+    assert "--enable_tiling" not in flags and "--rank" not in flags
+    assert "--enable_tiling" in bench.script_flags(bench.parse_row("5b-offload+sft+tiled+validated"), steps=20)
+    plain = bench.script_flags(bench.parse_row("5b-balanced"), steps=20)
+    assert "--gradient_accumulation_steps" not in plain  # as rows in the file were measured
+
+
+@pytest.mark.parametrize(
+    "label", ["5b", "5b-fast", "3b-speed", "5b-speed+fp9", "5b-speed+batch", "5b-reference+sft", "5b-stream+sft"]
+)
 def test_a_row_of_no_table_is_refused_before_anything_runs(label, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         bench.parse_args(["5b-speed", label])
@@ -214,7 +228,7 @@ def run_bench(monkeypatch, work, *rows):
 def test_rows_of_each_kind_run_and_one_that_fails_leaves_the_others(work, monkeypatch, capsys):
     monkeypatch.setattr(bench, "card_name", lambda: "cpu")
     labels = ["tiny-reference", "tiny-speed+compiled+eager", "tiny-checkpointing+rank4+validated", "2b-speed"]
-    labels += ["tiny-balanced+batch4+sft"]
+    labels += ["tiny-balanced+batch4+sft", "tiny-offload+accum2+sft+validated"]
     exit_code, rows = run_bench(monkeypatch, work, *labels)
     shown = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert exit_code == 1
@@ -222,7 +236,7 @@ def test_rows_of_each_kind_run_and_one_that_fails_leaves_the_others(work, monkey
     assert "--compile_blocks and --no_compile_blocks: give one of them" in shown["tiny-speed+compiled+eager"]
     assert "needs a GPU" in shown["2b-speed"]  # gigabytes of random weights, on a machine that could not train them
     assert [row["label"] for row in rows] == [label for label in labels if "FAILED" not in shown[label]]
-    assert len(rows) == 3
+    assert len(rows) == 4
     for row in rows:
         assert row["steps"] == "3"
         assert 0 < float(row["p10_s"]) <= float(row["median_s"]) <= float(row["p90_s"]) < 60
@@ -464,6 +478,19 @@ def test_every_lora_of_the_original_on_one_gpu_has_a_row():
     assert "--rank 256 --lora_alpha 256 --no_first_validation" in " ".join(argv)
 
 
+def test_full_fine_tuning_of_the_original_has_rows_when_asked_for():
+    args = ["x.csv", "--model", "m", "--data", "d", "--original", "--tasks", "sft", "--label"]
+    rows = [row for model in ("2b", "5b") for row in memory_rows.original_rows(memory_rows.parse_args([*args, model]))]
+    assert len({row.label for row in rows}) == len(rows) == 12
+    assert "5b sft adamw batch 4 balanced" in {row.label for row in rows}
+    hosted = next(row for row in rows if row.label == "5b sft offload-gradients batch 1 offload")
+    argv = " ".join(memory_rows.command_of(memory_rows.parse_args([*args, "5b"]), hosted, Path("out")))
+    assert "cogvideox_text_to_video_sft.py" in argv and "--memory offload" in argv and "--rank" not in argv
+    assert "--gradient_checkpointing" not in argv
+    pairs = memory_rows.side_by_side("5b", [{"label": row.label} for row in rows], "sft")
+    assert [ours["label"] for _, ours in pairs] == [row.label for row in rows if row.label.startswith("5b")]
+
+
 def test_memory_is_taken_after_the_optimizer_has_its_states(capsys):
     assert [memory_rows.middle_of(steps) for steps in (3, 4, 5, 10)] == [2, 2, 2, 5]
     with pytest.raises(SystemExit):
@@ -482,7 +509,7 @@ def test_memory_rows_of_no_model_are_refused_once(tmp_path, monkeypatch):
 def test_memory_rows_run_and_are_not_run_twice(tiny, prepared_data, tmp_path, monkeypatch, capsys):
     [original] = [row for row in memory_rows.read_originals("2b") if row["optimizer"] == "AdamW"][5:6]
     originals = [original | {"lora_rank": "4"}, original | {"batch": "0"}]
-    monkeypatch.setattr(memory_rows, "read_originals", lambda model: originals)
+    monkeypatch.setattr(memory_rows, "read_originals", lambda model, task="lora": originals)
     monkeypatch.setattr(memory_rows, "card_name", lambda: "cpu")
     path = tmp_path / "rows.csv"
     argv = ["memory_rows.py", str(path), "--model", str(tiny("5b")), "--data", str(prepared_data), "--label", "2b"]
@@ -572,6 +599,35 @@ def test_levels_are_proven_by_their_hashes(work, monkeypatch, capsys):
     path.write_text(path.read_text().replace(rows[1]["sha256"], "0" * 64, 1))
     assert same_files.main() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "tiny: not proven, hashes differ or runs are missing"
+
+
+@pytest.mark.slow  # each run is a process of its own, as it is proven
+def test_levels_of_full_fine_tuning_are_proven_by_the_hashes_of_fp32_weights(work, monkeypatch):
+    monkeypatch.setattr(same_files, "card_name", lambda: "cpu")
+    width = json.loads((work / "models/tiny/transformer/config.json").read_text())["text_embed_dim"]
+    write_dataset(work / "data/9+5x64x96", num_clips=4, frames=[9, 5], height=64, width=96, text_shape=(226, width))
+    argv = ["same_files.py", "tiny", "--sft", "--accumulation", "1", "--levels", "balanced", "offload", "--times", "1"]
+    argv += ["--steps", "2", "--frames", "9", "5", "--attention", "math"]
+    monkeypatch.setattr("sys.argv", [*argv, "--work", str(work), "--csv", str(work / "same.csv")])
+    assert same_files.main() == 0
+    rows = same_files.read_rows(work / "same.csv")
+    assert [row["level"] for row in rows] == ["balanced+accum1+sft", "offload+accum1+sft"]
+    assert len({row["sha256"] for row in rows}) == 1
+    assert all("--save_dtype fp32" in row["command"] for row in rows)
+
+
+def test_full_fine_tuning_is_compared_wherever_its_states_are():
+    args = same_files.parse_args(["2b", "--sft"])
+    runs = same_files.runs_of(args)
+    assert len(runs) == 9 and [run["level"] for run in runs[:3]] == [
+        "balanced+sft",
+        "balanced+hostadam+sft",
+        "offload+sft",
+    ]
+    commands = [same_files.command_of(run, args, "out") for run in runs[:3]]
+    assert ["--use_cpu_offload_optimizer" in command for command in commands] == [False, True, False]
+    assert [command[command.index("--memory") + 1] for command in commands] == ["balanced", "balanced", "offload"]
+    assert all("--rank" not in command for command in commands)
 
 
 class FakeCuda:

@@ -596,7 +596,7 @@ def test_what_is_enough_says_which_t5_it_was_measured_with():
         assert f"{float(rows[label + '+xxl' * has_xxl]['host_gib']):.0f}" == host
 
 
-LORA, SFT, I2V_SFT = "train_text_to_video_lora.sh", "train_text_to_video_sft.sh", "train_image_to_video_sft.sh"
+LORA = "train_text_to_video_lora.sh"
 
 
 @pytest.mark.parametrize(
@@ -610,8 +610,6 @@ LORA, SFT, I2V_SFT = "train_text_to_video_lora.sh", "train_text_to_video_sft.sh"
         (LORA, "speed", "2b-stream+cap5.5+validated+xxl@cudnn", "4.1 GiB", None, None),
         ("train_image_to_video_lora.sh", "speed", "5b-stream@fa4", "4.4 GiB", None, None),
         ("train_image_to_video_lora.sh", "speed", "5b-balanced@fa4", "22.1 GiB", None, None),
-        (SFT, "results", "t2v-sft-5b-offload", "18.5", "99 GiB", "8 s"),
-        (I2V_SFT, "results", "i2v-sft-5b-offload", "18.3 GiB", "99 GiB", "7.4 s"),
     ],
 )
 def test_the_wrappers_headers_show_what_was_measured_and_at_what(wrapper, file, label, reserved, host, step):

@@ -28,9 +28,9 @@ FP8_UNUSED = 3.5
 EXPANDABLE_UNUSED = 4.1  # u, replaces all of the above with expandable segments
 SAVED_BY_SPEED_EAGER = 20.3  # u per stock block, simulated
 DEEPSPEED = 0.8 * GIB  # its gradient buckets
-# Split masters (engine/state_ring.py): two fp32 buffers of a chunk; with states on the host also three slots, each with
-# a chunk's remainders, moments and gradients, and the gradients of two blocks on their way to the host
-CHUNK, SPLIT_BUFFERS, RING_SLOTS, LEAVING_BLOCKS = 2**24, 2, 3, 2
+# Split masters (engine/state_ring.py): a chunk's master, gradient and weight; with states on the host also three slots,
+# each with a chunk's remainders, moments and gradients, and the gradients of two blocks on their way to the host
+CHUNK, AT_WORK, RING_SLOTS, LEAVING_BLOCKS = 2**24, 4 + 4 + 2, 3, 2
 REMAINDER = 2  # bytes per weight
 HOST_BASE = 2.5 * GIB  # Python, torch, CUDA libraries
 LOADING = 1.6 * GIB  # temporaries of loading a model, without its weights
@@ -277,9 +277,9 @@ def quantized_bytes(workload: Workload) -> float:
 def trained_bytes(workload: Workload) -> float:
     """Always on the GPU beside the model's weights: fp32 adapters or masters, or remainders; and optimizer states."""
     if workload.masters == RING:
-        return streamed_bytes(workload) * (RING_SLOTS * CHUNK + outside_blocks(workload)) + SPLIT_BUFFERS * 4 * CHUNK
+        return streamed_bytes(workload) * (RING_SLOTS * CHUNK + outside_blocks(workload)) + AT_WORK * CHUNK
     if workload.masters == SPLIT:
-        return workload.num_trained * REMAINDER + SPLIT_BUFFERS * 4 * CHUNK + states_bytes(workload)
+        return workload.num_trained * REMAINDER + AT_WORK * CHUNK + states_bytes(workload)
     masters = 0 if workload.item_bytes == 4 and not workload.is_lora else 4
     if workload.host_optimizer:
         return workload.num_trained * (4 if workload.is_lora else 0)
