@@ -209,3 +209,59 @@ def test_rounding_is_to_the_nearest_and_away_from_zero_between_two():
     assert torch.equal(rounded, master.bfloat16())  # no ties here
     tie = torch.tensor([1 + 2**-8, -1 - 2**-8, 1 + 3 * 2**-8])
     assert round_to_bf16(tie).tolist() == [1 + 2**-7, -1 - 2**-7, 1 + 2**-6]
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+def test_kernels_split_and_join_as_torch_does():
+    bits = torch.randint(-(2**31), 2**31, (2**22 + 5,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    master = bits.view(torch.float32)
+    halves = []
+    for device in (CPU, torch.device("cuda", 0)):
+        weight = torch.empty(len(bits), dtype=torch.bfloat16, device=device)
+        remainder = torch.empty(len(bits), dtype=torch.int16, device=device)
+        split(master.to(device), weight, remainder)
+        back = torch.empty(len(bits), device=device)
+        join(weight, remainder, back)
+        assert torch.equal(back.cpu().view(torch.int32), bits)
+        halves.append((weight.cpu().view(torch.int16), remainder.cpu()))
+    assert_same(*halves)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_on_a_gpu_the_host_changes_no_bit(accumulation):
+    """Against torch's fused AdamW on the GPU, given the same gradients; repeated, so that a missing wait shows."""
+    device, runs = torch.device("cuda", 0), []
+    for on_host in (False, True, True):
+        torch.manual_seed(0)
+        model = Model(8)
+        states = StateRing(model, model.blocks, device, on_host, accumulation > 1, chunk=1024)
+        optimizer = RingAdam(states, torch.optim.AdamW, SETTINGS)
+        runs.append((model, states, optimizer))
+    plain = [weight.detach().float().requires_grad_() for weight in MastersByName(runs[0][1]).values()]
+    torchs = torch.optim.AdamW(plain, **SETTINGS, fused=True)
+    for step in range(20):
+        sums = [None] * len(plain)
+        for micro_step in range(accumulation):
+            gradients = [
+                torch.randn(weight.shape, generator=torch.Generator().manual_seed(100 * step + 10 * micro_step + n))
+                for n, weight in enumerate(plain)
+            ]
+            for model, *_ in runs:
+                model(torch.randn(3, 8, device=device).bfloat16())
+                for weight, gradient in zip(model.parameters(), gradients, strict=True):
+                    weight.backward(gradient.to(device).bfloat16())
+            rounded = [gradient.to(device).bfloat16().float() for gradient in gradients]
+            sums = [new if old is None else old + new for old, new in zip(sums, rounded, strict=True)]
+        norms = [optimizer.step(1.0)[0] for *_, optimizer in runs]
+        assert norms[0] == norms[1] == norms[2]
+        coefficient = torch.clamp(1.0 / (norms[0] + 1e-6), max=1.0)
+        for weight, total in zip(plain, sums, strict=True):
+            weight.grad = total * coefficient
+        torchs.step()
+    for _, states, _ in runs:
+        states.complete()
+        assert_same(MastersByName(states).values(), plain)
