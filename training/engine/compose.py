@@ -89,7 +89,7 @@ def build_sft_engine_from_args(
     elif args.use_cpu_offload_optimizer:
         masters = HostMasters(weights, device, dtype, args.offload_gradients)
     elif dtype != torch.float32:
-        masters = Masters(weights, device)
+        masters = Masters(weights, device, dtype)
     set_memory_level_from_args(args, level, transformer, device)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns about modules that do not exist here
     params = masters.params if masters else weights
