@@ -3,8 +3,9 @@
 
     python benchmarks/step_time.py --warmup 3 --csv rows.csv -- training/cogvideox_text_to_video_lora.py FLAGS
 
-A step ends when a torch.optim optimizer has stepped and the device is done, independent of the script's own logging:
-gradient accumulation, data loading, checkpoints and validation in between are included. Memory peaks cover the whole
+A step ends where the device is done with all that was queued when a torch.optim optimizer had stepped, independent of
+the script's own logging: gradient accumulation, data loading, checkpoints and validation in between are included. Only
+the first step is waited for, so that nothing keeps the script from queueing ahead. Memory peaks cover the whole
 process with loading; without a GPU they are 0. Host memory is that of this process, pinned memory included. The exit
 code is the script's. benchmarks/bench.py runs many rows through this.
 """
@@ -45,7 +46,8 @@ class StepClock:
 
     def __init__(self, torch):
         self.torch = torch
-        self.step_times = []
+        self.first_step = None  # when the first step ended, on the host's clock
+        self.marks = []  # of each step: an event on the GPU, the host's clock without one
         self.clocks = []
         self.has_clocks = True
         self.peaks = [0, 0]
@@ -56,10 +58,26 @@ class StepClock:
         if self.optimizer() is None:
             self.optimizer = weakref.ref(optimizer)
         if self.optimizer() is optimizer:
-            if self.torch.cuda.is_initialized():
-                self.torch.cuda.synchronize()
-            self.step_times.append(time.perf_counter())
+            self.marks.append(self.mark())
+            if self.first_step is None:
+                if self.torch.cuda.is_initialized():
+                    self.marks[0].synchronize()
+                self.first_step = time.perf_counter()
             self.note_clock()
+
+    def mark(self):
+        if not self.torch.cuda.is_initialized():
+            return time.perf_counter()
+        event = self.torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def step_times(self):
+        """Ends of the steps, in seconds of the host's clock."""
+        if not (self.marks and self.torch.cuda.is_initialized()):
+            return self.marks
+        self.torch.cuda.synchronize()
+        return [self.first_step + self.marks[0].elapsed_time(mark) / 1e3 for mark in self.marks]
 
     def note_clock(self):
         """Record the SM clock in MHz if nvidia-ml-py is installed: a hot or shared GPU is throttled."""
@@ -162,7 +180,8 @@ def summarise(clock, args, exit_code):
     """The row of one run, in the order of FIELDS."""
     clock.note_peaks()
     cuda = clock.torch.cuda
-    durations = step_durations(clock.step_times, args.warmup)
+    step_times = clock.step_times()
+    durations = step_durations(step_times, args.warmup)
     median, card = percentile(durations, 0.5), cuda.get_device_name() if cuda.is_available() else "cpu"
     row = {
         "label": args.label,
@@ -172,7 +191,7 @@ def summarise(clock, args, exit_code):
         "median_s": median,
         "p10_s": percentile(durations, 0.1),
         "p90_s": percentile(durations, 0.9),
-        "first_step_s": round(clock.step_times[0] - STARTED, 3) if clock.step_times else None,
+        "first_step_s": round(step_times[0] - STARTED, 3) if step_times else None,
         "allocated_gib": round(clock.peaks[0] / GIB, 3),
         "reserved_gib": round(clock.peaks[1] / GIB, 3),
         "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3),  # KiB on Linux

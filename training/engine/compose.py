@@ -108,7 +108,7 @@ def make_masters_from_args(args, level: str | None, transformer: nn.Module, devi
         return StateRing(transformer, transformer.transformer_blocks, device, kind == RING, accumulates)
     if kind == HOST:
         return HostMasters(weights, device, dtype, args.offload_gradients)
-    return None if dtype == torch.float32 else Masters(weights, device)
+    return None if dtype == torch.float32 else Masters(weights, device, dtype)
 
 
 def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):

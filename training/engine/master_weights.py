@@ -34,13 +34,16 @@ def kind_of_masters_from_args(args, level: str | None, dtype: torch.dtype, num_r
 class Masters:
     """fp32 masters of `model_weights` on `device`. Hooks move each gradient to `master.grad` once backward computed it.
 
-    So low-precision gradients never all exist at once, and accumulation is in fp32.
+    So low-precision gradients never all exist at once, and accumulation is in fp32. `dtype`: what the model's weights
+    are rounded to, if they are not yet.
     """
 
-    def __init__(self, model_weights: list[nn.Parameter], device: torch.device):
+    def __init__(self, model_weights: list[nn.Parameter], device: torch.device, dtype: torch.dtype | None = None):
         self.model_weights = model_weights
         self.params = [nn.Parameter(copy.detach().to(device, torch.float32, copy=True)) for copy in model_weights]
         for copy, master in zip(model_weights, self.params, strict=True):
+            if dtype is not None:
+                copy.data = rounded(copy.data, dtype)
             copy.register_post_accumulate_grad_hook(lambda copy, master=master: move_gradient(copy, master))
 
     def gradients(self) -> list[torch.Tensor]:
