@@ -24,6 +24,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("training", "tests")]
 
 from base import console
+
+
+if __name__ == "__main__":
+    console.set_up()  # before the libraries are imported
+
 from step_time import GIB, append_row, check_csv, command_line, package_versions
 
 
@@ -212,7 +217,6 @@ def main():
     args = parse_args(sys.argv[1:])
     if args.csv:
         check_csv(args.csv, FIELDS)
-    console.set_up()
     import torch
 
     work = args.folder / "checkpoint-rate"

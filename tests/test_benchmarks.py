@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import checkpoint_rate
 import draw_memory
 import memory_rows
 import overlap
@@ -674,3 +676,38 @@ def test_waits_for_copies_are_a_share_of_the_update(monkeypatch):
     times, memory = overlap.describe_row(row).splitlines()
     assert times == "3 updates of 0.063 s: 17.46% of the time waits for copies (at most 17.46%)"
     assert memory.endswith("grew by 126 MiB") and set(row) <= set(overlap.FIELDS)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--use_cpu_offload_optimizer"], ["--ema", "--optimizer", "came"]])
+def test_a_checkpoint_is_timed_both_ways_and_comes_back_as_it_was(flags, tmp_path, monkeypatch, capsys):
+    csv_path = tmp_path / "rate.csv"
+    argv = ["checkpoint_rate.py", str(tmp_path), "--tiny", "--csv", str(csv_path), "--", *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    checkpoint_rate.main()
+    [row] = same_files.read_rows(csv_path)
+    for way in ("write", "load"):
+        seconds, rate = float(row[f"{way}_s"]), float(row[f"{way}_gb_s"])
+        assert seconds > 0 and rate * seconds == pytest.approx(float(row["gb"]), rel=0.5)
+        assert float(row[f"{way}_growth_gib"]) < 0.1
+    assert "GB/s" in capsys.readouterr().out and not (tmp_path / "checkpoint-rate").exists()
+
+    monkeypatch.setattr("engine.engines.SftEngine.load_state", lambda engine, folder: None)
+    with pytest.raises(SystemExit, match="is not the one that was written"):
+        checkpoint_rate.main()
+    assert len(same_files.read_rows(csv_path)) == 1
+
+
+def test_the_peak_of_a_phase_is_more_than_what_stays(tmp_path):
+    with checkpoint_rate.Phase() as phase:
+        kept = bytearray(2**26)
+        del kept
+        kept = bytearray(b"1") * 2**27
+        time.sleep(0.05)
+        del kept
+        kept = bytearray(b"1") * 2**26
+    assert phase.seconds > 0.05 and 0.05 < phase.growth < 0.15  # 128 MiB at most, 64 of them still there
+    assert len(kept) == 2**26

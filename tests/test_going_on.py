@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from args import parse_prepare_args, parse_training_args
 from base.errors import UsageError
-from base.files import describe
+from base.files import describe, find_damage
 from cogvideox import folder as folder_module
 from script_runs import EVERY_SCRIPT
 from synthetic_clips import write_clip
@@ -261,6 +261,32 @@ def test_a_checkpoint_of_another_folder_is_compared_too(train, tiny, clips, tmp_
     write_clip(clips / "videos/0.mp4", 9, 64, 96, seed=7)
     with pytest.raises(UsageError, match="the files of the clips; give the same"):
         train("t2v_lora", tiny("2b"), clips, *RAW, *resume, name="third", steps=2)
+
+
+# ---------------------------------------------------------------- the newest checkpoint turns out damaged
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        ("t2v_lora", "pytorch_lora_weights"), ("t2v_lora", "optimizer"), ("t2v_sft", "masters"),
+        ("t2v_sft", "optimizer"), ("t2v_sft", "ema"), ("t2v_sft", "transformer/diffusion_pytorch_model"),
+    ],
+)  # fmt: skip
+def test_a_run_goes_on_from_the_checkpoint_before_as_if_it_had_ended_there(
+    script, name, train, tiny, prepared, caplog
+):
+    more = [*PREPARED, *(["--ema"] if script.endswith("sft") else [])]
+    unbroken = train(script, tiny("2b"), prepared("2b"), *more, steps=3, name="unbroken")
+    out = train(script, tiny("2b"), prepared("2b"), *more, steps=2)
+    path = out / f"checkpoint-2/{name}.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    train(script, tiny("2b"), prepared("2b"), *more, steps=3)
+    assert f"checkpoint-2 cannot be used: {name}.safetensors was changed" in caplog.text
+    assert losses(out) == losses(unbroken) and find_damage(out / "checkpoint-2") is None
+    ours, theirs = (json.loads((folder / "checkpoint-3/manifest.json").read_text()) for folder in (out, unbroken))
+    assert ours == theirs
 
 
 # ---------------------------------------------------------------- the model is named otherwise

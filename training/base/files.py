@@ -336,10 +336,11 @@ def verified_folder(folder: Path, is_later: Callable[[str], bool]):
     unverified.update(hashes)
     try:
         yield
-        refuse_changed(folder, hashes)
     except Exception as error:
         refuse_changed(folder, hashes, error)
         raise
+    else:
+        refuse_changed(folder, hashes)
     finally:
         for path in hashes:
             unverified.pop(path, None)
