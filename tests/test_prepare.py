@@ -569,7 +569,7 @@ def test_a_killed_run_leaves_no_half_files_and_is_continued(prepare, prepared, t
 
     def run():
         tensor_file.write_file, Path.write_text = fatal_after(tensor_file.write_file), fatal_after(Path.write_text)
-        prepare(*EVERYTHING[:-1], out="killed")
+        prepare(*EVERYTHING[:-1], "--num_artifact_workers", "1", out="killed")  # one file at a time
 
     child = in_child(run, tmp_path / "log")
     assert wait_for(child) == -signal.SIGKILL, (tmp_path / "log").read_text()
