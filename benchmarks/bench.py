@@ -46,10 +46,11 @@ ADDITIONS = {
     "+eager": "--no_compile_blocks",
     "+8bit": "--use_8bit",
     "+hostadam": "--use_cpu_offload_optimizer --offload_gradients",
-    "+validated": "--num_inference_steps 2 --enable_slicing --enable_tiling",  # and a prompt: validate() below
-    "+raw": "",  # videos instead of prepared latents; 8 workers decode
+    "+validated": "--num_inference_steps 2 --enable_slicing",  # and a prompt, in script_flags() below
+    "+tiled": "--enable_tiling",  # the VAE's tiles instead of whole frames
     "+xxl": "",  # full-size T5 instead of a tiny one: 9 GiB on disk; matters with +validated
     "+sft": "",  # full fine-tuning instead of a LoRA
+    "+raw": "",  # videos instead of prepared data; 8 workers decode
     "@cudnn": "--attention cudnn",
     "@flash": "--attention flash",
     "@fa4": "--attention fa4",
@@ -92,6 +93,8 @@ def parse_row(label):
     model, _, level = head.rpartition("-")
     if model not in MODELS or level not in LEVELS:
         raise ValueError(f"{label}: {head} is no MODEL-LEVEL of {', '.join(MODELS)} and {', '.join(LEVELS)}")
+    if level == "reference" and "+raw" in additions:
+        raise ValueError(f"{label}: the reference trains on prepared data")
     counts = dict(COUNTS)
     for addition in additions:
         counted = re.fullmatch(r"(\+[a-z]+)(\d+(?:\.\d+)?)", addition)
@@ -101,8 +104,8 @@ def parse_row(label):
             raise ValueError(
                 f"{label}: {addition} is none of {', '.join([*ADDITIONS, *(f'{key}N' for key in COUNTS)])}"
             )
-    if level == "reference" and {"+sft", "+raw"} & set(additions):
-        raise ValueError(f"{label}: the reference trains a LoRA, on prepared data")
+    if level == "reference" and "+sft" in additions:
+        raise ValueError(f"{label}: the reference trains a LoRA")
     additions = tuple(sorted(additions))
     return Row(head + "".join(additions), model, level, additions, *counts.values())
 
