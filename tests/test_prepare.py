@@ -671,6 +671,18 @@ def test_clips_are_decoded_while_captions_are_encoded(prepare, data, tmp_path, m
     assert num_decoded() == len(rows_of(out)) == 12
 
 
+def test_a_worker_killed_while_captions_are_encoded_is_one_line(data, tiny, tmp_path, capsys, monkeypatch):
+    def waiting(*values):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(20)
+        yield "never: torch raises its error from the signal of the worker's death"
+
+    monkeypatch.setattr(prepare_dataset, "encode_by_passes", waiting)
+    flags = [*LATENTS, "--dataloader_num_workers", "1"]
+    code, line = refusal(capsys, parse_prepare_args(arguments(tiny("5b"), data, tmp_path / "out", *flags)))
+    assert code == 75 and "a data worker was killed" in line
+
+
 def test_each_phase_ends_with_its_files_written(prepare, monkeypatch):
     """Slow writers: what comes next waits for them."""
     write, load_vae, write_manifest = (
@@ -688,7 +700,7 @@ def test_each_phase_ends_with_its_files_written(prepare, monkeypatch):
     monkeypatch.setattr(
         prepare_dataset, "write_manifest", lambda *v: seen.append(sorted(written)) or write_manifest(*v)
     )
-    out = prepare(*LATENTS)
+    out = prepare(*LATENTS, "--num_artifact_workers", "1")
     assert seen == [["prompt_embeds"] * 4, ["prompt_embeds"] * 4 + ["video_latents"] * 3]
     assert len(rows_of(out)) == 3
 

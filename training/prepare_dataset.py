@@ -246,11 +246,7 @@ def start_decoding(args, videos, items) -> Iterator[dict]:
     indices = [item["index"] for item in items if needs_pixels(item)]
     if not indices:
         return iter(())
-    return iter(
-        tolerant_loader(
-            videos, indices, args.batch_size, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
-        )
-    )
+    return iter(tolerant_loader(videos, indices, args.batch_size, args.dataloader_num_workers, args.pin_memory))
 
 
 def needs_pixels(item: dict) -> bool:
