@@ -50,6 +50,7 @@ ADDITIONS = {
     "+tiled": "--enable_tiling",  # the VAE's tiles instead of whole frames
     "+xxl": "",  # full-size T5 instead of a tiny one: 9 GiB on disk; matters with +validated
     "+sft": "",  # full fine-tuning instead of a LoRA
+    "+raw": "",  # videos instead of prepared data; 8 workers decode
     "@cudnn": "--attention cudnn",
     "@flash": "--attention flash",
     "@fa4": "--attention fa4",
@@ -59,6 +60,7 @@ ADDITIONS = {
 COUNTS = {"+batch": 1, "+rank": 64, "+accum": 1, "+cap": None}
 PROMPT = "A red ball rolls over the grass."
 NUM_CLIPS = 8
+RAW_FLAGS = ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
 
 
 class Row(NamedTuple):
@@ -93,6 +95,8 @@ def parse_row(label):
     model, _, level = head.rpartition("-")
     if model not in MODELS or level not in LEVELS:
         raise ValueError(f"{label}: {head} is no MODEL-LEVEL of {', '.join(MODELS)} and {', '.join(LEVELS)}")
+    if level == "reference" and "+raw" in additions:
+        raise ValueError(f"{label}: the reference trains on prepared data")
     counts = dict(COUNTS)
     for addition in additions:
         counted = re.fullmatch(r"(\+[a-z]+)(\d+(?:\.\d+)?)", addition)
@@ -122,12 +126,24 @@ def model_folder(row):
 
 
 def data_folder(row):
-    return "data/" + "x".join(map(str, MODELS[row.model]))
+    return ("clips/" if "+raw" in row.additions else "data/") + "x".join(map(str, MODELS[row.model]))
 
 
 def size_flags(row):
     names = ("--frames", "--height", "--width")
     return [word for name, pixels in zip(names, MODELS[row.model], strict=True) for word in (name, str(pixels))]
+
+
+def bucket_flags(size):
+    names = ("--frame_buckets", "--height_buckets", "--width_buckets")
+    return [word for name, pixels in zip(names, size, strict=True) for word in (name, str(pixels))]
+
+
+def data_flags(row):
+    if "+raw" not in row.additions:
+        return ["--data_root", data_folder(row), "--load_tensors", "--dataloader_num_workers", "2"]
+    flags = ["--data_root", data_folder(row), *RAW_FLAGS, *bucket_flags(MODELS[row.model]), "--fps", "8"]
+    return [*flags, "--dataloader_num_workers", "8", "--pin_memory"]
 
 
 def script_flags(row, steps):
@@ -137,10 +153,10 @@ def script_flags(row, steps):
     added = " ".join([LEVELS[row.level], *(ADDITIONS.get(name, "") for name in row.additions)]).split()
     if row.level == "reference":
         return [*flags, *size_flags(row), *added]
-    flags += ["--data_root", data_folder(row), "--load_tensors", "--mixed_precision", "bf16", "--optimizer", "adamw"]
+    flags += [*data_flags(row), "--mixed_precision", "bf16", "--optimizer", "adamw"]
     flags += ["--gradient_accumulation_steps", str(row.accumulation)] if row.accumulation > 1 else []
     flags += ["--learning_rate", "1e-5" if row.is_sft else "1e-4", "--lr_warmup_steps", "0", "--allow_tf32"]
-    flags += ["--dataloader_num_workers", "2", "--checkpointing_steps", "100000", "--output_dir", f"runs/{row.label}"]
+    flags += ["--checkpointing_steps", "100000", "--output_dir", f"runs/{row.label}"]
     if row.is_validated:
         flags += ["--validation_prompt", PROMPT, "--validation_steps", str(steps // 2)]
     return flags + added
@@ -186,6 +202,9 @@ def make_inputs(row, work, log_path, card):
     text_encoder = "xxl" if "+xxl" in row.additions else "tiny"
     make_once(model, "random_pipeline.py", log_path, "--kind", row.model, "--text_encoder", text_encoder)
     config = json.loads((model / "transformer/config.json").read_text())
+    if "+raw" in row.additions:
+        make_once(work / data_folder(row), "random_clips.py", log_path, *size_flags(row))
+        return config
     texts = ["--text_width", config["text_embed_dim"], "--num_clips", NUM_CLIPS]
     make_once(work / data_folder(row), "random_dataset.py", log_path, *size_flags(row), *texts)
     return config

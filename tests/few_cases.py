@@ -63,7 +63,6 @@ FEW = {
     "test_prepared.py::test_other_rows_leave_every_file_as_it_is": ["in front"],
     "test_prepared.py::test_whatever_left_files_behind": ["renamed"],
     "test_rehearsal.py::test_a_signal_ends_a_validation_and_the_run_with_a_checkpoint": ["2-t2v_lora"],
-    "test_rehearsal.py::test_validation_that_runs_out_of_memory_is_tried_one_by_one": ["flags0-2-t2v_lora"],
     "test_resume_exact.py::test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one": ["i2v_lora-2-1-two-prepared-2"],
     "test_scripts.py::test_an_interrupted_run_continues_bit_for_bit": [
         "accumulation_over_buckets-t2v_lora",

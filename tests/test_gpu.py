@@ -1,21 +1,28 @@
 """What only a CUDA device can show: its precisions, its scaler, and that it trains what the CPU trains."""
 
 import gc
+import hashlib
 import importlib
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from args import parse_training_args
+import prepare_dataset
+from args import parse_prepare_args, parse_training_args
 from engine.lora_file import WEIGHTS_NAME
 from engine.master_weights import HostMasters, Masters
 from engine.update import average_gradients
-from memory.host import to_device
+from memory.host import HostCopy, to_device
 from random_dataset import write_dataset
 from run import checkpoints
 from run.checkpoints import write_checkpoint
@@ -358,3 +365,74 @@ def test_validation_videos_do_not_depend_on_the_offload(train, tmp_path):
         train("t2v_lora", *flags, *offload, name=name)
     first, second = ((tmp_path / name / "samples/step_0/0_0.mp4").read_bytes() for name in ("resident", "offloaded"))
     assert first == second
+
+
+# ---------------------------------------------------------------- preparing
+
+PREPARE = Path(prepare_dataset.__file__)
+ON_ITS_OWN_GPU = """
+import os, runpy, sys, torch
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    used = [number for number in range(torch.cuda.device_count()) if torch.cuda.max_memory_allocated(number)]
+    assert used == [int(os.environ["LOCAL_RANK"])], used
+"""
+
+
+def prepare_argv(model, data, out, *flags):
+    argv = ["--model_id", str(model), "--data_root", str(data), "--output_dir", str(out), *RAW, "--target_fps", "8"]
+    return [*argv, "--save_latents_and_embeddings", "--save_image_latents", "--num_image_variants", "2", *flags]
+
+
+def hashes(out):
+    paths = [path for path in out.rglob("*") if path.is_file() and path.name not in ("status.json", ".lock")]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_two_processes_prepare_the_files_of_one_each_on_its_own_gpu(dtype, tiny, sample_data, tmp_path):
+    (tmp_path / "on_its_own_gpu.py").write_text(ON_ITS_OWN_GPU)
+    script = [str(tmp_path / "on_its_own_gpu.py"), str(PREPARE)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
+    search = os.pathsep.join([str(PREPARE.parent), os.environ.get("PYTHONPATH", "")])
+    for name, command, ranks in (("two", launch, {}), ("one", [sys.executable, *script], {"LOCAL_RANK": "0"})):
+        argv = prepare_argv(tiny("5b"), sample_data, tmp_path / name, "--dtype", dtype)
+        environment = os.environ | {"PYTHONPATH": search} | ranks
+        done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+    assert len(hashes(tmp_path / "one")) > 15 and hashes(tmp_path / "two") == hashes(tmp_path / "one")
+
+
+def test_encoding_clips_never_waits_for_the_gpu(tiny, sample_data, tmp_path, monkeypatch):
+    """So the next clip is queued while the GPU is at this one; writers wait for their own copy alone."""
+    make_moments, copies = prepare_dataset.make_moments, []
+
+    def guarded(*values):
+        if not copies:  # what is compiled and chosen in the first call
+            list(make_moments(*values))
+        with Unsynchronised():
+            made = list(make_moments(*values))
+        copies.extend(made)
+        return made
+
+    monkeypatch.setattr(prepare_dataset, "make_moments", guarded)
+    argv = prepare_argv(tiny("5b"), sample_data, tmp_path / "out", "--dtype", "bf16", "--pin_memory")
+    prepare_dataset.main(parse_prepare_args(argv))
+    assert copies and all(copied.copy.is_pinned() for _, copied, _ in copies)
+    rows = [json.loads(line) for line in (tmp_path / "out/data.jsonl").read_text().splitlines()]
+    assert len(rows) == len({item["index"] for *_, item in copies})
+
+
+def test_a_copy_to_the_host_is_whole_when_it_was_waited_for():
+    """Behind a second of other work, asked for in another thread."""
+    with ThreadPoolExecutor(4) as pool:
+        expected = torch.arange(2**20, dtype=torch.float32)
+        waits = []
+        for number in range(8):
+            torch.cuda._sleep(10**8)
+            waits.append(pool.submit(HostCopy(expected.to(CUDA, non_blocking=True) + number).wait))
+        for number, waited in enumerate(waits):
+            assert torch.equal(waited.result(), expected + number)

@@ -26,6 +26,7 @@ from args import parse_prepare_args
 from base import bars, tensor_file
 from base.errors import DataError, UsageError
 from base.hashes import HashCache
+from cogvideox import encoding
 from data import artifacts, decode
 from data.buckets import Bucket, frame_times, make_buckets
 from data.clip_lists import read_clips, read_text_rows
@@ -568,7 +569,7 @@ def test_a_killed_run_leaves_no_half_files_and_is_continued(prepare, prepared, t
 
     def run():
         tensor_file.write_file, Path.write_text = fatal_after(tensor_file.write_file), fatal_after(Path.write_text)
-        prepare(*EVERYTHING[:-1], out="killed")
+        prepare(*EVERYTHING[:-1], "--num_artifact_workers", "1", out="killed")  # one file at a time
 
     child = in_child(run, tmp_path / "log")
     assert wait_for(child) == -signal.SIGKILL, (tmp_path / "log").read_text()
@@ -582,6 +583,34 @@ def test_a_killed_run_leaves_no_half_files_and_is_continued(prepare, prepared, t
     prepare(*EVERYTHING[:-1], out="killed")
     assert not left[0].exists()
     assert contents(out) == contents(whole)
+
+
+def test_a_signal_while_captions_are_encoded_leaves_whole_files_and_no_process(
+    data, tiny, tmp_path, prepare, monkeypatch
+):
+    """Workers are at the clips by then; the same command goes on with the third caption."""
+    argv = [*arguments(tiny("5b"), data, tmp_path / "out", *LATENTS), "--dataloader_num_workers", "2"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *argv])
+
+    def interrupted(*values, encode=encoding.encode_by_passes):
+        for number, embeds in enumerate(encode(*values)):
+            if number == 2:
+                workers = [child.pid for child in multiprocessing.active_children()]
+                (tmp_path / "workers").write_text(json.dumps(workers))
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield embeds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode_by_passes", interrupted)
+        child = in_child(lambda: runpy.run_path(str(SCRIPT), run_name="__main__"), tmp_path / "log")
+        assert wait_for(child) == 75
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[-1] == "error: interrupted by SIGTERM; the same command does what is missing"
+    workers = json.loads((tmp_path / "workers").read_text())
+    assert len(workers) == 2 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    partly, whole = contents(tmp_path / "out"), contents(prepare(*LATENTS, out="whole"))
+    assert partly.items() <= whole.items() and folders(partly) == EMBEDS
+    assert contents(prepare(*LATENTS)) == whole
 
 
 def test_an_unfinished_folder_has_no_manifest(prepare, prepared, monkeypatch):
@@ -611,6 +640,94 @@ def test_batches_change_nothing_but_rounding(prepare):
 def test_workers_change_nothing(prepare, prepared):
     out = prepare(*EVERYTHING, "--dataloader_num_workers", "2", out="workers")
     assert contents(out) == contents(prepared)
+
+
+def test_clips_are_decoded_while_captions_are_encoded(prepare, data, tmp_path, monkeypatch):
+    """As many as the worker prefetches and no more: they wait in host memory."""
+    write_lists(data, CAPTIONS * 4, ["a.mp4", "b.mp4", "c.mp4"] * 4)
+    read, encode, log = VideoDataset.read, prepare_dataset.encode_by_passes, tmp_path / "decoded"
+    log.touch()
+
+    def noted(*values):
+        with open(log, "a") as file:
+            file.write("one\n")
+        return read(*values)
+
+    def num_decoded():
+        return len(log.read_text().splitlines())
+
+    def waiting(*values):
+        deadline = time.monotonic() + 20
+        while num_decoded() < 2:
+            assert time.monotonic() < deadline, "no worker decodes while T5 is at work"
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert num_decoded() == 2
+        yield from encode(*values)
+
+    monkeypatch.setattr(VideoDataset, "read", noted)
+    monkeypatch.setattr(prepare_dataset, "encode_by_passes", waiting)
+    out = prepare(*LATENTS, "--dataloader_num_workers", "1")
+    assert num_decoded() == len(rows_of(out)) == 12
+
+
+def test_a_worker_killed_while_captions_are_encoded_is_one_line(data, tiny, tmp_path, capsys, monkeypatch):
+    def waiting(*values):
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(20)
+        yield "never: torch raises its error from the signal of the worker's death"
+
+    monkeypatch.setattr(prepare_dataset, "encode_by_passes", waiting)
+    flags = [*LATENTS, "--dataloader_num_workers", "1"]
+    code, line = refusal(capsys, parse_prepare_args(arguments(tiny("5b"), data, tmp_path / "out", *flags)))
+    assert code == 75 and "a data worker was killed" in line
+
+
+def test_each_phase_ends_with_its_files_written(prepare, monkeypatch):
+    """Slow writers: what comes next waits for them."""
+    write, load_vae, write_manifest = (
+        getattr(prepare_dataset, name) for name in ("write_tensors", "load_vae", "write_manifest")
+    )
+    written, seen = [], []
+
+    def slowly(path, *values):
+        time.sleep(0.1)
+        write(path, *values)
+        written.append(path.parent.name)
+
+    monkeypatch.setattr(prepare_dataset, "write_tensors", slowly)
+    monkeypatch.setattr(prepare_dataset, "load_vae", lambda *v, **n: seen.append(sorted(written)) or load_vae(*v, **n))
+    monkeypatch.setattr(
+        prepare_dataset, "write_manifest", lambda *v: seen.append(sorted(written)) or write_manifest(*v)
+    )
+    out = prepare(*LATENTS, "--num_artifact_workers", "1")
+    assert seen == [["prompt_embeds"] * 4, ["prompt_embeds"] * 4 + ["video_latents"] * 3]
+    assert len(rows_of(out)) == 3
+
+
+def test_captions_and_clips_go_on_while_files_are_written(prepare, monkeypatch):
+    """No write is waited for until the writers' queue is full: T5 and the VAE are through before any file is there."""
+    write, encode, passes = (
+        getattr(prepare_dataset, name) for name in ("write_tensors", "encode_videos", "encode_by_passes")
+    )
+    begun = []
+
+    def at_the_end(path, *values):
+        deadline = time.monotonic() + 20
+        while len(begun) < (7 if "video_latents" in str(path) else 4):
+            assert time.monotonic() < deadline, "the next one waits for the file of the one before"
+            time.sleep(0.01)
+        write(path, *values)
+
+    def counted(*values):
+        for embeds in passes(*values):
+            begun.append("caption")
+            yield embeds
+
+    monkeypatch.setattr(prepare_dataset, "write_tensors", at_the_end)
+    monkeypatch.setattr(prepare_dataset, "encode_by_passes", counted)
+    monkeypatch.setattr(prepare_dataset, "encode_videos", lambda *v: begun.append("clip") or encode(*v))
+    assert len(rows_of(prepare(*LATENTS))) == 3
 
 
 def free_port():

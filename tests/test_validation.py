@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import random
+import re
 import shutil
 import sys
 import threading
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import CogVideoXPipeline, DiffusionPipeline
 from PIL import Image
 from torch.nn import functional as F
 
@@ -541,6 +542,81 @@ def test_what_a_full_gpu_held_is_gone_before_weights_come_back(tiny, monkeypatch
     with pytest.raises(RuntimeError), render_module.placed(pipe, CPU, offload=True):
         decode()
     assert held_at_return and not any(tensor is not None for tensor in held_at_return)
+
+
+class Placements:
+    """render_videos on a GPU that is not there: which models were placed how, and what each attempt rendered."""
+
+    def __init__(self, monkeypatch, fails=()):
+        self.offloads, self.fails, self.batches = [], list(fails), []
+        monkeypatch.setattr(render_module, "placed", self.placed)
+        monkeypatch.setattr(render_module, "render_one", self.render_one)
+        monkeypatch.setattr(render_module, "write_video", lambda *given: None)
+
+    @contextlib.contextmanager
+    def placed(self, pipe, device, offload):
+        self.offloads.append(offload)
+        yield
+
+    def render_one(self, args, pipe, *rest):
+        samples = [torch.zeros(2, 1)] * 3
+        pipe.transformer(*samples)
+        if self.fails and self.fails.pop(0):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def render(self, level, directory, *flags):
+        transformer = torch.nn.Module()
+        transformer.forward = lambda hidden, *rest, **shared: (self.batches.append(len(hidden)) or hidden,)
+        pipe = types.SimpleNamespace(transformer=transformer, set_progress_bar_config=lambda **options: None)
+        samples = types.SimpleNamespace(prompts=["a ball"], make_pipeline=lambda transformer: pipe, fps=8)
+        argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", *flags]
+        run = types.SimpleNamespace(rank=0, num_ranks=1, device=torch.device("cuda"))
+        engine = types.SimpleNamespace(transformer=transformer, level=level)
+        render_module.render_videos(parse_training_args("t2v_lora", argv), run, engine, samples, directory)
+
+
+@pytest.mark.parametrize("level", ["offload", "stream"])
+def test_levels_that_save_memory_have_one_model_on_the_gpu_from_the_start(level, monkeypatch, tmp_path):
+    placements = Placements(monkeypatch)
+    placements.render(level, tmp_path)
+    assert placements.offloads == [True] and placements.batches == [1, 1]
+    placements = Placements(monkeypatch, fails=[True])
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # nothing is left to save: not denoised a second time
+        placements.render(level, tmp_path)
+    assert placements.offloads == [True]
+
+
+def test_other_levels_save_memory_once_there_is_too_little(monkeypatch, tmp_path):
+    placements = Placements(monkeypatch)
+    placements.render("balanced", tmp_path)
+    placements.render(None, tmp_path, "--enable_model_cpu_offload")
+    assert placements.offloads == [False, True] and placements.batches == [2, 2]
+    placements = Placements(monkeypatch, fails=[True, False])
+    placements.render("balanced", tmp_path)
+    assert placements.offloads == [False, True] and placements.batches == [2, 1, 1]
+
+
+@only_t2v_lora
+def test_the_log_says_how_long_denoising_and_decoding_took(train, sampling, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    decode = CogVideoXPipeline.decode_latents
+    monkeypatch.setattr(
+        CogVideoXPipeline, "decode_latents", lambda pipe, latents: time.sleep(0.5) or decode(pipe, latents)
+    )
+    train("out", *sampling(*PROMPTS), "--max_train_steps", "1", "--no_first_validation")
+    lines = re.findall(r"validation video (\S+): denoised in (\S+) s, decoded in (\S+) s", caplog.text)
+    assert [name for name, _, _ in lines] == ["0_0", "1_0"]
+    assert all(float(decoding) >= 0.5 and float(denoising) > 0 for _, denoising, decoding in lines)
+
+
+def test_frames_are_rounded_as_numpy_rounds_them():
+    """Halves to even, in fp32 even if the VAE computes in less."""
+    for dtype in (torch.float32, torch.bfloat16):
+        frames = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        frames[0, 0, 0, :4] = torch.tensor([0.0, 1.0, 0.5, 1.5 / 255])
+        expected = (frames.float().permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+        rounded = render_module.to_uint8(frames)
+        assert np.array_equal(rounded, expected) and rounded.flags["C_CONTIGUOUS"]
 
 
 # ---------------------------------------------------------------- SageAttention

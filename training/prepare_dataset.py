@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the heavy imports: --help answers at once
 
 import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,7 @@ from data.loader import tolerant_loader
 from data.prepared import content_hash, hash_component
 from engine.objective import draw_generator
 from memory.allocator import expand_segments
+from memory.host import HostCopy, to_device
 from run.exits import run_script
 from run.launch import agree_on_run, check_device
 from run.prepare_plan import (
@@ -108,12 +110,13 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- captions, then pixels: never both on the GPU
     mine = todo[rank::num_ranks]
+    decoded = start_decoding(args, videos, mine)  # prefetched while captions are encoded
     if args.save_latents_and_embeddings:
         if rank == 0:
             warn_of_captions(args, model_dir, todo)
         captions = [*empty, *mine] if rank == 0 else mine
         write_embeddings(args, output_dir, model_dir, captions, config, device, rank)
-    unreadable = write_pixels(args, output_dir, model_dir, videos, mine, device, rank)
+    unreadable = write_pixels(args, output_dir, model_dir, decoded, mine, device, rank)
 
     # ---------------------------------------------------------------- manifest
     problems += [line for lines in all_gather_objects(unreadable) for line in lines]
@@ -226,10 +229,11 @@ def write_embeddings(args, output_dir: Path, model_dir: Path, items, config: dic
     expand_segments(device)
     at_once = place_text_encoder(text_encoder, device)
     embeds = encode_by_passes(tokenizer, text_encoder, list(wanted), max_length, at_once)
-    for files in with_progress(wanted.values(), "captions", disable=rank > 0):
-        prompt_embeds = next(embeds)
-        for path, key in files:
-            write_tensors(output_dir / path, {"prompt_embeds": prompt_embeds}, key)
+    with WriterPool(args.num_artifact_workers) as writer:
+        for files in with_progress(wanted.values(), "captions", disable=rank > 0):
+            prompt_embeds = next(embeds)
+            for path, key in files:
+                writer.submit(write_tensors, output_dir / path, {"prompt_embeds": prompt_embeds}, key)
     del text_encoder, embeds
     free_memory(device)
 
@@ -237,9 +241,21 @@ def write_embeddings(args, output_dir: Path, model_dir: Path, items, config: dic
 # ---------------------------------------------------------------- pixels
 
 
-def write_pixels(args, output_dir: Path, model_dir: Path, videos, items, device, rank: int) -> list[str]:
-    """Decode clips that lack moments or previews, and write these; returns one line for each clip that failed."""
-    pending = {item["index"]: item for item in items if any(not is_embedding(path) for path in item["missing"])}
+def start_decoding(args, videos, items) -> Iterator[dict]:
+    """Batches of the clips that lack moments or previews; workers start on them now, as far as they prefetch."""
+    indices = [item["index"] for item in items if needs_pixels(item)]
+    if not indices:
+        return iter(())
+    return iter(tolerant_loader(videos, indices, args.batch_size, args.dataloader_num_workers, args.pin_memory))
+
+
+def needs_pixels(item: dict) -> bool:
+    return any(not is_embedding(path) for path in item["missing"])
+
+
+def write_pixels(args, output_dir: Path, model_dir: Path, decoded, items, device, rank: int) -> list[str]:
+    """Write the moments and previews of `decoded`, batches of the clips that lack them; a line for each that failed."""
+    pending = {item["index"]: item for item in items if needs_pixels(item)}
     if not pending:
         return []
     vae = None
@@ -247,18 +263,15 @@ def write_pixels(args, output_dir: Path, model_dir: Path, videos, items, device,
         dtype = DTYPES[args.dtype]
         expand_segments(device)
         vae = load_vae(model_dir, dtype, args.variant, slicing=args.use_slicing, tiling=args.use_tiling).to(device)
-    loader = tolerant_loader(
-        videos, list(pending), args.batch_size, num_workers=args.dataloader_num_workers, pin_memory=args.pin_memory
-    )
     problems = []
     bar = progress(len(pending), "clips", disable=rank > 0)
     with bar, WriterPool(args.num_artifact_workers) as writer:
-        for batch in INTERRUPTION.until_interrupted(loader):
+        for batch in INTERRUPTION.until_interrupted(decoded):
             problems += batch["problems"]
             batch_items = [pending[index] for index in batch["index"]]
             if batch_items:
-                for path, tensors, item in make_tensors(args, vae, batch["pixels"], batch_items, device):
-                    writer.submit(write_tensors, output_dir / path, tensors, item["files"][path].now)
+                for path, moments, item in make_moments(args, vae, batch["pixels"], batch_items, device):
+                    writer.submit(write_moments, output_dir / path, moments, item["files"][path].now)
                 for pixels, item in zip(batch["pixels"], batch_items, strict=True):
                     if f"images/{item['stem']}.png" in item["missing"]:
                         writer.submit(write_preview, output_dir, item, pixels)
@@ -268,30 +281,43 @@ def write_pixels(args, output_dir: Path, model_dir: Path, videos, items, device,
     return problems
 
 
-def make_tensors(args, vae, pixels: torch.Tensor, items: list[dict], device):
-    """Yield (path, tensors on the CPU, item) for what is missing; `pixels`: uint8 [B, F', 3, h, w] of one bucket."""
+def write_moments(path: Path, moments: HostCopy, key: str) -> None:
+    """In a writer's thread: the main thread goes on to the next clip while the GPU is still at this one."""
+    write_tensors(path, {"moments": moments.wait()}, key)
+
+
+def make_moments(args, vae, pixels: torch.Tensor, items: list[dict], device) -> Iterator[tuple[str, HostCopy, dict]]:
+    """Yield (path, moments, item) for what is missing; `pixels`: uint8 [B, F', 3, h, w] of one bucket.
+
+    The GPU is not waited for.
+    """
     if vae is None:
         return
-    units = pixels_to_unit(pixels.to(device))
+    pixels = to_device(pixels, device)
     wanted = [place for place, item in enumerate(items) if video_latent(item) in item["missing"]]
     if wanted:
-        for place, moments in zip(wanted, encode_videos(vae, units[wanted]).cpu(), strict=True):
-            yield video_latent(items[place]), {"moments": moments}, items[place]
-    for frames, item in zip(units, items, strict=True):
+        videos = pixels if len(wanted) == len(items) else pixels[wanted]
+        moments = encode_videos(vae, pixels_to_unit(videos).to(vae.dtype))  # not kept in fp32 while they are encoded
+        for place, own in zip(wanted, moments, strict=True):
+            yield video_latent(items[place]), HostCopy(own), items[place]
+    for frame, item in zip(pixels[:, 0], items, strict=True):
         path = image_latent(item)
         if path in item["missing"]:
-            moments = encode_noised_frames(vae, frames[0], args.num_image_variants, args.seed, item["stem"])
-            yield path, {"moments": moments.cpu()}, item
+            moments = encode_noised_frames(
+                vae, pixels_to_unit(frame), args.num_image_variants, args.seed, item["stem"]
+            )
+            yield path, HostCopy(moments), item
 
 
 def encode_noised_frames(vae, frame: torch.Tensor, num_variants: int, seed: int, stem: str) -> torch.Tensor:
     """Moments [K, 2C, 1, H, W] of K differently noised copies of the first frame [3, h, w]."""
     generator = draw_generator(seed, f"image_noise/{stem}")
     log_sigma = torch.randn(num_variants, generator=generator) * IMAGE_NOISE_STD + IMAGE_NOISE_MEAN
+    log_sigma = to_device(log_sigma, frame.device)
     variants = []
     for k in range(num_variants):  # one at a time: the memory peak stays that of the video
-        noise = torch.randn(frame.shape, generator=generator).to(frame.device)
-        variants.append(encode_noised_images(vae, frame[None], noise[None], log_sigma[k : k + 1].to(frame.device)))
+        noise = to_device(torch.randn(frame.shape, generator=generator), frame.device)
+        variants.append(encode_noised_images(vae, frame[None], noise[None], log_sigma[k : k + 1]))
     return torch.cat(variants)
 
 

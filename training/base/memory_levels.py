@@ -2,8 +2,8 @@
 
 LEVELS = ("speed", "balanced", "offload", "stream")  # fastest first
 # Activations saved for the backward pass are in host memory. With a LoRA, `stream` has the frozen weights there too; in
-# full fine-tuning, `offload` has optimizer states and gradients there. T5 is streamed, and validation denoises
-# guidance's two samples one by one.
+# full fine-tuning, `offload` has optimizer states and gradients there. T5 is streamed; validation has one model at a
+# time on the GPU and denoises guidance's two samples one by one.
 HOST_LEVELS = ("offload", "stream")
 SFT_LEVELS = ("speed", "balanced", "offload")
 # Where full fine-tuning has its fp32 weights and optimizer states: all on the GPU, the weights in fp32 or split into

@@ -101,8 +101,12 @@ class ClipLoader(DataLoader):
     tolerant = False
 
     def __iter__(self) -> Iterator[dict]:
+        """Workers start now, not at the first `next`: they prefetch while the caller does something else."""
+        return self.checked(super().__iter__())
+
+    def checked(self, batches: Iterator[dict]) -> Iterator[dict]:
         try:
-            for batch in self.received():
+            for batch in received(batches):
                 errors = batch.pop("errors")
                 fatal = [error for error in errors if not (self.tolerant and isinstance(error, DataError))]
                 if fatal:
@@ -116,13 +120,14 @@ class ClipLoader(DataLoader):
                 f"size and run the same command again ({first_line(error)})"
             ) from error
 
-    def received(self) -> Iterator[dict]:
-        """torch's batches. If fetching fails because a worker just died, gives torch time to raise its own error."""
-        try:
-            yield from super().__iter__()
-        except (ConnectionError, EOFError):
-            time.sleep(WORKER_DEATH_SECONDS)  # torch raises from its signal handler, during this sleep
-            raise
+
+def received(batches: Iterator[dict]) -> Iterator[dict]:
+    """torch's batches. If fetching fails because a worker just died, gives torch time to raise its own error."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError):
+        time.sleep(WORKER_DEATH_SECONDS)  # torch raises from its signal handler, during this sleep
+        raise
 
 
 def make_loader(dataset: Dataset, sampler, num_workers: int, pin_memory: bool = False) -> DataLoader:

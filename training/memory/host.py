@@ -100,6 +100,24 @@ def to_device(values, device: torch.device):
     return values.to(device, non_blocking=True)
 
 
+class HostCopy:
+    """A copy of `tensor` in host memory, made behind what the GPU has queued: only `wait` blocks, in any thread."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.source_device, self.copy = tensor.device, tensor
+        if tensor.device.type == "cuda":
+            self.copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.copy.copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.Event(blocking=True)  # waits without keeping a core busy
+            self.arrived.record()
+
+    def wait(self) -> torch.Tensor:
+        if self.source_device.type == "cuda":
+            with torch.cuda.device(self.source_device):  # a new thread's device is 0: it would get a context there
+                self.arrived.synchronize()
+        return self.copy
+
+
 def wait(event) -> None:
     """Make the compute stream wait for `event`; the CPU does not block."""
     event.wait()

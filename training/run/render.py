@@ -7,8 +7,9 @@ import contextlib
 import logging
 import random
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,27 +67,34 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     shows_bar = run.rank == 0 and sys.stderr.isatty()
     pipe.set_progress_bar_config(disable=not shows_bar, leave=False, desc="validation")
     sage = args.validation_attention == "sage"
-    offload, device = args.enable_model_cpu_offload, run.device
     if saves_memory:
         logger.info("at --memory %s guidance's two samples are denoised one after the other", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
-        try:
-            with one_sample_at_a_time(pipe.transformer) if saves_memory else contextlib.nullcontext():
-                render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
-            return
-        except torch.cuda.OutOfMemoryError as error:
-            logger.warning(
-                "validation: %s; tried again with one sample and one model at a time on the GPU", named_line(error)
-            )
-        with one_sample_at_a_time(pipe.transformer):
-            offload = offload or device.type == "cuda"
-            render_jobs(args, pipe, samples, device, directory, own_jobs, offload)
+        if not saves_memory:
+            try:
+                render_jobs(args, pipe, samples, run.device, directory, own_jobs)
+                return
+            except torch.cuda.OutOfMemoryError as error:
+                logger.warning(
+                    "validation: %s; tried again with one sample and one model at a time on the GPU", named_line(error)
+                )
+        # At a level that saves memory from the start: what runs out of it in decoding would be denoised twice
+        render_jobs(args, pipe, samples, run.device, directory, own_jobs, saves_memory=True)
 
 
 def render_jobs(
-    args, pipe, samples: Samples, device: torch.device, directory: Path, jobs: list[tuple[int, int]], offload: bool
+    args,
+    pipe,
+    samples: Samples,
+    device: torch.device,
+    directory: Path,
+    jobs: list[tuple[int, int]],
+    saves_memory: bool = False,
 ) -> None:
-    with placed(pipe, device, offload):
+    """With `saves_memory` one sample and one model at a time are on the GPU."""
+    offload = args.enable_model_cpu_offload or (saves_memory and device.type == "cuda")
+    one_by_one = one_sample_at_a_time(pipe.transformer) if saves_memory else contextlib.nullcontext()
+    with one_by_one, placed(pipe, device, offload):
         # On a terminal, the pipeline shows its own bar
         for number, video in with_progress(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
             frames = render_one(args, pipe, samples, device, number, video)
@@ -126,22 +134,52 @@ def render_one(args, pipe, samples: Samples, device: torch.device, number: int, 
     more = {}
     if samples.images:  # resized as clips are: scaled to cover, center-cropped
         more["image"] = ImageOps.fit(samples.images[number], (width, height), Image.Resampling.LANCZOS)
-    frames = pipe(
-        prompt_embeds=samples.embeds[samples.prompts[number]][None].to(device),
-        negative_prompt_embeds=samples.embeds[""][None].to(device),
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        use_dynamic_cfg=args.use_dynamic_cfg,
-        generator=draw_generator(samples.seed, "validation", number, video),
-        output_type="np",
-        **more,
-    ).frames[0]
-    if not np.isfinite(frames).all():
+    began = time.perf_counter()
+    with noted_decoding(pipe, device) as starts:
+        frames = pipe(
+            prompt_embeds=samples.embeds[samples.prompts[number]][None].to(device),
+            negative_prompt_embeds=samples.embeds[""][None].to(device),
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            use_dynamic_cfg=args.use_dynamic_cfg,
+            generator=draw_generator(samples.seed, "validation", number, video),
+            output_type="pt",
+            **more,
+        ).frames[0]
+    if not torch.isfinite(frames).all():
         raise ValueError(f"the frames of {number}_{video} are not finite")
-    return (frames * 255).round().astype(np.uint8)
+    frames, ended = to_uint8(frames), time.perf_counter()
+    logger.info(
+        "validation video %d_%d: denoised in %.2f s, decoded in %.2f s", number, video, starts[0] - began, ended - starts[0]
+    )  # fmt: skip
+    return frames
+
+
+@contextlib.contextmanager
+def noted_decoding(pipe, device: torch.device) -> Iterator[list[float]]:
+    """Yields a list of the times at which the latents of a video were there, one for each call of `pipe`."""
+    decode_latents, starts = pipe.decode_latents, []
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        starts.append(time.perf_counter())
+        return decode_latents(latents)
+
+    pipe.decode_latents = decode
+    try:
+        yield starts
+    finally:
+        pipe.decode_latents = decode_latents
+
+
+def to_uint8(frames: torch.Tensor) -> np.ndarray:
+    """[F', h, w, 3] of frames [F', 3, h, w] in [0, 1]; on their device and one by one, in fp32."""
+    pixels = torch.stack([(frame.float() * 255).round().to(torch.uint8) for frame in frames])
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 @contextlib.contextmanager
