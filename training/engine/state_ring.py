@@ -403,16 +403,23 @@ class RingAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], rest: dict) -> None:
-        """Load a state dict's tensors, named `<index>.<name>`, one by one; `rest` has the param_groups."""
+        """Load a state dict's tensors, named `<index>.<name>`, one by one; `rest` has the param_groups.
+
+        Overwrites everything: what an earlier attempt loaded, too.
+        """
+        self.stepped = set()
         for name, tensor in tensors:
             index, kind = name.split(".")
-            target = self.states.num_updates if kind == "step" else None
-            if target is None:
-                self.states.block_of[int(index)].view(kind, int(index)).copy_(tensor)
-            else:
-                target[int(index)] = tensor
+            self.place(int(index), kind).copy_(tensor)
             self.stepped.add(int(index))
+        for index in set(self.states.block_of) - self.stepped:
+            for kind in ("step", *MOMENTS):
+                self.place(index, kind).zero_()
         super().load_state_dict({"state": {}, "param_groups": rest["param_groups"]})
+
+    def place(self, index: int, kind: str) -> torch.Tensor:
+        """The state `kind`, by torch's name, of a weight."""
+        return self.states.num_updates[index] if kind == "step" else self.states.block_of[index].view(kind, index)
 
 
 def divide(weights: list[nn.Parameter], blocks: nn.ModuleList, on_host: bool, chunk: int) -> list[BlockStates]:
