@@ -552,15 +552,13 @@ def test_combinations_that_exist_nowhere_are_refused(flags, message, capsys):
         ("--memory offload --use_8bit --use_torchao", "without --use_8bit: fp32 states take no GPU memory there"),
         ("--memory offload --use_4bit", "without --use_4bit: fp32 states take no GPU memory there"),
         ("--memory offload --use_fp8", "without --use_fp8: fp32 states take no GPU memory there"),
-        ("--memory offload --ema", "use --memory balanced with --use_cpu_offload_optimizer --offload_gradients"),
     ],
 )
 def test_levels_that_full_fine_tuning_does_not_have_are_refused(flags, message, capsys):
     for script in ("t2v_sft", "i2v_sft"):
         line = refused_training(capsys, *flags.split(), script=script)
         assert message in line and len(line.splitlines()) == 1
-    if "--ema" not in flags:
-        parse_training_args("t2v_lora", [*TRAIN, *flags.split()])
+    parse_training_args("t2v_lora", [*TRAIN, *flags.split()])
 
 
 @pytest.mark.parametrize("more", ["", "--optimizer adamw", "--use_cpu_offload_optimizer --offload_gradients"])

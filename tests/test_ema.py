@@ -98,27 +98,27 @@ def make_engine(model_dir, dtype, *flags):
 def test_inference_shows_the_weights_that_will_be_saved_and_puts_the_trained_ones_back(place, dtype, tiny):
     engine = make_engine(tiny("2b"), dtype, "--ema", *PLACES[place])
     with torch.no_grad():
-        for shadow in engine.ema.shadow_params:
+        for shadow in engine.average.values():
             shadow += 0.5
-    trained = [param.detach().clone() for param in engine.params]
+    trained = [param.detach().clone() for param in engine.weights.values()]
     in_model = [param.detach().clone() for param in engine.transformer.parameters()]
-    average = [shadow.clone() for shadow in engine.ema.shadow_params]
+    average = [shadow.clone() for shadow in engine.average.values()]
     with contextlib.suppress(KeyboardInterrupt), engine.inference() as transformer:
         assert not transformer.training and not torch.is_grad_enabled()
         for shown, expected in zip(transformer.parameters(), average, strict=True):
             assert torch.equal(shown, rounded(expected, dtype))
         raise KeyboardInterrupt  # an interrupted validation must not leave the average to be trained
     assert engine.transformer.training
-    assert all(torch.equal(a, b) for a, b in zip(engine.params, trained, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(engine.weights.values(), trained, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(engine.transformer.parameters(), in_model, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(engine.ema.shadow_params, average, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(engine.average.values(), average, strict=True))
 
 
 def test_inference_without_an_average_shows_what_is_trained(tiny):
     engine = make_engine(tiny("2b"), torch.bfloat16)
     assert engine.ema is None
     with engine.inference() as transformer:
-        for shown, param in zip(transformer.parameters(), engine.params, strict=True):
+        for shown, param in zip(transformer.parameters(), engine.weights.values(), strict=True):
             assert torch.equal(shown, rounded(param, torch.bfloat16))
 
 

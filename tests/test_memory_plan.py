@@ -209,9 +209,9 @@ def sft(kind, *flags):
 
 
 def test_full_fine_tuning_streams_states_where_it_can(monkeypatch):
-    """In bf16, with fp32 states of Adam, without --ema, in one process."""
+    """In bf16, with fp32 states of Adam, in one process."""
     assert levels_of(sft("2b")) == ("speed", "balanced", "offload")
-    for flags in ("--use_8bit", "--ema", "--optimizer came", "--optimizer prodigy", "--mixed_precision fp16"):
+    for flags in ("--use_8bit", "--optimizer came", "--optimizer prodigy", "--mixed_precision fp16"):
         assert levels_of(sft("2b", *flags.split())) == ("speed", "balanced")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert levels_of(sft("2b")) == ("speed", "balanced")
@@ -222,7 +222,7 @@ def test_full_fine_tuning_streams_states_where_it_can(monkeypatch):
 def test_what_full_fine_tuning_has_on_the_gpu_and_on_the_host(kind):
     """Bytes per weight: 12 on the GPU, or 2 there and 12 on the host; a gradient has 2, and 4 where it is a sum."""
     run, summed = sft(kind), sft(kind, "--gradient_accumulation_steps", "2")
-    hosted, by_cpu = (sft(kind, "--use_cpu_offload_optimizer", *more) for more in ([], ["--ema"]))
+    hosted, by_cpu = (sft(kind, "--use_cpu_offload_optimizer", *more) for more in ([], ["--optimizer", "came"]))
     assert hosted.masters == RING and by_cpu.masters == HOST
     size = run.num_weights
 
@@ -235,7 +235,7 @@ def test_what_full_fine_tuning_has_on_the_gpu_and_on_the_host(kind):
     assert difference(
         sft(kind, "--use_cpu_offload_optimizer", "--gradient_accumulation_steps", "2"), hosted, "host"
     ) == (pytest.approx(2, abs=0.1))
-    assert difference(by_cpu, hosted, "host") == pytest.approx(10, abs=0.5)
+    assert difference(by_cpu, hosted, "host") == pytest.approx(2, abs=0.5)  # 14 with the states of came
     # `offload` is that with activations on the host
     assert memory_peaks(run, "offload") == memory_peaks(hosted, "offload")
     assert memory_peaks(run, "offload").reserved < memory_peaks(hosted, "balanced").reserved
@@ -326,7 +326,7 @@ def test_auto_refuses_in_one_line_what_fits_nowhere(monkeypatch):
     with pytest.raises(UsageError, match="or train a LoRA"):
         choose(monkeypatch, 5, kind="2b", task="t2v_sft")
     with pytest.raises(UsageError, match="or --use_cpu_offload_optimizer --offload_gradients, or train a LoRA"):
-        choose(monkeypatch, 16, kind="2b", task="t2v_sft", flags=("--memory", "auto", "--ema"))
+        choose(monkeypatch, 16, kind="2b", task="t2v_sft", flags=("--memory", "auto", "--optimizer", "came"))
 
 
 @pytest.mark.parametrize("task", ["t2v_lora", "t2v_sft", "i2v_lora", "i2v_sft"])

@@ -11,11 +11,11 @@ from args import parse_training_args
 from base.errors import UsageError
 from cogvideox.loading import load_transformer
 from engine import master_weights
-from engine.compose import build_sft_engine_from_args
+from engine.compose import build_optimizer_from_args, build_sft_engine_from_args
 from engine.master_weights import HostMasters, Masters
-from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, split_tensors
+from engine.optimizers import make_lr_scheduler_from_args, split_tensors
 from engine.sft import by_name, check_saved_transformer, load_weights, save_transformer, save_weights, setter
-from engine.update import TrainingState
+from engine.update import TrainingState, update
 from run import checkpoints
 from run.checkpoints import write_checkpoint
 from run.levels import check_sft_fits
@@ -69,11 +69,11 @@ def test_every_update_starts_from_no_gradient_and_gets_all_micro_steps(add_maste
     model = small_model()
     masters = add_masters(model)
     sums = []
-    for update, seeds in enumerate([(0, 1), (2, 3)]):
+    for number, seeds in enumerate([(0, 1), (2, 3)]):
         for seed in seeds:
-            backward(model[2:] if update else model, seed)
+            backward(model[2:] if number else model, seed)
         averaged = masters.gradients()
-        assert len(averaged) == (2 if update else 4)
+        assert len(averaged) == (2 if number else 4)
         averaged[0] *= 3  # what averaging over the ranks does, in place
         masters.deliver_gradients()
         sums.append([None if master.grad is None else master.grad.clone() for master in masters.params])
@@ -158,7 +158,7 @@ def test_the_stored_weights_are_trained_not_their_rounding(more, tiny):
             param.copy_((1.004 * param).half())  # no bf16 numbers any more, and many of them between two
     stored = [param.detach().clone() for param in transformer.parameters()]
     engine = build_sft_engine_from_args(args, None, transformer, (1, 8, 2, 32), torch.bfloat16, torch.float32, CPU)
-    assert all(torch.equal(a, b) for a, b in zip(engine.params, stored, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(engine.weights.values(), stored, strict=True))
     for copy, weight in zip(transformer.parameters(), stored, strict=True):  # as after every later update
         assert torch.equal(copy, master_weights.rounded(weight, torch.bfloat16))
 
@@ -228,7 +228,7 @@ def make_state(tiny, request):
         args, transformer = parse_training_args("t2v_sft", argv), load_transformer(tiny("5b"), torch.float32)
         shape = 1, 8, 4, 32
         engine = build_sft_engine_from_args(args, None, transformer, shape, request.param, torch.bfloat16, CPU)
-        optimizer = make_optimizer_from_args(args, engine.params, 0.1)
+        optimizer = build_optimizer_from_args(args, None, engine, 0.1)
         state = TrainingState(engine, optimizer, make_lr_scheduler_from_args(args, optimizer, 10))
         if value is not None:
             fill(state, value)
@@ -240,22 +240,22 @@ def make_state(tiny, request):
 def fill(state, value):
     """Weights, their copies, the average and the optimizer's states made from one number; a schedule at that step."""
     engine = state.engine
-    for param in engine.params:
-        param.grad = torch.full_like(param, value)
-    state.optimizer.step()
-    for index, param in enumerate(engine.params):
-        param.data.fill_(value + index / 256)
-        engine.ema.shadow_params[index].fill_(value / 3)
+    update(sum(weight.float().sum() for weight in engine.transformer.parameters()) * value, state, True, 1.0)
+    engine.complete()
+    set_weight, set_average = engine.set_weight(), setter(engine.average)
+    for index, (name, weight) in enumerate(engine.weights.items()):
+        set_weight(name, torch.full_like(weight, value + index / 256))
+        set_average(name, torch.full_like(weight, value / 3))
     engine.ema.optimization_step = value
     if engine.masters:
         engine.masters.write_to_model()
-    state.lr_scheduler.step()
 
 
 def content_of(state):
     """All that a checkpoint holds, and the model that computes."""
     engine, (tensors, rest) = state.engine, split_tensors(state.optimizer.state_dict())
-    lists = {"params": engine.params, "average": engine.ema.shadow_params, "model": engine.transformer.parameters()}
+    lists = {"params": engine.weights.values(), "average": engine.average.values()}
+    lists["model"] = engine.transformer.parameters()
     tensors |= {f"{name} {index}": tensor for name, found in lists.items() for index, tensor in enumerate(found)}
     numbers = engine.ema.optimization_step, state.lr_scheduler.state_dict(), rest
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}, json.loads(json.dumps(numbers))

@@ -166,8 +166,8 @@ def check_sft_level(parser: FlagParser, args: argparse.Namespace):
     if obstacle:
         flag, instead = obstacle
         parser.error(
-            f"--memory offload {flag}: full fine-tuning has that level in bf16, with fp32 states of adam or adamw and "
-            f"without --ema; use {instead}"
+            f"--memory offload {flag}: full fine-tuning has that level in bf16, with fp32 states of adam or adamw; "
+            f"use {instead}"
         )
 
 

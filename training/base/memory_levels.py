@@ -25,4 +25,4 @@ def obstacle_to_splitting(args) -> tuple[str, str] | None:
     for dest in ("use_8bit", "use_4bit", "use_fp8"):
         if getattr(args, dest):
             return f"--{dest}", f"--memory offload without --{dest}: fp32 states take no GPU memory there"
-    return ("--ema", ON_HOST_INSTEAD) if args.ema else None
+    return None

@@ -20,7 +20,7 @@ from base.memory_levels import HOST, HOST_LEVELS, RING, SPLIT
 from base.ranks import is_distributed
 from base.startup import STARTUP
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
-from engine.engines import Engine, LoraEngine, SftEngine
+from engine.engines import Engine, LoraEngine, SftEngine, SplitSftEngine
 from engine.lora import (
     add_lora,
     is_plain,
@@ -30,7 +30,8 @@ from engine.lora import (
 )
 from engine.master_weights import HostMasters, Masters, kind_of_masters_from_args
 from engine.optimizers import ADAMS, adam_settings_from_args, make_optimizer_from_args
-from engine.state_ring import RingAdam, StateRing
+from engine.ring_adam import RingAdam
+from engine.state_ring import StateRing
 from memory.activations import offload_activations
 from memory.quantization import frozen_linears, frozen_products, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks, uses_triton
@@ -88,24 +89,28 @@ def build_sft_engine_from_args(
     masters = make_masters_from_args(args, level, transformer, device, dtype)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns about modules that do not exist here
     params = masters.params if masters else list(transformer.parameters())
-    ema = EMAModel(params, decay=args.ema_decay) if args.ema else None
-    if ema:
+    splits, ema = isinstance(masters, StateRing), None
+    if args.ema:
+        ema = masters.ema if splits else EMAModel(params, decay=args.ema_decay)
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
     STARTUP.mark("engine")
     save_dtype = DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
-    return SftEngine(transformer, params, inference_notes_from_args(args), level, save_dtype, masters, ema)
+    notes = inference_notes_from_args(args)
+    engine_class = SplitSftEngine if splits else SftEngine
+    return engine_class(transformer, params, notes, level, save_dtype, masters, ema)
 
 
 def make_masters_from_args(args, level: str | None, transformer: nn.Module, device: torch.device, dtype: torch.dtype):
     """fp32 masters of all weights for compute in `dtype`; None if the weights are in fp32 themselves."""
-    weights = list(transformer.parameters())
+    weights, blocks = list(transformer.parameters()), transformer.transformer_blocks
     if uses_deepspeed():
         return ZeroMasters(weights, device, dtype)
     num_ranks = torch.distributed.get_world_size() if is_distributed() else 1
     kind = kind_of_masters_from_args(args, level, dtype, num_ranks)
     if kind in (SPLIT, RING):
         accumulates = args.gradient_accumulation_steps > 1 or num_ranks > 1
-        return StateRing(transformer, transformer.transformer_blocks, device, kind == RING, accumulates)
+        ema = EMAModel([], decay=args.ema_decay) if args.ema else None  # the ring keeps the averages
+        return StateRing(transformer, blocks, device, kind == RING, accumulates, ema)
     if kind == HOST:
         return HostMasters(weights, device, dtype, args.offload_gradients)
     return None if dtype == torch.float32 else Masters(weights, device, dtype)

@@ -6,7 +6,7 @@ model's low-precision copies of them, if these differ), `ema` (moving average of
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from engine.lora import check_saved_lora, load_lora, save_lora, save_unscaled
 from engine.master_weights import Masters
+from engine.ring_adam import WeightsByName
 from engine.sft import (
     MASTERS_NAME,
     by_name,
@@ -28,7 +29,7 @@ from engine.sft import (
     setter,
     swapped,
 )
-from engine.state_ring import MastersByName, StateRing
+from engine.state_ring import StateRing, averaged
 
 
 @dataclass
@@ -88,17 +89,18 @@ class SftEngine(Engine):
     """A transformer in the compute dtype with all weights trained, on fp32 masters."""
 
     save_dtype: torch.dtype
-    masters: Masters | StateRing | None = None
+    masters: Masters | None = None
     ema: EMAModel | None = None
 
     @property
-    def weights(self) -> Mapping[str, torch.Tensor]:
-        return MastersByName(self.masters) if isinstance(self.masters, StateRing) else super().weights
+    def average(self) -> Mapping[str, torch.Tensor]:
+        """The moving average by the model's names."""
+        return by_name(self.transformer, self.ema.shadow_params)
 
     @property
     def result(self) -> Mapping[str, torch.Tensor]:
         """The weights that are saved and validated: the moving average if there is one."""
-        return by_name(self.transformer, self.ema.shadow_params) if self.ema else self.weights
+        return self.average if self.ema else self.weights
 
     def save(self, directory: Path) -> Path:
         return save_transformer(self.transformer, self.result, self.save_dtype, directory, self.inference_notes)
@@ -110,21 +112,20 @@ class SftEngine(Engine):
         self.save(directory)
         save_weights(self.transformer, self.weights, directory / MASTERS_NAME)
         if self.ema:
-            save_average(self.transformer, self.ema, directory)
+            save_average(self.transformer, self.average, self.ema.optimization_step, directory)
 
     def load_state(self, directory: Path) -> None:
-        splits = isinstance(self.masters, StateRing)
-        set_weight = self.masters.set_weight if splits else setter(self.weights)
-        load_weights(self.transformer, set_weight, directory / MASTERS_NAME)
-        if self.masters and not splits:
-            self.masters.write_to_model()
+        load_weights(self.transformer, self.set_weight(), directory / MASTERS_NAME)
         if self.ema:
-            load_average(self.transformer, self.ema, directory)
+            self.ema.optimization_step = load_average(self.transformer, setter(self.average), directory)
+        if self.masters:
+            self.masters.write_to_model()
+
+    def set_weight(self) -> Callable[[str, torch.Tensor], None]:
+        return setter(self.weights)
 
     @contextlib.contextmanager
     def inference(self):
-        if isinstance(self.masters, StateRing):
-            self.masters.complete()  # a pipeline may move the weights
         with self.averaged_weights(), super().inference() as transformer:
             yield transformer
 
@@ -142,3 +143,27 @@ class SftEngine(Engine):
                 yield
             finally:
                 self.masters.write_to_model()
+
+
+@dataclass
+class SplitSftEngine(SftEngine):
+    """The same on split masters: fp32 values are made while they are read, one at a time."""
+
+    masters: StateRing
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        return WeightsByName(self.masters, self.masters.get_master)
+
+    @property
+    def average(self) -> Mapping[str, torch.Tensor]:
+        return WeightsByName(self.masters, self.masters.get_average)
+
+    def set_weight(self) -> Callable[[str, torch.Tensor], None]:
+        return lambda name, value: self.masters.set_master(self.masters.names[name], value)
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        self.masters.complete()  # whoever renders may move the weights
+        with averaged(self.masters) if self.ema else contextlib.nullcontext():
+            yield

@@ -145,12 +145,11 @@ def by_name(model: nn.Module, tensors: list[torch.Tensor]) -> dict[str, torch.Te
     return dict(zip(names, tensors, strict=True))
 
 
-def save_average(model: nn.Module, ema, directory: Path) -> None:
-    """Save the weights' moving average (diffusers' EMAModel) and the number of updates in it."""
-    average = by_name(model, ema.shadow_params)
-    save_weights(model, average, directory / EMA_NAME, {EMA_STEPS: str(ema.optimization_step)})
+def save_average(model: nn.Module, average: Mapping[str, torch.Tensor], num_updates: int, directory: Path) -> None:
+    """Save the weights' moving average and the number of updates in it."""
+    save_weights(model, average, directory / EMA_NAME, {EMA_STEPS: str(num_updates)})
 
 
-def load_average(model: nn.Module, ema, directory: Path) -> None:
-    set_weight = setter(by_name(model, ema.shadow_params))
-    ema.optimization_step = int(load_weights(model, set_weight, directory / EMA_NAME)[EMA_STEPS])
+def load_average(model: nn.Module, set_weight: Callable[[str, torch.Tensor], None], directory: Path) -> int:
+    """Restore it; returns the number of updates in it."""
+    return int(load_weights(model, set_weight, directory / EMA_NAME)[EMA_STEPS])

@@ -13,18 +13,20 @@ are copied back. Where they lie changes no bit, and the host never waits for the
     states.complete()  # before anything reads weights or states
 """
 
+import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
-from engine.split import join, split
-from memory.host import TransferStream, aligned, pinned_memory, wait, wrap_blocks
+from engine.block_states import AVERAGE, GRADIENTS, MOMENTS, STATES, BlockStates, Chunk, divide
+from engine.split import join, rounded, split
+from memory.host import TransferStream, wait, wrap_blocks
 
 
 CHUNK = 2**23  # weights that are updated at a time
@@ -32,24 +34,6 @@ NUM_SLOTS = 7  # chunks on the GPU: 0.66 GiB. Fewer stall while saved activation
 QUEUED_AHEAD = 2  # blocks whose update is queued before the forward pass comes to them
 LEAVING = 2  # blocks whose gradients may still be on their way to the host
 PINNING_THREADS = 4
-STATES = {"remainders": torch.int16, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names
-
-
-class Piece(NamedTuple):
-    """What a chunk holds of one weight."""
-
-    index: int  # of the weight
-    inside: slice  # of the chunk
-    part: slice  # of the flattened weight
-
-
-class Chunk(NamedTuple):
-    """A stretch of a block's buffers."""
-
-    inside: slice
-    size: int
-    pieces: list[Piece]
 
 
 class Step(NamedTuple):
@@ -59,6 +43,7 @@ class Step(NamedTuple):
     coefficient: torch.Tensor  # [], clips the gradients
     skipped: torch.Tensor  # [], fp32: 1 if the gradients are not finite
     has_gradient: set[int]  # indices of weights; the others stay as they are
+    ema_rate: float  # 1 - decay
     ready: object  # event: the backward pass is over, and its gradients are where the update expects them
 
 
@@ -74,58 +59,17 @@ class Slot:
 class Leaving:
     """A block's gradients on their way to the host."""
 
-    block: "BlockStates"
+    block: BlockStates
     gradients: list[torch.Tensor]
     sent: object = None  # event
-
-
-class BlockStates:
-    """The states of a few weights, each kind in one flat buffer on the host or the GPU."""
-
-    def __init__(self, weights: dict[int, nn.Parameter], on_host: bool, chunk: int):
-        self.weights, self.on_host = weights, on_host  # by index among the model's weights
-        # Weights start at multiples of 128, so that a vector of the kernel never holds two
-        self.start_of, self.size = {}, 0
-        for index, weight in weights.items():
-            self.start_of[index] = self.size
-            self.size += aligned(weight.numel() * 2) // 2
-        self.chunks = list(self.cut(chunk))
-        self.buffers: dict[str, torch.Tensor] = {}
-        self.gradients: dict[int, torch.Tensor] = {}  # on the GPU, if the states are
-        self.due: Step | None = None
-        self.updated = None  # event: the weights' last update is done
-
-    def cut(self, size: int) -> Iterator[Chunk]:
-        for start in range(0, self.size, size):
-            stop = min(start + size, self.size)
-            pieces = []
-            for index, at in self.start_of.items():
-                low, high = max(start, at), min(stop, at + self.weights[index].numel())
-                if low < high:
-                    pieces.append(Piece(index, slice(low - start, high - start), slice(low - at, high - at)))
-            yield Chunk(slice(start, stop), stop - start, pieces)
-
-    def allocate(self, device: torch.device, gradients: torch.dtype) -> None:
-        kinds = {**STATES, "gradients": gradients} if self.on_host else STATES
-        sizes = [aligned(self.size * dtype.itemsize) for dtype in kinds.values()]
-        if self.on_host:
-            memory = pinned_memory(sum(sizes), device)
-        else:
-            memory = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
-        for (name, dtype), flat in zip(kinds.items(), memory.split(sizes), strict=True):
-            self.buffers[name] = flat.view(dtype)[: self.size]
-
-    def view(self, name: str, index: int) -> torch.Tensor:
-        """A weight's part of a buffer, in its shape."""
-        weight, start = self.weights[index], self.start_of[index]
-        return self.buffers[name][start : start + weight.numel()].view(weight.shape)
 
 
 class StateRing:
     """Holds the states of all weights of `model`, takes their gradients, and applies updates block by block.
 
     `blocks` are called in order, compiled or not. Weights outside of them have their states on the GPU. `accumulates`:
-    several backward passes may come before an update; their gradients are summed in fp32.
+    several backward passes may come before an update; their gradients are summed in fp32. `ema`: the decay of a moving
+    average of the masters, kept with the other states; it holds no weights itself.
     """
 
     def __init__(
@@ -135,9 +79,12 @@ class StateRing:
         device: torch.device,
         on_host: bool,
         accumulates: bool = False,
+        ema: EMAModel | None = None,
         chunk: int = CHUNK,
     ):
-        self.device, self.accumulates = device, accumulates
+        self.device, self.accumulates, self.ema = device, accumulates, ema
+        self.states = STATES | {AVERAGE: torch.float32} if ema else STATES
+        self.states_and_gradients = self.states | {GRADIENTS: torch.float32 if accumulates else torch.bfloat16}
         self.names = {name: index for index, (name, _) in enumerate(model.named_parameters())}
         self.params = list(model.parameters())
         self.blocks = divide(self.params, blocks, on_host, chunk)  # in the order of the forward pass, then the rest
@@ -157,23 +104,24 @@ class StateRing:
 
         Pinning is what takes time. A block's weights are freed once its states are there.
         """
-        gradients = torch.float32 if self.accumulates else torch.bfloat16
+        kinds = {True: self.states_and_gradients, False: self.states}
         with ThreadPoolExecutor(PINNING_THREADS) as pool:
-            allocated = pool.map(lambda block: block.allocate(self.device, gradients), self.blocks)
+            allocated = pool.map(lambda block: block.allocate(kinds[block.on_host], self.device), self.blocks)
             for block, _ in zip(self.blocks, allocated, strict=True):
                 for index, weight in block.weights.items():
                     master = weight.data
                     weight.data = torch.empty(weight.shape, dtype=torch.bfloat16, device=self.device)
                     self.set_master(index, master)
+                    if self.ema:
+                        block.view(AVERAGE, index).copy_(master)
                     weight.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, block, index))
 
     def make_room(self, size: int, on_host: bool) -> None:
         empty = functools.partial(torch.empty, size, device=self.device)
         self.master, self.gradient, self.weight = empty(), empty(), empty(dtype=torch.bfloat16)
-        gradients = torch.float32 if self.accumulates else torch.bfloat16
-        kinds = {**STATES, "gradients": gradients}
+        kinds = self.states_and_gradients.items()
         self.slots = [
-            Slot({name: empty(dtype=dtype) for name, dtype in kinds.items()}, self.inward.mark())
+            Slot({name: empty(dtype=dtype) for name, dtype in kinds}, self.inward.mark())
             for _ in range(NUM_SLOTS if on_host else 0)
         ]
         self.turn = 0
@@ -200,7 +148,7 @@ class StateRing:
         if not self.leaving or self.leaving[-1].block is not block:
             self.leaving.append(Leaving(block, []))
             self.release_gradients(LEAVING)
-        host, computed = block.view("gradients", index), self.outward.mark()
+        host, computed = block.view(GRADIENTS, index), self.outward.mark()
         if self.accumulates:
             add = functools.partial(self.add_to_host, host, index, gradient)
             self.leaving[-1].sent = self.outward.run(add, after=[computed])
@@ -248,7 +196,7 @@ class StateRing:
             self.num_updates[sorted(self.norms)] += 1 - skipped.float()
         with self.outward.api.stream(self.inward.stream):
             wait(sent)
-        step = Step(rule, coefficient, skipped.float(), set(self.norms), None)
+        step = Step(rule, coefficient, skipped.float(), set(self.norms), self.next_ema_rate(skipped), None)
         self.norms = {}
         *blocks, around = self.blocks
         self.update_resident(around, step)
@@ -257,6 +205,13 @@ class StateRing:
             block.due = step
         self.queue_updates(QUEUED_AHEAD)
         return norm, skipped
+
+    def next_ema_rate(self, skipped: torch.Tensor) -> float:
+        """0 for a skipped update. Only a moving average needs the verdict on the host, which waits for it."""
+        if self.ema is None or skipped:
+            return 0.0
+        self.ema.optimization_step += 1
+        return 1 - self.ema.get_decay(self.ema.optimization_step)
 
     def queue_updates(self, stop: int) -> None:
         """Queue the updates that are due of the first `stop` blocks, beside what the compute stream does meanwhile."""
@@ -270,11 +225,10 @@ class StateRing:
 
     def update_resident(self, block: BlockStates, step: Step) -> None:
         for chunk in block.chunks:
-            pieces = [piece for piece in chunk.pieces if piece.index in step.has_gradient]
-            if pieces:
-                gradients = [block.gradients[piece.index].flatten()[piece.part] for piece in pieces]
-                torch._foreach_copy_([self.gradient[piece.inside] for piece in pieces], gradients)
-                self.update_chunk(chunk, {name: flat[chunk.inside] for name, flat in block.buffers.items()}, step)
+            for piece in chunk.pieces:
+                if piece.index in step.has_gradient:
+                    self.gradient[piece.inside].copy_(block.gradients[piece.index].flatten()[piece.part])
+            self.update_chunk(chunk, {name: flat[chunk.inside] for name, flat in block.buffers.items()}, step)
 
     def update_on_host(self, block: BlockStates, step: Step) -> None:
         for chunk in block.chunks:
@@ -284,10 +238,10 @@ class StateRing:
             here = {name: flat[chunk.inside] for name, flat in block.buffers.items()}
             arrived = self.inward.start([(there[name], here[name]) for name in here], after=[slot.free, step.ready])
             block.updated = self.work.run(functools.partial(self.update_arrived, chunk, there, step), after=[arrived])
-            slot.free = self.outward.start([(here[name], there[name]) for name in STATES], after=[block.updated])
+            slot.free = self.outward.start([(here[name], there[name]) for name in self.states], after=[block.updated])
 
     def update_arrived(self, chunk: Chunk, there: dict[str, torch.Tensor], step: Step) -> None:
-        self.gradient[: chunk.size].copy_(there["gradients"])
+        self.gradient[: chunk.size].copy_(there[GRADIENTS])
         self.update_chunk(chunk, there, step)
 
     def update_chunk(self, chunk: Chunk, states: dict[str, torch.Tensor], step: Step) -> None:
@@ -304,6 +258,9 @@ class StateRing:
         if pieces:
             counts = [self.num_updates[piece.index] for piece in pieces]
             step.rule(*lists, [], counts, found_inf=step.skipped)
+        if self.ema:
+            average = states[AVERAGE]
+            average.sub_(step.ema_rate * (average - master))  # as EMAModel.step
         split(master, weight, states["remainders"])
         torch._foreach_copy_(own, copies)
 
@@ -333,15 +290,19 @@ class StateRing:
             self.await_update(block)
         self.outward.api.synchronize()
 
+    def write_to_model(self) -> None:
+        """Nothing to do: the weights are part of the masters."""
+
+    def get_average(self, index: int) -> torch.Tensor:
+        """fp32, a view."""
+        return self.block_of[index].view(AVERAGE, index)
+
     def get_master(self, index: int) -> torch.Tensor:
         """fp32, made on access."""
         weight, remainder = self.params[index].data, self.block_of[index].view("remainders", index)
         master = torch.empty(weight.shape, device=weight.device)
         join(weight, remainder.to(weight.device), master)
         return master
-
-    def set_weight(self, name: str, master: torch.Tensor) -> None:
-        self.set_master(self.names[name], master)
 
     def set_master(self, index: int, master: torch.Tensor) -> None:
         weight, kept = self.params[index].data, self.block_of[index].view("remainders", index)
@@ -351,85 +312,18 @@ class StateRing:
         kept.copy_(remainder)
 
 
-class MastersByName(Mapping):
-    """The fp32 masters by name, each made when it is asked for."""
-
-    def __init__(self, states: StateRing):
-        self.states = states
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.states.get_master(self.states.names[name])
-
-    def __iter__(self):
-        return iter(self.states.names)
-
-    def __len__(self) -> int:
-        return len(self.states.names)
-
-
-class RingAdam(torch.optim.Optimizer):
-    """torch's fused `kind` (Adam or AdamW), bit for bit, on the states of a StateRing; state dicts are in its format."""
-
-    RULES = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
-
-    def __init__(self, states: StateRing, kind: type, settings: dict):
-        self.states, self.kernel = states, self.RULES[kind]
-        super().__init__(states.params, kind(states.params, **settings, fused=True).defaults)
-        self.stepped: set[int] = set()  # indices of weights that have moments
-
-    @torch.no_grad()
-    def step(self, max_norm: float = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
-        """(gradient norm before clipping, whether the update was skipped because of it), both [] on the device."""
-        self.stepped |= set(self.states.norms)
-        group = self.param_groups[0]
-        beta1, beta2 = group["betas"]
-        settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-        rule = functools.partial(self.kernel, **settings, beta1=beta1, beta2=beta2)
-        return self.states.start_step(rule, max_norm)
-
-    def state_dict(self) -> dict:
-        """Views, without a copy; call `states.complete()` first."""
-        state = {}
-        for index in sorted(self.stepped):
-            block = self.states.block_of[index]
-            state[index] = {"step": self.states.num_updates[index]} | {
-                name: block.view(name, index) for name in MOMENTS
-            }
-        return super().state_dict() | {"state": state}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        entries = ((f"{index}.{name}", value) for index, e in state_dict["state"].items() for name, value in e.items())
-        self.load_tensors(entries, state_dict)
-
-    @torch.no_grad()
-    def load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]], rest: dict) -> None:
-        """Load a state dict's tensors, named `<index>.<name>`, one by one; `rest` has the param_groups.
-
-        Overwrites everything: what an earlier attempt loaded, too.
-        """
-        self.stepped = set()
-        for name, tensor in tensors:
-            index, kind = name.split(".")
-            self.place(int(index), kind).copy_(tensor)
-            self.stepped.add(int(index))
-        for index in set(self.states.block_of) - self.stepped:
-            for kind in ("step", *MOMENTS):
-                self.place(index, kind).zero_()
-        super().load_state_dict({"state": {}, "param_groups": rest["param_groups"]})
-
-    def place(self, index: int, kind: str) -> torch.Tensor:
-        """The state `kind`, by torch's name, of a weight."""
-        return self.states.num_updates[index] if kind == "step" else self.states.block_of[index].view(kind, index)
-
-
-def divide(weights: list[nn.Parameter], blocks: nn.ModuleList, on_host: bool, chunk: int) -> list[BlockStates]:
-    """The weights of each block, then those around the blocks."""
-    rest = {id(weight): index for index, weight in enumerate(weights)}
-    divided = []
-    for block in blocks:
-        indices = [rest.pop(id(weight)) for weight in block.parameters()]
-        divided.append(BlockStates({index: weights[index] for index in indices}, on_host, chunk))
-    return [*divided, BlockStates({index: weights[index] for index in rest.values()}, False, chunk)]
+@contextlib.contextmanager
+def averaged(states: StateRing):
+    """The moving average in the model, rounded. What it replaces is kept on the host, 2 bytes per weight."""
+    states.complete()
+    kept = [weight.data.to("cpu", copy=True) for weight in states.params]
+    for index, weight in enumerate(states.params):
+        weight.data.copy_(rounded(states.get_average(index).to(weight.device), weight.dtype))
+    try:
+        yield
+    finally:
+        for weight, values in zip(states.params, kept, strict=True):
+            weight.data.copy_(values)
 
 
 def norm_of(gradient: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from base.ranks import is_distributed
 from engine.deepspeed_zero import ZeroOptimizer
 from engine.engines import Engine
 from engine.master_weights import HostMasters, group_by_bytes
-from engine.state_ring import RingAdam
+from engine.ring_adam import RingAdam
 
 
 REDUCE_BYTES = 256 * 2**20  # gradients are averaged in pieces of this size: few calls, little memory

@@ -226,7 +226,8 @@ def sft_bytes_per_weight(args, kind: str, dtype: torch.dtype) -> tuple[int, int]
     """(bytes on the GPU, bytes on the host) per trained weight, including gradient and optimizer states."""
     states = state_bytes_from_args(args)
     if kind in (SPLIT, RING):
-        moved = 2 + states + (4 if accumulates(args) else 2)  # low bits, states and gradient
+        average = 4 if args.ema else 0
+        moved = 2 + states + average + (4 if accumulates(args) else 2)  # low bits, states and gradient
         return (2, moved) if kind == RING else (2 + moved, 0)
     trained = 4 + states + (4 if args.ema else 0)
     if kind == HOST:
