@@ -54,13 +54,13 @@ SETTINGS = [
     Setting("t2v_lora", 2, 3, "two", "prepared", 2, ("--lr_scheduler", "cosine")),
     Setting("t2v_lora", 2, 1, "two", "raw", 1, ("--video_reshape_mode", "random")),
     Setting("t2v_sft", 0, 1, "two", "raw", 2),
-    Setting("t2v_sft", 2, 3, "one", "prepared", 1, ("--mixed_precision", "bf16")),
+    Setting("t2v_sft", 2, 3, "one", "prepared", 1, ("--mixed_precision", "bf16", "--memory", "offload")),
     Setting("t2v_sft", 0, 3, "two", "prepared", 1, ("--checkpoints_total_limit", "1", "--ema")),
     Setting("i2v_lora", 0, 1, "two", "prepared", 1, ("--stratified_timesteps",)),
     Setting("i2v_lora", 2, 3, "one", "raw", 2),
     Setting("i2v_lora", 2, 1, "two", "prepared", 2, ("--optimizer", "prodigy", "--learning_rate", "1")),
     Setting("i2v_sft", 0, 3, "one", "prepared", 2, ("--use_cpu_offload_optimizer",)),
-    Setting("i2v_sft", 2, 1, "two", "raw", 1, ("--mixed_precision", "bf16")),
+    Setting("i2v_sft", 2, 1, "two", "raw", 1, ("--mixed_precision", "bf16", "--memory", "balanced", "--ema")),
     Setting("i2v_sft", 0, 3, "two", "prepared", 1, ("--lr_scheduler", "linear", "--optimizer", "came")),
 ]
 # One rank on videos and two on latents with workers in `make test`; with the others each script, and accumulation

@@ -15,6 +15,7 @@ from engine.compose import build_optimizer_from_args, build_sft_engine_from_args
 from engine.master_weights import HostMasters, Masters
 from engine.optimizers import make_lr_scheduler_from_args, split_tensors
 from engine.sft import by_name, check_saved_transformer, load_weights, save_transformer, save_weights, setter
+from engine.split import rounded
 from engine.update import TrainingState, update
 from run import checkpoints
 from run.checkpoints import write_checkpoint
@@ -160,7 +161,7 @@ def test_the_stored_weights_are_trained_not_their_rounding(more, tiny):
     engine = build_sft_engine_from_args(args, None, transformer, (1, 8, 2, 32), torch.bfloat16, torch.float32, CPU)
     assert all(torch.equal(a, b) for a, b in zip(engine.weights.values(), stored, strict=True))
     for copy, weight in zip(transformer.parameters(), stored, strict=True):  # as after every later update
-        assert torch.equal(copy, master_weights.rounded(weight, torch.bfloat16))
+        assert torch.equal(copy, rounded(weight, torch.bfloat16))
 
 
 @pytest.fixture(params=["device", "host"])
@@ -183,7 +184,7 @@ def test_the_result_is_the_masters_in_the_dtype_asked_for(trained, tmp_path, dty
     check_saved_transformer(transformer, masters, dtype, tmp_path)
     loaded = type(transformer).from_pretrained(tmp_path, subfolder="transformer", dtype=dtype)
     for name, param in loaded.named_parameters():
-        assert torch.equal(param, masters[name].to(dtype)), name
+        assert torch.equal(param, rounded(masters[name], dtype)), name
     # The model in memory is as before
     assert {param.dtype for param in transformer.parameters()} == {torch.bfloat16}
     assert not list(tmp_path.glob(".*"))
