@@ -33,6 +33,8 @@ BASE = [
     "--text_dropout", "0.3",
 ]  # fmt: skip
 
+ON_HOST = ("--mixed_precision", "bf16", "--use_cpu_offload_optimizer")
+
 
 class Setting(NamedTuple):
     """One way to train; all pairs of values of the first six occur."""
@@ -55,7 +57,7 @@ SETTINGS = [
     Setting("t2v_lora", 2, 1, "two", "raw", 1, ("--video_reshape_mode", "random")),
     Setting("t2v_sft", 0, 1, "two", "raw", 2),
     Setting("t2v_sft", 2, 3, "one", "prepared", 1, ("--mixed_precision", "bf16", "--memory", "offload")),
-    Setting("t2v_sft", 0, 3, "two", "prepared", 1, ("--checkpoints_total_limit", "1", "--ema")),
+    Setting("t2v_sft", 0, 3, "two", "prepared", 1, ("--checkpoints_total_limit", "1", "--ema", *ON_HOST)),
     Setting("i2v_lora", 0, 1, "two", "prepared", 1, ("--stratified_timesteps",)),
     Setting("i2v_lora", 2, 3, "one", "raw", 2),
     Setting("i2v_lora", 2, 1, "two", "prepared", 2, ("--optimizer", "prodigy", "--learning_rate", "1")),
