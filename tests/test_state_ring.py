@@ -1,13 +1,19 @@
 """States on the GPU or the host, in chunks of any size: bit for bit torch's fused AdamW on plain fp32 masters."""
 
+import functools
+import weakref
+from collections import deque
+
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from engine import state_ring
 from engine.ring_adam import RingAdam, WeightsByName
 from engine.split import join, round_to_bf16, split
 from engine.state_ring import StateRing, averaged
+from memory import host
 
 
 CPU = torch.device("cpu")
@@ -94,6 +100,55 @@ class RingRun:
         return masters_of(self.states)
 
 
+class LateWork(host.TransferStream):
+    """Copies and updates are done when their event is waited for, in order, and copies only from what is still there."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.waiting, self.done, self.queued = deque(), 0, 0
+
+    def mark(self):
+        return LateEvent()
+
+    def start(self, pairs, after):
+        """Views are of buffers that stay."""
+        kept = [
+            (target, weakref.ref(source) if source._base is None else lambda s=source: s) for target, source in pairs
+        ]
+        return self.run(functools.partial(self.copy, kept), after)
+
+    def run(self, action, after):
+        self.waiting.append((action, after))
+        self.queued += 1
+        return LateEvent(self, self.queued)
+
+    def copy(self, pairs):
+        for target, source in pairs:
+            assert source() is not None, "given back before it was copied"
+            target.copy_(source())
+
+    def synchronize(self):
+        while self.waiting:
+            action, after = self.waiting.popleft()
+            for event in after:
+                event.wait()
+            action()
+            self.done += 1
+
+
+class LateEvent:
+    def __init__(self, stream=None, number=0):
+        self.stream, self.number = stream, number
+
+    def wait(self):
+        while self.stream and self.stream.done < self.number:
+            action, after = self.stream.waiting.popleft()
+            for event in after:
+                event.wait()
+            action()
+            self.stream.done += 1
+
+
 def masters_of(states):
     return list(WeightsByName(states, states.get_master).values())
 
@@ -131,6 +186,17 @@ def test_updates_are_the_bits_of_plain_fused_adamw(kind, accumulation, on_host, 
     for index, entry in theirs.items():
         assert entry.keys() == ours[index].keys()
         assert_same(ours[index].values(), [entry[name] for name in ours[index]])
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
+def test_every_use_waits_for_what_it_needs(accumulation, on_host, monkeypatch):
+    """Copies and updates as late as their events allow."""
+    monkeypatch.setattr(state_ring, "TransferStream", LateWork)
+    plain, ring = PlainRun(torch.optim.AdamW), RingRun(torch.optim.AdamW, on_host, accumulation > 1, chunk=256)
+    assert run_plan(plain, accumulation) == run_plan(ring, accumulation)
+    assert_same(ring.masters, plain.masters)
+    assert_same(ring.model.parameters(), plain.model.parameters())
 
 
 @pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])

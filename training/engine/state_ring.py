@@ -44,7 +44,8 @@ class Step(NamedTuple):
     skipped: torch.Tensor  # [], fp32: 1 if the gradients are not finite
     has_gradient: set[int]  # indices of weights; the others stay as they are
     ema_rate: float  # 1 - decay
-    ready: object  # event: the backward pass is over, and its gradients are where the update expects them
+    sent: object  # event: the gradients are on the host, and so are the states of the step before
+    ready: object  # event: the backward pass is over
 
 
 @dataclass(eq=False)
@@ -175,7 +176,8 @@ class StateRing:
     def release_gradients(self, keep: int) -> None:
         """Free the gradients of all but the last `keep` blocks: their copies are done, so that nothing has to wait."""
         while len(self.leaving) > keep:
-            wait(self.leaving.pop(0).sent)
+            wait(self.leaving[0].sent)
+            self.leaving.pop(0)
 
     # ---- update
 
@@ -194,13 +196,13 @@ class StateRing:
             self.num_updates += 1 - skipped.float()
         else:  # some take no part in the loss
             self.num_updates[sorted(self.norms)] += 1 - skipped.float()
-        with self.outward.api.stream(self.inward.stream):
-            wait(sent)
-        step = Step(rule, coefficient, skipped.float(), set(self.norms), self.next_ema_rate(skipped), None)
+        rate = self.next_ema_rate(skipped)
+        step = Step(rule, coefficient, skipped.float(), set(self.norms), rate, sent, None)
         self.norms = {}
         *blocks, around = self.blocks
         self.update_resident(around, step)
-        step = step._replace(ready=self.work.mark())
+        # Kept until the next one: the work stream still reads its tensors when the last block's update is queued
+        self.step = step = step._replace(ready=self.work.mark())
         for block in blocks:
             block.due = step
         self.queue_updates(QUEUED_AHEAD)
@@ -236,7 +238,8 @@ class StateRing:
             self.turn += 1
             there = {name: flat[: chunk.size] for name, flat in slot.buffers.items()}
             here = {name: flat[chunk.inside] for name, flat in block.buffers.items()}
-            arrived = self.inward.start([(there[name], here[name]) for name in here], after=[slot.free, step.ready])
+            pairs = [(there[name], here[name]) for name in here]
+            arrived = self.inward.start(pairs, after=[slot.free, step.sent, step.ready])
             block.updated = self.work.run(functools.partial(self.update_arrived, chunk, there, step), after=[arrived])
             slot.free = self.outward.start([(here[name], there[name]) for name in self.states], after=[block.updated])
 
@@ -270,7 +273,6 @@ class StateRing:
 
     def forward(self, index: int, call: Callable, *args, **kwargs):
         """Call a block once it is updated."""
-        self.release_gradients(0)
         self.queue_updates(index + 1 + QUEUED_AHEAD)
         self.await_update(self.blocks[index])
         return call(*args, **kwargs)
@@ -280,6 +282,7 @@ class StateRing:
             wait(block.updated)
             block.updated = None
             block.gradients.clear()
+            self.release_gradients(0)  # an update comes after them: nothing more to wait for
 
     # ---- reading and writing, by name or index
 
@@ -288,7 +291,8 @@ class StateRing:
         self.queue_updates(len(self.blocks))
         for block in self.blocks:
             self.await_update(block)
-        self.outward.api.synchronize()
+        for stream in (self.inward, self.work, self.outward):
+            stream.synchronize()
 
     def write_to_model(self) -> None:
         """Nothing to do: the weights are part of the masters."""

@@ -75,6 +75,10 @@ class TransferStream:
         """Queue a copy for each (target, source), after the events `after`; returns an event for their completion."""
         return self.run(functools.partial(copy_all, pairs), after)
 
+    def synchronize(self) -> None:
+        """Block until everything queued here is done."""
+        self.api.synchronize()
+
     def run(self, action: Callable[[], None], after: list):
         """Call `action`, which queues work, with this stream as the current one; otherwise as `start`."""
         with self.api.stream(self.stream):
