@@ -101,7 +101,12 @@ class RingRun:
 
 
 class LateWork(host.TransferStream):
-    """Copies and updates are done when their event is waited for, in order, and copies only from what is still there."""
+    """Copies and updates are done when their event is waited for, in order, and copies only from what is still there.
+
+    `early`: as soon as what they come after is done.
+    """
+
+    early = False
 
     def __init__(self, device):
         super().__init__(device)
@@ -120,6 +125,8 @@ class LateWork(host.TransferStream):
     def run(self, action, after):
         self.waiting.append((action, after))
         self.queued += 1
+        if self.early and all(event.is_done() for event in after):
+            self.synchronize()
         return LateEvent(self, self.queued)
 
     def copy(self, pairs):
@@ -139,6 +146,9 @@ class LateWork(host.TransferStream):
 class LateEvent:
     def __init__(self, stream=None, number=0):
         self.stream, self.number = stream, number
+
+    def is_done(self):
+        return self.stream is None or self.stream.done >= self.number
 
     def wait(self):
         while self.stream and self.stream.done < self.number:
@@ -188,12 +198,15 @@ def test_updates_are_the_bits_of_plain_fused_adamw(kind, accumulation, on_host, 
         assert_same(ours[index].values(), [entry[name] for name in ours[index]])
 
 
+@pytest.mark.parametrize("early", [(), ("outward",), ("inward", "work"), ("work", "outward")], ids=str)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
-def test_every_use_waits_for_what_it_needs(accumulation, on_host, monkeypatch):
-    """Copies and updates as late as their events allow."""
+def test_every_use_waits_for_what_it_needs(accumulation, on_host, early, monkeypatch):
+    """Copies and updates as late as their events allow, or as early."""
     monkeypatch.setattr(state_ring, "TransferStream", LateWork)
     plain, ring = PlainRun(torch.optim.AdamW), RingRun(torch.optim.AdamW, on_host, accumulation > 1, chunk=256)
+    for name in early:
+        getattr(ring.states, name).early = True
     assert run_plan(plain, accumulation) == run_plan(ring, accumulation)
     assert_same(ring.masters, plain.masters)
     assert_same(ring.model.parameters(), plain.model.parameters())
