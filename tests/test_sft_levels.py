@@ -46,6 +46,18 @@ def test_every_level_gives_the_same_run(train, script, accumulation):
         assert same_run(out[name], out["resident"], 4), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, kind",
+    [("t2v_sft", "2b"), ("t2v_sft", "1.5-5b"), ("i2v_sft", "5b-i2v"), ("i2v_sft", "1.5-5b-i2v")],
+    indirect=["script"],
+)
+def test_every_checkpoint_trains_with_its_states_on_the_host(train, tiny, prepared, kind):
+    where = {"model": tiny(kind), "data": prepared(kind, "one")}
+    out = {name: train(name, *BF16, *LEVELS[name], **where) for name in ("resident", "offload")}
+    assert same_run(out["offload"], out["resident"], 4)
+
+
 @pytest.mark.parametrize("script", ["t2v_sft"], indirect=True)
 @pytest.mark.parametrize("first", ["resident", "offload", "fp32 masters"])
 def test_a_run_goes_on_at_another_level(train, first, monkeypatch, tmp_path):
