@@ -265,6 +265,7 @@ def test_the_card_claims_a_licence_only_of_the_released_models(base, apache, lic
 )
 def test_the_card_says_which_optimizer_ran_on_the_cpu(task, flags, expected):
     required = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--mixed_precision", "bf16"]
+    required += ["--optimizer", "adamw"]
     args = parse_training_args(task, [*required, *flags.split()])
     run, is_lora = SimpleNamespace(num_ranks=1), task == "t2v_lora"
     summary = SimpleNamespace(run=run, dtype=torch.bfloat16, is_lora=is_lora)
