@@ -6,9 +6,11 @@
 #   DATA_ROOT=clips-prepared LEARNING_RATES="1e-5 5e-6" DRY_RUN=1 ./train_image_to_video_sft.sh
 #
 # Data must be prepared with IMAGE_LATENTS=true. Hardware: all released image-to-video models have 5 billion weights.
-# At 49x480x720 and batch 1 they take about 74 GiB of GPU memory: with less free, the script exits with one line.
-# MEMORY=offload keeps optimizer states, gradients and activations in host memory: about 15 GiB of GPU and 75 GiB of
-# host memory are enough. MEMORY=plan estimates it for your data. A checkpoint takes 73 GiB of disk, the result 10.4 GiB.
+# At 49x480x720 and batch 1, MEMORY=balanced takes 76.5 GiB of GPU memory; without a level it is about as much.
+# MEMORY=offload keeps optimizer states, gradients and activations in host memory: 15.1 GiB of GPU and 73 GiB of host
+# memory. Both were measured with text-to-video; by the estimate image-to-video takes half a GiB of GPU memory more. If
+# weights and states do not fit, the script exits with one line. MEMORY=plan estimates all levels for your data. A
+# checkpoint takes 73 GiB of disk, the result 10.4 GiB.
 #
 # Set the settings below in the environment or here. Arguments of this script are appended to every training command
 # and override its flags: --use_8bit, --push_to_hub, --checkpoints_total_limit 2.

@@ -8,10 +8,11 @@
 #
 # Prepared data belongs to one model: use a different folder for another MODEL.
 #
-# Hardware: with prepared data of 49x480x720 at batch 1, CogVideoX-2b takes about 24 GiB of GPU memory, a 5b model 74: with
-# less free, the script exits with one line. MEMORY=offload keeps optimizer states, gradients and activations in host
-# memory: 2b then takes about 6 GiB of GPU and 27 of host memory, 5b 15 and 75. MEMORY=plan estimates it for your data.
-# A checkpoint of CogVideoX-2b takes 22 GiB of disk, the result 3.2 GiB.
+# Hardware: with prepared data of 49x480x720 at batch 1, MEMORY=balanced takes 25.9 GiB of GPU memory for CogVideoX-2b,
+# 76.5 GiB for 5b; without a level it is about as much. MEMORY=offload keeps optimizer states, gradients and
+# activations in host memory: 6.2 GiB of GPU and 25 GiB of host memory for 2b, 1.03 s per update on an H200; 15.1 GiB,
+# 73 GiB and 3.13 s for 5b. If weights and states do not fit, the script exits with one line. MEMORY=plan estimates all
+# levels for your data. A checkpoint of CogVideoX-2b takes 22 GiB of disk, the result 3.2 GiB.
 #
 # Set the settings below in the environment or here. Arguments of this script are appended to every training command
 # and override its flags: --use_8bit, --push_to_hub, --checkpoints_total_limit 2.

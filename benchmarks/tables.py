@@ -29,6 +29,11 @@ HEADINGS = {
         "measurements.md": "model | size | level | attention | s/step | allocated | reserved | host | MFU | the original | card",
         "measurements_zh.md": "模型 | 尺寸 | 级别 | 注意力 | 秒/步 | 已分配 | 预留 | 内存 | MFU | 原版 | GPU",
     },
+    "sft": {
+        "measurements.md": "model | size | level | attention | s/step | of balanced | allocated | reserved | host | MFU | "
+        "card",
+        "measurements_zh.md": "模型 | 尺寸 | 级别 | 注意力 | 秒/步 | 与 balanced 之比 | 已分配 | 预留 | 内存 | MFU | GPU",
+    },
     "fits": {
         "measurements.md": "GPU memory allowed | model | size | level | T5 | reserved | host | 1,000 steps | "
         "validates and tests | card",
@@ -60,7 +65,7 @@ def latest(rows):
 
 def level_of(row):
     """The level and its additions as text, except those that have their own column."""
-    shown_elsewhere = r"@|\+cap|\+validated|\+xxl" if row.cap else "@"
+    shown_elsewhere = r"@|\+cap|\+validated|\+xxl" if row.cap else r"@|\+sft"
     added = [name.lstrip("+") for name in row.additions if not re.match(shown_elsewhere, name)]
     return ", ".join([row.level, *(re.sub(r"^(batch|rank|accum)", r"\1 ", name) for name in added)])
 
@@ -113,12 +118,31 @@ def minutes_of(row, figures, pairs):
     return 1000 * min(seconds) / 60 if seconds else None
 
 
+def percent(figures, name):
+    return f"{float(figures[name]):.0%}".replace("%", " %") if figures[name] else ""
+
+
 def speed_cells(row, figures, pairs, originals, words):
-    share = f"{float(figures['mfu']):.0%}".replace("%", " %") if figures["mfu"] else ""
     return [
         NAMES[row.model], size_of(row), level_of(row), attention_of(row),
         f"{float(figures['median_s']):.2f}", gib(figures, "allocated_gib"), gib(figures, "reserved_gib"),
-        gib(figures, "host_gib"), share, original_of(row, originals), figures["card"].removeprefix("NVIDIA "),
+        gib(figures, "host_gib"), percent(figures, "mfu"), original_of(row, originals),
+        figures["card"].removeprefix("NVIDIA "),
+    ]  # fmt: skip
+
+
+def relative_time(row, figures, pairs):
+    """Relative to the same row at `balanced`, on the same GPU; "" if that was not measured."""
+    label = row.label.replace(f"-{row.level}", "-balanced", 1)
+    found = [other for kind, other in pairs if kind.label == label and other["card"] == figures["card"]]
+    return f"{float(figures['median_s']) / float(found[0]['median_s']):.2f}" if found else ""
+
+
+def sft_cells(row, figures, pairs, originals, words):
+    return [
+        NAMES[row.model], size_of(row), level_of(row), attention_of(row), f"{float(figures['median_s']):.2f}",
+        relative_time(row, figures, pairs), gib(figures, "allocated_gib"), gib(figures, "reserved_gib"),
+        gib(figures, "host_gib"), percent(figures, "mfu"), figures["card"].removeprefix("NVIDIA "),
     ]  # fmt: skip
 
 
@@ -144,14 +168,23 @@ def versions_of(rows):
     return ", ".join(shown + ([f"CUDA {cuda}"] if cuda else []))
 
 
+CELLS = {"speed": speed_cells, "sft": sft_cells, "fits": fits_cells}
+
+
+def table_of(row):
+    """The kind of table that shows a row."""
+    if row.cap is not None:
+        return "fits"
+    return "sft" if row.is_sft else "speed"
+
+
 def table(kind, page_name, rows, originals):
     """The table as Markdown, with the versions below it; "" without rows."""
-    is_capped, cells = kind == "fits", {"speed": speed_cells, "fits": fits_cells}[kind]
-    measured = latest(rows)
-    pairs = [pair for pair in measured if (pair[0].cap is not None) == is_capped]
+    measured, cells = latest(rows), CELLS[kind]
+    pairs = [pair for pair in measured if table_of(pair[0]) == kind]
     if not pairs:
         return ""
-    if is_capped:
+    if kind == "fits":
         pairs.sort(key=lambda pair: -pair[0].cap)
     heading = HEADINGS[kind][page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]

@@ -377,15 +377,18 @@ def test_tables_show_the_rows_of_the_csv():
     rows = [speed_row("5b-stream+validated+cap5.5", median_s=None, mfu=None), speed_row("5b-speed", median_s=1.71)]
     rows += [speed_row("5b-balanced+batch4+fp8@fa4", median_s=9), speed_row("5b-balanced+batch4+fp8@fa4", median_s=8)]
     rows += [speed_row("5b-reference"), speed_row("1.5-5b-balanced", median_s=9.5), speed_row("2b-balanced+sft")]
+    rows += [speed_row("2b-offload+sft", median_s=2.5), speed_row("2b-offload+sft", card="another")]
     text = filled(rows)
     lines = ["|".join(cell.strip() for cell in line.split("|")) for line in text.splitlines() if "x7" in line]
     common, card = "20.0 GiB|22.5 GiB|6.0 GiB|42 %", "H100 80GB HBM3"
     assert lines == [
-        f"|2b|49x480x720|balanced, sft|auto|2.00|{common}||{card}|",
         f"|5b|49x480x720|reference|torch|2.00|{common}|3.92 s, 19.7 GiB (H100)|{card}|",
         f"|5b|49x480x720|balanced, batch 4, fp8|fa4|8.00|{common}||{card}|",
         f"|5b|49x480x720|speed|auto|1.71|{common}|OOM (H100)|{card}|",
         f"|1.5-5B|81x768x1360|balanced|auto|9.50|{common}|40 s, 35 GB (A800)|{card}|",
+        f"|2b|49x480x720|balanced|auto|2.00|1.00|{common}|{card}|",
+        f"|2b|49x480x720|offload|auto|2.50|1.25|{common}|{card}|",
+        f"|2b|49x480x720|offload|auto|2.00||{common}|another|",
         f"|5.5 GiB|5b|49x480x720|stream|tiny|22.5 GiB|6.0 GiB||yes|{card}|",
     ]
     assert "Versions: torch 2.11.0, diffusers 0.42.1, CUDA 13.0." in text

@@ -251,6 +251,27 @@ def test_the_card_claims_a_licence_only_of_the_released_models(base, apache, lic
     assert "inherit" not in text
 
 
+@pytest.mark.parametrize(
+    ("task", "flags", "expected"),
+    [
+        ("t2v_sft", "--memory offload", "adamw"),
+        ("t2v_sft", "--use_cpu_offload_optimizer --offload_gradients --optimizer adam", "adam"),
+        ("t2v_sft", "--use_cpu_offload_optimizer --optimizer came", "came, on the CPU"),
+        ("t2v_sft", "--use_cpu_offload_optimizer --ema", "adamw, on the CPU"),
+        ("t2v_sft", "--use_8bit", "adamw, 8-bit states"),
+        ("t2v_lora", "--use_cpu_offload_optimizer", "adamw, on the CPU"),
+        ("t2v_lora", "--memory offload", "adamw"),
+    ],
+)
+def test_the_card_says_which_optimizer_ran_on_the_cpu(task, flags, expected):
+    required = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--mixed_precision", "bf16"]
+    required += ["--optimizer", "adamw"]
+    args = parse_training_args(task, [*required, *flags.split()])
+    run, is_lora = SimpleNamespace(num_ranks=1), task == "t2v_lora"
+    summary = SimpleNamespace(run=run, dtype=torch.bfloat16, is_lora=is_lora)
+    assert model_card.optimizer_text(args, summary) == expected
+
+
 def test_a_lora_over_quantised_weights_is_merged_into_the_exact_ones(train, tiny):
     folder = train("t2v_lora", "--base_precision", "nf4", "--export", "merged")
     assert "float32, most frozen weights in nf4 |" in (folder / "README.md").read_text()

@@ -26,13 +26,15 @@ MIN_UNUSED = 0.4 * GIB
 UNUSED = {"speed": 6.0, "balanced": 6.0, CHECKPOINTING: 9.0, "offload": 6.0, "stream": 6.0}
 FP8_UNUSED = 3.5
 EXPANDABLE_UNUSED = 4.1  # u, replaces all of the above with expandable segments
+RESIDENT_UNUSED = 1.2 * GIB  # beside split masters on the GPU: gradients come and go block by block
 SAVED_BY_SPEED_EAGER = 20.3  # u per stock block, simulated
 DEEPSPEED = 0.8 * GIB  # its gradient buckets
-# Split masters (engine/state_ring.py): a chunk's master, gradient and weight; with states on the host also three slots,
-# each with a chunk's remainders, moments and gradients, and the gradients of two blocks on their way to the host
-CHUNK, AT_WORK, RING_SLOTS, LEAVING_BLOCKS = 2**24, 4 + 4 + 2, 3, 2
+# Split masters (engine/state_ring.py): a chunk's master, gradient and weight; with states on the host also slots, each
+# with a chunk's remainders, moments and gradients, and the gradients of two blocks on their way to the host
+CHUNK, AT_WORK, RING_SLOTS, LEAVING_BLOCKS = 2**23, 4 + 4 + 2, 7, 2
 REMAINDER = 2  # bytes per weight
 HOST_BASE = 2.5 * GIB  # Python, torch, CUDA libraries
+HOST_BASE_LOADING = 1.3 * GIB  # of that, what is there while masters are split
 LOADING = 1.6 * GIB  # temporaries of loading a model, without its weights
 CONVERTED = 0.65  # share of the weights that the host allocator keeps after converting them from the file's dtype
 MAPPED = 0.16  # share of the weights, when the file is memory-mapped and copied to the GPU unconverted
@@ -155,7 +157,7 @@ def unused_bytes(workload: Workload, level: str) -> float:
     """Reserved but not allocated during training."""
     unit = unit_bytes(workload)
     if workload.expandable:
-        return EXPANDABLE_UNUSED * unit
+        return EXPANDABLE_UNUSED * unit + (RESIDENT_UNUSED if workload.masters == SPLIT else 0)
     unused = (UNUSED[level] + (FP8_UNUSED if workload.base_precision == "fp8" else 0)) * unit
     return MIN_UNUSED + max(unused - states_bytes(workload) / 2, 0)
 
@@ -230,7 +232,7 @@ def vae_unused_at_most(workload: Workload) -> float:
 
 def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
     """Peak of all processes on this machine; ranks share streamed weights."""
-    full = workload.num_weights * workload.item_bytes
+    full, splits = workload.num_weights * workload.item_bytes, workload.masters in (SPLIT, RING)
     weights, travelling, shared = full - quantized_bytes(workload), 0, 0
     loading = LOADING + full * (1 if workload.converted or workload.base_precision != "bf16" else MAPPED)
     if level in HOST_LEVELS:
@@ -240,13 +242,15 @@ def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
         if workload.base_precision == "bf16":
             loading = 0
     if not workload.is_lora:
-        loading = LOADING + workload.stored_bytes * workload.num_weights
+        files = workload.stored_bytes * workload.num_weights  # mapped, until the last of their weights is on the GPU
+        loading = files + (HOST_BASE_LOADING - HOST_BASE if splits else LOADING)
     left = CONVERTED * full if workload.converted and workload.is_lora and level == "offload" else 0
     saving = 4 * workload.num_trained if workload.is_lora else 0  # a copy of the adapters
     peak = max(loading, travelling + left + saving)  # loading is over when training begins
     if on_host := states_on_host(workload):
-        loaded = 0 if level == "stream" else LOADING
-        peak = max(peak, loaded + travelling + saving + on_host)
+        # The ring pins its memory while weights are read, the others load weights first
+        loaded = 0 if level == "stream" or splits else LOADING
+        peak = max(peak, on_host + (loading if splits else 0), on_host + loaded + travelling + saving)
     if workload.renders:
         peak += RENDERING
     if (workload.renders or workload.raw) and not (workload.tiled or ample_memory):

@@ -10,6 +10,8 @@ import torch
 from huggingface_hub import ModelCardData
 
 from base.files import write_text
+from base.memory_levels import HOST
+from engine.master_weights import kind_of_masters_from_args
 from engine.sft import SUBFOLDER
 from run.export import COMFYUI_NAME, KOHYA_NAME
 from run.steps import scaled_learning_rate
@@ -138,7 +140,7 @@ def training_table(args, summary: RunSummary) -> str:
         rows["Weights"] = f"their moving average, decay {args.ema_decay}"
     frozen = "" if args.base_precision == "bf16" else f", most frozen weights in {args.base_precision}"
     rows |= {
-        "Optimizer": optimizer_text(args),
+        "Optimizer": optimizer_text(args, summary),
         "Learning rate": schedule + (f", warm-up of {args.lr_warmup_steps} updates" if has_warmup else ""),
         "Precision": f"computed in {dtype_name(summary.dtype)}, trained weights in float32{frozen}",
         "Seed": str(summary.run.seed),
@@ -146,10 +148,13 @@ def training_table(args, summary: RunSummary) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def optimizer_text(args) -> str:
+def optimizer_text(args, summary: RunSummary) -> str:
+    """States that only lie on the host, and are updated on the GPU, change no bit: they are not mentioned."""
     bits = {"use_8bit": "8-bit", "use_4bit": "4-bit", "use_fp8": "fp8"}
     states = [f", {name} states" for flag, name in bits.items() if getattr(args, flag)]
-    return args.optimizer + "".join(states) + (", on the CPU" if args.use_cpu_offload_optimizer else "")
+    kind = kind_of_masters_from_args(args, args.memory, summary.dtype, summary.run.num_ranks)
+    on_cpu = args.use_cpu_offload_optimizer and (summary.is_lora or kind == HOST)
+    return args.optimizer + "".join(states) + (", on the CPU" if on_cpu else "")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
