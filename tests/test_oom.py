@@ -93,7 +93,7 @@ def test_what_was_trained_goes_on_with_the_flag_that_makes_it_fit(script, stops,
         (["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--use_8bit"], None, [SMALLER]),
         (
             ["--load_tensors", "--gradient_checkpointing", "--train_batch_size", "1", "--use_cpu_offload_optimizer",
-             "--ema"], None, ["--offload_gradients", SMALLER],
+             "--optimizer", "came"], None, ["--offload_gradients", SMALLER],
         ),
         (["--load_tensors", "--memory", "auto", "--train_batch_size", "1", "--use_8bit"], "speed", ["--memory balanced", SMALLER]),
         (["--load_tensors", "--memory", "auto", "--train_batch_size", "1", "--use_8bit"], "balanced", [SMALLER]),
