@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -14,10 +15,11 @@ import prepare_dataset
 from args import parse_prepare_args, parse_training_args
 from base import files
 from base.errors import DataError
-from conftest import write_clip
+from conftest import ROOT, write_clip
 from data.clip_lists import draw_keys, read_clips
 from data.dataset import build_dataset_from_args
-from data.layouts import find_layout
+from data.layouts import CAPTION_FILES, METADATA, VIDEO_FILES, find_layout
+from data.tables import CAPTION_COLUMNS, REPEATS_COLUMNS, VIDEO_COLUMNS
 
 
 CLIPS = {
@@ -490,3 +492,31 @@ def test_preparing_again_with_other_repeats_rewrites_the_list_alone(filmed, tiny
     assert {name for name in after if after[name] != before[name]} == {"data.jsonl"}
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     assert len(dataset(tmp_path / "out", "--load_tensors")) == 6
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize("page", ["dataset.md", "dataset_zh.md"])
+def test_the_examples_of_the_page_are_read(page, tmp_path):
+    text = (ROOT / "assets" / page).read_text(encoding="utf-8")
+    examples = re.findall(r"```(csv|jsonl|json)\n(.*?)```", text, re.DOTALL)
+    assert sorted(kind for kind, _ in examples) == ["csv", "json", "jsonl"]
+    for kind, content in examples:
+        touch(tmp_path / kind, ["videos/kite.mp4"])
+        (tmp_path / kind / f"metadata.{kind}").write_text(content, encoding="utf-8")
+        [clip] = read_clips(tmp_path / kind, None)
+        assert (clip.source, clip.prompt[-17:]) == ("videos/kite.mp4", "against the wind.")
+    named = re.search(r"(?s)my-clips/\n.*?```", text)[0]
+    rows = [line.split(maxsplit=1) for line in named.splitlines()[1:3]]
+    for name, line in rows:
+        touch(tmp_path / "text", ["videos/kite.mp4"])
+        (tmp_path / "text" / name).write_text(line)
+    assert [clip.source for clip in read_clips(tmp_path / "text", None)] == ["videos/kite.mp4"]
+
+
+@pytest.mark.parametrize("page", ["dataset.md", "dataset_zh.md"])
+def test_the_page_names_every_usual_name(page):
+    text = (ROOT / "assets" / page).read_text(encoding="utf-8")
+    names = [*CAPTION_COLUMNS, *VIDEO_COLUMNS, *REPEATS_COLUMNS, *CAPTION_FILES[:4], *VIDEO_FILES[:2], METADATA[0]]
+    assert not [name for name in names if f"`{name}`" not in text]
