@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +16,14 @@ import prepare_dataset
 from args import parse_prepare_args, parse_training_args
 from base import files
 from base.errors import DataError
-from conftest import ROOT, write_clip
+from conftest import write_clip
 from data.clip_lists import draw_keys, read_clips
 from data.dataset import build_dataset_from_args
 from data.layouts import CAPTION_FILES, METADATA, VIDEO_FILES, find_layout
 from data.tables import CAPTION_COLUMNS, REPEATS_COLUMNS, VIDEO_COLUMNS
 
 
+ROOT = Path(__file__).resolve().parents[1]
 CLIPS = {
     "videos/dune.mp4": 'A red kite rises over the dunes, "against" the wind.',
     "videos/harbour.mp4": "Caf\u00e9 lights; a boat leaves the harbour at dusk, and its wake\tspreads.",
