@@ -103,7 +103,6 @@ class VideoDataset(Dataset):
         span = self.clip_buckets[index].frames * self.infos[index].fps / self.fps  # frames of the file
         count = math.floor(self.spare_frames(index) / span + 1e-6) + 1
         starts = [math.ceil(number * span - 1e-6) for number in range(count)]
-        starts = [start for start in starts if start <= self.spare_frames(index)]
         chosen = min(len(starts), most)
         return [starts[number * len(starts) // chosen] for number in range(chosen)]
 
