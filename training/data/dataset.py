@@ -1,6 +1,7 @@
 """Builds the dataset from the flags."""
 
 import logging
+import math
 
 from torch.utils.data import Dataset
 
@@ -13,8 +14,9 @@ from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 logger = logging.getLogger(__name__)
 
 
-def build_dataset_from_args(args, model, seed: int) -> Dataset:
+def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> Dataset:
     """The training dataset: videos, or prepared latents with --load_tensors; captions include the id token.
+    `as_listed`: every clip once and whole, without --windows and repeats.
 
     Read from `model`: its task, its frame rate, and the VAE's scaling factor, to detect latents of another model.
     """
@@ -23,8 +25,8 @@ def build_dataset_from_args(args, model, seed: int) -> Dataset:
         latents = LatentDataset(
             args.data_root,
             buckets=buckets_from_args(args) if given else None,
-            caption_column=args.caption_column,
-            video_column=args.video_column,
+            caption_column=args.caption_column or "prompts.txt",
+            video_column=args.video_column or "videos.txt",
             seed=seed,
             id_token=args.id_token,
             text_dropout=args.text_dropout > 0,
@@ -34,10 +36,12 @@ def build_dataset_from_args(args, model, seed: int) -> Dataset:
         )
         if model.image_to_video:
             latents.require_image_latents()
+        if not as_listed:
+            latents.repeat(args.repeats)
         return latents
     clips = read_clips_from_args(args)
     clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
-    return make_videos_from_args(
+    videos = make_videos_from_args(
         args,
         clips,
         fps=choose_fps("--fps", args.fps if "fps" in args.given else None, model.fps),
@@ -45,11 +49,16 @@ def build_dataset_from_args(args, model, seed: int) -> Dataset:
         skip_frames_start=args.skip_frames_start,
         skip_frames_end=args.skip_frames_end,
     )
+    if not as_listed:
+        cut_from_args(args, videos)
+        videos.repeat()
+    return videos
 
 
 def read_clips_from_args(args) -> list[Clip]:
     columns = args.caption_column, args.video_column
     options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
+    options |= {"repeats": args.repeats}
     return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 
@@ -57,10 +66,12 @@ def build_videos_from_args(args, default_fps: float) -> VideoDataset:
     """The dataset for prepare_dataset.py: captions as written; bad clips are left out and listed in `problems`."""
     clips = read_clips_from_args(args)
     fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
-    return make_videos_from_args(
+    videos = make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
         fps_flag="--target_fps",
     )  # fmt: skip
+    cut_from_args(args, videos)
+    return videos
 
 
 def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
@@ -73,6 +84,14 @@ def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
         return VideoDataset(clips, buckets_from_args(args), **options)
     crop = args.video_reshape_mode or "center"
     return VideoDatasetWithResizeAndRectangleCrop(clips, buckets_from_args(args), crop=crop, **options)
+
+
+def cut_from_args(args, videos: VideoDataset) -> None:
+    if args.windows is None:
+        return
+    num_clips = len(videos)
+    videos.cut(math.inf if args.windows == "all" else args.windows)
+    logger.info("--windows %s: %d clips are cut into %d windows", args.windows, num_clips, len(videos))
 
 
 def buckets_from_args(args) -> list[Bucket]:
