@@ -1,5 +1,6 @@
 """Reads lists of clips: two text files or a CSV; captions are kept exactly as written."""
 
+import contextlib
 import csv
 import difflib
 import functools
@@ -8,7 +9,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,25 +54,44 @@ def read_clips(
     video_column: str,
     allow_outside: bool = False,
     blank_captions: bool = False,
+    refused: list[tuple[Clip, str]] | None = None,
 ) -> list[Clip]:
     """Clips from `<data_root>/<caption_column>` and `<video_column>`, or from the CSV `dataset_file`.
 
     Raises DataError for any mismatch; missing videos are listed in one error. `blank_captions`: blank captions are
-    allowed, because the id token fills them.
+    allowed, because the id token fills them. `refused`: rows that cannot be used are put there, with the reason.
     """
+    collects = refused is not None
     root = find_root(data_root, dataset_file)
     if dataset_file is None:
-        rows = read_text_rows(root, caption_column, video_column, blank_captions)
+        rows = read_text_rows(root, caption_column, video_column, blank_captions or collects)
         listing = root / video_column
     else:
-        rows = read_csv_rows(dataset_file, caption_column, video_column, blank_captions)
+        rows = read_csv_rows(dataset_file, caption_column, video_column, blank_captions or collects)
         listing = dataset_file
     clips = []
     for row, prompt, source in rows:
-        video = resolve_inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside)
-        clips.append(Clip(video, prompt, row, source, relative_to_root(root, source)))
+        clip = Clip(Path(root, source), prompt, row, source, relative_to_root(root, source))
+        with collected(refused, clip):
+            if not blank_captions:
+                refuse_blank(listing, row, "caption", prompt)
+            video = resolve_inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside)
+            if collects:
+                refuse_missing_videos(root, listing, [] if os.path.isfile(video) else [clip._replace(video=video)])
+            clips.append(clip._replace(video=video))
     refuse_missing_videos(root, listing, [clip for clip in clips if not os.path.isfile(clip.video)])
     return clips
+
+
+@contextlib.contextmanager
+def collected(refused: list[tuple[Clip, str]] | None, clip: Clip) -> Iterator[None]:
+    """Put a DataError of the body into `refused`, if that is a list, as what is wrong with `clip`."""
+    try:
+        yield
+    except DataError as error:
+        if refused is None:
+            raise
+        refused.append((clip, str(error)))
 
 
 def relative_to_root(root, source: str) -> str:
