@@ -151,7 +151,9 @@ def check(args) -> None:
         fps = default_fps(read_config(model_dir, "transformer"))
     except UsageError as error:
         model_dir, fps = None, args.target_fps
-        logger.warning("captions are not counted in tokens, and clips are read at %g frames per second: %s", fps, error)
+        logger.warning(
+            "captions are not counted in tokens, and clips are read at %g frames per second: %s", fps, error
+        )
     check_data.check(args, fps, model_dir)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from data.buckets import Bucket, upscale
@@ -18,6 +19,11 @@ REASONS = {
     "unknown bucket": "of no bucket's size",
     "would be enlarged": f"enlarged over {MAX_UPSCALE:g} times",
     "no such file": "missing",
+    "not found in": "missing",
+    "a folder in place of a video": "folders",
+    "outside of": "outside of the data folder",
+    "a URL or protocol": "URLs",
+    "blank caption": "without a caption",
 }
 
 
@@ -38,22 +44,22 @@ def cropped_share(info: VideoInfo, bucket: Bucket) -> float:
     return 1 - bucket.height * bucket.width / (height * width)
 
 
-def count_buckets(videos: VideoDataset) -> list[Row]:
+def count_buckets(clips: Iterable[tuple[VideoInfo, Bucket]]) -> list[Row]:
     """A row per used bucket, in the buckets' order."""
     infos: dict[Bucket, list[VideoInfo]] = {}
-    for info, bucket in zip(videos.infos, videos.clip_buckets, strict=True):
+    for info, bucket in clips:
         infos.setdefault(bucket, []).append(info)
     return [make_row(bucket, infos[bucket]) for bucket in sorted(infos)]
 
 
 def make_row(bucket: Bucket, infos: list[VideoInfo]) -> Row:
-    cropped = [cropped_share(info, bucket) for info in infos]
+    shares = [cropped_share(info, bucket) for info in infos]
     factors = [upscale(info.height, info.width, bucket) for info in infos]
     num_enlarged = sum(factor > 1 for factor in factors)
-    return Row(bucket, len(infos), sum(cropped) / len(infos), max(cropped), num_enlarged, max(factors))
+    return Row(bucket, len(infos), sum(shares) / len(infos), max(shares), num_enlarged, max(factors))
 
 
-def count_reasons(problems: list[str]) -> Counter[str]:
+def count_reasons(problems: Iterable[str]) -> Counter[str]:
     """{why clips are left out: how many}, from the lines that describe them."""
     return Counter(reason_of(line) for line in problems)
 
@@ -67,7 +73,8 @@ def reason_of(line: str) -> str:
 
 def log_buckets(videos: VideoDataset) -> None:
     """Log the table: before any model is loaded, so that wrong sizes cost seconds."""
-    logger.info("buckets, frames x height x width:\n%s", table(count_buckets(videos), videos.problems))
+    rows = count_buckets(zip(videos.infos, videos.clip_buckets, strict=True))
+    logger.info("buckets, frames x height x width:\n%s", table(rows, videos.problems))
 
 
 def table(rows: list[Row], problems: list[str]) -> str:
@@ -76,7 +83,7 @@ def table(rows: list[Row], problems: list[str]) -> str:
     shown = [row for row in rows if row in largest]
     total = sum(row.num_clips for row in rows) + len(problems)
     lines = [f"{'bucket':15} {'clips':>7} {'':>5}  {'cropped away':21} enlarged"]
-    lines += [line_of(name(row.bucket), row.num_clips, total, in_words(row)) for row in shown]
+    lines += [line_of(name(row.bucket), row.num_clips, total, f"{cropped(row):21} {enlarged(row)}") for row in shown]
     if hidden := len(rows) - len(shown):
         rest = sum(row.num_clips for row in rows) - sum(row.num_clips for row in shown)
         lines.append(line_of(f"{hidden} more", rest, total, ""))
@@ -94,7 +101,9 @@ def line_of(title: str, num_clips: int, total: int, words: str) -> str:
     return f"{title:15} {num_clips:>7} {num_clips / total:>5.0%}  {words}"
 
 
-def in_words(row: Row) -> str:
-    cropped = f"{row.cropped:.0%}, up to {row.max_cropped:.0%}" if row.max_cropped >= 0.005 else "nothing"
-    enlarged = f"{row.num_enlarged} clips, up to {row.max_upscale:.1f} times" if row.num_enlarged else "none"
-    return f"{cropped:21} {enlarged}"
+def cropped(row: Row) -> str:
+    return f"{row.cropped:.0%}, up to {row.max_cropped:.0%}" if row.max_cropped >= 0.005 else "nothing"
+
+
+def enlarged(row: Row) -> str:
+    return f"{row.num_enlarged}, up to {row.max_upscale:.1f} times" if row.num_enlarged else "none"

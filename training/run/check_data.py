@@ -30,7 +30,7 @@ from data.clip_lists import Clip, with_id_token
 from data.dataset import read_clips_from_args, tolerant_videos_from_args
 from data.decode import read_frames
 from data.headers import VideoInfo
-from data.histogram import count_buckets, cropped_share
+from data.histogram import cropped_share
 from data.loader import make_loader
 from data.videos import WARN_UPSCALE, VideoDataset
 from run import report_page
@@ -264,9 +264,8 @@ def write_page(path: Path, args, videos: VideoDataset | None, rows: list[ClipRep
         "frames per second": f"{videos.fps:g}" if videos else "",
         "reshape mode": args.video_reshape_mode or "center",
     }
-    buckets = count_buckets(videos) if videos else []
     with written_beside(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(report_page.page(settings, rows, buckets, faults, args.max_sequence_length))
+        file.writelines(report_page.page(settings, rows, faults, args.max_sequence_length))
 
 
 def conclude(page: Path, rows: list[ClipReport], faults: list[str]) -> None:

@@ -5,13 +5,15 @@ and the script makes HTML of those in view only. All text from the data set is e
 """
 
 import base64
+import bisect
 import html
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.histogram import Row, name
+from data.histogram import count_buckets, count_reasons, cropped, enlarged, name
 
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -19,24 +21,26 @@ SECONDS_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, 120, 300, 600)  # uppe
 TOKENS_STEPS = (8, 16, 32, 64, 96, 128, 160, 192, 226, 300, 400, 512)
 
 
-def page(settings: dict[str, str], reports: Sequence, buckets: list[Row], faults: list[str], most_tokens: int):
+def page(settings: dict[str, str], reports: Sequence, faults: list[str], most_tokens: int) -> Iterator[str]:
     """Yield the page's text in pieces: thumbnails of 10,000 clips take 40 MB."""
     start, middle, end = TEMPLATE.read_text(encoding="utf-8").split("<!-- filled in -->")
     yield start
-    yield from summary(settings, reports, buckets, faults, most_tokens)
+    yield from summary(settings, reports, faults, most_tokens)
     yield middle
     yield from clips_as_json(reports)
     yield end
 
 
-def summary(settings, reports, buckets: list[Row], faults: list[str], most_tokens: int) -> Iterator[str]:
+def summary(settings: dict[str, str], reports: Sequence, faults: list[str], most_tokens: int) -> Iterator[str]:
     given = " · ".join(f"{escaped(key)}: <b>{escaped(value)}</b>" for key, value in settings.items() if value)
     yield f"<p class='settings'>{given}</p>\n"
     for fault in faults:
         yield f"<p class='fault'>{escaped(fault)}</p>\n"
     yield figures(reports)
     yield "<div class='panels'>\n"
-    yield bucket_table(buckets)
+    yield bucket_table([report for report in reports if report.bucket and not report.problem])
+    reasons = count_reasons(report.problem for report in reports if report.problem).most_common()
+    yield bar_table("Left out", "reasons", reasons)
     seconds = [report.info.num_frames / report.info.fps for report in reports if report.info]
     yield bars("Length", "seconds", seconds, SECONDS_STEPS)
     tokens = [report.num_tokens for report in reports if report.num_tokens is not None]
@@ -71,12 +75,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def bucket_table(buckets: list[Row]) -> str:
+def bucket_table(reports: Sequence) -> str:
+    buckets = count_buckets((report.info, report.bucket) for report in reports)
     most = max((row.num_clips for row in buckets), default=1)
     rows = "".join(
         f"<tr><td>{name(row.bucket)}<td class='bar'><i style='width:{100 * row.num_clips / most:.1f}%'></i>"
-        f"<td>{row.num_clips}<td>{row.cropped:.0%}, up to {row.max_cropped:.0%}<td>{row.num_enlarged or 'none'}"
-        f"{f', up to {row.max_upscale:.1f} times' if row.num_enlarged else ''}\n"
+        f"<td>{row.num_clips}<td>{cropped(row)}<td>{enlarged(row)}\n"
         for row in buckets
     )
     head = "<tr><th>frames x height x width<th><th>clips<th>cropped away<th>enlarged\n"
@@ -87,14 +91,24 @@ def bars(title: str, unit: str, values: list[float], steps: Sequence[float]) -> 
     """A histogram; each bar counts the values above the previous step and up to its own."""
     if not values:
         return ""
-    counts = Counter(next((step for step in steps if value <= step), None) for value in values)
-    ends = [step for step in (*steps, None) if step in counts]
-    most, rows = max(counts.values()), ""
-    for end in ends:
-        label = f"up to {end}" if end is not None else f"over {steps[-1]}"
-        width = 100 * counts[end] / most
-        rows += f"<tr><td>{label}<td class='bar'><i style='width:{width:.1f}%'></i><td>{counts[end]}\n"
-    return f"<section><h2>{title} <small>{unit}</small></h2><table>{rows}</table></section>\n"
+    counts = Counter(bisect.bisect_left(steps, value) for value in values)
+    labels = [
+        f"up to {steps[0]}",
+        *(f"{low} to {high}" for low, high in itertools.pairwise(steps)),
+        f"over {steps[-1]}",
+    ]
+    used = range(min(counts), max(counts) + 1)
+    return bar_table(title, unit, [(labels[place], counts[place]) for place in used])
+
+
+def bar_table(title: str, unit: str, counts: list[tuple[str, int]]) -> str:
+    most = max((count for _, count in counts), default=0)
+    rows = "".join(
+        f"<tr><td>{label}<td class='bar'><i style='width:{100 * count / most:.1f}%'></i><td>{count}\n"
+        for label, count in counts
+    )
+    head = f"<h2>{title} <small>{unit}</small></h2>"
+    return f"<section>{head}<table>{rows}</table></section>\n" if counts else ""
 
 
 # ---------------------------------------------------------------- clips
@@ -114,8 +128,10 @@ def clip_as_dict(report) -> dict:
     clip |= {"notes": report.notes, "tokens": report.num_tokens}
     if report.info:
         frames, fps, height, width = report.info
-        clip |= {"size": f"{height}x{width}", "frames": frames, "fps": round(fps, 2), "seconds": round(frames / fps, 2)}
-        clip |= {"bucket": name(report.bucket), "cropped": round(report.cropped, 3), "upscale": round(report.upscale, 2)}
+        clip |= {
+            "size": f"{height}x{width}", "frames": frames, "fps": round(fps, 2), "seconds": round(frames / fps, 2),
+            "bucket": name(report.bucket), "cropped": round(report.cropped, 3), "upscale": round(report.upscale, 2),
+        }  # fmt: skip
     if report.strip:
         clip["strip"] = base64.b64encode(report.strip).decode("ascii")
     return clip
