@@ -79,7 +79,7 @@ def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
     else:
         crop = args.video_reshape_mode or "center"
         videos = VideoDatasetWithResizeAndRectangleCrop(clips, buckets_from_args(args), crop=crop, **options)
-    log_buckets(videos)
+    log_buckets(videos, args.dataset_file or args.data_root)
     return videos
 
 

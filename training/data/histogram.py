@@ -71,10 +71,10 @@ def reason_of(line: str) -> str:
 # ---------------------------------------------------------------- in the log
 
 
-def log_buckets(videos: VideoDataset) -> None:
+def log_buckets(videos: VideoDataset, data: str) -> None:
     """Log the table: before any model is loaded, so that wrong sizes cost seconds."""
     rows = count_buckets(zip(videos.infos, videos.clip_buckets, strict=True))
-    logger.info("buckets, frames x height x width:\n%s", table(rows, videos.problems))
+    logger.info("%s: buckets, frames x height x width:\n%s", data, table(rows, videos.problems))
 
 
 def table(rows: list[Row], problems: list[str]) -> str:
