@@ -18,7 +18,7 @@ from data.histogram import count_buckets, count_reasons, cropped, enlarged, name
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SECONDS_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 60, 120, 300, 600)  # upper ends of the bars
-TOKENS_STEPS = (8, 16, 32, 64, 96, 128, 160, 192, 226, 300, 400, 512)
+TOKENS_STEPS = (8, 16, 32, 64, 96, 128, 160, 192, 226)
 
 
 def page(settings: dict[str, str], reports: Sequence, faults: list[str], most_tokens: int) -> Iterator[str]:
