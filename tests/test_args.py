@@ -29,8 +29,8 @@ variant | str | None |
 cache_dir | str | None |
 data_root | str | None |
 dataset_file | str | None |
-video_column | str | video |
-caption_column | str | text |
+video_column | str | None |
+caption_column | str | None |
 id_token | str | None |
 height_buckets | ints | {SIZES} |
 width_buckets | ints | {SIZES} |
@@ -104,8 +104,8 @@ PREPARE_FLAGS = f"""
 model_id | str | THUDM/CogVideoX-2b |
 data_root | str | required |
 dataset_file | str | None |
-caption_column | str | caption |
-video_column | str | video |
+caption_column | str | None |
+video_column | str | None |
 id_token | str | None |
 height_buckets | ints | {SIZES} |
 width_buckets | ints | {SIZES} |
@@ -155,6 +155,7 @@ NEW_TRAINING_FLAGS = {
     "no_first_validation": False,
     "num_inference_steps": 50,
     "validation_attention": "default",
+    "repeats": 1,
     "validation_data_root": None,
     "validation_num_clips": 8,
     "compile_blocks": False,
@@ -168,6 +169,7 @@ NEW_TRAINING_FLAGS = {
 NEW_PREPARE_FLAGS = {
     "allow_cpu": False,
     "allow_outside_root": False,
+    "repeats": 1,
     "revision": None,
     "variant": None,
     "cache_dir": None,

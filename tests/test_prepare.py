@@ -29,9 +29,10 @@ from base.hashes import HashCache
 from cogvideox import encoding
 from data import artifacts, decode
 from data.buckets import Bucket, frame_times, make_buckets
-from data.clip_lists import read_clips, read_text_rows
+from data.clip_lists import read_clips
 from data.decode import read_frames
 from data.latents import LatentDataset
+from data.layouts import read_text_rows
 from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 from engine.objective import draw_generator
 from run import exits

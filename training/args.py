@@ -139,24 +139,32 @@ def add_download_flags(group):
     )
 
 
-def add_clip_list_flags(group, caption_column: str):
+def add_clip_list_flags(group):
     group.add_argument(
         "--dataset_file",
-        metavar="CSV",
-        help="CSV with a row per clip, instead of the text files\n--video_column and --caption_column name its "
-        "columns.",
+        metavar="FILE",
+        help="CSV, JSON list or JSON Lines of the clips (default: found in --data_root)\n--video_column and "
+        "--caption_column name its columns; without them, the usual names are looked for.",
     )
     group.add_argument(
         "--video_column",
         metavar="NAME",
-        default="video",
-        help="text file of paths, or the CSV's column\nThe file is in --data_root and has one path per line.",
+        help="column of the paths, or text file of them (default: found by its name)\nThe text file is in --data_root "
+        "and has one path per line.",
     )
     group.add_argument(
         "--caption_column",
         metavar="NAME",
-        default=caption_column,
-        help="text file of captions, or the CSV's column\nThe file is in --data_root and has one caption per line.",
+        help="column of the captions, or text file of them (default: found by its name)\nThe text file is in "
+        "--data_root and has one caption per line. .txt or .caption: captions are beside the videos, in files of that "
+        "kind.",
+    )
+    group.add_argument(
+        "--repeats",
+        type=at_least(1),
+        metavar="N",
+        default=1,
+        help="times that a clip is used per epoch\nA column called repeats or num_repeats sets it for each clip.",
     )
     group.add_argument(
         "--allow_outside_root",
@@ -329,7 +337,7 @@ def add_training_data_flags(parser: FlagParser):
         help="folder of videos and captions, or with --load_tensors of prepared data\nprepare_dataset.py writes "
         "the latter. Required, unless there is a --dataset_file.",
     )
-    add_clip_list_flags(group, caption_column="text")
+    add_clip_list_flags(group)
     group.add_argument(
         "--load_tensors",
         action="store_true",
@@ -786,7 +794,7 @@ def add_prepare_data_flags(parser: FlagParser):
         metavar="FOLDER",
         help="folder of videos and captions, required\nVideo paths are relative to it.",
     )
-    add_clip_list_flags(group, caption_column="caption")
+    add_clip_list_flags(group)
     add_reading_flags(group)
     group.add_argument(
         "--num_decode_threads",

@@ -224,7 +224,9 @@ def check_data_source(parser: FlagParser, args: argparse.Namespace):
         if args.data_root is None:
             parser.error("--data_root is required with --load_tensors: the folder that prepare_dataset.py wrote")
     if args.data_root is None and args.dataset_file is None:
-        parser.error("one of --data_root (a folder of videos and captions) and --dataset_file (a CSV) is required")
+        parser.error(
+            "one of --data_root (a folder of videos and captions) and --dataset_file (a CSV or JSON) is required"
+        )
 
 
 def check_buckets(parser: FlagParser, args: argparse.Namespace):

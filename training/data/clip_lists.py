@@ -1,10 +1,8 @@
-"""Reads lists of clips: two text files or a CSV; captions are kept exactly as written."""
+"""Reads lists of clips: where each video is, and under what name it is known."""
 
 import contextlib
-import csv
-import difflib
 import functools
-import io
+import logging
 import os
 import re
 import unicodedata
@@ -14,16 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.errors import DataError, first_few
-from base.file_kinds import archive, placeholder
 from base.hashes import short_hash
+from data.layouts import find_layout
+from data.tables import EXPECTED_LAYOUTS
 
 
-EXPECTED_LAYOUTS = (
-    "expected <data_root>/prompts.txt + <data_root>/videos.txt, line by line "
-    "(--caption_column prompts.txt --video_column videos.txt), or a CSV (--dataset_file)"
-)
-
-TEXT_PAIRS = (("prompts.txt", "videos.txt"), ("prompt.txt", "videos.txt"))  # common names of the two files
+logger = logging.getLogger(__name__)
 
 
 class Clip(NamedTuple):
@@ -34,6 +28,7 @@ class Clip(NamedTuple):
     row: int
     source: str
     below_root: str = ""  # if `source` is absolute: relative to the data root, and so unchanged when the root moves
+    repeats: int = 1  # how often it is used per epoch
 
     @property
     def identity(self) -> str:
@@ -41,45 +36,41 @@ class Clip(NamedTuple):
         return self.below_root or self.source
 
 
-class Row(NamedTuple):
-    row: int
-    prompt: str
-    source: str
-
-
 def read_clips(
     data_root,
     dataset_file,
-    caption_column: str,
-    video_column: str,
+    caption_column: str | None = None,
+    video_column: str | None = None,
     allow_outside: bool = False,
     blank_captions: bool = False,
+    repeats: int = 1,
     refused: list[tuple[Clip, str]] | None = None,
 ) -> list[Clip]:
-    """Clips from `<data_root>/<caption_column>` and `<video_column>`, or from the CSV `dataset_file`.
+    """The clips of a folder in the layout that is found there, or in `<data_root>/<caption_column>` and
+    `<video_column>`, or in the columns of `dataset_file`.
 
     Raises DataError for any mismatch; missing videos are listed in one error. `blank_captions`: blank captions are
-    allowed, because the id token fills them. `refused`: rows that cannot be used are put there, with the reason.
+    allowed, because the id token fills them. `repeats`: of the rows that do not say. `refused`: rows whose video is not
+    there, or outside, are put there with the reason; blank captions are then left to the caller too.
     """
     collects = refused is not None
     root = find_root(data_root, dataset_file)
-    if dataset_file is None:
-        rows = read_text_rows(root, caption_column, video_column, blank_captions or collects)
-        listing = root / video_column
-    else:
-        rows = read_csv_rows(dataset_file, caption_column, video_column, blank_captions or collects)
-        listing = dataset_file
-    clips = []
-    for row, prompt, source in rows:
-        clip = Clip(Path(root, source), prompt, row, source, relative_to_root(root, source))
+    layout = find_layout(root, dataset_file, caption_column, video_column)
+    rows, clips = layout.read(blank_captions or collects), []
+    if dataset_file is None:  # captions beside the videos, and tables that were found: links may lead out
+        for listing in dict.fromkeys(row.listing for row in rows if row.listing):
+            resolve_inside(root, os.path.relpath(listing, root), listing, allow_outside)
+    for row, prompt, source, listing, own_repeats in rows:
+        place = f"{listing or layout.listing}:{row}"
+        clip = Clip(Path(root, source), prompt, row, source, relative_to_root(root, source), own_repeats or repeats)
         with collected(refused, clip):
-            if not blank_captions:
-                refuse_blank(listing, row, "caption", prompt)
-            video = resolve_inside(root, as_on_disk(root, source), f"{listing}:{row}", allow_outside)
-            if collects:
-                refuse_missing_videos(root, listing, [] if os.path.isfile(video) else [clip._replace(video=video)])
-            clips.append(clip._replace(video=video))
-    refuse_missing_videos(root, listing, [clip for clip in clips if not os.path.isfile(clip.video)])
+            clip = clip._replace(video=resolve_inside(root, as_on_disk(root, source), place, allow_outside))
+            if collects and not os.path.isfile(clip.video):
+                refuse_missing_videos(root, layout.listing, [clip])
+            clips.append(clip)
+    refuse_missing_videos(root, layout.listing, [clip for clip in clips if not os.path.isfile(clip.video)])
+    if not (caption_column and video_column):
+        logger.info("%s: found %s: %d clips, %s", root, layout.name, len(clips), layout.columns)
     return clips
 
 
@@ -193,133 +184,6 @@ def is_below(path: str, folder: str) -> bool:
     return Path(path).is_relative_to(folder)
 
 
-# ---------------------------------------------------------------- two text files
-
-
-def read_text_rows(root: Path, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
-    """The two files zipped line by line; trailing blank lines are ignored, except captions with `blank_captions`."""
-    captions_path, videos_path = root / caption_column, root / video_column
-    for path, flag in ((captions_path, "--caption_column"), (videos_path, "--video_column")):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file ({flag}); {layout_hint(root)}")
-    captions, videos = read_lines(captions_path), read_lines(videos_path)
-    if blank_captions:
-        captions += [""] * (min(len(videos), read_text(captions_path).count("\n")) - len(captions))
-    if len(captions) != len(videos):
-        raise DataError(
-            f"{captions_path} has {len(captions)} captions and {videos_path} {len(videos)} videos; "
-            "line n of one belongs to line n of the other"
-        )
-    if not captions:
-        raise DataError(f"{videos_path}: no clips; {EXPECTED_LAYOUTS}")
-    rows = [Row(row, *pair) for row, pair in enumerate(zip(captions, videos, strict=True), start=1)]
-    for row, prompt, source in rows:
-        if not blank_captions:
-            refuse_blank(captions_path, row, "caption", prompt)
-        refuse_blank(videos_path, row, "video path", source)
-    return rows
-
-
-def refuse_blank(path, row: int, what: str, text: str) -> None:
-    if not text.strip():
-        token = ", or give --id_token, which then is the caption" if what == "caption" else ""
-        raise DataError(f"{path}:{row}: blank {what}; fill it in or remove the row{token}")
-
-
-def layout_hint(root: Path) -> str:
-    """Which flags to pass, guessed from the files that exist."""
-    for captions, videos in TEXT_PAIRS:
-        if (root / captions).is_file() and (root / videos).is_file():
-            return f"pass --caption_column {captions} --video_column {videos}"
-    tables = sorted(root.glob("*.csv"))
-    if tables:
-        return f"for the CSV there pass --dataset_file {tables[0]}, its columns by --caption_column and --video_column"
-    return EXPECTED_LAYOUTS
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines without \\n or \\r\\n; no other character ends a line (captions may contain U+2028)."""
-    lines = read_text(path).replace("\r\n", "\n").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for row, line in enumerate(lines, start=1):
-        if "\r" in line:
-            raise DataError(f"{path}:{row}: a carriage return without a newline; save with \\n or \\r\\n line endings")
-    return lines
-
-
-def read_text(path: Path) -> str:
-    """UTF-8 text, with or without a byte order mark; line endings unchanged."""
-    try:
-        data = path.read_bytes()
-        other = placeholder(path) or archive(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if other:
-        raise DataError(f"{path}: {other}")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path}: UTF-16 (byte offset 0); convert it: iconv -f UTF-16 -t UTF-8")
-    try:
-        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start + len(data) - len(error.object)
-        line = data.count(b"\n", 0, offset) + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 at byte offset {offset} (0x{data[offset]:02x}); "
-            "convert it, for example: iconv -f CP1252 -t UTF-8"
-        ) from error
-
-
-# ---------------------------------------------------------------- CSV
-
-
-def read_csv_rows(dataset_file, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
-    """The two columns of the CSV; every field is kept as text."""
-    path = Path(dataset_file)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file (--dataset_file)")
-    table = read_table(path)
-    if len(table) < 2:
-        raise DataError(f"{path}: no rows below the header; {EXPECTED_LAYOUTS}")
-    header = table[0]
-    caption = find_column(path, header, caption_column, "--caption_column")
-    video = find_column(path, header, video_column, "--video_column")
-    rows = []
-    for row, fields in enumerate(table[1:], start=2):
-        if not fields:
-            continue  # a blank line
-        if len(fields) != len(header):
-            raise DataError(
-                f"{path}:{row}: {len(fields)} fields and {len(header)} columns; quote captions with commas"
-            )
-        if not blank_captions:
-            refuse_blank(path, row, "caption", fields[caption])
-        refuse_blank(path, row, "video path", fields[video])
-        rows.append(Row(row, fields[caption], fields[video]))
-    if not rows:
-        raise DataError(f"{path}: no rows below the header; {EXPECTED_LAYOUTS}")
-    return rows
-
-
-def read_table(path: Path) -> list[list[str]]:
-    text = io.StringIO(read_text(path), newline="")  # keeps line endings inside captions
-    reader = csv.reader(text, strict=True)
-    try:
-        return list(reader)
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: {error}; is a quote left open?") from error
-
-
-def find_column(path: Path, header: list[str], name: str, flag: str) -> int:
-    if header.count(name) == 1:
-        return header.index(name)
-    if name in header:
-        raise DataError(f"{path}: column '{name}' ({flag}) is there {header.count(name)} times; rename all but one")
-    near = difflib.get_close_matches(name, header, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    raise DataError(f"{path}: no column '{name}' ({flag}); columns: {', '.join(header)}{hint}")
-
-
 # ---------------------------------------------------------------- names
 
 
@@ -342,6 +206,14 @@ def draw_keys(sources: Iterable[str]) -> list[str]:
         places.append(f"{source}/0/{seen[source]}")
         seen[source] += 1
     return places
+
+
+def repeated_keys(keys: Iterable[str], repeats: Iterable[int]) -> list[str]:
+    """`draw_keys` of clips used several times per epoch: the first use keeps its key, so that it is also that of
+    preparing, the others add their number.
+    """
+    pairs = zip(keys, repeats, strict=True)
+    return [f"{key}/{use}" if use else key for key, count in pairs for use in range(count)]
 
 
 def unique_stems(sources: Iterable[str]) -> list[str]:

@@ -14,8 +14,9 @@ from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 logger = logging.getLogger(__name__)
 
 
-def build_dataset_from_args(args, model, seed: int) -> Dataset:
+def build_dataset_from_args(args, model, seed: int, repeated: bool = True) -> Dataset:
     """The training dataset: videos, or prepared latents with --load_tensors; captions include the id token.
+    `repeated`: each clip is used as often per epoch as it, or --repeats, says.
 
     Read from `model`: its task, its frame rate, and the VAE's scaling factor, to detect latents of another model.
     """
@@ -24,8 +25,8 @@ def build_dataset_from_args(args, model, seed: int) -> Dataset:
         latents = LatentDataset(
             args.data_root,
             buckets=buckets_from_args(args) if given else None,
-            caption_column=args.caption_column,
-            video_column=args.video_column,
+            caption_column=args.caption_column or "prompts.txt",
+            video_column=args.video_column or "videos.txt",
             seed=seed,
             id_token=args.id_token,
             text_dropout=args.text_dropout > 0,
@@ -35,10 +36,12 @@ def build_dataset_from_args(args, model, seed: int) -> Dataset:
         )
         if model.image_to_video:
             latents.require_image_latents()
+        if repeated:
+            latents.repeat(args.repeats)
         return latents
     clips = read_clips_from_args(args)
     clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
-    return make_videos_from_args(
+    videos = make_videos_from_args(
         args,
         clips,
         fps=choose_fps("--fps", args.fps if "fps" in args.given else None, model.fps),
@@ -46,12 +49,16 @@ def build_dataset_from_args(args, model, seed: int) -> Dataset:
         skip_frames_start=args.skip_frames_start,
         skip_frames_end=args.skip_frames_end,
     )
+    if repeated:
+        videos.repeat()
+    return videos
 
 
 def read_clips_from_args(args, refused: list[tuple[Clip, str]] | None = None) -> list[Clip]:
     """The listed clips; `refused`: rows that would stop it are left out and put there, with the reason."""
     columns = args.caption_column, args.video_column
-    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token), "refused": refused}
+    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
+    options |= {"repeats": args.repeats, "refused": refused}
     return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 

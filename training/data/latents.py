@@ -22,7 +22,9 @@ from base.errors import DataError, first_few, first_line
 from base.file_kinds import placeholder
 from base.hashes import hash_files, hash_rows
 from data.buckets import SIZE_FLAGS, Bucket
-from data.clip_lists import Row, as_on_disk, draw_keys, read_text, read_text_rows, resolve_inside
+from data.clip_lists import as_on_disk, draw_keys, repeated_keys, resolve_inside
+from data.layouts import read_text_rows
+from data.tables import MAX_REPEATS, Row, read_text
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Latent(NamedTuple):
     prompt: str
     bucket: Bucket
     clip: str  # the path in the list that it was prepared from
+    repeats: int | None = None  # how often it is used per epoch, if that was said when it was prepared
 
 
 class LatentDataset(Dataset):
@@ -90,6 +93,16 @@ class LatentDataset(Dataset):
         refuse_unknown_buckets(self.latents, buckets)
         if text_dropout:
             self.empty_prompt_embeds()
+
+    def repeat(self, default: int = 1) -> None:
+        """Use each clip as often per epoch as the manifest says, or `default` times."""
+        repeats = [latent.repeats or default for latent in self.latents]
+        pairs = zip(self.latents, repeats, strict=True)
+        self.latents = [latent for latent, count in pairs for _ in range(count)]
+        self.clip_buckets = [latent.bucket for latent in self.latents]
+        self.prompts = [latent.prompt for latent in self.latents]
+        self.sources = [latent.source for latent in self.latents]
+        self.draw_keys = repeated_keys(self.draw_keys, repeats)
 
     def require_image_latents(self) -> None:
         """Raise DataError unless image-to-video can train on the folder."""
@@ -169,7 +182,9 @@ def manifest_latent(
         sizes = row["metadata"]
         bucket = Bucket(int(sizes["num_frames"]), int(sizes["height"]), int(sizes["width"]))
         source, prompt = str(row.get("video")), row["prompt"]
-        clip = str(sizes.get("source", source))
+        clip, repeats = str(sizes.get("source", source)), sizes.get("repeats")
+        if repeats is not None and not (isinstance(repeats, int) and 1 <= repeats <= MAX_REPEATS):
+            raise ValueError(f"metadata.repeats ({repeats})")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{place}: {error} is missing or wrong; {PREPARE_AGAIN.format(root)}") from error
     if not files[0] or not files[1]:
@@ -189,7 +204,7 @@ def manifest_latent(
     moments, prompt_embeds, image = [
         resolve_inside(root, name, place, allow_outside) if name else None for name in files
     ]
-    return Latent(moments, prompt_embeds, image, source, prompt, bucket, clip)
+    return Latent(moments, prompt_embeds, image, source, prompt, bucket, clip, repeats)
 
 
 def refuse_missing(root: Path, latents: list[Latent]) -> None:

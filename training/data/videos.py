@@ -19,7 +19,7 @@ from base.draws import draw_seed
 from base.errors import MAX_LISTED, DataError, UsageError, first_few
 from base.hashes import hash_files, hash_rows
 from data.buckets import SIZE_FLAGS, Bucket, frame_times, nearest_bucket, num_sampled_frames, upscale
-from data.clip_lists import Clip, draw_keys
+from data.clip_lists import Clip, draw_keys, repeated_keys
 from data.decode import import_decord, read_frames
 from data.headers import Header, VideoInfo, read_header
 from data.picture import Caution
@@ -88,6 +88,18 @@ class VideoDataset(Dataset):
         self.prompts = [clip.prompt for clip in self.clips]
         self.sources = [clip.source for clip in self.clips]
         self.draw_keys = draw_keys(clip.identity for clip in self.clips)
+
+    def repeat(self) -> None:
+        """Use each clip as often per epoch as it says, each time with random draws of its own."""
+        repeats = [clip.repeats for clip in self.clips]
+        places = [place for place, count in enumerate(repeats) for _ in range(count)]
+        self.clips = [self.clips[place] for place in places]
+        self.infos = [self.infos[place] for place in places]
+        self.cautions = [self.cautions[place] for place in places]
+        self.clip_buckets = [self.clip_buckets[place] for place in places]
+        self.prompts = [clip.prompt for clip in self.clips]
+        self.sources = [clip.source for clip in self.clips]
+        self.draw_keys = repeated_keys(self.draw_keys, repeats)
 
     def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
         """The clip's bucket; DataError if it is too short or fits none."""

@@ -4,7 +4,6 @@ Every fault is reported at once, where preparing and training would stop at the 
 frames are cut as they are for epoch 0, which is what preparing encodes.
 """
 
-import functools
 import logging
 import os
 from collections import Counter
@@ -39,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = "dataset_report.html"
 WARN_CROPPED = 0.25  # share of the picture
+NO_CAPTION = "blank caption; write one or remove the row, or give --id_token, which then is the caption"
 CLIPS_PER_TASK = 16  # sent to a worker at once
 # Longest side of a thumbnail in pixels, by the number of clips: 10,000 clips are a page of some 30 MB
 SMALL_SIDE, LARGE_SIDE, MANY_CLIPS = 80, 128, 1000
@@ -53,6 +53,7 @@ class ClipReport:
     row: int
     source: str
     caption: str
+    path: str  # of the file, however it is written in the list
     problem: str = ""
     notes: dict[str, str] = field(default_factory=dict)  # kind -> details; the clip is used all the same
     info: VideoInfo | None = None
@@ -60,7 +61,7 @@ class ClipReport:
     cropped: float = 0.0  # share of the picture
     upscale: float = 0.0  # linear
     num_tokens: int | None = None
-    strip: bytes = b""  # JPEG: first, middle and last frame, side by side
+    strip: bytes = b""  # JPEG: first, middle and last frame, side by side; on the first row of a file
     digest: str = ""
 
 
@@ -79,7 +80,11 @@ def check(args, default_fps: float, model_dir: Path | None) -> None:
         reports = describe_clips(clips, videos)
         rows += reports.values()
         sample_clips(args, videos, reports)
-        note_same_content(reports)
+        note_same_content(reports.values())
+    if not args.id_token:
+        for report in rows:
+            if not report.caption.strip():
+                report.problem = report.problem or NO_CAPTION
     note_captions(args, rows, model_dir)
     rows.sort(key=lambda row: row.row)
     page = Path(args.output_dir, PAGE)
@@ -94,12 +99,16 @@ def read_list(args) -> tuple[list[Clip], list[ClipReport], list[str]]:
         clips = read_clips_from_args(args, refused)
     except DataError as error:
         return [], [], [str(error)]
-    return clips, [ClipReport(clip.row, clip.source, clip.prompt, problem) for clip, problem in refused], []
+    return clips, [make_report(clip, problem) for clip, problem in refused], []
+
+
+def make_report(clip: Clip, problem: str = "") -> ClipReport:
+    return ClipReport(clip.row, clip.source, clip.prompt, str(clip.video), problem)
 
 
 def describe_clips(clips: list[Clip], videos: VideoDataset) -> dict[Clip, ClipReport]:
     """A report per clip, from the headers."""
-    reports = {clip: ClipReport(clip.row, clip.source, clip.prompt) for clip in clips}
+    reports = {clip: make_report(clip) for clip in clips}
     rows = zip(videos.clips, videos.infos, videos.clip_buckets, videos.cautions, strict=True)
     for clip, info, bucket, cautions in rows:
         report = reports[clip]
@@ -121,8 +130,8 @@ def describe_clips(clips: list[Clip], videos: VideoDataset) -> dict[Clip, ClipRe
 def set_problems(reports: dict[Clip, ClipReport], problems: Iterable[str]) -> None:
     """Give each line `path: what is wrong` to the rows of that path."""
     by_path: dict[str, list[ClipReport]] = {}
-    for clip, report in reports.items():
-        by_path.setdefault(str(clip.video), []).append(report)
+    for report in reports.values():
+        by_path.setdefault(report.path, []).append(report)
     for line in problems:
         parts = line.split(": ")  # a path may hold that too
         ends = (": ".join(parts[:number]) for number in range(len(parts), 0, -1))
@@ -179,14 +188,17 @@ def make_strip(pixels: torch.Tensor, side: int) -> bytes:
 
 
 def sample_clips(args, videos: VideoDataset, reports: dict[Clip, ClipReport]) -> None:
-    """Sets strip, digest and problem of the reports, from the files' frames."""
-    side = SMALL_SIDE if len(videos) > MANY_CLIPS else LARGE_SIDE
-    indices = range(len(videos))
-    tasks = [list(indices[first : first + CLIPS_PER_TASK]) for first in indices[::CLIPS_PER_TASK]]
+    """Sets strip, digest and problem of the reports, from the frames of every file; of one listed twice, once."""
+        first_rows: dict[Path, int] = {}
+    for index, clip in enumerate(videos.clips):
+        first_rows.setdefault(clip.video, index)
+    indices = list(first_rows.values())
+    tasks = [indices[first : first + CLIPS_PER_TASK] for first in range(0, len(indices), CLIPS_PER_TASK)]
+    side = SMALL_SIDE if len(indices) > MANY_CLIPS else LARGE_SIDE
     loader = make_loader(ClipSamples(videos, side), tasks, num_workers(args))
     loader.tolerant = True
     problems = []
-    with progress(len(videos), "clips") as bar:
+    with progress(len(indices), "clips") as bar:
         for batch in INTERRUPTION.until_interrupted(loader):
             for place, index in enumerate(batch["index"]):
                 report = reports[videos.clips[index]]
@@ -203,20 +215,18 @@ def num_workers(args) -> int:
     return args.dataloader_num_workers if "dataloader_num_workers" in args.given else len(os.sched_getaffinity(0))
 
 
-def note_same_content(reports: dict[Clip, ClipReport]) -> None:
-    """Note clips that are copies of one another; a file that is listed twice is none."""
-    hash_once = functools.cache(file_hash)  # reads all of a file: only of those that look alike
-    for alike in groups_of(reports, lambda clip: reports[clip].digest):
-        if len({clip.video for clip in alike}) > 1:
-            for same in groups_of(alike, lambda clip: hash_once(clip.video)):
-                note_group([reports[clip] for clip in same], "same content")
+def note_same_content(reports: Iterable[ClipReport]) -> None:
+    """Note files that are copies of one another."""
+    for alike in groups_of(reports, lambda report: report.digest):
+        for same in groups_of(alike, lambda report: file_hash(Path(report.path))):  # of all bytes: seldom needed
+            note_group(same, "same content")
 
 
-def groups_of(items: Iterable, key: Callable[..., str]) -> Iterator[list]:
-    """Items with equal keys, in groups of two or more; an empty key belongs to none."""
-    groups: dict[str, list] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
+def groups_of(reports: Iterable[ClipReport], key: Callable[[ClipReport], str]) -> Iterator[list[ClipReport]]:
+    """Reports with equal keys, in groups of two or more; an empty key belongs to none."""
+    groups: dict[str, list[ClipReport]] = {}
+    for report in reports:
+        groups.setdefault(key(report), []).append(report)
     groups.pop("", None)
     return (group for group in groups.values() if len(group) > 1)
 
@@ -226,7 +236,7 @@ def note_group(group: list[ClipReport], kind: str) -> None:
     for report in group:
         other = group[1] if report is group[0] else group[0]
         more = f", {len(group)} in all" if len(group) > 2 else ""
-        report.notes[kind] = f"as row {other.row}, {other.source}{more}"
+        report.notes[kind] = f"as {other.source} (row {other.row}){more}"
 
 
 # ---------------------------------------------------------------- captions
