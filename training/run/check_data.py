@@ -189,7 +189,7 @@ def make_strip(pixels: torch.Tensor, side: int) -> bytes:
 
 def sample_clips(args, videos: VideoDataset, reports: dict[Clip, ClipReport]) -> None:
     """Sets strip, digest and problem of the reports, from the frames of every file; of one listed twice, once."""
-        first_rows: dict[Path, int] = {}
+    first_rows: dict[Path, int] = {}
     for index, clip in enumerate(videos.clips):
         first_rows.setdefault(clip.video, index)
     indices = list(first_rows.values())
