@@ -156,6 +156,7 @@ NEW_TRAINING_FLAGS = {
     "num_inference_steps": 50,
     "validation_attention": "default",
     "repeats": 1,
+    "windows": None,
     "validation_data_root": None,
     "validation_num_clips": 8,
     "compile_blocks": False,
@@ -170,6 +171,7 @@ NEW_PREPARE_FLAGS = {
     "allow_cpu": False,
     "allow_outside_root": False,
     "repeats": 1,
+    "windows": None,
     "revision": None,
     "variant": None,
     "cache_dir": None,
@@ -738,7 +740,7 @@ def test_data_comes_from_somewhere(capsys):
 
 RAW_USES = """
 random_flip 0.5 | video_reshape_mode center | skip_frames_start 3 | skip_frames_end 3 | dataset_file clips.csv
-video_backend pyav | fps 16
+video_backend pyav | fps 16 | windows all
 """
 
 

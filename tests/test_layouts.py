@@ -4,7 +4,9 @@ import csv
 import json
 import logging
 import os
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +19,11 @@ from base.errors import DataError
 from conftest import write_clip
 from data.clip_lists import draw_keys, read_clips
 from data.dataset import build_dataset_from_args
-from data.layouts import find_layout
+from data.layouts import CAPTION_FILES, METADATA, VIDEO_FILES, find_layout
+from data.tables import CAPTION_COLUMNS, REPEATS_COLUMNS, VIDEO_COLUMNS
 
 
+ROOT = Path(__file__).resolve().parents[1]
 CLIPS = {
     "videos/dune.mp4": 'A red kite rises over the dunes, "against" the wind.',
     "videos/harbour.mp4": "Caf\u00e9 lights; a boat leaves the harbour at dusk, and its wake\tspreads.",
@@ -428,8 +432,9 @@ def test_preparing_any_layout_writes_the_same_files(filmed, tiny, tmp_path):
 
 def raw_args(root, *flags):
     """For any of the training scripts."""
-    argv = ["--pretrained_model_name_or_path", "m", "--data_root", str(root), *flags]
-    return parse_training_args("t2v_lora", argv if "--load_tensors" in flags else [*argv, *BUCKETS])
+    buckets = [] if "--load_tensors" in flags else BUCKETS
+    argv = ["--pretrained_model_name_or_path", "m", "--data_root", str(root), *buckets, *flags]
+    return parse_training_args("t2v_lora", argv)
 
 
 def dataset(root, *flags, **options):
@@ -466,7 +471,7 @@ def test_repeated_clips_are_drawn_anew_but_prepared_once(filmed, tiny, tmp_path)
     assert latents.sources == raw.sources and latents.draw_keys == raw.draw_keys
     assert latents.prompts == raw.prompts and latents.clip_buckets == raw.clip_buckets
     assert latents[1]["moments"].equal(latents[0]["moments"])
-    held_out = dataset(root, repeated=False), dataset(tmp_path / "out", "--load_tensors", repeated=False)
+    held_out = dataset(root, as_listed=True), dataset(tmp_path / "out", "--load_tensors", as_listed=True)
     assert [data.sources for data in held_out] == [names, names]
 
 
@@ -490,3 +495,107 @@ def test_preparing_again_with_other_repeats_rewrites_the_list_alone(filmed, tiny
     assert {name for name in after if after[name] != before[name]} == {"data.jsonl"}
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     assert len(dataset(tmp_path / "out", "--load_tensors")) == 6
+
+
+# ---------------------------------------------------------------- windows
+
+
+@pytest.fixture(scope="module")
+def long_clip(once):
+    """A clip of 40 frames at 8 per second, and one of 9, with two text files."""
+
+    def build(folder):
+        write_clip(folder / "long.mp4", 40, 64, 96, seed=1)
+        write_clip(folder / "short.mp4", 9, 64, 96, seed=2)
+        write_pair(folder, {"long.mp4": "a long clip", "short.mp4": "a short one"})
+
+    return once("long-clip", build)
+
+
+def test_windows_are_the_clip_cut_into_pieces(long_clip):
+    """Of 40 frames four windows of 9, one after the other, and four frames that fill none."""
+    cut = dataset(long_clip, "--windows", "all", "--fps", "8")
+    assert cut.sources == ["long.mp4"] * 4 + ["short.mp4"]
+    whole = dataset(long_clip, "--frame_buckets", "40", "9", "--fps", "8")
+    frames = whole[0]["pixels"]
+    for epoch in (0, 3):  # nothing is drawn
+        windows = [cut[epoch * len(cut) + number]["pixels"] for number in range(4)]
+        assert torch.equal(torch.cat(windows), frames[:36])
+    assert torch.equal(cut[4]["pixels"], whole[1]["pixels"]) and not cut.is_random()
+    assert len(set(cut.draw_keys)) == 5
+    assert cut.fingerprint() != dataset(long_clip, "--fps", "8").fingerprint()
+
+
+@pytest.mark.parametrize(("most", "starts"), [("1", [0]), ("2", [0, 18]), ("3", [0, 9, 18]), ("9", [0, 9, 18, 27])])
+def test_fewer_windows_than_fit_are_spread_over_the_clip(most, starts, long_clip):
+    cut = dataset(long_clip, "--windows", most, "--fps", "8")
+    assert [clip.window for clip in cut.clips if clip.source == "long.mp4"] == starts
+    later = dataset(long_clip, "--windows", most, "--fps", "8", "--skip_frames_start", "4", "--frame_buckets", "5")
+    assert later.start_time(0, 0) == 4 / 8
+
+
+@pytest.mark.parametrize(
+    ("fps", "starts"), [("4", [0, 18]), ("16", [0, 5, 9, 14, 18, 23, 27, 32]), ("7", [0, 11, 21])]
+)
+def test_windows_do_not_overlap_at_any_rate(fps, starts, long_clip):
+    cut = dataset(long_clip, "--windows", "all", "--fps", fps, "--frame_buckets", "9", "5")
+    windows = [clip.window for clip in cut.clips if clip.source == "long.mp4"]
+    assert windows == starts
+    last = windows[-1] + 8 * 8 / int(fps)
+    assert last <= 39 and all(two - one >= 8 * 8 / int(fps) for one, two in zip(windows, windows[1:], strict=False))
+
+
+def test_windows_are_prepared_as_they_are_trained_raw(long_clip, tiny, tmp_path):
+    flags = ["--windows", "all", "--repeats", "2"]
+    made = prepare(tiny("5b"), long_clip, tmp_path / "out", *flags)
+    names = sorted(name.split("/")[1] for name in made if name.startswith("video_latents/"))
+    assert [re.sub("-[0-9a-f]{8}", "", name) for name in names] == [
+        "long@0.safetensors", "long@18.safetensors", "long@27.safetensors", "long@9.safetensors", "short@0.safetensors",
+    ]  # fmt: skip
+    latents, raw = dataset(tmp_path / "out", "--load_tensors"), dataset(long_clip, *flags)
+    assert latents.draw_keys == raw.draw_keys and latents.sources == raw.sources and len(latents) == 10
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert prepare(tiny("5b"), long_clip, tmp_path / "out", *flags) == made
+    prepare(tiny("5b"), long_clip, tmp_path / "out", "--windows", "2")  # two of those that are there
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    prepare(tiny("5b"), long_clip, tmp_path / "out", "--windows", "2", "--prune")
+    assert len(list((tmp_path / "out/video_latents").iterdir())) == 3
+
+
+def test_held_out_clips_are_not_cut(long_clip):
+    assert len(dataset(long_clip, "--windows", "all", as_listed=True)) == 2
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "most", "1.5", ""])
+def test_a_number_of_windows_that_is_none_is_refused(value, long_clip, capsys):
+    with pytest.raises(SystemExit):
+        raw_args(long_clip, "--windows", value)
+    assert "must be an integer of 1 or more, or all" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize("page", ["dataset.md", "dataset_zh.md"])
+def test_the_examples_of_the_page_are_read(page, tmp_path):
+    text = (ROOT / "assets" / page).read_text(encoding="utf-8")
+    examples = re.findall(r"```(csv|jsonl|json)\n(.*?)```", text, re.DOTALL)
+    assert sorted(kind for kind, _ in examples) == ["csv", "json", "jsonl"]
+    for kind, content in examples:
+        touch(tmp_path / kind, ["videos/kite.mp4"])
+        (tmp_path / kind / f"metadata.{kind}").write_text(content, encoding="utf-8")
+        [clip] = read_clips(tmp_path / kind, None)
+        assert (clip.source, clip.prompt[-17:]) == ("videos/kite.mp4", "against the wind.")
+    named = re.search(r"(?s)my-clips/\n.*?```", text)[0]
+    rows = [line.split(maxsplit=1) for line in named.splitlines()[1:3]]
+    for name, line in rows:
+        touch(tmp_path / "text", ["videos/kite.mp4"])
+        (tmp_path / "text" / name).write_text(line)
+    assert [clip.source for clip in read_clips(tmp_path / "text", None)] == ["videos/kite.mp4"]
+
+
+@pytest.mark.parametrize("page", ["dataset.md", "dataset_zh.md"])
+def test_the_page_names_every_usual_name(page):
+    text = (ROOT / "assets" / page).read_text(encoding="utf-8")
+    names = [*CAPTION_COLUMNS, *VIDEO_COLUMNS, *REPEATS_COLUMNS, *CAPTION_FILES[:4], *VIDEO_FILES[:2], METADATA[0]]
+    assert not [name for name in names if f"`{name}`" not in text]

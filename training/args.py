@@ -24,6 +24,7 @@ from base.flag_checks import (
     check_trackers,
     check_validation,
     not_negative,
+    number_or_all,
     positive,
     probability,
     refuse_meaningless,
@@ -177,6 +178,13 @@ def add_clip_list_flags(group):
 
 
 def add_reading_flags(group):
+    group.add_argument(
+        "--windows",
+        type=number_or_all,
+        metavar="N",
+        help="cut long clips into up to N windows, or all (default: one, at a random place)\nThe windows are as long as "
+        "the clip's bucket and do not overlap; fewer than fit are spread over the clip. Each is a sample of its own.",
+    )
     group.add_argument(
         "--random_flip",
         type=probability,

@@ -209,7 +209,11 @@ def make_plan(args, output_dir: Path, model_dir: Path, videos) -> tuple[list, li
 
     The work to do, from everything that determines it.
     """
-    stems, plan, problems = unique_stems([clip.source for clip in videos.clips]), [], list(videos.problems)
+    stems, plan, problems = (
+        unique_stems(videos.sources, [clip.window for clip in videos.clips]),
+        [],
+        list(videos.problems),
+    )
     with HashCache(use_cache=not args.verify) as hashes:
         model = hash_models(args, model_dir, hashes)
         for index, stem in enumerate(with_progress(stems, "comparing", delay=5)):

@@ -64,6 +64,7 @@ RAW_VIDEOS_ONLY = (
     "skip_frames_start",
     "skip_frames_end",
     "video_backend",
+    "windows",
 )
 
 
@@ -87,6 +88,11 @@ def number(kind: type, description: str, is_legal: Callable) -> Callable[[str], 
 
 def at_least(smallest: int) -> Callable[[str], int]:
     return number(int, f"an integer of {smallest} or more", lambda value: value >= smallest)
+
+
+def number_or_all(text: str) -> int | str:
+    """A `type=` that accepts an integer of 1 or more, or "all"."""
+    return text if text == "all" else number(int, "an integer of 1 or more, or all", lambda value: value >= 1)(text)
 
 
 positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +30,12 @@ class Clip(NamedTuple):
     source: str
     below_root: str = ""  # if `source` is absolute: relative to the data root, and so unchanged when the root moves
     repeats: int = 1  # how often it is used per epoch
+    window: int | None = None  # of a clip cut into several: the first frame of this one in the file
 
     @property
     def identity(self) -> str:
         """The clip's path, independent of where the data root is."""
-        return self.below_root or self.source
+        return windowed(self.below_root or self.source, self.window)
 
 
 def read_clips(
@@ -194,11 +196,16 @@ def with_id_token(prompt: str, id_token: str | None) -> str:
     return f"{id_token} {prompt}" if prompt.strip() else id_token
 
 
+def windowed(source: str, window: int | None) -> str:
+    """The name of a clip's window; of a whole clip, its path."""
+    return source if window is None else f"{source}@{window}"
+
+
 def draw_keys(sources: Iterable[str]) -> list[str]:
     """`source/window/repeat` per clip: its random draws depend on this alone, so other rows may be added or moved.
 
-    `source` is the normalized path; `repeat` counts earlier rows with the same path; `window` is always 0, reserved
-    for clips cut into several.
+    `source` is the normalized path, with `windowed` if the clip is cut into several; `repeat` counts earlier rows with
+    the same; `window` is always 0.
     """
     seen: Counter[str] = Counter()
     places = []
@@ -216,17 +223,17 @@ def repeated_keys(keys: Iterable[str], repeats: Iterable[int]) -> list[str]:
     return [f"{key}/{use}" if use else key for key, count in pairs for use in range(count)]
 
 
-def unique_stems(sources: Iterable[str]) -> list[str]:
+def unique_stems(sources: Iterable[str], windows: Iterable[int | None] = repeat(None)) -> list[str]:
     """File stems for the outputs of each source path: safe, unique, and stable when other rows are added or removed.
 
-    A source listed again (with another caption, say) gets -2, -3 and so on.
+    A source listed again (with another caption, say) gets -2, -3 and so on; a window of it @ and its first frame.
     """
     seen: Counter[str] = Counter()
     stems = []
-    for source in sources:
+    for source, window in zip(sources, windows, strict=False):  # by default there is no end of them
         digest = short_hash(source)
         name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(source).stem)[:150].lstrip("-._")
-        stem = f"{name}-{digest}" if name else digest
+        stem = windowed(f"{name}-{digest}" if name else digest, window)
         seen[stem.lower()] += 1  # file systems may ignore case
         count = seen[stem.lower()]
         stems.append(stem if count == 1 else f"{stem}-{count}")

@@ -1,6 +1,7 @@
 """Builds the dataset from the flags."""
 
 import logging
+import math
 
 from torch.utils.data import Dataset
 
@@ -14,9 +15,9 @@ from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 logger = logging.getLogger(__name__)
 
 
-def build_dataset_from_args(args, model, seed: int, repeated: bool = True) -> Dataset:
+def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> Dataset:
     """The training dataset: videos, or prepared latents with --load_tensors; captions include the id token.
-    `repeated`: each clip is used as often per epoch as it, or --repeats, says.
+    `as_listed`: every clip once and whole, without --windows and repeats.
 
     Read from `model`: its task, its frame rate, and the VAE's scaling factor, to detect latents of another model.
     """
@@ -36,7 +37,7 @@ def build_dataset_from_args(args, model, seed: int, repeated: bool = True) -> Da
         )
         if model.image_to_video:
             latents.require_image_latents()
-        if repeated:
+        if not as_listed:
             latents.repeat(args.repeats)
         return latents
     clips = read_clips_from_args(args)
@@ -49,7 +50,8 @@ def build_dataset_from_args(args, model, seed: int, repeated: bool = True) -> Da
         skip_frames_start=args.skip_frames_start,
         skip_frames_end=args.skip_frames_end,
     )
-    if repeated:
+    if not as_listed:
+        cut_from_args(args, videos)
         videos.repeat()
     return videos
 
@@ -69,10 +71,12 @@ def build_videos_from_args(args, default_fps: float) -> VideoDataset:
 
 def tolerant_videos_from_args(args, clips: list[Clip], default_fps: float) -> VideoDataset:
     fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
-    return make_videos_from_args(
+    videos = make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
         fps_flag="--target_fps",
     )  # fmt: skip
+    cut_from_args(args, videos)
+    return videos
 
 
 def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
@@ -88,6 +92,14 @@ def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
         videos = VideoDatasetWithResizeAndRectangleCrop(clips, buckets_from_args(args), crop=crop, **options)
     log_buckets(videos, args.dataset_file or args.data_root)
     return videos
+
+
+def cut_from_args(args, videos: VideoDataset) -> None:
+    if args.windows is None:
+        return
+    num_clips = len(videos)
+    videos.cut(math.inf if args.windows == "all" else args.windows)
+    logger.info("--windows %s: %d clips are cut into %d windows", args.windows, num_clips, len(videos))
 
 
 def buckets_from_args(args) -> list[Bucket]:

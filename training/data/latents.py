@@ -22,7 +22,7 @@ from base.errors import DataError, first_few, first_line
 from base.file_kinds import placeholder
 from base.hashes import hash_files, hash_rows
 from data.buckets import SIZE_FLAGS, Bucket
-from data.clip_lists import as_on_disk, draw_keys, repeated_keys, resolve_inside
+from data.clip_lists import as_on_disk, draw_keys, repeated_keys, resolve_inside, windowed
 from data.layouts import read_text_rows
 from data.tables import MAX_REPEATS, Row, read_text
 
@@ -43,6 +43,7 @@ class Latent(NamedTuple):
     bucket: Bucket
     clip: str  # the path in the list that it was prepared from
     repeats: int | None = None  # how often it is used per epoch, if that was said when it was prepared
+    window: int | None = None  # clip_lists.Clip.window
 
 
 class LatentDataset(Dataset):
@@ -88,7 +89,7 @@ class LatentDataset(Dataset):
         self.clip_buckets = [latent.bucket for latent in self.latents]
         self.prompts = [latent.prompt for latent in self.latents]
         self.sources = [latent.source for latent in self.latents]
-        self.draw_keys = draw_keys(latent.clip for latent in self.latents)
+        self.draw_keys = draw_keys(windowed(latent.clip, latent.window) for latent in self.latents)
         self.has_image_latents = with_images and all(latent.image_moments for latent in self.latents)
         refuse_unknown_buckets(self.latents, buckets)
         if text_dropout:
@@ -150,7 +151,9 @@ class LatentDataset(Dataset):
 
     def fingerprint(self, as_written: bool = True) -> str:
         """Hash of the clips, captions and sizes in their order; paths as written in the manifest."""
-        return hash_rows((latent.source, latent.prompt, latent.bucket) for latent in self.latents)
+        return hash_rows(
+            (windowed(latent.source, latent.window), latent.prompt, latent.bucket) for latent in self.latents
+        )
 
     def content(self) -> str:
         """Hash of the content of all files read, independent of their location."""
@@ -182,7 +185,7 @@ def manifest_latent(
         sizes = row["metadata"]
         bucket = Bucket(int(sizes["num_frames"]), int(sizes["height"]), int(sizes["width"]))
         source, prompt = str(row.get("video")), row["prompt"]
-        clip, repeats = str(sizes.get("source", source)), sizes.get("repeats")
+        clip, repeats, window = str(sizes.get("source", source)), sizes.get("repeats"), sizes.get("window")
         if repeats is not None and not (isinstance(repeats, int) and 1 <= repeats <= MAX_REPEATS):
             raise ValueError(f"metadata.repeats ({repeats})")
     except (KeyError, TypeError, ValueError) as error:
@@ -204,7 +207,7 @@ def manifest_latent(
     moments, prompt_embeds, image = [
         resolve_inside(root, name, place, allow_outside) if name else None for name in files
     ]
-    return Latent(moments, prompt_embeds, image, source, prompt, bucket, clip, repeats)
+    return Latent(moments, prompt_embeds, image, source, prompt, bucket, clip, repeats, window)
 
 
 def refuse_missing(root: Path, latents: list[Latent]) -> None:

@@ -30,7 +30,7 @@ SUFFIXES = {
     "videos": ".mp4", "images": ".png", "video_latents": ".safetensors", "image_latents": ".safetensors",
     "prompt_embeds": ".safetensors",
 }  # fmt: skip
-STEM = re.compile(r".*[0-9a-f]{8}(-\d+)?")  # clip_lists.unique_stems
+STEM = re.compile(r".*[0-9a-f]{8}(@\d+)?(-\d+)?")  # clip_lists.unique_stems
 
 
 # ---------------------------------------------------------------- keys

@@ -19,7 +19,7 @@ from base.draws import draw_seed
 from base.errors import MAX_LISTED, DataError, UsageError, first_few
 from base.hashes import hash_files, hash_rows
 from data.buckets import SIZE_FLAGS, Bucket, frame_times, nearest_bucket, num_sampled_frames, upscale
-from data.clip_lists import Clip, draw_keys, repeated_keys
+from data.clip_lists import Clip, draw_keys, repeated_keys, windowed
 from data.decode import import_decord, read_frames
 from data.headers import Header, VideoInfo, read_header
 from data.picture import Caution
@@ -89,17 +89,39 @@ class VideoDataset(Dataset):
         self.sources = [clip.source for clip in self.clips]
         self.draw_keys = draw_keys(clip.identity for clip in self.clips)
 
+    def cut(self, most: float) -> None:
+        """Replace each clip by windows of its bucket's length that do not overlap, at most `most`, spread over it."""
+        cuts = [(place, window) for place in range(len(self)) for window in self.windows(place, most)]
+        self.pick([place for place, _ in cuts])
+        self.clips = [clip._replace(window=window) for clip, (_, window) in zip(self.clips, cuts, strict=True)]
+        self.draw_keys = draw_keys(clip.identity for clip in self.clips)
+
+    def windows(self, index: int, most: float) -> list[int]:
+        """First frames of a clip's windows, in the file after --skip_frames_start; what remains at its end is too
+        short for one.
+        """
+        span = self.clip_buckets[index].frames * self.infos[index].fps / self.fps  # frames of the file
+        count = math.floor(self.spare_frames(index) / span + 1e-6) + 1
+        starts = [math.ceil(number * span - 1e-6) for number in range(count)]
+        starts = [start for start in starts if start <= self.spare_frames(index)]
+        chosen = min(len(starts), most)
+        return [starts[number * len(starts) // chosen] for number in range(chosen)]
+
     def repeat(self) -> None:
         """Use each clip as often per epoch as it says, each time with random draws of its own."""
         repeats = [clip.repeats for clip in self.clips]
-        places = [place for place, count in enumerate(repeats) for _ in range(count)]
+        keys = repeated_keys(self.draw_keys, repeats)
+        self.pick([place for place, count in enumerate(repeats) for _ in range(count)])
+        self.draw_keys = keys
+
+    def pick(self, places: Sequence[int]) -> None:
+        """Have the clips at `places`, in that order; `draw_keys` is up to the caller."""
         self.clips = [self.clips[place] for place in places]
         self.infos = [self.infos[place] for place in places]
         self.cautions = [self.cautions[place] for place in places]
         self.clip_buckets = [self.clip_buckets[place] for place in places]
         self.prompts = [clip.prompt for clip in self.clips]
         self.sources = [clip.source for clip in self.clips]
-        self.draw_keys = repeated_keys(self.draw_keys, repeats)
 
     def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
         """The clip's bucket; DataError if it is too short or fits none."""
@@ -174,18 +196,18 @@ class VideoDataset(Dataset):
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     def start_time(self, epoch: int, index: int) -> float:
-        """Start in seconds: drawn if the clip is longer than its bucket, else the clip's start.
+        """Start in seconds: a window's own, or drawn if the clip is longer than its bucket, else the clip's start.
 
         Always on a frame of the file: in between, rounding could repeat one frame and skip the next.
         """
         spare = self.spare_frames(index)
-        first = self.draw("start", epoch, index).randint(0, spare) if spare else 0
+        first = self.draw("start", epoch, index).randint(0, spare) if spare else self.clips[index].window or 0
         return (self.skip_start + first) / self.infos[index].fps
 
     def spare_frames(self, index: int) -> int:
         """The number of frames of the file by which the sample's start may be delayed."""
         info, num_frames = self.infos[index], self.clip_buckets[index].frames
-        if self.num_frames(info) <= num_frames:
+        if self.num_frames(info) <= num_frames or self.clips[index].window is not None:
             return 0
         last = info.num_frames - self.skip_start - self.skip_end - 1
         # The sample spans (num_frames - 1) periods of the target rate; the rest is spare
@@ -217,7 +239,7 @@ class VideoDataset(Dataset):
         """Hash of the clips, captions and sizes in their order. `as_written`: absolute paths as they are, as in
         earlier versions.
         """
-        names = self.sources if as_written else [clip.identity for clip in self.clips]
+        names = [windowed(clip.source, clip.window) if as_written else clip.identity for clip in self.clips]
         return hash_rows(zip(names, self.prompts, self.clip_buckets, strict=True))
 
     def content(self) -> str:

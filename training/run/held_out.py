@@ -58,7 +58,7 @@ def read_clips(args, model, seed: int) -> HeldOutClips:
         "video_reshape_mode": "none" if args.video_reshape_mode == "none" else "center",
     }
     flags = argparse.Namespace(**vars(args) | changes)
-    dataset = build_dataset_from_args(flags, model, seed, repeated=False)
+    dataset = build_dataset_from_args(flags, model, seed, as_listed=True)
     count = args.validation_num_clips
     return HeldOutClips(dataset, dataset.clip_buckets[:count], dataset.prompts[:count])
 

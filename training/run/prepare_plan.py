@@ -55,7 +55,7 @@ def plan_clip(args, model: ModelIdentity, videos, index: int, stem: str, hashes:
     }  # fmt: skip
     now = pixels_key(earlier, videos.draw_keys[index], "decord" if args.video_backend == "decord" else "pyav")
     item = {"index": index, "stem": stem, "bucket": bucket, "fps": videos.fps, "source": clip.source}
-    item |= {"repeats": clip.repeats}
+    item |= {"repeats": clip.repeats, "window": clip.window}
     item |= {"caption": clip.prompt, "prompt": with_id_token(clip.prompt, args.id_token), "id_token": args.id_token}
     item |= {"scaling_factor": model.scaling_factor, "files": {}}
     if args.save_previews or not args.save_latents_and_embeddings:
@@ -202,7 +202,8 @@ def manifest_row(item: dict) -> dict:
 
     image = path("images", ".png")
     frames, height, width = item["bucket"]
-    repeats = {"repeats": item["repeats"]} if item["repeats"] > 1 else {}
+    use = {"repeats": item["repeats"]} if item["repeats"] > 1 else {}
+    use |= {} if item["window"] is None else {"window": item["window"]}
     return {
         "prompt": item["caption"],
         "prompt_embed": path("prompt_embeds", ".safetensors"),
@@ -212,6 +213,6 @@ def manifest_row(item: dict) -> dict:
         "video_latent": path("video_latents", ".safetensors"),
         "metadata": {
             "num_frames": frames, "height": height, "width": width, "fps": item["fps"], "source": item["source"],
-            "id_token": item["id_token"], "scaling_factor": item["scaling_factor"], **repeats,
+            "id_token": item["id_token"], "scaling_factor": item["scaling_factor"], **use,
         },
     }  # fmt: skip
