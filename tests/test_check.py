@@ -269,6 +269,30 @@ def test_a_list_that_cannot_be_read_is_on_the_page(model, good_set, tmp_path):
     assert "no.txt: no such file" in page.text and page.clips == []
 
 
+def test_every_window_of_a_long_clip_is_shown(model, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_clip(data / "long.mp4", 17, 32, 48)
+    write_rows(data, [("a square crosses", "long.mp4")])
+    assert check(arguments(model, data, tmp_path / "out", "--windows", "all")) == 0
+    clips = page_of(tmp_path / "out").clips
+    assert [clip["path"] for clip in clips] == ["long.mp4@0", "long.mp4@5", "long.mp4@10"]
+    assert len({clip["strip"] for clip in clips}) == 3 and not any("same content" in clip["notes"] for clip in clips)
+
+
+def test_any_layout_is_checked_in_its_own_rows(model, good_set, tmp_path):
+    data = shutil.copytree(good_set, tmp_path / "data")
+    for name in ("prompts.txt", "videos.txt"):
+        (data / name).unlink()
+    rows = [{"file_name": f"{name}.mp4", "text": f"clip {name}"} for name in (0, "gone", 2)]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert check(arguments(model, data, tmp_path / "out")) == 65
+    page = page_of(tmp_path / "out")
+    assert [(clip["row"], clip["path"], bool(clip["problem"])) for clip in page.clips] == [
+        (1, "0.mp4", False), (2, "gone.mp4", True), (3, "2.mp4", False),
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------- safe
 
 

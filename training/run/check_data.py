@@ -24,7 +24,7 @@ from base.hashes import sampled_hash
 from base.signals import INTERRUPTION
 from base.status import THIS_RUN
 from data.buckets import Bucket, frame_times, upscale
-from data.clip_lists import Clip, with_id_token
+from data.clip_lists import Clip, windowed, with_id_token
 from data.dataset import read_clips_from_args, tolerant_videos_from_args
 from data.decode import read_frames
 from data.headers import VideoInfo
@@ -44,6 +44,7 @@ CLIPS_PER_TASK = 16  # sent to a worker at once
 SMALL_SIDE, LARGE_SIDE, MANY_CLIPS = 80, 128, 1000
 JPEG_QUALITY = 60  # WebP would be no smaller at this size, and takes 2 ms a clip, not 0.3
 TEXTS_AT_ONCE = 1000
+FOUND = ("strip", "digest", "problem")  # by ClipSamples
 
 
 @dataclass
@@ -54,6 +55,7 @@ class ClipReport:
     source: str
     caption: str
     path: str  # of the file, however it is written in the list
+    window: int | None = None
     problem: str = ""
     notes: dict[str, str] = field(default_factory=dict)  # kind -> details; the clip is used all the same
     info: VideoInfo | None = None
@@ -63,6 +65,11 @@ class ClipReport:
     num_tokens: int | None = None
     strip: bytes = b""  # JPEG: first, middle and last frame, side by side; on the first row of a file
     digest: str = ""
+
+    @property
+    def pictures(self) -> tuple[str, int | None]:
+        """Equal for rows that show the same frames."""
+        return self.path, self.window
 
 
 def check(args, default_fps: float, model_dir: Path | None) -> None:
@@ -77,10 +84,10 @@ def check(args, default_fps: float, model_dir: Path | None) -> None:
     videos = None
     if clips:
         videos = tolerant_videos_from_args(args, clips, default_fps)
-        reports = describe_clips(clips, videos)
-        rows += reports.values()
-        sample_clips(args, videos, reports)
-        note_same_content(reports.values())
+        samples = describe_samples(videos)
+        sample_clips(args, videos, samples)
+        note_same_content(samples)
+        rows += samples + describe_unused(clips, videos)
     if not args.id_token:
         for report in rows:
             if not report.caption.strip():
@@ -103,15 +110,15 @@ def read_list(args) -> tuple[list[Clip], list[ClipReport], list[str]]:
 
 
 def make_report(clip: Clip, problem: str = "") -> ClipReport:
-    return ClipReport(clip.row, clip.source, clip.prompt, str(clip.video), problem)
+    source = windowed(clip.source, clip.window)
+    return ClipReport(clip.row, source, clip.prompt, str(clip.video), clip.window, problem)
 
 
-def describe_clips(clips: list[Clip], videos: VideoDataset) -> dict[Clip, ClipReport]:
-    """A report per clip, from the headers."""
-    reports = {clip: make_report(clip) for clip in clips}
-    rows = zip(videos.clips, videos.infos, videos.clip_buckets, videos.cautions, strict=True)
-    for clip, info, bucket, cautions in rows:
-        report = reports[clip]
+def describe_samples(videos: VideoDataset) -> list[ClipReport]:
+    """A report per sample of the data set, in its order, from the headers."""
+    reports = [make_report(clip) for clip in videos.clips]
+    rows = zip(reports, videos.infos, videos.clip_buckets, videos.cautions, strict=True)
+    for report, info, bucket, cautions in rows:
         report.info, report.bucket = info, bucket
         report.cropped = cropped_share(info, bucket)
         report.upscale = upscale(info.height, info.width, bucket)
@@ -123,39 +130,44 @@ def describe_clips(clips: list[Clip], videos: VideoDataset) -> dict[Clip, ClipRe
             report.notes["soft"] = f"enlarged {report.upscale:.1f} times"
         if report.cropped > WARN_CROPPED:
             report.notes["much cropped"] = f"{report.cropped:.0%} of the picture is cut off"
-    set_problems(reports, videos.problems)
     return reports
 
 
-def set_problems(reports: dict[Clip, ClipReport], problems: Iterable[str]) -> None:
-    """Give each line `path: what is wrong` to the rows of that path."""
+def describe_unused(clips: list[Clip], videos: VideoDataset) -> list[ClipReport]:
+    """A report per clip that the data set leaves out, with the reason: its lines are `path: what is wrong`."""
+    used = {clip._replace(window=None) for clip in videos.clips}
+    reports = [make_report(clip) for clip in clips if clip not in used]
     by_path: dict[str, list[ClipReport]] = {}
-    for report in reports.values():
+    for report in reports:
         by_path.setdefault(report.path, []).append(report)
-    for line in problems:
+    for line in videos.problems:
         parts = line.split(": ")  # a path may hold that too
         ends = (": ".join(parts[:number]) for number in range(len(parts), 0, -1))
         path = next(end for end in ends if end in by_path)
         for report in by_path[path]:
             report.problem = line.removeprefix(f"{path}: ")
+    return reports
 
 
 # ---------------------------------------------------------------- frames
 
 
 class ClipSamples(Dataset):
-    """Per clip its strip of frames and a hash of its content; DataError if the file is damaged."""
+    """Per clip its strip of frames and a hash of its content, or what is wrong with it."""
 
     def __init__(self, videos: VideoDataset, side: int):
         self.videos, self.side = videos, side
 
     def __getitem__(self, index: int) -> dict:
-        path = self.videos.clips[index].video
+        path, strip, digest, problem = self.videos.clips[index].video, b"", "", ""
         try:
             strip = make_strip(sampled_frames(self.videos, index), self.side)
-            return {"index": index, "strip": strip, "digest": sampled_hash(path)}
+            digest = sampled_hash(path)
+        except DataError as error:
+            problem = str(error).removeprefix(f"{path}: ")
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+            problem = f"cannot be read ({error.strerror})"
+        return {"index": index, "strip": strip, "digest": digest, "problem": problem}
 
 
 def sampled_frames(videos: VideoDataset, index: int) -> torch.Tensor:
@@ -187,27 +199,25 @@ def make_strip(pixels: torch.Tensor, side: int) -> bytes:
     return file.getvalue()
 
 
-def sample_clips(args, videos: VideoDataset, reports: dict[Clip, ClipReport]) -> None:
-    """Sets strip, digest and problem of the reports, from the frames of every file; of one listed twice, once."""
-    first_rows: dict[Path, int] = {}
-    for index, clip in enumerate(videos.clips):
-        first_rows.setdefault(clip.video, index)
-    indices = list(first_rows.values())
-    tasks = [indices[first : first + CLIPS_PER_TASK] for first in range(0, len(indices), CLIPS_PER_TASK)]
+def sample_clips(args, videos: VideoDataset, samples: list[ClipReport]) -> None:
+    """Sets strip, digest and problem of `samples`, from their frames; those of a file listed twice are read once."""
+    first: dict[tuple, int] = {}
+    for index, report in enumerate(samples):
+        first.setdefault(report.pictures, index)
+    indices = list(first.values())
+    tasks = [indices[start : start + CLIPS_PER_TASK] for start in range(0, len(indices), CLIPS_PER_TASK)]
     side = SMALL_SIDE if len(indices) > MANY_CLIPS else LARGE_SIDE
     loader = make_loader(ClipSamples(videos, side), tasks, num_workers(args))
-    loader.tolerant = True
-    problems = []
     with progress(len(indices), "clips") as bar:
         for batch in INTERRUPTION.until_interrupted(loader):
             for place, index in enumerate(batch["index"]):
-                report = reports[videos.clips[index]]
-                report.strip, report.digest = batch["strip"][place], batch["digest"][place]
-            problems += batch["problems"]
-            bar.update(len(batch["index"]) + len(batch["problems"]))
+                report = samples[index]
+                report.strip, report.digest, report.problem = (batch[key][place] for key in FOUND)
+            bar.update(len(batch["index"]))
     if INTERRUPTION.reason:
         raise Interrupted(f"stopped by {INTERRUPTION.reason}; no page was written")
-    set_problems(reports, problems)
+    for report in samples:
+        report.problem = samples[first[report.pictures]].problem
 
 
 def num_workers(args) -> int:
@@ -215,9 +225,10 @@ def num_workers(args) -> int:
     return args.dataloader_num_workers if "dataloader_num_workers" in args.given else len(os.sched_getaffinity(0))
 
 
-def note_same_content(reports: Iterable[ClipReport]) -> None:
-    """Note files that are copies of one another."""
-    for alike in groups_of(reports, lambda report: report.digest):
+def note_same_content(reports: list[ClipReport]) -> None:
+    """Note files that are copies of one another, each on its first row."""
+    files = {report.path: report for report in reversed(reports)}
+    for alike in groups_of(reversed(files.values()), lambda report: report.digest):
         for same in groups_of(alike, lambda report: file_hash(Path(report.path))):  # of all bytes: seldom needed
             note_group(same, "same content")
 

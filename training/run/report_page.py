@@ -116,10 +116,10 @@ def bar_table(title: str, unit: str, counts: list[tuple[str, int]]) -> str:
 
 def clips_as_json(reports: Sequence) -> Iterator[str]:
     """A list of objects, one a line. No `<`: it could end the script element around it."""
-    places = {report.path: number for number, report in enumerate(reports) if report.strip}
+    places = {report.pictures: number for number, report in enumerate(reports) if report.strip}
     yield "["
     for number, report in enumerate(reports):
-        clip = clip_as_dict(report) | {"frames_of": places.get(report.path)}  # a file's pictures are written once
+        clip = clip_as_dict(report) | {"frames_of": places.get(report.pictures)}  # a file's pictures are written once
         text = json.dumps(clip, separators=(",", ":"))  # ASCII: paths may hold broken characters
         yield f"{',' if number else ''}\n{text}".replace("<", "\\u003c")
     yield "\n]"
