@@ -167,9 +167,11 @@ def table_layouts(
     root: Path, names: list[str], caption_column: str | None, video_column: str | None
 ) -> tuple[list[Layout], dict[Path, str]]:
     """Those of the metadata files and of the tables in `root` itself that list clips, and why others do not."""
-    groups = [group for name in METADATA for group in in_sets([path for path in names if Path(path).name == name])]
+    groups = [
+        group for name in METADATA for group in in_sets([path for path in names if os.path.basename(path) == name])
+    ]
     others = [name for name in names if os.sep not in name and name not in (*METADATA, MANIFEST)]
-    groups += [[name] for name in others if Path(name).suffix.lower() in TABLES]
+    groups += [[name] for name in others if suffix_of(name) in TABLES]
     found, refused = [], {}
     for group in groups:
         paths = [root / name for name in group]
@@ -197,11 +199,12 @@ def table_layout(
     chosen = [choose_columns(table, caption_column, video_column) for table in tables]
 
     def read(blank_captions: bool) -> list[Row]:
-        return [
-            row._replace(source=os.path.join(prefix_of(root, table.path), row.source)) if prefixed else row
-            for table, columns in zip(tables, chosen, strict=True)
-            for row in table_rows(table, columns, blank_captions)
-        ]
+        rows = []
+        for table, columns in zip(tables, chosen, strict=True):
+            prefix = prefix_of(root, table.path) if prefixed else ""
+            own = table_rows(table, columns, blank_captions)
+            rows += [row._replace(source=os.path.join(prefix, row.source)) for row in own]
+        return rows
 
     names = [os.path.relpath(path, root) for path in paths]
     columns = f"captions in {chosen[0].caption}, videos in {chosen[0].video}"
@@ -232,11 +235,10 @@ def sidecar_layouts(
     clips = clips_in(names)
     found = []
     for suffix in [caption_column] if caption_column else SIDECARS:
-        captioned = [name for name in clips if beside(name, suffix) in known]
+        captioned = {name for name in clips if beside(name, suffix) in known}
         if captioned:
-            with_caption = set(captioned)
-            listed = [name for name in clips if name in with_caption or is_video(name)]
-            read = partial(read_sidecars, root, listed, suffix)
+            listed = [name for name in clips if name in captioned or is_video(name)]
+            read = partial(read_sidecars, root, listed, captioned, suffix)
             columns = f"captions in NAME{suffix} beside each"
             choice = f"--caption_column {suffix}"
             found.append(Layout(f"videos with a {suffix} beside each", root, columns, choice, read))
@@ -249,30 +251,36 @@ def clips_in(names: list[str]) -> list[str]:
     return [
         name
         for name in names
-        if is_video(name) or (Path(name).suffix.lower() in IMAGES and os.path.splitext(name)[0] not in stems)
+        if is_video(name) or (suffix_of(name) in IMAGES and os.path.splitext(name)[0] not in stems)
     ]
 
 
 def is_video(name: str) -> bool:
-    return Path(name).suffix.lower() in VIDEOS
+    return suffix_of(name) in VIDEOS
+
+
+def suffix_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # a Path would take a second for 20,000
 
 
 def beside(name: str, suffix: str) -> str:
     return os.path.splitext(name)[0] + suffix
 
 
-def read_sidecars(root: Path, names: list[str], suffix: str, blank_captions: bool = False) -> list[Row]:
+def read_sidecars(
+    root: Path, names: list[str], captioned: set[str], suffix: str, blank_captions: bool = False
+) -> list[Row]:
     """A row for each clip, in the order of their paths; line breaks at a caption's end are not part of it."""
-    without = [name for name in names if not (root / beside(name, suffix)).is_file()]
+    without = [name for name in names if name not in captioned]
     if without and not blank_captions:
         raise DataError(
             f"{root}: no {suffix} with a caption beside {first_few(without)}; write it, remove the clip, or give "
             "--id_token, which then is the caption"
         )
-    rows, blank = [], set(without)
+    rows = []
     for name in names:
         path = root / beside(name, suffix)
-        caption = "" if name in blank else read_text(path).replace("\r\n", "\n").rstrip("\n")
+        caption = read_text(path).replace("\r\n", "\n").rstrip("\n") if name in captioned else ""
         if not blank_captions:
             refuse_blank(path, 1, "caption", caption)
         rows.append(Row(1, caption, name, str(path)))

@@ -22,6 +22,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "video_path", "file_path", "file_name", "path")
 REPEATS_COLUMNS = ("repeats", "num_repeats")
 MAX_REPEATS = 10_000
+SURROGATE = re.compile("[\ud800-\udfff]")
 DELIMITERS = {",": "CSV", ";": "CSV with semicolons", "\t": "CSV with tabs"}
 
 
@@ -243,7 +244,7 @@ def text_in(place: str, item: dict, name: str) -> str:
     if not isinstance(value, str | None):
         raise DataError(f"{place}: '{name}' is {json.dumps(value)[:40]}, not a text")
     text = value or ""
-    if any("\ud800" <= char <= "\udfff" for char in text):
+    if SURROGATE.search(text):
         raise DataError(f"{place}: '{name}' holds half of a character (a lone surrogate, \\ud800 to \\udfff)")
     return text
 
