@@ -170,6 +170,7 @@ NEW_TRAINING_FLAGS = {
 NEW_PREPARE_FLAGS = {
     "allow_cpu": False,
     "allow_outside_root": False,
+    "check": False,
     "repeats": 1,
     "windows": None,
     "revision": None,

@@ -861,6 +861,13 @@ def add_prepare_output_flags(parser: FlagParser):
         "written.",
     )
     group.add_argument(
+        "--check",
+        action="store_true",
+        help="encode nothing: write a page of all clips and faults\nEvery caption is read and every clip sampled, "
+        "without VAE or T5; dataset_report.html shows clips as the model will see them. The exit code is 65 if "
+        "a clip cannot be used.",
+    )
+    group.add_argument(
         "--verify",
         action="store_true",
         help="hash everything again, remake what is old\nNothing cached is trusted: every video and weight file is "

@@ -7,6 +7,7 @@ python training/prepare_dataset.py --model_id zai-org/CogVideoX-2b --data_root v
 
 torchrun --nproc_per_node 2 training/prepare_dataset.py ... splits the clips over two GPUs. A second run of the same
 command does only what is missing or has changed. Bad clips are named and left out; the rest is finished, exit code 65.
+--check encodes nothing: it reads all captions, samples all clips, and writes dataset_report.html.
 """
 
 from args import parse_prepare_args
@@ -57,6 +58,7 @@ from data.prepared import content_hash, hash_component
 from engine.objective import draw_generator
 from memory.allocator import expand_segments
 from memory.host import HostCopy, to_device
+from run import check_data
 from run.exits import run_script
 from run.launch import agree_on_run, check_device
 from run.prepare_plan import (
@@ -82,6 +84,9 @@ RESUME_ADVICE = "the same command does what is missing"
 
 
 def main(args) -> None:
+    if args.check:
+        return check(args)
+
     # ---------------------------------------------------------------- set-up
     rank, num_ranks, device = init_processes()
     ranks = SimpleNamespace(is_main_process=rank == 0, num_processes=num_ranks)
@@ -135,6 +140,21 @@ def main(args) -> None:
         num_clips = len(videos) + len(videos.problems)
         raise DataError(f"{len(problems)} of {num_clips} clips left out, the others are in {output_dir}: {named}")
     write_status(output_dir, "complete", 0)
+
+
+def check(args) -> None:
+    """--check: of the model only its config and tokenizer are read, if they can be had."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        model_dir = resolve_model_dir(args.model_id, [*CONFIGS, "tokenizer"], args.revision, args.cache_dir)
+        fps = default_fps(read_config(model_dir, "transformer"))
+    except UsageError as error:
+        model_dir, fps = None, args.target_fps
+        logger.warning(
+            "captions are not counted in tokens, and clips are read at %g frames per second: %s", fps, error
+        )
+    check_data.check(args, fps, model_dir)
 
 
 def init_processes() -> tuple[int, int, torch.device]:

@@ -22,6 +22,7 @@ class ThisRun:
     def __init__(self, launch_id: str | None = None):
         self.id = os.environ.get(RUN_ID_VARIABLE) or launch_id or secrets.token_hex(8)
         self.has_begun = False
+        self.writes_status = True  # off for a command that only looks: the folder's status stays as it is
 
 
 THIS_RUN = ThisRun()  # of this process

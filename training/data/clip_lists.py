@@ -1,12 +1,13 @@
 """Reads lists of clips: where each video is, and under what name it is known."""
 
+import contextlib
 import functools
 import logging
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -45,27 +46,45 @@ def read_clips(
     allow_outside: bool = False,
     blank_captions: bool = False,
     repeats: int = 1,
+    refused: list[tuple[Clip, str]] | None = None,
 ) -> list[Clip]:
     """The clips of a folder in the layout that is found there, or in `<data_root>/<caption_column>` and
     `<video_column>`, or in the columns of `dataset_file`.
 
     Raises DataError for any mismatch; missing videos are listed in one error. `blank_captions`: blank captions are
-    allowed, because the id token fills them. `repeats`: of the rows that do not say.
+    allowed, because the id token fills them. `repeats`: of the rows that do not say. `refused`: rows whose video is not
+    there, or outside, are put there with the reason; blank captions are then left to the caller too.
     """
+    collects = refused is not None
     root = find_root(data_root, dataset_file)
     layout = find_layout(root, dataset_file, caption_column, video_column)
-    rows, clips = layout.read(blank_captions), []
+    rows, clips = layout.read(blank_captions or collects), []
     if dataset_file is None:  # captions beside the videos, and tables that were found: links may lead out
         for listing in dict.fromkeys(row.listing for row in rows if row.listing):
             resolve_inside(root, os.path.relpath(listing, root), listing, allow_outside)
     for row, prompt, source, listing, own_repeats in rows:
         place = f"{listing or layout.listing}:{row}"
-        video = resolve_inside(root, as_on_disk(root, source), place, allow_outside)
-        clips.append(Clip(video, prompt, row, source, relative_to_root(root, source), own_repeats or repeats))
+        clip = Clip(Path(root, source), prompt, row, source, relative_to_root(root, source), own_repeats or repeats)
+        with collected(refused, clip):
+            clip = clip._replace(video=resolve_inside(root, as_on_disk(root, source), place, allow_outside))
+            if collects and not os.path.isfile(clip.video):
+                refuse_missing_videos(root, layout.listing, [clip])
+            clips.append(clip)
     refuse_missing_videos(root, layout.listing, [clip for clip in clips if not os.path.isfile(clip.video)])
     if not (caption_column and video_column):
         logger.info("%s: found %s: %d clips, %s", root, layout.name, len(clips), layout.columns)
     return clips
+
+
+@contextlib.contextmanager
+def collected(refused: list[tuple[Clip, str]] | None, clip: Clip) -> Iterator[None]:
+    """Put a DataError of the body into `refused`, if that is a list, as what is wrong with `clip`."""
+    try:
+        yield
+    except DataError as error:
+        if refused is None:
+            raise
+        refused.append((clip, str(error)))
 
 
 def relative_to_root(root, source: str) -> str:

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from data.buckets import Bucket, make_buckets
 from data.clip_lists import Clip, read_clips, with_id_token
+from data.histogram import log_buckets
 from data.latents import LatentDataset
 from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
 
@@ -55,16 +56,20 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
     return videos
 
 
-def read_clips_from_args(args) -> list[Clip]:
+def read_clips_from_args(args, refused: list[tuple[Clip, str]] | None = None) -> list[Clip]:
+    """The listed clips; `refused`: rows that would stop it are left out and put there, with the reason."""
     columns = args.caption_column, args.video_column
     options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
-    options |= {"repeats": args.repeats}
+    options |= {"repeats": args.repeats, "refused": refused}
     return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 
 def build_videos_from_args(args, default_fps: float) -> VideoDataset:
     """The dataset for prepare_dataset.py: captions as written; bad clips are left out and listed in `problems`."""
-    clips = read_clips_from_args(args)
+    return tolerant_videos_from_args(args, read_clips_from_args(args), default_fps)
+
+
+def tolerant_videos_from_args(args, clips: list[Clip], default_fps: float) -> VideoDataset:
     fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
     videos = make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
@@ -81,9 +86,12 @@ def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
         "video_backend": args.video_backend,
     }
     if args.video_reshape_mode == "none":
-        return VideoDataset(clips, buckets_from_args(args), **options)
-    crop = args.video_reshape_mode or "center"
-    return VideoDatasetWithResizeAndRectangleCrop(clips, buckets_from_args(args), crop=crop, **options)
+        videos = VideoDataset(clips, buckets_from_args(args), **options)
+    else:
+        crop = args.video_reshape_mode or "center"
+        videos = VideoDatasetWithResizeAndRectangleCrop(clips, buckets_from_args(args), crop=crop, **options)
+    log_buckets(videos, args.dataset_file or args.data_root)
+    return videos
 
 
 def cut_from_args(args, videos: VideoDataset) -> None:

@@ -175,8 +175,8 @@ def record_failure(output_dir: Path, code: int, line: str) -> None:
     may_be_refused = code == INTERRUPTED and not THIS_RUN.has_begun and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         earlier = read_status(output_dir)
-        if code == REFUSED:
-            record_refusal(output_dir, line)
+        if code == REFUSED or not THIS_RUN.writes_status:
+            record_refusal(output_dir, line, code)
         elif may_be_refused or is_of_this_run(earlier):
             return
         elif not THIS_RUN.has_begun and earlier.get("state") == "complete":
