@@ -30,6 +30,11 @@ def make_buckets(
     return sorted(Bucket(f, h, w) for f in set(frame_buckets) for h in heights for w in widths)
 
 
+def image_buckets(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """The sizes of `buckets` with one frame: where images go, without a frame bucket of 1 being named."""
+    return sorted({bucket._replace(frames=1) for bucket in buckets})
+
+
 def nearest_bucket(num_frames: int, height: int, width: int, buckets: Iterable[Bucket]) -> Bucket | None:
     """The bucket with the most frames that the clip can fill, then the nearest aspect ratio, then area; or None."""
     fitting = [bucket for bucket in buckets if bucket.frames <= num_frames]

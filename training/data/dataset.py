@@ -44,6 +44,7 @@ def build_dataset_from_args(args, model, seed: int) -> Dataset:
         seed=seed,
         skip_frames_start=args.skip_frames_start,
         skip_frames_end=args.skip_frames_end,
+        with_images=not model.image_to_video,
     )
 
 
@@ -59,7 +60,7 @@ def build_videos_from_args(args, default_fps: float) -> VideoDataset:
     fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
     return make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
-        fps_flag="--target_fps",
+        fps_flag="--target_fps", use_cache=not args.verify,
     )  # fmt: skip
 
 

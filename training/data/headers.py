@@ -44,6 +44,7 @@ FORMATS_WITH_LENGTH = {
     "flv",
 }  # formats with the length in the header; others are guessed
 FORMATS_WITH_SIZE = {"mp4", "avi"}  # formats whose header has the file size
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}  # whatever the system's table of types knows besides
 
 
 class VideoInfo(NamedTuple):
@@ -60,6 +61,16 @@ class Header(NamedTuple):
 
     info: VideoInfo
     picture: Picture
+
+
+def is_image(path, num_frames: int) -> bool:
+    """True for a still image, which trains as a clip of one frame; False for an animated one, and for videos."""
+    return num_frames == 1 and is_image_name(path)
+
+
+def is_image_name(path) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix in IMAGE_SUFFIXES or (mimetypes.guess_type(path)[0] or "").startswith("image/")
 
 
 @contextlib.contextmanager
@@ -94,8 +105,8 @@ def open_video(path):
     if os.path.getsize(path) == 0:
         raise DataError(f"{path}: empty file; download or export it again")
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
-    source, kind = os.path.abspath(path), mimetypes.guess_type(path)[0] or ""
-    if kind.startswith("image/"):  # by its name FFmpeg would open a photo as a file sequence, image2
+    source = os.path.abspath(path)
+    if is_image_name(path):  # by its name FFmpeg would open a photo as a file sequence, image2
         source = io.BytesIO(Path(path).read_bytes())
     try:
         container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
