@@ -71,5 +71,5 @@ doctor:  ## Say what this machine lacks for training, with the fix; needs nothin
 	@python3 training/doctor.py
 
 clean:  ## Remove caches and the quickstart's output; keeps VENV and outputs/
-	rm -rf quickstart-output .pytest_cache .ruff_cache
+	rm -rf quickstart-output .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

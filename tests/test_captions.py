@@ -72,6 +72,21 @@ def test_a_table_is_mapped_not_read(tmp_path):
     assert embeds["1"].sum() == 2**20
 
 
+def test_a_table_larger_than_the_memory_is_mapped_and_recognized(tmp_path):
+    """A private mapping of that size is refused by the system's overcommit heuristic."""
+    size = psutil.virtual_memory().total + psutil.swap_memory().total + 2**30
+    path, rows = tmp_path / "table.safetensors", size // (226 * 4096 * 2)
+    header = captions.file_header("the key", (rows, 226, 4096), torch.bfloat16)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + rows * 226 * 4096 * 2)  # sparse: no room on the disk
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x80\x3f")  # 1 in bf16
+    embeds = CaptionEmbeds(path, [str(row) for row in range(rows)])
+    assert embeds[str(rows - 1)][-1, -1] == 1 and embeds["0"].shape == (226, 4096) and embeds["0"].sum() == 0
+    assert captions.recorded_key(path) == "the key"
+
+
 def test_an_interrupted_runs_file_is_used_where_it_fits(tiny, tmp_path):
     made = []
 

@@ -4,7 +4,7 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
@@ -59,9 +59,11 @@ def progress(total: int, desc: str, initial: int = 0, disable: bool = False, del
     return LogLines(total, desc, initial, delay)
 
 
-def with_progress(items: Collection, desc: str, disable: bool = False, delay: float = 0) -> Iterator:
-    """Yield `items` with a progress bar."""
-    with progress(len(items), desc, disable=disable, delay=delay) as bar:
+def with_progress(
+    items: Iterable, desc: str, disable: bool = False, delay: float = 0, total: int | None = None
+) -> Iterator:
+    """Yield `items` with a progress bar; `total`: their number, where they have no length."""
+    with progress(len(items) if total is None else total, desc, disable=disable, delay=delay) as bar:
         for item in items:
             yield item
             bar.update()

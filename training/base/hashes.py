@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from base.bars import with_progress
 from base.errors import DataError, UsageError
 from base.files import file_hash, write_shared
 
@@ -55,8 +56,7 @@ class HashCache:
         digest = file_hash(real, algorithm)
         if algorithm == "sha256" and is_blob(real) and digest != real.name:
             raise UsageError(f"{real}: other bytes than were downloaded into the hub's cache; delete it and run again")
-        # Cache only if the file did not change while it was read, and not just before (see SETTLED_SECONDS)
-        if stamp == file_stamp(real) and time.time() - stamp[2] / 1e9 > SETTLED_SECONDS:
+        if is_settled(real, stamp):
             kept = entry if isinstance(entry, dict) and entry.get("stamp") == stamp else {}
             entries[real.name] = {**kept, "stamp": stamp, algorithm: digest}
             self.changed.add(real.parent)
@@ -87,6 +87,11 @@ def file_stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
+def is_settled(path: Path, stamp: list[int]) -> bool:
+    """True if the file has not changed since `stamp`, taken before it was read, nor just before that."""
+    return stamp == file_stamp(path) and time.time() - stamp[2] / 1e9 > SETTLED_SECONDS
+
+
 def short_hash(name: str) -> str:
     """8 hex digits to distinguish names."""
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
@@ -113,7 +118,7 @@ def hash_files(paths: Sequence[Path]) -> str:
     """A combined `sampled_hash` of files; sampled because it is computed at every start."""
     try:
         with ThreadPoolExecutor(8) as pool:  # disk bound
-            hashes = list(pool.map(sampled_hash, paths))
+            hashes = list(with_progress(pool.map(sampled_hash, paths), "comparing", total=len(paths), delay=2))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
@@ -129,28 +134,28 @@ def hash_rows(rows) -> str:
 # ---------------------------------------------------------------- the cache
 
 
-def hash_cache_dir() -> Path:
+def cache_dir(kind: str = "hashes") -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "cogvideox-factory" / "hashes"
+    return Path(cache) / "cogvideox-factory" / kind
 
 
-def hash_cache_path(folder: Path) -> Path:
+def cache_path(folder: Path, kind: str = "hashes") -> Path:
     name = hashlib.blake2b(os.fsencode(folder), digest_size=16).hexdigest()
-    return hash_cache_dir() / f"{name}.json"
+    return cache_dir(kind) / f"{name}.json"
 
 
-def read_entries(folder: Path) -> dict:
+def read_entries(folder: Path, kind: str = "hashes") -> dict:
     try:
-        entries = json.loads(hash_cache_path(folder).read_text(encoding="utf-8"))
+        entries = json.loads(cache_path(folder, kind).read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home directory
         return {}
     return entries if isinstance(entries, dict) else {}
 
 
-def write_entries(folder: Path, entries: dict) -> None:
-    """Replace the file atomically. Of concurrent writers one wins; files hashed by the others are read again."""
+def write_entries(folder: Path, entries: dict, kind: str = "hashes") -> None:
+    """Replace the file atomically. Of concurrent writers one wins; files that the others read are read again."""
     try:
         present = {name: entry for name, entry in entries.items() if (folder / name).exists()}
-        write_shared(hash_cache_path(folder), json.dumps(present))
+        write_shared(cache_path(folder, kind), json.dumps(present))
     except (OSError, RuntimeError) as error:
-        logger.warning("hashes of the files in %s cannot be kept (%s): every run reads them again", folder, error)
+        logger.warning("%s of the files in %s cannot be kept (%s): every run reads them again", kind, folder, error)

@@ -8,8 +8,10 @@ file: hashing it would be a second read.
 import hashlib
 import json
 import math
+import mmap
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -158,6 +160,25 @@ def read_tensor(file: BinaryIO, dtype: torch.dtype, shape: list[int], hasher: Ha
         if hasher:
             hasher.update(piece)
     return tensor
+
+
+def map_tensor(path: Path, name: str) -> torch.Tensor:
+    """The tensor `name`, mapped read-only: never write to it.
+
+    The library maps privately, for which the system wants memory or swap as large as the file: a table of 36 GiB could
+    not be opened on a smaller machine.
+    """
+    with open(path, "rb") as file:
+        sizes, _ = read_header(file)
+        start = file.tell()
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for other, (dtype, shape) in sizes.items():
+        if other == name:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it cannot be written to
+                return torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=start).view(*shape)
+        start += math.prod(shape) * dtype.itemsize
+    raise KeyError(f"{path} holds no {name}")
 
 
 def open_header(path: Path) -> tuple[Sizes, dict[str, str]]:

@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from base.errors import StorageError, first_few
-from base.files import TEMPORARY, flush, free_bytes, rename, undo
+from base.files import TEMPORARY, DamagedFile, flush, free_bytes, rename, undo
 from base.hashes import file_stamp
 from base.ranks import exchange_on_host
 from base.startup import STARTUP
-from base.tensor_file import describe, encoded
-from data.artifacts import recorded_key
+from base.tensor_file import describe, encoded, map_tensor, open_header
 
 
 logger = logging.getLogger(__name__)
@@ -37,8 +35,7 @@ class CaptionEmbeds(Mapping):
 
     def __init__(self, path: Path, prompts: list[str]):
         self.rows = {prompt: row for row, prompt in enumerate(prompts)}
-        with safe_open(path, framework="pt") as tensors:
-            self.table = tensors.get_tensor(TENSOR)  # [N, S, D], memory-mapped
+        self.table = map_tensor(path, TENSOR)  # [N, S, D]
 
     def __getitem__(self, prompt: str) -> torch.Tensor:
         return self.table[self.rows[prompt]]
@@ -144,6 +141,17 @@ def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype,
         "dtype": str(dtype), "tokens": max_length,
     }  # fmt: skip
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def recorded_key(path: Path) -> str | None:
+    """The key of the file's content; None if there is no file, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return open_header(path)[1].get("key")
+    except (OSError, DamagedFile) as error:
+        logger.warning("%s: not readable (%s), made again", path, error)
+        return None
 
 
 def unfinished(path: Path) -> Path:

@@ -49,6 +49,7 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
         seed=seed,
         skip_frames_start=args.skip_frames_start,
         skip_frames_end=args.skip_frames_end,
+        with_images=not model.image_to_video,
     )
     if not as_listed:
         cut_from_args(args, videos)
@@ -73,7 +74,7 @@ def tolerant_videos_from_args(args, clips: list[Clip], default_fps: float) -> Vi
     fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
     videos = make_videos_from_args(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
-        fps_flag="--target_fps",
+        fps_flag="--target_fps", use_cache=not args.verify,
     )  # fmt: skip
     cut_from_args(args, videos)
     return videos

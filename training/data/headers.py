@@ -19,7 +19,7 @@ from av.stream import Disposition
 
 from base.errors import DataError, UserError, log_traceback, named_line
 from base.file_kinds import read_head, unexpected_content
-from data.containers import file_boxes
+from data.containers import boxes, file_boxes
 from data.picture import Picture, color_cautions, describe
 
 
@@ -44,6 +44,7 @@ FORMATS_WITH_LENGTH = {
     "flv",
 }  # formats with the length in the header; others are guessed
 FORMATS_WITH_SIZE = {"mp4", "avi"}  # formats whose header has the file size
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}  # whatever the system's table of types knows besides
 
 
 class VideoInfo(NamedTuple):
@@ -60,6 +61,16 @@ class Header(NamedTuple):
 
     info: VideoInfo
     picture: Picture
+
+
+def is_image(path, num_frames: int) -> bool:
+    """True for a still image, which trains as a clip of one frame; False for an animated one, and for videos."""
+    return num_frames == 1 and is_image_name(path)
+
+
+def is_image_name(path) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix in IMAGE_SUFFIXES or (mimetypes.guess_type(path)[0] or "").startswith("image/")
 
 
 @contextlib.contextmanager
@@ -94,8 +105,8 @@ def open_video(path):
     if os.path.getsize(path) == 0:
         raise DataError(f"{path}: empty file; download or export it again")
     options = {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
-    source, kind = os.path.abspath(path), mimetypes.guess_type(path)[0] or ""
-    if kind.startswith("image/"):  # by its name FFmpeg would open a photo as a file sequence, image2
+    source = os.path.abspath(path)
+    if is_image_name(path):  # by its name FFmpeg would open a photo as a file sequence, image2
         source = io.BytesIO(Path(path).read_bytes())
     try:
         container = av.open(source, options=options, metadata_errors="replace")  # tags in any encoding
@@ -169,7 +180,10 @@ def count_indexed(path, container, stream) -> FrameCount | None:
     None if the index is not enough: fragmented files (only some fragments are read), edit lists (which hide frames),
     or a first frame that is not a key frame.
     """
-    if "mp4" not in formats_of(container) or is_fragmented(path) or is_still(path):
+    if "mp4" not in formats_of(container):
+        return None
+    movies = list(file_boxes(path, b"moov"))
+    if not movies or any(map(is_fragmented, movies)):  # none: a HEIF photo, whose rotation is not stored in a track
         return None
     entries, size = list(stream.index_entries), os.path.getsize(path)
     there = sum(entry.pos + entry.size <= size for entry in entries)
@@ -183,13 +197,9 @@ def count_indexed(path, container, stream) -> FrameCount | None:
     return FrameCount(len(entries), max(fps, measured_rate(fps, len(entries), seconds)), None)
 
 
-def is_fragmented(path) -> bool:
-    return next(file_boxes(path, b"moov", b"mvex"), None) is not None
-
-
-def is_still(path) -> bool:
-    """True for a HEIF photo: its rotation is not stored in a track."""
-    return next(file_boxes(path, b"moov"), None) is None
+def is_fragmented(movie: bytes) -> bool:
+    """True if an mp4's `moov` box says that the frames are in fragments."""
+    return next(boxes(io.BytesIO(movie), 0, len(movie), (b"mvex",)), None) is not None
 
 
 def count_by_demuxing(path, container, stream) -> FrameCount:
@@ -267,7 +277,7 @@ def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
 def header_seconds(path, container, stream) -> float:
     """Length of the video track from the header, 0 if unknown (the file's length may be another track's)."""
     formats = formats_of(container)
-    if "avi" in formats or ("mp4" in formats and not is_fragmented(path)):
+    if "avi" in formats or ("mp4" in formats and not any(map(is_fragmented, file_boxes(path, b"moov")))):
         # Already checked by `count_indexed` or `refuse_cut_avi`; this length is a guess, or from before edits
         return 0.0
     tag = stream.metadata.get("DURATION", "")  # mkv: 00:00:10.333000000

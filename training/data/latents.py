@@ -21,10 +21,12 @@ from base.draws import draw_seed
 from base.errors import DataError, first_few, first_line
 from base.file_kinds import placeholder
 from base.hashes import hash_files, hash_rows
-from data.buckets import SIZE_FLAGS, Bucket
+from data.buckets import SIZE_FLAGS, Bucket, image_buckets
 from data.clip_lists import as_on_disk, draw_keys, repeated_keys, resolve_inside, windowed
+from data.headers import is_image
 from data.layouts import read_text_rows
 from data.tables import MAX_REPEATS, Row, read_text
+from data.videos import log_images_left_out
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class LatentDataset(Dataset):
     """Moments and prompt embeddings from a folder of prepare_dataset.py, or .pt files in the original's layout.
 
     `image_moments` is included if every clip has them, unless `with_images` is off: one of the K variants, drawn per
-    epoch.
+    epoch. With them, for image-to-video, clips prepared from still images are left out.
     """
 
     def __init__(  # noqa: PLR0913 - by keyword, one a flag
@@ -86,6 +88,8 @@ class LatentDataset(Dataset):
             refuse_missing(self.root, self.latents)
         else:
             self.latents = original_latents(self.root, caption_column, video_column, allow_outside)
+        if with_images:
+            self.latents = without_images(self.latents)
         self.clip_buckets = [latent.bucket for latent in self.latents]
         self.prompts = [latent.prompt for latent in self.latents]
         self.sources = [latent.source for latent in self.latents]
@@ -264,10 +268,16 @@ def refuse_shared(root: Path, rows: Sequence[Row], names: Sequence[str]) -> None
             )
 
 
+def without_images(latents: list[Latent]) -> list[Latent]:
+    stills = [latent.source for latent in latents if is_image(latent.clip, latent.bucket.frames)]
+    log_images_left_out(stills, len(latents))
+    return [latent for latent in latents if not is_image(latent.clip, latent.bucket.frames)]
+
+
 def refuse_unknown_buckets(latents: list[Latent], buckets: Sequence[Bucket] | None) -> None:
     if buckets is None:
         return
-    known = set(buckets)
+    known = {*buckets, *image_buckets(buckets)}
     unknown = [
         f"{latent.moments} ({latent.bucket.frames} frames of {latent.bucket.height}x{latent.bucket.width})"
         for latent in latents

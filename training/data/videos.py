@@ -1,12 +1,13 @@
-"""Datasets of videos: each clip is cut, resized, cropped and flipped for its bucket.
+"""Datasets of videos and images: each clip is cut, resized, cropped and flipped for its bucket.
 
 A sample's key is epoch * len(dataset) + index, so a worker knows the epoch. Random draws for a clip depend only on
 (seed, epoch, its entry of clip_lists.draw_keys), not on other rows of the list. Sizes come from headers; decoding
-happens in the workers. Axes: F' pixel frames, h/w pixels.
+happens in the workers. An image is a clip of one frame, in a bucket of one frame. Axes: F' pixel frames, h/w pixels.
 """
 
 import logging
 import math
+import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, get_worker_info
 
+from base.bars import with_progress
 from base.draws import draw_seed
 from base.errors import MAX_LISTED, DataError, UsageError, first_few
 from base.hashes import hash_files, hash_rows
-from data.buckets import SIZE_FLAGS, Bucket, frame_times, nearest_bucket, num_sampled_frames, upscale
+from data.buckets import (
+    SIZE_FLAGS,
+    Bucket,
+    frame_times,
+    image_buckets,
+    nearest_bucket,
+    num_sampled_frames,
+    upscale,
+)
 from data.clip_lists import Clip, draw_keys, repeated_keys, windowed
 from data.decode import import_decord, read_frames
-from data.headers import Header, VideoInfo, read_header
+from data.header_cache import HeaderCache
+from data.headers import Header, VideoInfo, is_image
 from data.picture import Caution
 
 
@@ -34,7 +45,8 @@ class VideoDataset(Dataset):
     """Clips that already have the height and width of a bucket; nothing is resized.
 
     `clips`, `clip_buckets`, `prompts`, `sources` and `problems` are set from the headers. Bad clips raise one DataError;
-    with on_problem="collect" they are left out and described in `problems`, one line each.
+    with on_problem="collect" they are left out and described in `problems`, one line each. Images are left out with
+    `with_images` off. `use_cache` off reads every header from its file.
     """
 
     def __init__(  # noqa: PLR0913 - by keyword, one a flag
@@ -52,8 +64,11 @@ class VideoDataset(Dataset):
         num_threads: int = 0,
         on_problem: str = "raise",
         fps_flag: str = "--fps",
+        with_images: bool = True,
+        use_cache: bool = True,
     ):
         self.buckets, self.fps, self.seed, self.fps_flag = list(buckets), fps, seed, fps_flag
+        self.image_buckets = image_buckets(buckets)
         self.random_flip = random_flip or 0.0
         self.skip_start, self.skip_end = skip_frames_start, skip_frames_end
         self.max_num_frames = max_num_frames or math.inf
@@ -63,14 +78,16 @@ class VideoDataset(Dataset):
             raise UsageError(f"--max_num_frames {max_num_frames} is below the smallest frame bucket, {self.smallest}")
         if video_backend == "decord":
             import_decord()  # fail now if it is missing, not in a worker
-        self.read_headers(clips, on_problem)  # reads every header: a bad clip is known before training starts
+        # Reads every header: a bad clip is known before training starts
+        self.read_headers(clips, on_problem, with_images, use_cache)
         self.warn_of_sizes()
         self.warn_of_pictures()
 
-    def read_headers(self, clips: Sequence[Clip], on_problem: str) -> None:
+    def read_headers(self, clips: Sequence[Clip], on_problem: str, with_images: bool, use_cache: bool) -> None:
         """Sets clips, infos, clip_buckets and problems from the headers."""
-        with ThreadPoolExecutor(8) as pool:  # disk bound
-            headers = list(pool.map(header_or_error, clips))
+        headers = header_or_error_of_all(clips, use_cache)
+        if not with_images:
+            clips, headers = without_images(clips, headers)
         good, self.problems = [], []
         for clip, header in zip(clips, headers, strict=True):
             try:
@@ -124,6 +141,8 @@ class VideoDataset(Dataset):
 
     def choose_bucket(self, clip: Clip, info: VideoInfo) -> Bucket:
         """The clip's bucket; DataError if it is too short or fits none."""
+        if is_image(clip.video, info.num_frames):
+            return self.match_size(clip, info, 1, self.image_buckets)
         num_frames = self.num_frames(info)
         if num_frames < self.smallest:
             enough = info.num_frames - self.skip_start - self.skip_end >= self.smallest
@@ -137,13 +156,13 @@ class VideoDataset(Dataset):
                 f"{info.fps:.4g} fps), the smallest bucket takes {self.smallest}; "
                 f"{faster}add a smaller one to --frame_buckets or remove the clip"
             )
-        return self.match_size(clip, info, min(num_frames, self.max_num_frames))
+        return self.match_size(clip, info, min(num_frames, self.max_num_frames), self.buckets)
 
     def num_frames(self, info: VideoInfo) -> int:
         return num_sampled_frames(info.num_frames - self.skip_start - self.skip_end, info.fps, self.fps)
 
-    def match_size(self, clip: Clip, info: VideoInfo, num_frames: int) -> Bucket:
-        same_size = [bucket for bucket in self.buckets if bucket[1:] == (info.height, info.width)]
+    def match_size(self, clip: Clip, info: VideoInfo, num_frames: int, buckets: Sequence[Bucket]) -> Bucket:
+        same_size = [bucket for bucket in buckets if bucket[1:] == (info.height, info.width)]
         bucket = nearest_bucket(num_frames, info.height, info.width, same_size)
         if bucket is None:
             raise DataError(
@@ -153,7 +172,11 @@ class VideoDataset(Dataset):
         return bucket
 
     def warn_of_sizes(self) -> None:
-        slow = [clip.source for clip, info in zip(self.clips, self.infos, strict=True) if info.fps < 0.99 * self.fps]
+        slow = [
+            clip.source
+            for clip, info in zip(self.clips, self.infos, strict=True)
+            if info.fps < 0.99 * self.fps and not is_image(clip.video, info.num_frames)
+        ]
         if slow:
             logger.warning(
                 "%d of %d clips have less than %g frames per second, so some of their frames are used twice: %s",
@@ -199,6 +222,8 @@ class VideoDataset(Dataset):
 
         Always on a frame of the file: in between, rounding could repeat one frame and skip the next.
         """
+        if is_image(self.clips[index].video, self.infos[index].num_frames):
+            return 0.0
         spare = self.spare_frames(index)
         first = self.draw("start", epoch, index).randint(0, spare) if spare else self.clips[index].window or 0
         return (self.skip_start + first) / self.infos[index].fps
@@ -249,8 +274,8 @@ class VideoDataset(Dataset):
 class VideoDatasetWithResizing(VideoDataset):
     """Clips brought to the nearest bucket: resized to cover it, keeping the aspect ratio, then center-cropped."""
 
-    def match_size(self, clip: Clip, info: VideoInfo, num_frames: int) -> Bucket:
-        bucket = nearest_bucket(num_frames, info.height, info.width, self.buckets)
+    def match_size(self, clip: Clip, info: VideoInfo, num_frames: int, buckets: Sequence[Bucket]) -> Bucket:
+        bucket = nearest_bucket(num_frames, info.height, info.width, buckets)
         factor = upscale(info.height, info.width, bucket)
         if factor > MAX_UPSCALE:
             raise DataError(
@@ -299,11 +324,39 @@ class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
         return super().is_random() or (self.crop == "random" and has_room)
 
 
-def header_or_error(clip: Clip) -> Header | DataError:
+def header_or_error_of_all(clips: Sequence[Clip], use_cache: bool) -> list[Header | DataError]:
+    """One per clip, in their order."""
+    is_other_rank = os.environ.get("RANK", "0") != "0"
+    with HeaderCache(use_cache) as cache, ThreadPoolExecutor(8) as pool:  # disk bound
+        headers = pool.map(lambda clip: header_or_error(cache, clip), clips)
+        return list(with_progress(headers, "reading headers", disable=is_other_rank, delay=2, total=len(clips)))
+
+
+def header_or_error(cache: HeaderCache, clip: Clip) -> Header | DataError:
     try:
-        return read_header(clip.video)
+        return cache.read(clip.video)
     except DataError as error:
         return error
+
+
+def without_images(clips: Sequence[Clip], headers: Sequence[Header | DataError]) -> tuple:
+    """(clips, headers) without those of images, for image-to-video."""
+    rows = list(zip(clips, headers, strict=True))
+    log_images_left_out([clip.source for clip, header in rows if is_still(clip, header)], len(rows))
+    return tuple(zip(*(row for row in rows if not is_still(*row)), strict=True))
+
+
+def is_still(clip: Clip, header: Header | DataError) -> bool:
+    return isinstance(header, Header) and is_image(clip.video, header.info.num_frames)
+
+
+def log_images_left_out(sources: list[str], num_clips: int) -> None:
+    """Log one line, if there are any; DataError if there is nothing else."""
+    if sources and len(sources) == num_clips:
+        raise DataError(f"only images ({first_few(sources)}), and image-to-video needs videos; add some to the list")
+    if sources:
+        named = first_few(sources)
+        logger.warning("%d of %d clips are images, left out in image-to-video: %s", len(sources), num_clips, named)
 
 
 def cover_size(height: int, width: int, bucket: Bucket) -> tuple[int, int]:

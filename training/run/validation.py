@@ -99,8 +99,10 @@ def join_pieces(pieces: Iterable[bytes], deadline: float) -> bytes:
 
 
 def sample_size(args, clip_buckets: list[Bucket]) -> Bucket:
-    """--max_num_frames, --height and --width if given, else those of the most common bucket."""
-    counts = Counter(clip_buckets)
+    """--max_num_frames, --height and --width if given, else those of the most common bucket, of images only if there
+    are no videos.
+    """
+    counts = Counter(bucket for bucket in clip_buckets if bucket.frames > 1) or Counter(clip_buckets)
     usual = max(counts, key=lambda bucket: (counts[bucket], bucket))
     given = {"frames": "max_num_frames", "height": "height", "width": "width"}
     size = usual._replace(**{name: getattr(args, flag) for name, flag in given.items() if flag in args.given})

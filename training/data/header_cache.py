@@ -1,0 +1,107 @@
+"""Headers of video files, cached by size and times: a folder of 20,000 clips is opened once, then only looked at.
+
+One JSON file per folder, beside the cached hashes and under the same rules: if it is damaged, missing or read-only,
+files are just read again. A file that could not be read is never cached.
+"""
+
+import os
+import stat
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import av
+
+from base.hashes import is_settled, read_entries, write_entries
+from data.clip_lists import real_path
+from data.headers import Header, VideoInfo, read_header
+from data.picture import Caution, Picture
+
+
+KIND = "headers"
+# What an entry depends on beside its file: the rules of data/headers.py and data/picture.py, which raise the number
+# whenever they change, and the libraries that read the file
+READER = f"1, PyAV {av.__version__}, " + ".".join(map(str, av.library_versions["libavformat"]))
+
+
+class HeaderCache:
+    """Headers, cached; safe to use from several threads. With `use_cache` off, every file is read.
+
+    The cache is written when the `with` block ends.
+    """
+
+    def __init__(self, use_cache: bool = True):
+        self.use_cache = use_cache
+        self.known: dict[Path, dict] = {}  # folder -> name -> {"stamp": ..., "reader": ..., "header": ...}
+        self.changed: set[Path] = set()
+        self.lock = threading.Lock()
+
+    def read(self, path) -> Header:
+        """`read_header` of the file; DataError as there."""
+        real, stamp = real_file(path)
+        if stamp is None:
+            return read_header(path)  # says what is wrong with it
+        entries = self.entries_of(real.parent)
+        entry = entries.get(real.name)
+        if header := cached_header(entry, stamp):
+            return header
+        header = read_header(path)
+        if is_settled(real, stamp):
+            entries[real.name] = {"stamp": stamp, "reader": READER, "header": to_json(header)}
+            self.changed.add(real.parent)
+        return header
+
+    def entries_of(self, folder: Path) -> dict:
+        with self.lock:
+            if folder not in self.known:
+                self.known[folder] = read_entries(folder, KIND) if self.use_cache else {}
+            return self.known[folder]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        for folder in sorted(self.changed):
+            write_entries(folder, self.known[folder], KIND)
+        self.changed.clear()
+
+
+def real_file(path) -> tuple[Path, list[int] | None]:
+    """(the file that `path` leads to, its `file_stamp`, or None if there is no file): one lstat, unless it is a link."""
+    real = os.path.join(real_path(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+    try:
+        status = os.lstat(real)
+        if stat.S_ISLNK(status.st_mode):
+            real = os.path.realpath(real)
+            status = os.stat(real)
+    except OSError:
+        return Path(real), None
+    return Path(real), [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+# ---------------------------------------------------------------- an entry
+
+
+def to_json(header: Header) -> list:
+    picture = header.picture
+    return [*header.info, picture.crop, picture.aspect.as_integer_ratio(), picture.matrix, picture.cautions]
+
+
+def cached_header(entry, stamp: list[int]) -> Header | None:
+    """The header in an entry; None if it is of another state of the file, of another reader, or damaged."""
+    if not isinstance(entry, dict) or entry.get("stamp") != stamp or entry.get("reader") != READER:
+        return None
+    try:
+        frames, fps, height, width, crop, aspect, matrix, cautions = entry["header"]
+        info = VideoInfo(int(frames), float(fps), int(height), int(width))
+        picture = Picture(
+            four(crop), Fraction(*aspect), four(matrix), tuple(Caution(*caution) for caution in cautions)
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return Header(info, picture)
+
+
+def four(values) -> tuple[int, int, int, int]:
+    a, b, c, d = map(int, values)
+    return a, b, c, d
