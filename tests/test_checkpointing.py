@@ -39,7 +39,7 @@ class OneTensorEngine:
         self.weights = {"weight": self.weight, "unused": self.unused}
         self.masters = self.ema = None
 
-    def all_gather(self):
+    def complete(self):
         pass
 
     def save_state(self, directory):

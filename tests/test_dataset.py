@@ -687,6 +687,7 @@ def training_args(**changes):
         "load_tensors": False, "allow_outside_root": False, "text_dropout": 0.0, "frame_buckets": [9], "height_buckets": [32],
         "width_buckets": [128], "fps": 8, "skip_frames_start": 0, "skip_frames_end": 0, "random_flip": None,
         "max_num_frames": 49, "video_backend": "auto", "video_reshape_mode": None, "repeats": 1, "windows": None, "num_decode_threads": 0, "seed": 0,
+        "verify": False,
     }  # fmt: skip
     return argparse.Namespace(**values | changes, given=sorted(changes))
 

@@ -194,18 +194,15 @@ def test_masters_in_host_memory_change_nothing(row, place, dtype):
     assert all(map(torch.equal, *weights))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", list(PLACES)[1:])
 @pytest.mark.parametrize("row", ["adam", "adamw"])
-def test_a_step_that_clips_by_itself_changes_last_bits_only(row, place, dtype):
+def test_a_step_that_clips_by_itself_changes_last_bits_only(row, place):
     """torch's fused kernel divides where clip_grad_norm_ multiplies: a thousandth of a step is far more than that."""
-    updates, weights = four_updates(row, ("device", place), dtype)
+    updates, weights = four_updates(row, ("device", place), torch.float32)
     for ours, theirs in zip(*updates, strict=True):
         assert float(ours.grad_norm) == pytest.approx(float(theirs.grad_norm), rel=1e-5)
-    bound = 1e-3 * ROWS[row].learning_rate
     for ours, theirs in zip(*weights, strict=True):
-        if ours.dtype == torch.float32:
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 * ROWS[row].learning_rate)
 
 
 @pytest.mark.parametrize(("row", "place"), COMBINATIONS)

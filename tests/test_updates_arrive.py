@@ -7,6 +7,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from args import parse_training_args
+from engine.ring_adam import RingAdam
 from random_dataset import write_dataset
 
 
@@ -14,24 +15,37 @@ LEARNING_RATE, STEPS = 1e-5, 100
 SCRIPTS = {"t2v_lora": "cogvideox_text_to_video_lora", "t2v_sft": "cogvideox_text_to_video_sft"}
 
 
+def trained(optimizer):
+    """(key, fp32 weight, gradient) of each trained weight before a step; full fine-tuning has them in halves."""
+    if isinstance(optimizer, RingAdam):
+        states = optimizer.states
+        states.complete()
+        gradients = {index: gradient for block in states.blocks for index, gradient in block.gradients.items()}
+        return [(index, states.get_master(index), gradients.get(index)) for index in range(len(states.params))]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return [(index, param.detach(), param.grad) for index, param in enumerate(params)]
+
+
 class Watch:
     """Every trained weight as it was before the first update, and where its gradient was ever non-zero."""
 
     def __init__(self):
-        self.start, self.touched = {}, {}
+        self.start, self.touched, self.optimizer = {}, {}, None
 
     def __call__(self, optimizer, args, kwargs):
-        for param in (param for group in optimizer.param_groups for param in group["params"]):
-            if param not in self.start:
-                self.start[param] = param.detach().clone()
-                self.touched[param] = torch.zeros_like(param, dtype=torch.bool)
-            if param.grad is not None:
-                self.touched[param] |= param.grad != 0
+        self.optimizer = optimizer
+        for key, weight, gradient in trained(optimizer):
+            if key not in self.start:
+                self.start[key] = weight.clone()
+                self.touched[key] = torch.zeros_like(weight, dtype=torch.bool)
+            if gradient is not None:
+                self.touched[key] |= gradient != 0
 
     def moved(self):
         """Share of the weights with a gradient that are no longer what they were."""
         touched = sum(mask.sum().item() for mask in self.touched.values())
-        moved = sum(((param != self.start[param]) & mask).sum().item() for param, mask in self.touched.items())
+        now = {key: weight for key, weight, _ in trained(self.optimizer)}
+        moved = sum(((now[key] != self.start[key]) & mask).sum().item() for key, mask in self.touched.items())
         return moved / touched
 
     def moved_in_bf16(self):
@@ -39,7 +53,7 @@ class Watch:
 
         Without weights that start at 0, a LoRA's B: near 0 bf16 is fine enough.
         """
-        weights = torch.cat([start[self.touched[param]] for param, start in self.start.items()])
+        weights = torch.cat([start[self.touched[key]] for key, start in self.start.items()])
         weights = weights[weights != 0].bfloat16()
         stepped = weights.clone()
         for _ in range(STEPS):
@@ -68,6 +82,6 @@ def test_updates_of_a_bf16_run_arrive(script, tiny, tmp_path):
         importlib.import_module(SCRIPTS[script]).main(parse_training_args(script, list(map(str, argv))))
     finally:
         hook.remove()
-    assert {param.dtype for param in watch.start} == {torch.float32}
+    assert {weight.dtype for weight in watch.start.values()} == {torch.float32}
     assert watch.moved() >= 0.99
     assert watch.moved_in_bf16() < 0.5
