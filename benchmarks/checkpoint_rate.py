@@ -136,7 +136,7 @@ def write(state, folder):
 
 def load(state, path):
     """As a run resumes, from the disk."""
-    from base.files import find_damage
+    from base.manifest import find_damage
     from run import checkpoints
 
     forget_pages(path)

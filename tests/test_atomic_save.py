@@ -20,7 +20,8 @@ from args import parse_training_args
 from base import files as files_module
 from base import tensor_file
 from base.errors import NumbersError, StorageError, UsageError
-from base.files import find_damage, release_locks, write_manifest, written_folder
+from base.files import release_locks, write_manifest, written_folder
+from base.manifest import find_damage
 from engine.optimizers import split_tensors
 from run import checkpoints
 from run.checkpoints import write_checkpoint

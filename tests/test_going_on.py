@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from args import parse_prepare_args, parse_training_args
 from base.errors import UsageError
-from base.files import describe, find_damage
+from base.files import describe
+from base.manifest import find_damage
 from cogvideox import folder as folder_module
 from script_runs import EVERY_SCRIPT
 from synthetic_clips import write_clip

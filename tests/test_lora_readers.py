@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from args import parse_training_args
 from base.errors import UsageError
-from base.files import find_damage, write_manifest
+from base.files import write_manifest
+from base.manifest import find_damage
 from cogvideox.config import IMAGE_TO_VIDEO_PIPELINE, TEXT_TO_VIDEO_PIPELINE
 from cogvideox.loading import load_transformer
 from engine.engines import LoraEngine

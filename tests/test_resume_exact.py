@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from args import parse_training_args
 from base.errors import UsageError
-from base.files import find_damage
+from base.manifest import find_damage
 from run import checkpoints
 from run.exits import run_script
 from script_runs import SCRIPTS

@@ -17,19 +17,9 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import save as library_bytes
 from safetensors.torch import save_file
 
-from base import files, tensor_file
-from base.files import (
-    DamagedFile,
-    clean_up,
-    find_damage,
-    read_manifest,
-    remove_unfinished,
-    verified_folder,
-    write_json,
-    write_manifest,
-    write_shared,
-    written_folder,
-)
+from base import files, manifest, tensor_file
+from base.files import clean_up, remove_unfinished, write_json, write_manifest, write_shared, written_folder
+from base.manifest import DamagedFile, find_damage, read_manifest, verified_folder
 from base.tensor_file import CODES, open_header, read_tensors, save_tensors
 from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
 from cogvideox.loading import load_transformer
@@ -208,7 +198,7 @@ def test_what_is_loaded_is_read_once(checkpoint, monkeypatch):
     assert reads == ["state.json"]
     with verified_folder(checkpoint, is_tensors):
         dict(read_tensors(checkpoint / "a.safetensors"))
-    assert reads == ["state.json", "b.safetensors"] and not files.unverified  # b: read by nobody
+    assert reads == ["state.json", "b.safetensors"] and not manifest.unverified  # b: read by nobody
 
 
 @pytest.mark.parametrize("reader", [read_tensors, lambda path: [next(read_tensors(path))], lambda path: []])
@@ -222,7 +212,7 @@ def test_a_changed_file_is_found_however_much_of_it_is_read(name, reader, checkp
     ):
         for path in ("a", "b"):
             list(reader(checkpoint / f"{path}.safetensors"))
-    assert not files.unverified
+    assert not manifest.unverified
 
 
 def test_an_error_from_a_changed_file_is_its_damage_and_any_other_is_itself(checkpoint):

@@ -21,7 +21,8 @@ from typing import BinaryIO
 import torch
 
 from base.dtypes import FILE_DTYPES
-from base.files import DamagedFile, changed, file_identity, hashes_for_manifest, unverified
+from base.files import file_identity, hashes_for_manifest
+from base.manifest import DamagedFile, changed, unverified
 
 
 # The library orders tensors from the widest dtype to the narrowest, so that each is aligned. `save_tensors` does the

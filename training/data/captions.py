@@ -16,8 +16,9 @@ import torch
 from transformers import AutoTokenizer
 
 from base.errors import StorageError, first_few
-from base.files import TEMPORARY, DamagedFile, flush, free_bytes, rename, undo
+from base.files import TEMPORARY, flush, free_bytes, rename, undo
 from base.hashes import file_stamp
+from base.manifest import DamagedFile
 from base.ranks import exchange_on_host
 from base.startup import STARTUP
 from base.tensor_file import describe, encoded, map_tensor, open_header

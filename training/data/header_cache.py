@@ -7,13 +7,17 @@ files are just read again. A file that could not be read is never cached.
 import os
 import stat
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 import av
 
+from base.bars import with_progress
+from base.errors import DataError
 from base.hashes import is_settled, read_entries, write_entries
-from data.clip_lists import real_path
+from data.clip_lists import Clip, real_path
 from data.headers import Header, VideoInfo, read_header
 from data.picture import Caution, Picture
 
@@ -64,6 +68,21 @@ class HeaderCache:
         for folder in sorted(self.changed):
             write_entries(folder, self.known[folder], KIND)
         self.changed.clear()
+
+
+def header_or_error_of_all(clips: Sequence[Clip], use_cache: bool) -> list[Header | DataError]:
+    """One per clip, in their order."""
+    is_other_rank = os.environ.get("RANK", "0") != "0"
+    with HeaderCache(use_cache) as cache, ThreadPoolExecutor(8) as pool:  # disk bound
+        headers = pool.map(lambda clip: header_or_error(cache, clip), clips)
+        return list(with_progress(headers, "reading headers", disable=is_other_rank, delay=2, total=len(clips)))
+
+
+def header_or_error(cache: HeaderCache, clip: Clip) -> Header | DataError:
+    try:
+        return cache.read(clip.video)
+    except DataError as error:
+        return error
 
 
 def real_file(path) -> tuple[Path, list[int] | None]:

@@ -7,16 +7,13 @@ happens in the workers. An image is a clip of one frame, in a bucket of one fram
 
 import logging
 import math
-import os
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, get_worker_info
 
-from base.bars import with_progress
 from base.draws import draw_seed
 from base.errors import MAX_LISTED, DataError, UsageError, first_few
 from base.hashes import hash_files, hash_rows
@@ -31,7 +28,7 @@ from data.buckets import (
 )
 from data.clip_lists import Clip, draw_keys, repeated_keys, windowed
 from data.decode import import_decord, read_frames
-from data.header_cache import HeaderCache
+from data.header_cache import header_or_error_of_all
 from data.headers import Header, VideoInfo, is_image
 from data.picture import Caution
 
@@ -322,21 +319,6 @@ class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
         rows = zip(self.infos, self.clip_buckets, strict=True)
         has_room = any(cover_size(info.height, info.width, bucket) != bucket[1:] for info, bucket in rows)
         return super().is_random() or (self.crop == "random" and has_room)
-
-
-def header_or_error_of_all(clips: Sequence[Clip], use_cache: bool) -> list[Header | DataError]:
-    """One per clip, in their order."""
-    is_other_rank = os.environ.get("RANK", "0") != "0"
-    with HeaderCache(use_cache) as cache, ThreadPoolExecutor(8) as pool:  # disk bound
-        headers = pool.map(lambda clip: header_or_error(cache, clip), clips)
-        return list(with_progress(headers, "reading headers", disable=is_other_rank, delay=2, total=len(clips)))
-
-
-def header_or_error(cache: HeaderCache, clip: Clip) -> Header | DataError:
-    try:
-        return cache.read(clip.video)
-    except DataError as error:
-        return error
 
 
 def without_images(clips: Sequence[Clip], headers: Sequence[Header | DataError]) -> tuple:

@@ -18,7 +18,8 @@ from typing import NoReturn
 import torch
 
 from base.errors import Interrupted, NumbersError, UsageError
-from base.files import DamagedFile, find_damage, remove, verified_folder, write_json, written_folder
+from base.files import remove, write_json, written_folder
+from base.manifest import DamagedFile, find_damage, verified_folder
 from base.ranks import exchange_on_host, on_main_process
 from base.signals import INTERRUPTION
 from base.tensor_file import read_tensors, save_tensors

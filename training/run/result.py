@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from base.errors import StorageError, first_line
-from base.files import find_damage, forget_undo, free_bytes, scratch_folder, write_json, written_folder
+from base.files import forget_undo, free_bytes, scratch_folder, write_json, written_folder
+from base.manifest import find_damage
 from base.ranks import on_main_process
 from base.status import clear_refusal, read_status, write_status
 from base.tensor_file import save_tensors
