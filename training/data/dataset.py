@@ -52,7 +52,7 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
         with_images=not model.image_to_video,
     )
     if not as_listed:
-        cut_from_args(args, videos)
+        cut_into_windows(args, videos)
         videos.repeat()
     return videos
 
@@ -76,7 +76,7 @@ def tolerant_videos_from_args(args, clips: list[Clip], default_fps: float) -> Vi
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
         fps_flag="--target_fps", use_cache=not args.verify,
     )  # fmt: skip
-    cut_from_args(args, videos)
+    cut_into_windows(args, videos)
     return videos
 
 
@@ -95,7 +95,7 @@ def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
     return videos
 
 
-def cut_from_args(args, videos: VideoDataset) -> None:
+def cut_into_windows(args, videos: VideoDataset) -> None:
     if args.windows is None:
         return
     num_clips = len(videos)

@@ -28,7 +28,7 @@ from engine.lora import (
     project_apart,
     start_from_lora,
 )
-from engine.master_weights import HostMasters, Masters, kind_of_masters_from_args
+from engine.master_weights import HostMasters, Masters, choose_masters
 from engine.optimizers import ADAMS, adam_settings_from_args, make_optimizer_from_args
 from engine.ring_adam import RingAdam
 from engine.state_ring import StateRing
@@ -86,7 +86,7 @@ def build_sft_engine_from_args(
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
     set_attention(transformer, attend, device)
     set_memory_level_from_args(args, level, transformer.requires_grad_(True), device)
-    masters = make_masters_from_args(args, level, transformer, device, dtype)
+    masters = make_masters(args, level, transformer, device, dtype)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns about modules that do not exist here
     params = masters.params if masters else list(transformer.parameters())
     splits, ema = isinstance(masters, StateRing), None
@@ -100,13 +100,13 @@ def build_sft_engine_from_args(
     return engine_class(transformer, params, notes, level, save_dtype, masters, ema)
 
 
-def make_masters_from_args(args, level: str | None, transformer: nn.Module, device: torch.device, dtype: torch.dtype):
+def make_masters(args, level: str | None, transformer: nn.Module, device: torch.device, dtype: torch.dtype):
     """fp32 masters of all weights for compute in `dtype`; None if the weights are in fp32 themselves."""
     weights, blocks = list(transformer.parameters()), transformer.transformer_blocks
     if uses_deepspeed():
         return ZeroMasters(weights, device, dtype)
     num_ranks = torch.distributed.get_world_size() if is_distributed() else 1
-    kind = kind_of_masters_from_args(args, level, dtype, num_ranks)
+    kind = choose_masters(args, level, dtype, num_ranks)
     if kind in (SPLIT, RING):
         accumulates = args.gradient_accumulation_steps > 1 or num_ranks > 1
         ema = EMAModel([], decay=args.ema_decay) if args.ema else None  # the ring keeps the averages

@@ -15,7 +15,7 @@ from base.startup import STARTUP
 from data.captions import embeds_bytes
 from data.dataset import build_dataset_from_args
 from engine.deepspeed_zero import uses_deepspeed
-from engine.master_weights import kind_of_masters_from_args
+from engine.master_weights import choose_masters
 from engine.optimizers import state_bytes_from_args
 from memory.allocator import expand_segments, uses_expandable_segments
 from memory.estimate import GIB, Workload, fastest_that_fits, nearest_level, table
@@ -166,7 +166,7 @@ def num_ranks() -> int:
 
 
 def kind_of_masters(args, level: str | None, dtype: torch.dtype) -> str:
-    return kind_of_masters_from_args(args, level, dtype, num_ranks())
+    return choose_masters(args, level, dtype, num_ranks())
 
 
 def accumulates(args) -> bool:
