@@ -1,4 +1,4 @@
-"""torch's fused Adam and AdamW on the states of a StateRing, and its fp32 masters by name."""
+"""torch's fused Adam and AdamW, and bitsandbytes' with 8-bit states, on a StateRing; and its fp32 masters by name."""
 
 import functools
 import math
@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from engine.block_states import MOMENTS
+from engine.block_states import moments
 from engine.state_ring import StateRing
+
+
+OF_BITSANDBYTES = {"exp_avg": "state1", "exp_avg_sq": "state2"}  # its names of the moments
 
 
 class WeightsByName(Mapping):
@@ -27,12 +30,17 @@ class WeightsByName(Mapping):
 
 
 class RingAdam(torch.optim.Optimizer):
-    """torch's fused `kind` (Adam or AdamW), bit for bit, on the states of a StateRing; state dicts are in its format."""
+    """torch's fused `kind` (Adam or AdamW), or bitsandbytes' 8-bit one, bit for bit, on the states of a StateRing.
+
+    State dicts are in that optimizer's format. Tensors below 4,096 elements keep fp32 states, as bitsandbytes has it;
+    their update is torch's.
+    """
 
     RULES = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
 
     def __init__(self, states: StateRing, kind: type, settings: dict):
-        self.states, self.kernel = states, self.RULES[kind]
+        self.states, self.kind = states, kind
+        self.eight_bit = EightBit(states.device) if states.storage.low_bit else None
         super().__init__(states.params, kind(states.params, **settings, fused=True).defaults)
         self.stepped: set[int] = set()  # indices of weights that have moments
 
@@ -41,16 +49,24 @@ class RingAdam(torch.optim.Optimizer):
         """(gradient norm before clipping, whether the update was skipped because of it), both [] on the device."""
         self.stepped |= set(self.states.norms)
         group = self.param_groups[0]
+        return self.states.start_step(functools.partial(self.rule, dict(group)), max_norm)
+
+    def rule(self, group: dict, masters: list, gradients: list, states: dict, counts: list, skipped) -> None:
+        """Step flat pieces of weights in place; `states` by name, `counts` of their updates."""
         beta1, beta2 = group["betas"]
+        if "absmax1" in states:
+            self.eight_bit.step(group, self.kind is torch.optim.AdamW, masters, gradients, states, counts)
+            return
+        if self.eight_bit:  # counts are on the host
+            counts = list(torch.stack(counts).to(skipped.device).unbind())
         settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-        rule = functools.partial(self.kernel, **settings, beta1=beta1, beta2=beta2)
-        return self.states.start_step(rule, max_norm)
+        moments = states["exp_avg"], states["exp_avg_sq"]
+        kernel = self.RULES[self.kind]
+        kernel(masters, gradients, *moments, [], counts, **settings, beta1=beta1, beta2=beta2, found_inf=skipped)
 
     def state_dict(self) -> dict:
         """Views, without a copy; call `states.complete()` first."""
-        state = {}
-        for index in sorted(self.stepped):
-            state[index] = {kind: self.place(index, kind) for kind in ("step", *MOMENTS)}
+        state = {index: self.state_of(index) for index in sorted(self.stepped)}
         return super().state_dict() | {"state": state}
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -66,13 +82,36 @@ class RingAdam(torch.optim.Optimizer):
         self.stepped = set()
         for name, tensor in tensors:
             index, kind = name.split(".")
-            self.place(int(index), kind).copy_(tensor)
+            self.state_of(int(index))[kind].copy_(tensor)
             self.stepped.add(int(index))
         for index in set(self.states.block_of) - self.stepped:
-            for kind in ("step", *MOMENTS):
-                self.place(index, kind).zero_()
+            for state in self.state_of(index).values():
+                state.zero_()
         super().load_state_dict({"state": {}, "param_groups": rest["param_groups"]})
 
-    def place(self, index: int, kind: str) -> torch.Tensor:
-        """The state `kind`, by torch's name, of a weight."""
-        return self.states.num_updates[index] if kind == "step" else self.states.block_of[index].view(kind, index)
+    def state_of(self, index: int) -> dict[str, torch.Tensor]:
+        """A weight's states, views by the optimizer's names."""
+        block = self.states.block_of[index]
+        names = OF_BITSANDBYTES if self.states.storage.low_bit else {}
+        views = {names.get(kind, kind): block.view(kind, index) for kind in moments(block.buffers)}
+        return {"step": self.states.num_updates[index]} | views
+
+
+class EightBit:
+    """bitsandbytes' blockwise update (arXiv 2110.02861), the one of its AdamW8bit and, given L2 decay, Adam8bit."""
+
+    def __init__(self, device: torch.device):
+        from bitsandbytes.functional import create_dynamic_map
+
+        self.maps = [create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+
+    def step(self, group: dict, decouples: bool, masters: list, gradients: list, states: dict, counts: list) -> None:
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        kinds = zip(*(states[name] for name in ("exp_avg", "exp_avg_sq", "absmax1", "absmax2")), strict=True)
+        for master, gradient, (first, second, *largest), count in zip(masters, gradients, kinds, counts, strict=True):
+            if not decouples:
+                gradient.add_(master, alpha=decay)
+            torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+                "adam", gradient, master, first, second, beta1, beta2, 0.0, 0.0, group["eps"], int(count), group["lr"],
+                *self.maps, *largest, decay if decouples else 0.0, 1.0, False,
+            )  # fmt: skip

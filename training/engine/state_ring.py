@@ -3,9 +3,11 @@
 A master is a bf16 weight and its 16-bit remainder (engine/split.py). A block's update runs right before its next forward
 pass, beside that of the blocks before it. With states on the host, gradients leave during the backward pass; then, chunk
 by chunk, remainders, moments and gradients are copied to slots on the GPU, torch's fused kernel steps there, and states
-are copied back. Where they lie changes no bit, and the host never waits for the GPU.
+are copied back. Weights may be on the host, too, and are then updated where the forward pass is about to read them.
+Where things lie changes no bit, and the host never waits for the GPU, but for a moving average or 8-bit states once per
+update: these must know whether it is skipped.
 
-    states = StateRing(model, model.transformer_blocks, device, on_host=True)  # weights in bf16 from here on
+    states = StateRing(model, model.transformer_blocks, device)  # weights in bf16 from here on
     optimizer = RingAdam(states, torch.optim.AdamW, {"lr": 1e-5})
     for ...:
         loss.backward()
@@ -18,34 +20,34 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from engine.block_states import AVERAGE, GRADIENTS, MOMENTS, STATES, BlockStates, Chunk, divide
+from engine.block_states import (
+    AVERAGE,
+    GRADIENTS,
+    STATES,
+    STATES_8BIT,
+    BlockStates,
+    Chunk,
+    Storage,
+    allocate,
+    divide,
+    within,
+)
+from engine.chunk_update import ChunkUpdate, Step
 from engine.split import join, rounded, split
 from memory.host import TransferStream, wait, wrap_blocks
+from memory.streaming import WeightRing, stream_weights
 
 
 CHUNK = 2**23  # weights that are updated at a time
 NUM_SLOTS = 7  # chunks on the GPU: 0.66 GiB. Fewer stall while saved activations leave through the same link
-QUEUED_AHEAD = 2  # blocks whose update is queued before the forward pass comes to them
+QUEUED_AHEAD = 2  # blocks whose update is queued before the forward pass comes to them; streamed weights have 3 slots
 LEAVING = 2  # blocks whose gradients may still be on their way to the host
 PINNING_THREADS = 4
-
-
-class Step(NamedTuple):
-    """An update that is decided on, and perhaps not applied to all blocks yet."""
-
-    rule: Callable  # torch's fused kernel with its settings
-    coefficient: torch.Tensor  # [], clips the gradients
-    skipped: torch.Tensor  # [], fp32: 1 if the gradients are not finite
-    has_gradient: set[int]  # indices of weights; the others stay as they are
-    ema_rate: float  # 1 - decay
-    sent: object  # event: the gradients are on the host, and so are the states of the step before
-    ready: object  # event: the backward pass is over
 
 
 @dataclass(eq=False)
@@ -54,6 +56,9 @@ class Slot:
 
     buffers: dict[str, torch.Tensor]
     free: object  # event: what was there has left
+
+    def parts(self, chunk: Chunk) -> dict[str, torch.Tensor]:
+        return {name: flat[within(slice(0, chunk.size), name)] for name, flat in self.buffers.items()}
 
 
 @dataclass(eq=False)
@@ -68,7 +73,7 @@ class Leaving:
 class StateRing:
     """Holds the states of all weights of `model`, takes their gradients, and applies updates block by block.
 
-    `blocks` are called in order, compiled or not. Weights outside of them have their states on the GPU. `accumulates`:
+    `blocks` are called in order, compiled or not. Weights around them, and their states, are on the GPU. `accumulates`:
     several backward passes may come before an update; their gradients are summed in fp32. `ema`: the decay of a moving
     average of the masters, kept with the other states; it holds no weights itself.
     """
@@ -78,54 +83,59 @@ class StateRing:
         model: nn.Module,
         blocks: nn.ModuleList,
         device: torch.device,
-        on_host: bool,
+        storage: Storage = Storage(),
         accumulates: bool = False,
         ema: EMAModel | None = None,
         chunk: int = CHUNK,
     ):
-        self.device, self.accumulates, self.ema = device, accumulates, ema
-        self.states = STATES | {AVERAGE: torch.float32} if ema else STATES
-        self.states_and_gradients = self.states | {GRADIENTS: torch.float32 if accumulates else torch.bfloat16}
+        self.device, self.storage, self.accumulates, self.ema = device, storage, accumulates, ema
+        self.states = (STATES_8BIT if storage.low_bit else STATES) | ({AVERAGE: torch.float32} if ema else {})
+        gradients = {GRADIENTS: torch.float32 if accumulates else torch.bfloat16}
         self.names = {name: index for index, (name, _) in enumerate(model.named_parameters())}
         self.params = list(model.parameters())
-        self.blocks = divide(self.params, blocks, on_host, chunk)  # in the order of the forward pass, then the rest
+        # In the order of the forward pass, then the rest
+        self.blocks = divide(self.params, blocks, self.states, gradients, storage.share, chunk)
         self.block_of = {index: block for block in self.blocks for index in block.weights}
-        self.num_updates = torch.zeros(len(self.params), device=device)  # of each weight, as torch's AdamW counts
+        # Of each weight, as torch's AdamW counts; bitsandbytes wants to know them on the host
+        self.num_updates = torch.zeros(len(self.params), device="cpu" if storage.low_bit else device)
         self.norms: dict[int, torch.Tensor] = {}  # of the gradients that have come for the next update
-        self.inward, self.work, self.outward = (TransferStream(device) for _ in range(3))
+        self.inward, self.inward_gradients = TransferStream(device), TransferStream(device)
+        self.work, self.outward = TransferStream(device), TransferStream(device)
         self.leaving: list[Leaving] = []
         self.take_weights()
-        self.make_room(min(chunk, max(block.size for block in self.blocks)), on_host)
+        self.make_room(min(chunk, max(block.size for block in self.blocks)), self.states | gradients)
+        self.weights = self.stream_weights(blocks) if storage.streams else None
         wrap_blocks(blocks, self)
 
     # ---- set-up
 
     def take_weights(self) -> None:
-        """Turn the model's weights, in any dtype and anywhere, into bf16 on the device and remainders; take gradients.
+        """Turn the model's weights, in any dtype and anywhere, into bf16 at their place and remainders; take gradients.
 
         Pinning is what takes time. A block's weights are freed once its states are there.
         """
-        kinds = {True: self.states_and_gradients, False: self.states}
+        self.weights, around = None, self.blocks[-1]
         with ThreadPoolExecutor(PINNING_THREADS) as pool:
-            allocated = pool.map(lambda block: block.allocate(kinds[block.on_host], self.device), self.blocks)
+            streams = [self.storage.streams and block is not around for block in self.blocks]
+            allocated = pool.map(lambda block, streams: block.allocate(self.device, streams), self.blocks, streams)
             for block, _ in zip(self.blocks, allocated, strict=True):
+                block.kept = self.outward.mark()
                 for index, weight in block.weights.items():
-                    master = weight.data
-                    weight.data = torch.empty(weight.shape, dtype=torch.bfloat16, device=self.device)
+                    master, weight.data = weight.data, block.new_weight(index, self.device)
                     self.set_master(index, master)
                     if self.ema:
                         block.view(AVERAGE, index).copy_(master)
                     weight.register_post_accumulate_grad_hook(functools.partial(self.take_gradient, block, index))
 
-    def make_room(self, size: int, on_host: bool) -> None:
-        empty = functools.partial(torch.empty, size, device=self.device)
-        self.master, self.gradient, self.weight = empty(), empty(), empty(dtype=torch.bfloat16)
-        kinds = self.states_and_gradients.items()
-        self.slots = [
-            Slot({name: empty(dtype=dtype) for name, dtype in kinds}, self.inward.mark())
-            for _ in range(NUM_SLOTS if on_host else 0)
-        ]
+    def make_room(self, size: int, kinds: dict[str, torch.dtype]) -> None:
+        self.arithmetic = ChunkUpdate(self.params, size, self.device)
+        num_slots = NUM_SLOTS if any(block.on_host for block in self.blocks) else 0
+        self.slots = [Slot(allocate(kinds, size, self.device), self.inward.mark()) for _ in range(num_slots)]
         self.turn = 0
+
+    def stream_weights(self, blocks: nn.ModuleList) -> WeightRing:
+        streamed = {id(weight) for block in self.blocks[:-1] for weight in block.weights.values()}
+        return stream_weights(blocks, self.device, streams=lambda tensor: id(tensor) in streamed)
 
     # ---- backward
 
@@ -190,17 +200,29 @@ class StateRing:
         if self.accumulates:
             wait(sent)  # norms come from there, too
         norm = torch.linalg.vector_norm(torch.stack([norm for _, norm in sorted(self.norms.items())]))
-        coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        skipped = ~norm.isfinite()
-        if len(self.norms) == len(self.params):
-            self.num_updates += 1 - skipped.float()
-        else:  # some take no part in the loss
-            self.num_updates[sorted(self.norms)] += 1 - skipped.float()
-        rate = self.next_ema_rate(skipped)
-        step = Step(rule, coefficient, skipped.float(), set(self.norms), rate, sent, None)
+        skipped, has_gradient = ~norm.isfinite(), set(self.norms)
         self.norms = {}
+        if (self.ema or self.storage.low_bit) and skipped:  # what counts on the host waits here
+            self.drop_gradients()
+            return norm, skipped
+        stepped = (1 - skipped.float()).to(self.num_updates.device)
+        if len(has_gradient) == len(self.params):
+            self.num_updates += stepped
+        else:  # some take no part in the loss
+            self.num_updates[sorted(has_gradient)] += stepped
+        step = Step(
+            rule,
+            coefficient=torch.clamp(max_norm / (norm + 1e-6), max=1.0),
+            skipped=skipped.float(),
+            counts=self.num_updates,
+            has_gradient=has_gradient,
+            ema_rate=self.next_ema_rate(),
+            sent=sent,
+        )
         *blocks, around = self.blocks
-        self.update_resident(around, step)
+        for chunk in around.chunks:
+            self.arithmetic.apply(chunk, around.parts(chunk), around.gradients, step)
+        around.gradients.clear()
         # Kept until the next one: the work stream still reads its tensors when the last block's update is queued
         self.step = step = step._replace(ready=self.work.mark())
         for block in blocks:
@@ -208,64 +230,51 @@ class StateRing:
         self.queue_updates(QUEUED_AHEAD)
         return norm, skipped
 
-    def next_ema_rate(self, skipped: torch.Tensor) -> float:
-        """0 for a skipped update. Only a moving average needs the verdict on the host, which waits for it."""
-        if self.ema is None or skipped:
+    def next_ema_rate(self) -> float:
+        if self.ema is None:
             return 0.0
         self.ema.optimization_step += 1
         return 1 - self.ema.get_decay(self.ema.optimization_step)
 
+    def drop_gradients(self) -> None:
+        self.release_gradients(0)
+        for block in self.blocks:
+            block.gradients.clear()
+
     def queue_updates(self, stop: int) -> None:
         """Queue the updates that are due of the first `stop` blocks, beside what the compute stream does meanwhile."""
-        for block in self.blocks[:stop]:
+        for index, block in enumerate(self.blocks[:stop]):
             step, block.due = block.due, None
-            if step and block.on_host:
-                self.update_on_host(block, step)
-            elif step:
-                update = functools.partial(self.update_resident, block, step)
-                block.updated = self.work.run(update, after=[step.ready])
+            if step:
+                self.queue_update(index, block, step)
 
-    def update_resident(self, block: BlockStates, step: Step) -> None:
+    def queue_update(self, index: int, block: BlockStates, step: Step) -> None:
+        weights, ready = self.weights.lend(index) if self.weights else (None, step.ready)
         for chunk in block.chunks:
-            for piece in chunk.pieces:
-                if piece.index in step.has_gradient:
-                    self.gradient[piece.inside].copy_(block.gradients[piece.index].flatten()[piece.part])
-            self.update_chunk(chunk, {name: flat[chunk.inside] for name, flat in block.buffers.items()}, step)
+            weight = None if weights is None else weights.view(torch.bfloat16)[chunk.inside]
+            here, slot, after = block.parts(chunk), None, [step.ready, ready]
+            there = here
+            if block.on_host:
+                slot = self.slots[self.turn % len(self.slots)]
+                self.turn += 1
+                there = slot.parts(chunk)
+                after += self.fetch(here, there, after=[slot.free, block.kept], sent=step.sent)
+            update = functools.partial(self.arithmetic.apply, chunk, there, block.gradients, step, weight)
+            block.updated = self.work.run(update, after)
+            changed = [(here[name], there[name]) for name in self.states] if slot else []
+            changed += [] if weight is None else [(block.streamed[chunk.inside], weight)]
+            if changed:
+                block.kept = self.outward.start(changed, after=[block.updated])
+            if slot:
+                slot.free = block.kept
+        if self.weights:
+            self.weights.give_back(index, block.kept)
 
-    def update_on_host(self, block: BlockStates, step: Step) -> None:
-        for chunk in block.chunks:
-            slot = self.slots[self.turn % len(self.slots)]
-            self.turn += 1
-            there = {name: flat[: chunk.size] for name, flat in slot.buffers.items()}
-            here = {name: flat[chunk.inside] for name, flat in block.buffers.items()}
-            pairs = [(there[name], here[name]) for name in here]
-            arrived = self.inward.start(pairs, after=[slot.free, step.sent, step.ready])
-            block.updated = self.work.run(functools.partial(self.update_arrived, chunk, there, step), after=[arrived])
-            slot.free = self.outward.start([(here[name], there[name]) for name in self.states], after=[block.updated])
-
-    def update_arrived(self, chunk: Chunk, there: dict[str, torch.Tensor], step: Step) -> None:
-        self.gradient[: chunk.size].copy_(there[GRADIENTS])
-        self.update_chunk(chunk, there, step)
-
-    def update_chunk(self, chunk: Chunk, states: dict[str, torch.Tensor], step: Step) -> None:
-        """Step a chunk whose fp32 gradients are in `self.gradient`."""
-        master, gradient, weight = (flat[: chunk.size] for flat in (self.master, self.gradient, self.weight))
-        own = [self.params[piece.index].data.view(-1)[piece.part] for piece in chunk.pieces]
-        copies = [weight[piece.inside] for piece in chunk.pieces]
-        torch._foreach_copy_(copies, own)
-        join(weight, states["remainders"], master)
-        gradient *= step.coefficient
-        pieces = [piece for piece in chunk.pieces if piece.index in step.has_gradient]
-        flats = (master, gradient, *(states[name] for name in MOMENTS))
-        lists = [[flat[piece.inside] for piece in pieces] for flat in flats]
-        if pieces:
-            counts = [self.num_updates[piece.index] for piece in pieces]
-            step.rule(*lists, [], counts, found_inf=step.skipped)
-        if self.ema:
-            average = states[AVERAGE]
-            average.sub_(step.ema_rate * (average - master))  # as EMAModel.step
-        split(master, weight, states["remainders"])
-        torch._foreach_copy_(own, copies)
+    def fetch(self, here: dict, there: dict, after: list, sent) -> list:
+        """Start copying a chunk to a slot; returns events. States may come while the backward pass is not over."""
+        states = self.inward.start([(there[name], here[name]) for name in self.states], after)
+        gradients = self.inward_gradients.start([(there[GRADIENTS], here[GRADIENTS])], [*after, sent])
+        return [states, gradients]
 
     # ---- forward
 
@@ -291,7 +300,7 @@ class StateRing:
         self.queue_updates(len(self.blocks))
         for block in self.blocks:
             self.await_update(block)
-        for stream in (self.inward, self.work, self.outward):
+        for stream in (self.inward, self.inward_gradients, self.work, self.outward):
             stream.synchronize()
 
     def write_to_model(self) -> None:
@@ -303,17 +312,23 @@ class StateRing:
 
     def get_master(self, index: int) -> torch.Tensor:
         """fp32, made on access."""
-        weight, remainder = self.params[index].data, self.block_of[index].view("remainders", index)
-        master = torch.empty(weight.shape, device=weight.device)
-        join(weight, remainder.to(weight.device), master)
+        weight = self.params[index].data.to(self.device)
+        master = torch.empty(weight.shape, device=self.device)
+        join(weight, self.block_of[index].view("remainders", index).to(self.device), master)
         return master
 
     def set_master(self, index: int, master: torch.Tensor) -> None:
-        weight, kept = self.params[index].data, self.block_of[index].view("remainders", index)
-        master = master.to(weight.device, torch.float32).contiguous()
-        remainder = torch.empty(weight.shape, dtype=torch.int16, device=weight.device)
+        master = master.to(self.device, torch.float32).contiguous()
+        weight = torch.empty(master.shape, dtype=torch.bfloat16, device=self.device)
+        remainder = torch.empty(master.shape, dtype=torch.int16, device=self.device)
         split(master, weight, remainder)
-        kept.copy_(remainder)
+        self.set_weight(index, weight)
+        self.block_of[index].view("remainders", index).copy_(remainder)
+
+    def set_weight(self, index: int, weight: torch.Tensor) -> None:
+        self.params[index].data.copy_(weight)
+        if self.weights:
+            self.weights.forget()
 
 
 @contextlib.contextmanager
@@ -321,13 +336,13 @@ def averaged(states: StateRing):
     """The moving average in the model, rounded. What it replaces is kept on the host, 2 bytes per weight."""
     states.complete()
     kept = [weight.data.to("cpu", copy=True) for weight in states.params]
-    for index, weight in enumerate(states.params):
-        weight.data.copy_(rounded(states.get_average(index).to(weight.device), weight.dtype))
+    for index in range(len(kept)):
+        states.set_weight(index, rounded(states.get_average(index).to(states.device), torch.bfloat16))
     try:
         yield
     finally:
-        for weight, values in zip(states.params, kept, strict=True):
-            weight.data.copy_(values)
+        for index, values in enumerate(kept):
+            states.set_weight(index, values)
 
 
 def norm_of(gradient: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from base.errors import MemoryFullError
 
 
-ALIGNMENT = 256  # bytes; the same as CUDA's allocator guarantees, so kernels see no difference
+ALIGNMENT = 512  # bytes; as torch's CUDA allocator, so kernels see no difference
 NO_OUTER_CHECKPOINT = "with streaming, checkpoints are inside of the blocks, not around them"
 
 

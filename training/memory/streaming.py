@@ -1,7 +1,8 @@
-"""Keeps frozen weights in host memory and streams them to the GPU block by block, in both passes.
+"""Keeps weights in host memory and streams them to the GPU block by block, in both passes.
 
 `stream_weights` takes a list of blocks that are called in order, compiled or not. With 17,776 tokens per video,
-copying a block takes a fifth of the time of computing it.
+copying a block takes a fifth of the time of computing it. Frozen weights never come back; whoever trains weights
+(engine/state_ring.py) changes them in their slot on the GPU, and copies them to the host.
 """
 
 import functools
@@ -37,19 +38,19 @@ NUM_SLOTS = 3  # blocks of weights on the GPU: the one in use, and two being pre
 
 
 class WeightRing:
-    """Frozen weights and buffers in host memory, one flat buffer per block, and a ring of slots on the GPU.
+    """Weights and buffers in host memory, one flat buffer per block, and a ring of slots on the GPU.
 
     Block i always uses slot i % slots, so each tensor has a fixed GPU address: what autograd or compiled code saved in
     the forward pass is valid again in the backward pass. Outside its block's pass every tensor points to host memory,
     so state dicts and adapters see the real weights.
     """
 
-    def __init__(self, blocks: nn.ModuleList, device: torch.device, num_slots: int):
-        self.tensors = [[tensor for *_, tensor in streamed_tensors(block)] for block in blocks]
+    def __init__(self, tensors: list[list[torch.Tensor]], device: torch.device, num_slots: int):
+        self.tensors = tensors  # of each block
         self.host = [host_buffer(tensors, device) for tensors in self.tensors]
         self.copies = TransferStream(device)
         size = max(buffer.nbytes for buffer in self.host)
-        num_slots = min(num_slots, len(blocks))
+        num_slots = min(num_slots, len(self.host))
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
         # Each tensor at both places, made once: a pass only swaps `.data` between them
         self.host_views = [[tensor.data for tensor in tensors] for tensors in self.tensors]
@@ -63,6 +64,7 @@ class WeightRing:
         self.holds: list[int | None] = [None] * num_slots  # index of the block that is there or in flight
         self.free = [self.copies.mark() for _ in self.slots]  # events: the slot's block has been computed
         self.ready = list(self.free)  # events: the slot's copy is done
+        self.kept = list(self.free)  # events: what was changed in the slot is on the host
         self.inside: int | None = None  # the block whose tensors are on the GPU
 
     def forward(self, index: int, call: Callable, *args, **kwargs):
@@ -112,30 +114,58 @@ class WeightRing:
         place = index % len(self.slots)
         if self.holds[place] == index:
             return
-        buffer = self.host[index]
-        self.ready[place] = self.copies.start([(self.slots[place][: buffer.nbytes], buffer)], after=[self.free[place]])
+        buffer, after = self.host[index], [self.free[place], self.kept[place]]
+        self.ready[place] = self.copies.start([(self.slots[place][: buffer.nbytes], buffer)], after)
         self.holds[place] = index
 
+    # ---- for weights that are trained
 
-def stream_weights(blocks: nn.ModuleList, device: torch.device, num_slots: int = NUM_SLOTS) -> WeightRing:
-    """Keep the frozen weights of `blocks` in host memory, unrounded, with at most `num_slots` blocks on `device`.
+    def lend(self, index: int) -> tuple[torch.Tensor, object]:
+        """(the slot with block `index`, uint8 [bytes], an event after which it may be changed)."""
+        self.fetch(index)
+        place = index % len(self.slots)
+        return self.slots[place][: self.host[index].nbytes], self.ready[place]
 
-    Trainable parameters are not streamed; `.to()` still moves them, and leaves streamed tensors alone.
+    def give_back(self, index: int, kept) -> None:
+        """The slot of block `index` has been changed; after the event `kept`, so has its buffer on the host."""
+        self.kept[index % len(self.slots)] = kept
+
+    def forget(self) -> None:
+        """What is on the host has been changed: the slots no longer hold it."""
+        self.holds = [None] * len(self.slots)
+
+
+def is_frozen(tensor: torch.Tensor) -> bool:
+    return not tensor.requires_grad
+
+
+def stream_weights(
+    blocks: nn.ModuleList,
+    device: torch.device,
+    num_slots: int = NUM_SLOTS,
+    streams: Callable[[torch.Tensor], bool] = is_frozen,
+) -> WeightRing:
+    """Keep the weights of `blocks` that `streams` picks in host memory, with at most `num_slots` blocks on `device`.
+
+    Others are not streamed; `.to()` still moves them, and leaves streamed tensors alone.
     """
-    ring = WeightRing(blocks, device, num_slots)
-    for block in blocks:
-        block._apply = functools.partial(apply_except_streamed, block, list(streamed_tensors(block)))
+    places = [list(streamed_tensors(block, streams)) for block in blocks]
+    ring = WeightRing([[tensor for *_, tensor in of_block] for of_block in places], device, num_slots)
+    for block, of_block in zip(blocks, places, strict=True):
+        block._apply = functools.partial(apply_except_streamed, block, of_block)
     wrap_blocks(blocks, ring)
     return ring
 
 
-def streamed_tensors(block: nn.Module) -> Iterator[tuple[dict, str, torch.Tensor]]:
-    """(the module's dict that holds it, its name there, tensor) of each frozen weight and buffer, in a fixed order."""
+def streamed_tensors(
+    block: nn.Module, streams: Callable[[torch.Tensor], bool] = is_frozen
+) -> Iterator[tuple[dict, str, torch.Tensor]]:
+    """(the module's dict that holds it, its name there, tensor) of each weight and buffer, in a fixed order."""
     seen = set()
     for module in block.modules():
         for owner in (module._parameters, module._buffers):
             for name, tensor in owner.items():
-                if tensor is None or tensor.requires_grad or id(tensor) in seen:
+                if tensor is None or not streams(tensor) or id(tensor) in seen:
                     continue
                 if type(tensor) not in (nn.Parameter, torch.Tensor):
                     raise UsageError(f"--memory stream: weights of type {type(tensor).__name__} cannot be streamed")
