@@ -1,6 +1,7 @@
 """torch's fused Adam and AdamW, and bitsandbytes' with 8-bit states, on a StateRing; and its fp32 masters by name."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -59,7 +60,7 @@ class RingAdam(torch.optim.Optimizer):
             return
         if self.eight_bit:  # counts are on the host
             counts = list(torch.stack(counts).to(skipped.device).unbind())
-        settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"amsgrad": False, "maximize": False}
         moments = states["exp_avg"], states["exp_avg_sq"]
         kernel = self.RULES[self.kind]
         kernel(masters, gradients, *moments, [], counts, **settings, beta1=beta1, beta2=beta2, found_inf=skipped)
@@ -80,10 +81,11 @@ class RingAdam(torch.optim.Optimizer):
         Overwrites everything: what an earlier attempt loaded, too.
         """
         self.stepped = set()
-        for name, tensor in tensors:
+        for name, value in itertools.chain(tensors, rest.get("values", {}).items()):  # bitsandbytes counts without tensors
             index, kind = name.split(".")
-            self.state_of(int(index))[kind].copy_(tensor)
-            self.stepped.add(int(index))
+            if not kind.startswith("qmap"):  # the same for all
+                self.state_of(int(index))[kind].copy_(torch.as_tensor(value))
+                self.stepped.add(int(index))
         for index in set(self.states.block_of) - self.stepped:
             for state in self.state_of(index).values():
                 state.zero_()
