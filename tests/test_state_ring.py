@@ -387,7 +387,9 @@ def test_where_8bit_states_lie_changes_no_bit(storage):
 @pytest.mark.parametrize("of_run", ["bitsandbytes", *STORAGES])
 def test_a_run_with_8bit_states_goes_on_from_any_other(of_run, storage):
     first, whole = (
-        BitsandbytesRun(torch.optim.AdamW) if of_run == "bitsandbytes" else LowBitRun(torch.optim.AdamW, STORAGES[of_run])
+        BitsandbytesRun(torch.optim.AdamW)
+        if of_run == "bitsandbytes"
+        else LowBitRun(torch.optim.AdamW, STORAGES[of_run])
         for _ in range(2)
     )
     run_plan(first, plan=PLAN[:2])

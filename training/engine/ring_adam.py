@@ -60,7 +60,10 @@ class RingAdam(torch.optim.Optimizer):
             return
         if self.eight_bit:  # counts are on the host
             counts = list(torch.stack(counts).to(skipped.device).unbind())
-        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"amsgrad": False, "maximize": False}
+        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {
+            "amsgrad": False,
+            "maximize": False,
+        }
         moments = states["exp_avg"], states["exp_avg_sq"]
         kernel = self.RULES[self.kind]
         kernel(masters, gradients, *moments, [], counts, **settings, beta1=beta1, beta2=beta2, found_inf=skipped)
@@ -81,7 +84,9 @@ class RingAdam(torch.optim.Optimizer):
         Overwrites everything: what an earlier attempt loaded, too.
         """
         self.stepped = set()
-        for name, value in itertools.chain(tensors, rest.get("values", {}).items()):  # bitsandbytes counts without tensors
+        for name, value in itertools.chain(
+            tensors, rest.get("values", {}).items()
+        ):  # bitsandbytes counts without tensors
             index, kind = name.split(".")
             if not kind.startswith("qmap"):  # the same for all
                 self.state_of(int(index))[kind].copy_(torch.as_tensor(value))
