@@ -12,7 +12,7 @@ from accelerate import cpu_offload_with_hook
 from safetensors.torch import load_file
 
 from args import parse_training_args
-from base.memory_levels import HOST_LEVELS, SFT_LEVELS
+from base.memory_levels import HOST_LEVELS
 from cogvideox import encoding, loading
 from cogvideox.encoding import encode_captions, place_text_encoder
 from cogvideox.loading import load_text_encoder, load_transformer
@@ -138,7 +138,7 @@ def test_videos_and_result_are_the_same_at_every_level(train, sampling, script, 
     said = "guidance's two samples are denoised one after the other"
     assert said not in caplog.text
     single = train_by_single_samples(train, monkeypatch, *flags)
-    for level in LEVELS if is_lora else SFT_LEVELS:
+    for level in LEVELS:
         in_small_pieces = level in HOST_LEVELS
         more = OFFLOAD if in_small_pieces else TILES
         out = train(level, *flags, "--memory", level, *more)

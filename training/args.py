@@ -28,6 +28,7 @@ from base.flag_checks import (
     positive,
     probability,
     refuse_meaningless,
+    share,
     warn_of_idle,
 )
 from base.flag_parser import SCRIPTS, FlagParser
@@ -665,8 +666,8 @@ def add_memory_flags(parser: FlagParser):
         help="what is kept for the backward pass: auto is the fastest level that fits, plan prints what each "
         "needs, see assets/training.md (default: by --gradient_checkpointing)\nspeed keeps all of it on the "
         "GPU; balanced recomputes blocks but keeps the attention's output; offload is balanced with that in "
-        "host memory, in full fine-tuning the optimizer states and gradients too; stream, for LoRA only, has the "
-        "frozen weights there.",
+        "host memory, in full fine-tuning the optimizer states and gradients too; stream has the blocks' weights there, "
+        "too.",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -695,6 +696,14 @@ def add_memory_flags(parser: FlagParser):
         action="store_true",
         help="gradients too, with --use_cpu_offload_optimizer\nEvery gradient moves to host memory as soon as it "
         "is computed. Where blocks are updated on the GPU it always does.",
+    )
+    group.add_argument(
+        "--states_on_gpu",
+        type=share,
+        metavar="SHARE",
+        help="of the blocks, with optimizer states in host memory (default: 0)\nFull fine-tuning at --memory offload, at "
+        "stream, or with --use_cpu_offload_optimizer: the states of so many blocks stay on the GPU, 0 to 1, which is "
+        "faster and changes no bit. --memory auto takes what fits.",
     )
     add_speed_flags(group)
 

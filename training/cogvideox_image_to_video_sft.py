@@ -72,8 +72,7 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
     checkpoint = checkpoints.find(args, run, plan.num_steps, content)
-    block_loader = compose.block_loader_from_args(args, level, device)
-    transformer = loading.load_transformer_from_args(args, model.weights, model.loading_dtype(dtype), block_loader)
+    transformer = loading.load_transformer_from_args(args, model.weights, model.loading_dtype(dtype))
     shape = model.attention_shape(clips.clip_buckets, args.train_batch_size)
     engine = compose.build_sft_engine_from_args(args, level, transformer, shape, dtype, model.stored_dtype, device)
     learning_rate = steps.scaled_learning_rate(args, run.num_ranks)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from base.flag_parser import NO_MEANING, FlagParser
-from base.memory_levels import LEVELS, obstacle_to_splitting
+from base.memory_levels import HOST_LEVELS, LEVELS, obstacle_to_splitting
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
@@ -48,6 +48,11 @@ IDLE_WITHOUT = (
     ("--push_to_hub", lambda args: args.push_to_hub, ("hub_model_id", "hub_public", "hub_token")),
     ("--ema", lambda args: args.ema, ("ema_decay",)),
     ("--use_cpu_offload_optimizer", lambda args: args.use_cpu_offload_optimizer, ("offload_gradients",)),
+    (
+        "--memory offload or stream, or --use_cpu_offload_optimizer",
+        lambda args: args.memory in HOST_LEVELS or args.use_cpu_offload_optimizer,
+        ("states_on_gpu",),
+    ),
     (
         "--optimizer prodigy",
         lambda args: args.optimizer == "prodigy",
@@ -97,6 +102,7 @@ def number_or_all(text: str) -> int | str:
 
 positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 not_negative = number(float, "a number of 0 or more", lambda value: 0 <= value < math.inf)
+share = number(float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 probability = number(float, "a probability from 0 to 1", lambda value: 0 <= value <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 
@@ -138,7 +144,12 @@ def check_optimizer(parser: FlagParser, args: argparse.Namespace):
         parser.error(f"{' and '.join(bits)}: the optimizer's states have one precision; give one of them")
     if bits and args.optimizer not in ("adam", "adamw"):
         parser.error(f"{bits[0]} --optimizer {args.optimizer}: low-bit states exist for adam and adamw only")
-    if bits and args.use_cpu_offload_optimizer:
+    # In full fine-tuning, 8-bit states are updated on the GPU wherever they lie
+    if (
+        bits
+        and args.use_cpu_offload_optimizer
+        and not (parser.script.endswith("sft") and not obstacle_to_splitting(args))
+    ):
         parser.error(
             f"{bits[0]} --use_cpu_offload_optimizer: states in host memory take no GPU memory, and low-bit ones are "
             "computed on the GPU; give one of them"
@@ -166,14 +177,12 @@ def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
 
 def check_sft_level(parser: FlagParser, args: argparse.Namespace):
     """Refuses levels that full fine-tuning does not have, or not with these flags."""
-    if args.memory == "stream":
-        parser.error("--memory stream: not available for full fine-tuning yet; use --memory offload")
-    obstacle = obstacle_to_splitting(args) if args.memory == "offload" else None
+    obstacle = obstacle_to_splitting(args) if args.memory in HOST_LEVELS else None
     if obstacle:
         flag, instead = obstacle
         parser.error(
-            f"--memory offload {flag}: full fine-tuning has that level in bf16, with fp32 states of adam or adamw; "
-            f"use {instead}"
+            f"--memory {args.memory} {flag}: full fine-tuning has that level in bf16, with fp32 or 8-bit states of adam "
+            f"or adamw; use {instead}"
         )
 
 

@@ -63,7 +63,8 @@ LORA_FLAGS = (
     "rank", "lora_alpha", "lora_target_modules", "use_dora", "use_rslora", "lora_init", "init_lora", "export",
     "base_precision",
 )  # fmt: skip
-SFT_ONLY = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA}
+NO_SHARE = "a LoRA's optimizer states are small"
+SFT_ONLY = {"save_dtype": NO_DTYPE, "ema": NO_EMA, "ema_decay": NO_EMA, "states_on_gpu": NO_SHARE}
 NO_MEANING = {
     "t2v_lora": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | SFT_ONLY,
     "t2v_sft": dict.fromkeys(IMAGE_FLAGS, NO_IMAGE) | dict.fromkeys(LORA_FLAGS, NO_LORA),

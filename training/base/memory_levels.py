@@ -1,11 +1,10 @@
 """The levels of --memory, by name, and what full fine-tuning needs for those that keep things in host memory."""
 
 LEVELS = ("speed", "balanced", "offload", "stream")  # fastest first
-# Activations saved for the backward pass are in host memory. With a LoRA, `stream` has the frozen weights there too; in
-# full fine-tuning, `offload` has optimizer states and gradients there. T5 is streamed; validation has one model at a
-# time on the GPU and denoises guidance's two samples one by one.
+# Activations saved for the backward pass are in host memory, in full fine-tuning optimizer states and gradients too, and
+# in `stream` the blocks' weights. T5 is streamed; validation has one model at a time on the GPU and denoises guidance's
+# two samples one by one.
 HOST_LEVELS = ("offload", "stream")
-SFT_LEVELS = ("speed", "balanced", "offload")
 # Where full fine-tuning has its fp32 weights and optimizer states: all on the GPU, the weights in fp32 or split into
 # bf16 and the rest; the rest and the states in host memory, updated block by block on the GPU; all in host memory,
 # updated by the CPU
@@ -22,7 +21,7 @@ def obstacle_to_splitting(args) -> tuple[str, str] | None:
         return f"--mixed_precision {args.mixed_precision}", f"--mixed_precision bf16, or {ON_HOST_INSTEAD}"
     if args.optimizer not in ("adam", "adamw"):
         return f"--optimizer {args.optimizer}", f"--optimizer adamw, or {ON_HOST_INSTEAD}"
-    for dest in ("use_8bit", "use_4bit", "use_fp8"):
+    for dest in ("use_4bit", "use_fp8", "use_torchao"):
         if getattr(args, dest):
-            return f"--{dest}", f"--memory offload without --{dest}: fp32 states take no GPU memory there"
+            return f"--{dest}", f"--use_8bit, or no --{dest}: fp32 states take no GPU memory there"
     return None

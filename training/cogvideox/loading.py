@@ -50,7 +50,7 @@ def load_transformer(
     return transformer.requires_grad_(False).eval()
 
 
-def load_transformer_from_args(args, weights: WeightFiles, dtype: torch.dtype, load_blocks: Callable | None):
+def load_transformer_from_args(args, weights: WeightFiles, dtype: torch.dtype, load_blocks: Callable | None = None):
     """The transformer that training starts from."""
     return load_transformer(weights.folder, dtype, weights.variant, args.drop_learned_positions, load_blocks)
 

@@ -28,6 +28,9 @@ class Storage(NamedTuple):
     low_bit: bool = False  # moments as bitsandbytes' 8-bit codes
 
 
+ON_HOST = Storage()
+
+
 class Piece(NamedTuple):
     """What a chunk holds of one weight."""
 

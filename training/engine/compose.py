@@ -19,6 +19,7 @@ from base.dtypes import DTYPES
 from base.memory_levels import HOST, HOST_LEVELS, RING, SPLIT
 from base.ranks import is_distributed
 from base.startup import STARTUP
+from engine.block_states import Storage
 from engine.deepspeed_zero import ZeroMasters, start_deepspeed_from_args, uses_deepspeed
 from engine.engines import Engine, LoraEngine, SftEngine, SplitSftEngine
 from engine.lora import (
@@ -64,6 +65,8 @@ def build_lora_engine_from_args(
     elif args.use_cpu_offload_optimizer:
         masters = HostMasters(params, device, torch.float32, args.offload_gradients)
     set_memory_level_from_args(args, level, transformer, device)
+    if level == "stream":
+        stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves the blocks in host memory
     transformer.to(device).train()
     STARTUP.mark("engine")
     trained = masters.params if masters else params
@@ -110,7 +113,9 @@ def make_masters(args, level: str | None, transformer: nn.Module, device: torch.
     if kind in (SPLIT, RING):
         accumulates = args.gradient_accumulation_steps > 1 or num_ranks > 1
         ema = EMAModel([], decay=args.ema_decay) if args.ema else None  # the ring keeps the averages
-        return StateRing(transformer, blocks, device, kind == RING, accumulates, ema)
+        share = args.states_on_gpu or 0.0 if kind == RING else 1.0
+        storage = Storage(share, streams=level == "stream", low_bit=args.use_8bit)
+        return StateRing(transformer, blocks, device, storage, accumulates, ema)
     if kind == HOST:
         return HostMasters(weights, device, dtype, args.offload_gradients)
     return None if dtype == torch.float32 else Masters(weights, device, dtype)
@@ -159,7 +164,7 @@ def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torc
 
 
 def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, device: torch.device) -> None:
-    """Apply checkpointing, compilation, activation offload and weight streaming, by `level` or by their flags.
+    """Apply checkpointing, compilation and activation offload, by `level` or by their flags.
 
     Blocks are compiled with a level on a GPU, with --compile_blocks, or with the accelerate config's dynamo_backend.
     """
@@ -173,12 +178,10 @@ def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, 
         compile_blocks(transformer.transformer_blocks, "inductor" if backend == "no" else backend)
     if level in HOST_LEVELS:
         offload_activations(transformer.transformer_blocks, device)
-    if level == "stream":
-        stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves the blocks in host memory
 
 
 def block_loader_from_args(args, level: str | None, device: torch.device) -> Callable | None:
-    """The block loader for `load_transformer`, if the blocks' weights stay in host memory unquantized; else None."""
+    """The block loader for `load_transformer`, if a LoRA's frozen blocks stay in host memory unquantized; else None."""
     if level == "stream" and args.base_precision == "bf16":
         return functools.partial(load_blocks, device=device)
     return None

@@ -28,6 +28,7 @@ from torch import nn
 from engine.block_states import (
     AVERAGE,
     GRADIENTS,
+    ON_HOST,
     STATES,
     STATES_8BIT,
     BlockStates,
@@ -83,7 +84,7 @@ class StateRing:
         model: nn.Module,
         blocks: nn.ModuleList,
         device: torch.device,
-        storage: Storage = Storage(),
+        storage: Storage = ON_HOST,
         accumulates: bool = False,
         ema: EMAModel | None = None,
         chunk: int = CHUNK,

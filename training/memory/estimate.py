@@ -1,13 +1,12 @@
-"""Estimates the GPU and host memory of a run at each level in closed form, and picks the fastest level that fits.
+"""Estimates the GPU and host memory of a run at each level in closed form.
 
 Fitted to the peaks in benchmarks/*.csv; tests check that it is within 10 % of them. Everything is in bytes; u is the
 size of one [B, S, D] tensor in the compute dtype, 104 MiB for CogVideoX-5b at 49x480x720.
 """
 
-import math
 from typing import NamedTuple
 
-from base.memory_levels import HOST_LEVELS, LEVELS, RING, SFT_LEVELS, SPLIT
+from base.memory_levels import HOST_LEVELS, RING, SPLIT
 from memory.streaming import NUM_SLOTS
 
 
@@ -70,8 +69,9 @@ class Workload(NamedTuple):
     num_block_linears: int  # of these, weights of attention and feed-forward, which can be quantized
     num_trained: int
     is_lora: bool
-    masters: str  # FP32, SPLIT, RING or HOST; at full fine-tuning's `offload` it is RING
+    masters: str  # FP32, SPLIT, RING or HOST; at full fine-tuning's `offload` and `stream` it is RING
     rings: bool  # full fine-tuning may have its states in host memory, updated on the GPU
+    share: float  # of the blocks whose states are on the GPU all the same
     accumulates: bool  # several gradients make an update, of micro-steps or ranks
     deepspeed: bool
     rotary: bool
@@ -107,7 +107,7 @@ def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> 
     `ample_memory`: what it uses if more than the minimum is free: T5 then encodes on the GPU, torch keeps cached memory after
     rendering, and the system keeps the pages of T5's file.
     """
-    if level == "offload" and not workload.is_lora:
+    if level in HOST_LEVELS and not workload.is_lora:
         workload = workload._replace(masters=RING)
     unit = unit_bytes(workload)
     resident = weights_on_gpu(workload, level) + trained_bytes(workload)
@@ -281,7 +281,10 @@ def quantized_bytes(workload: Workload) -> float:
 def trained_bytes(workload: Workload) -> float:
     """Always on the GPU beside the model's weights: fp32 adapters or masters, or remainders; and optimizer states."""
     if workload.masters == RING:
-        return streamed_bytes(workload) * (RING_SLOTS * CHUNK + outside_blocks(workload)) + AT_WORK * CHUNK
+        states = REMAINDER + workload.state_bytes
+        slots = (states + gradient_bytes(workload)) * RING_SLOTS * CHUNK if workload.share < 1 else 0
+        resident = outside_blocks(workload) + workload.share * workload.num_block_weights
+        return slots + states * resident + AT_WORK * CHUNK
     if workload.masters == SPLIT:
         return workload.num_trained * REMAINDER + AT_WORK * CHUNK + states_bytes(workload)
     masters = 0 if workload.item_bytes == 4 and not workload.is_lora else 4
@@ -299,7 +302,7 @@ def states_bytes(workload: Workload) -> int:
 def states_on_host(workload: Workload) -> int:
     """Optimizer states, and what of weights and gradients is with them in host memory."""
     if workload.masters == RING:
-        return workload.num_block_weights * streamed_bytes(workload)
+        return (1 - workload.share) * workload.num_block_weights * streamed_bytes(workload)
     return workload.num_trained * workload.host_optimizer
 
 
@@ -320,50 +323,7 @@ def gradient_bytes(workload: Workload) -> int:
 def gradients_on_gpu(workload: Workload) -> float:
     """At the end of the backward pass."""
     if workload.masters == RING:
-        return LEAVING_BLOCKS * workload.item_bytes * workload.num_block_weights / workload.num_blocks
+        resident = outside_blocks(workload) + workload.share * workload.num_block_weights
+        leaving = LEAVING_BLOCKS * workload.item_bytes * workload.num_block_weights / workload.num_blocks
+        return gradient_bytes(workload) * resident + (1 - workload.share) * leaving
     return 0 if workload.host_gradients else gradient_bytes(workload) * workload.num_trained
-
-
-def levels_of(workload: Workload) -> tuple[str, ...]:
-    """The levels available for this task, fastest first."""
-    if workload.is_lora and not workload.deepspeed:
-        return LEVELS
-    return SFT_LEVELS if workload.rings else SFT_LEVELS[:2]
-
-
-def fits(needed: MemoryPeaks, gpu_bytes: float, host_bytes: float) -> bool:
-    """Leaves 5 % free, since these are estimates."""
-    return needed.reserved * 1.05 <= gpu_bytes and needed.host * 1.05 <= host_bytes
-
-
-def fastest_that_fits(workload: Workload, gpu_bytes: float, host_bytes: float) -> str | None:
-    """The fastest level that fits, or None."""
-    return next(
-        (level for level in levels_of(workload) if fits(memory_peaks(workload, level), gpu_bytes, host_bytes)), None
-    )
-
-
-def nearest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, MemoryPeaks]:
-    """The level that is least short of memory, and what it needs."""
-    needs = {level: memory_peaks(workload, level) for level in levels_of(workload)}
-    level = min(needs, key=lambda level: max(needs[level].reserved / gpu_bytes, needs[level].host / host_bytes))
-    return level, needs[level]
-
-
-def table(workload: Workload, gpu_bytes: float | None, host_bytes: float) -> str:
-    """One line per level; `gpu_bytes` is None without a GPU."""
-    lines = [f"{'--memory':12} {'GPU, reserved':>14} {'allocated':>12} {'host':>12}  fits here"]
-    for level in (CHECKPOINTING, *levels_of(workload)):
-        needed = memory_peaks(workload, level)
-        sizes = [f"{size / GIB:.1f} GiB" for size in (needed.reserved, needed.allocated, needed.host)]
-        if gpu_bytes is None:
-            verdict = "no GPU"
-        elif fits(needed, gpu_bytes, host_bytes):
-            verdict = "yes"
-        elif fits(needed, gpu_bytes, math.inf):
-            verdict = f"no, {host_bytes / GIB:.1f} GiB are free on the host"
-        else:
-            verdict = f"no, {gpu_bytes / GIB:.1f} GiB are free on the GPU"
-        name = "(checkpoints)" if level == CHECKPOINTING else level
-        lines.append(f"{name:13}{sizes[0]:>14} {sizes[1]:>12} {sizes[2]:>12}  {verdict}")
-    return "\n".join(lines)

@@ -9,7 +9,7 @@ from torch import nn
 
 from base.errors import UsageError, print_to_pipe
 from base.files import free_bytes, nearest_folder
-from base.memory_levels import FP32, HOST, ON_HOST_INSTEAD, RING, SPLIT
+from base.memory_levels import FP32, HOST, HOST_LEVELS, ON_HOST_INSTEAD, RING, SPLIT
 from base.ranks import min_over_ranks
 from base.startup import STARTUP
 from data.captions import embeds_bytes
@@ -18,7 +18,8 @@ from engine.deepspeed_zero import uses_deepspeed
 from engine.master_weights import choose_masters
 from engine.optimizers import state_bytes_from_args
 from memory.allocator import expand_segments, uses_expandable_segments
-from memory.estimate import GIB, Workload, fastest_that_fits, nearest_level, table
+from memory.choose_level import fastest_that_fits, nearest_level, table
+from memory.estimate import GIB, Workload
 from memory.host import free_gpu_bytes
 from memory.quantization import BASE_LINEARS
 from run.launch import PRECISIONS
@@ -32,7 +33,8 @@ ON_HOST = "fp32 weights, gradients and optimizer states"
 def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool) -> str | None:
     """Resolve --memory: auto is the fastest level that fits on all ranks, UsageError if none does.
 
-    Call it before anything is on the GPU. `buckets`: (frames, height, width) of the clips, in pixels.
+    It takes a --states_on_gpu, too, unless one is given. Call it before anything is on the GPU. `buckets`: (frames,
+    height, width) of the clips, in pixels.
     """
     level = args.memory
     if level == "auto" and device.type != "cuda":
@@ -40,15 +42,16 @@ def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lo
         level = "speed"
     elif level == "auto":
         workload = make_workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
-        level = fastest_level(workload, *min_over_ranks(free_gpu_bytes(device), psutil.virtual_memory().available))
+        free = min_over_ranks(free_gpu_bytes(device), psutil.virtual_memory().available)
+        level, args.states_on_gpu = fastest_level(workload, *free)
     STARTUP.mark("data")
     return level
 
 
-def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> str:
-    """The level for --memory auto; logs the estimates that it was chosen by."""
-    level = fastest_that_fits(workload, gpu_bytes, host_bytes)
-    if level is None:
+def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, float]:
+    """The level and the share of states on the GPU for --memory auto; logs the estimates that they were chosen by."""
+    fastest = fastest_that_fits(workload, gpu_bytes, host_bytes)
+    if fastest is None:
         name, needed = nearest_level(workload, gpu_bytes, host_bytes)
         hosted = "" if workload.rings else ", or --use_cpu_offload_optimizer --offload_gradients"
         more = "" if workload.is_lora else f"{hosted}, or train a LoRA"
@@ -59,8 +62,9 @@ def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> st
             f"--train_batch_size 1{more}"
         )
     logger.info("memory by level, estimated:\n%s", table(workload, gpu_bytes, host_bytes))
-    logger.info("--memory auto: %s", level)
-    return level
+    level, share = fastest
+    logger.info("--memory auto: %s%s", level, f" --states_on_gpu {share:.3g}" if share else "")
+    return fastest
 
 
 def print_plan(args, model, is_lora: bool) -> None:
@@ -120,6 +124,7 @@ def make_workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype,
         num_trained=num_adapted(transformer, args.lora_target_modules, args.rank) if is_lora else count(transformer),
         is_lora=is_lora,
         masters=masters,
+        share=args.states_on_gpu or 0.0,
         rings=not (is_lora or deepspeed) and kind_of_masters(args, "offload", dtype) == RING,
         accumulates=accumulates(args),
         deepspeed=deepspeed,
@@ -204,31 +209,33 @@ def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.d
 
 
 def check_sft_level(args, dtype: torch.dtype) -> None:
-    """UsageError if `offload` cannot work here; the flags alone were checked when they were parsed."""
-    if args.memory != "offload":
+    """UsageError if states in host memory cannot work here; the flags alone were checked when they were parsed."""
+    low_bit = args.use_8bit and args.use_cpu_offload_optimizer
+    if not (args.memory in HOST_LEVELS or low_bit):
         return
+    flags = f"--memory {args.memory}" if args.memory in HOST_LEVELS else "--use_8bit --use_cpu_offload_optimizer"
     if uses_deepspeed():
-        raise UsageError("--memory offload: DeepSpeed has an optimizer of its own; use --memory balanced with it")
+        raise UsageError(f"{flags}: DeepSpeed has an optimizer of its own; use --memory balanced with it")
     if num_ranks() > 1:
         raise UsageError(
-            f"--memory offload: full fine-tuning has that level on one GPU only yet, not on {num_ranks()}; use "
-            f"{ON_HOST_INSTEAD}"
+            f"{flags}: full fine-tuning has that on one GPU only yet, not on {num_ranks()}; use {ON_HOST_INSTEAD}"
         )
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise UsageError(
-            f"--memory offload: full fine-tuning has that level in bf16 only, and this run computes in {name}; use "
+            f"{flags}: full fine-tuning has that in bf16 only, and this run computes in {name}; use "
             f"--mixed_precision bf16, or {ON_HOST_INSTEAD}"
         )
 
 
-def sft_bytes_per_weight(args, kind: str, dtype: torch.dtype) -> tuple[int, int]:
+def sft_bytes_per_weight(args, kind: str, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes on the GPU, bytes on the host) per trained weight, including gradient and optimizer states."""
     states = state_bytes_from_args(args)
     if kind in (SPLIT, RING):
         average = 4 if args.ema else 0
         moved = 2 + states + average + (4 if accumulates(args) else 2)  # low bits, states and gradient
-        return (2, moved) if kind == RING else (2 + moved, 0)
+        share, streamed = (args.states_on_gpu or 0, args.memory == "stream") if kind == RING else (1, False)
+        return (0 if streamed else 2) + share * moved, (2 if streamed else 0) + (1 - share) * moved
     trained = 4 + states + (4 if args.ema else 0)
     if kind == HOST:
         return dtype.itemsize + (0 if args.offload_gradients else 4), trained + 4

@@ -45,7 +45,7 @@ FREE_FLAGS = {
 # These affect memory and time, not what is computed: after running out of memory, a run may continue with others
 MEMORY_FLAGS = {
     "gradient_checkpointing", "memory", "compile_blocks", "no_compile_blocks", "attention", "enable_slicing",
-    "offload_gradients", "use_cpu_offload_optimizer",
+    "offload_gradients", "use_cpu_offload_optimizer", "states_on_gpu",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
 # The paths may change when a run continues: their content is compared instead, see check_content
