@@ -91,6 +91,7 @@ prodigy_use_bias_correction | flag | False |
 prodigy_safeguard_warmup | flag | False |
 use_cpu_offload_optimizer | flag | False |
 offload_gradients | flag | False |
+states_on_gpu | float | None |
 tracker_name | str | None |
 push_to_hub | flag | False |
 hub_token | str | None |
@@ -206,6 +207,7 @@ IDLE_USES = {
     "hub_token": "hf_secret",
     "ema_decay": "0.9",
     "offload_gradients": None,
+    "states_on_gpu": "0.5",
     "prodigy_decouple": None,
     "prodigy_use_bias_correction": None,
     "prodigy_safeguard_warmup": None,
@@ -548,15 +550,14 @@ def test_combinations_that_exist_nowhere_are_refused(flags, message, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--memory stream", "--memory stream: not available for full fine-tuning yet; use --memory offload"),
+        ("--memory stream --optimizer came", "use --optimizer adamw, or --memory balanced with --use_cpu_offload"),
         ("--memory offload --mixed_precision fp16", "use --mixed_precision bf16, or --memory balanced with --use_cpu"),
         ("--memory offload --mixed_precision no", "--memory offload --mixed_precision no: full fine-tuning has that"),
         ("--memory offload --optimizer prodigy", "--optimizer prodigy: full fine-tuning has that level in bf16, with"),
         ("--memory offload --optimizer came", "use --optimizer adamw, or --memory balanced with --use_cpu_offload"),
-        ("--memory offload --use_8bit", "without --use_8bit: fp32 states take no GPU memory there"),
-        ("--memory offload --use_8bit --use_torchao", "without --use_8bit: fp32 states take no GPU memory there"),
-        ("--memory offload --use_4bit", "without --use_4bit: fp32 states take no GPU memory there"),
-        ("--memory offload --use_fp8", "without --use_fp8: fp32 states take no GPU memory there"),
+        ("--memory offload --use_8bit --use_torchao", "no --use_torchao: fp32 states take no GPU memory there"),
+        ("--memory offload --use_4bit", "use --use_8bit, or no --use_4bit: fp32 states take no GPU memory there"),
+        ("--memory stream --use_fp8", "use --use_8bit, or no --use_fp8: fp32 states take no GPU memory there"),
     ],
 )
 def test_levels_that_full_fine_tuning_does_not_have_are_refused(flags, message, capsys):
@@ -566,7 +567,10 @@ def test_levels_that_full_fine_tuning_does_not_have_are_refused(flags, message, 
     parse_training_args("t2v_lora", [*TRAIN, *flags.split()])
 
 
-@pytest.mark.parametrize("more", ["", "--optimizer adamw", "--use_cpu_offload_optimizer --offload_gradients"])
+@pytest.mark.parametrize(
+    "more",
+    ["", "--optimizer adamw", "--use_8bit", "--use_cpu_offload_optimizer --offload_gradients", "--states_on_gpu 0.5"],
+)
 def test_full_fine_tuning_offloads(more, capsys):
     args = parse_training_args("t2v_sft", [*TRAIN, "--memory", "offload", "--mixed_precision", "bf16", *more.split()])
     assert args.memory == "offload" and capsys.readouterr().err == ""

@@ -493,7 +493,7 @@ def test_the_table_of_optimizers_says_what_the_flags_accept(row):
     needed = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
     for script in ("t2v_lora", "t2v_sft"):
         parse_training_args(script, needed + flags)
-    if row["`--use_cpu_offload_optimizer`"] == "yes":
+    if row["`--use_cpu_offload_optimizer`"] in ("yes", "full fine-tuning"):
         parse_training_args("t2v_sft", [*needed, *flags, "--use_cpu_offload_optimizer"])
     elif any("bit" in flag or "fp8" in flag for flag in flags):
         with pytest.raises(SystemExit):

@@ -211,9 +211,9 @@ def sft(kind, *flags):
 
 
 def test_full_fine_tuning_streams_states_where_it_can(monkeypatch):
-    """In bf16, with fp32 states of Adam, in one process."""
-    assert levels_of(sft("2b")) == ("speed", "balanced", "offload")
-    for flags in ("--use_8bit", "--optimizer came", "--optimizer prodigy", "--mixed_precision fp16"):
+    """In bf16, with fp32 or bitsandbytes' 8-bit states of Adam, in one process."""
+    assert levels_of(sft("2b")) == levels_of(sft("2b", "--use_8bit")) == ("speed", "balanced", "offload", "stream")
+    for flags in ("--use_4bit", "--optimizer came", "--optimizer prodigy", "--mixed_precision fp16"):
         assert levels_of(sft("2b", *flags.split())) == ("speed", "balanced")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert levels_of(sft("2b")) == ("speed", "balanced")
@@ -250,10 +250,36 @@ def test_the_formula_has_the_rings_own_sizes():
 
 
 def test_full_fine_tuning_fits_the_cards_it_is_made_for():
-    for kind, gpu_gib, host_gib, level in (("5b", 15.5, 96, "offload"), ("5b", 79, 96, "balanced"),
-                                           ("5b", 15.5, 64, None), ("2b", 7.5, 31, "offload"),
-                                           ("2b", 79, 31, "speed")):  # fmt: skip
-        assert fastest_that_fits(sft(kind), gpu_gib * GIB, host_gib * GIB) == level
+    """(level, blocks of 42 or 30 whose states are on the GPU)."""
+    for kind, gpu_gib, host_gib, best in (("5b", 15.5, 96, ("offload", 0)), ("5b", 79, 96, ("balanced", 0)),
+                                          ("5b", 23, 96, ("offload", 5)), ("5b", 5.5, 96, ("stream", 0)),
+                                          ("5b", 15.5, 64, None), ("2b", 7.5, 31, ("offload", 1)),
+                                          ("2b", 79, 31, ("speed", 0)), ("2b", 23, 31, ("offload", 25))):  # fmt: skip
+        level, share = fastest_that_fits(sft(kind), gpu_gib * GIB, host_gib * GIB) or (None, 0)
+        assert (best and (level, round(share * sft(kind).num_blocks))) == best or level is None
+    assert fastest_that_fits(sft("5b", "--use_8bit"), 15.5 * GIB, 64 * GIB) == ("offload", 0)
+    asked = sft("5b", "--memory", "auto", "--states_on_gpu", "0.1")
+    assert fastest_that_fits(asked, 47 * GIB, 96 * GIB) == ("offload", 0.1)
+
+
+@pytest.mark.parametrize("language", ["", "_zh"])
+def test_the_page_says_what_full_fine_tuning_fits(language):
+    """As its table of cards: 1 GB of them and 6 GB of the host are in use."""
+    page = (ROOT / f"assets/training{language}.md").read_text()
+    rows = re.findall(r"^\| (\d+) GB \| (\d+) GB \| (.+) \| (.+) \|$", page, re.MULTILINE)
+    assert len(rows) == 12
+    for gpu, host, *said in rows:
+        room = (int(gpu) - 1) * 1e9, (int(host) - 6) * 1e9
+        for kind, level in zip(("2b", "5b"), said, strict=True):
+            exact, low_bit = (fastest_that_fits(sft(kind, *flags), *room) for flags in ((), ("--use_8bit",)))
+            best = exact or low_bit
+            assert re.findall(r"`(\w+)`", level) == ([best[0]] if best else []), (gpu, host, kind)
+            assert ("--use_8bit" in level) == (exact is None and low_bit is not None)
+
+
+def test_the_table_shows_the_share_that_auto_would_take():
+    lines = table(sft("5b"), 23 * GIB, 96 * GIB).splitlines()
+    assert [line.split("  ")[0] for line in lines[4:]] == ["offload --states_on_gpu 0.119", "offload", "stream"]
 
 
 def test_what_comes_beside_training_counts():
@@ -317,7 +343,7 @@ def choose(monkeypatch, gpu_gib, host_gib=64, kind="5b", task="t2v_lora", flags=
     monkeypatch.setattr(levels, "free_gpu_bytes", lambda device: gpu_gib * GIB)
     monkeypatch.setattr(levels.psutil, "virtual_memory", lambda: type("", (), {"available": host_gib * GIB}))
     args = parse_training_args(task, [*REQUIRED, "--load_tensors", "--train_batch_size", "1", *flags])
-    return levels.choose(args, real_model(kind), [SIZE_1_0], torch.bfloat16, device, is_lora=task.endswith("lora"))
+    return levels.choose(args, real_model(kind), [SIZE_1_0], torch.bfloat16, device, is_lora=task.endswith("lora"))[0]
 
 
 def test_auto_says_what_it_compares_and_chooses(monkeypatch, caplog):
@@ -331,7 +357,7 @@ def test_auto_refuses_in_one_line_what_fits_nowhere(monkeypatch):
     with pytest.raises(UsageError, match="no level fits the 3.0 GiB .* smaller --frame_buckets"):
         choose(monkeypatch, 3)
     with pytest.raises(UsageError, match="or train a LoRA"):
-        choose(monkeypatch, 5, kind="2b", task="t2v_sft")
+        choose(monkeypatch, 3, kind="2b", task="t2v_sft")
     with pytest.raises(UsageError, match="or --use_cpu_offload_optimizer --offload_gradients, or train a LoRA"):
         choose(monkeypatch, 16, kind="2b", task="t2v_sft", flags=("--memory", "auto", "--optimizer", "came"))
 
@@ -349,7 +375,7 @@ def test_plan_prints_and_ends_before_anything_is_loaded_or_written(task, tiny, t
     argv += ["--load_tensors", "--output_dir", str(tmp_path / "out"), "--memory", "plan"]
     assert module.main(parse_training_args(task, argv)) is None
     printed = capsys.readouterr().out
-    assert "speed" in printed and "balanced" in printed and ("stream" in printed) == task.endswith("lora")
+    assert all(level in printed for level in ("speed", "balanced", "offload", "stream"))
     assert not (tmp_path / "out").exists()
 
 

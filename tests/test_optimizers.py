@@ -372,7 +372,8 @@ def test_fp8_is_refused_on_a_gpu_before_ada(monkeypatch):
     [
         ("--optimizer came --use_8bit", "low-bit states exist for adam and adamw only"),
         ("--optimizer adamw --use_8bit --use_4bit", "give one of them"),
-        ("--optimizer adamw --use_8bit --use_cpu_offload_optimizer", "give one of them"),
+        ("--optimizer adamw --use_4bit --use_cpu_offload_optimizer", "give one of them"),
+        ("--mixed_precision fp16 --use_8bit --use_cpu_offload_optimizer", "give one of them"),
         ("--optimizer adamw --use_torchao", "add --use_8bit"),
     ],
 )

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from engine import compose, update
+from engine import block_states, compose, update
 from engine.state_ring import StateRing
 from memory.activations import offload_activations
 from script_runs import checkpoints, losses, metrics, result_hash, same_run
@@ -21,6 +21,10 @@ LEVELS = {
     "resident": ("--memory", "balanced"),
     "plain": (),
     "offload": ("--memory", "offload"),
+    "half": ("--memory", "offload", "--states_on_gpu", "0.5"),
+    "all": ("--memory", "offload", "--states_on_gpu", "1"),
+    "stream": ("--memory", "stream"),
+    "half, stream": ("--memory", "stream", "--states_on_gpu", "0.5"),
     "host": ("--memory", "balanced", "--use_cpu_offload_optimizer", "--offload_gradients"),
     "checkpointing": ("--gradient_checkpointing", "--use_cpu_offload_optimizer"),
 }
@@ -33,6 +37,7 @@ def everything_is_large(monkeypatch):
     """Tiny activations leave too, and a block's states come in several chunks."""
     monkeypatch.setattr(compose, "offload_activations", functools.partial(offload_activations, min_bytes=2048))
     monkeypatch.setattr(StateRing, "__init__", functools.partialmethod(StateRing.__init__, chunk=2048))
+    monkeypatch.setattr(block_states, "MIN_8BIT", 256)
 
 
 @pytest.mark.parametrize("script", ["t2v_sft", pytest.param("i2v_sft", marks=pytest.mark.slow)], indirect=True)
@@ -46,6 +51,38 @@ def test_every_level_gives_the_same_run(train, script, accumulation):
         assert same_run(out[name], out["resident"], 4), name
 
 
+@pytest.mark.parametrize("script", ["t2v_sft"], indirect=True)
+@pytest.mark.parametrize(
+    "more", [("--use_8bit",), ("--ema", "--ema_decay", "0.5"), ("--use_8bit", "--optimizer", "adam")], ids=str
+)
+def test_every_level_gives_the_same_run_with_8bit_states_and_with_a_moving_average(train, more):
+    flags = [*BF16, *more, "--weight_decay", "0.1"]
+    out = {name: train(name, *flags, *LEVELS[name], data="two") for name in ("resident", "host", "half", "stream")}
+    for name in out:
+        assert same_run(out[name], out["resident"], 4), name
+    plain = train("unlike", *BF16, *LEVELS["stream"], data="two")
+    assert result_hash(plain) != result_hash(out["stream"])
+
+
+@pytest.mark.parametrize("script", ["t2v_sft"], indirect=True)
+def test_8bit_states_go_on_at_another_level_and_from_those_of_bitsandbytes(train, monkeypatch, tmp_path):
+    """As runs of earlier versions had them, beside fp32 masters."""
+    flags = [*BF16, "--use_8bit"]
+    whole = train("whole", *flags, *LEVELS["offload"])
+    with monkeypatch.context() as patched:
+        patched.setattr(compose, "choose_masters", lambda *_: "fp32")
+        train("begun", *flags)
+    for begun in (whole, tmp_path / "begun"):
+        out = shutil.copytree(begun, tmp_path / f"continued-{begun.name}")
+        for step in (3, 4):
+            shutil.rmtree(out / f"checkpoint-{step}")
+        shutil.rmtree(out / "transformer")
+        (out / "status.json").unlink()
+        train(out.name, *flags, *LEVELS["half, stream"])
+        assert losses(out) == (losses(whole) if begun == whole else pytest.approx(losses(whole), rel=1e-2))
+    assert same_run(tmp_path / "continued-whole", whole, 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script, kind",
@@ -54,8 +91,9 @@ def test_every_level_gives_the_same_run(train, script, accumulation):
 )
 def test_every_checkpoint_trains_with_its_states_on_the_host(train, tiny, prepared, kind):
     where = {"model": tiny(kind), "data": prepared(kind, "one")}
-    out = {name: train(name, *BF16, *LEVELS[name], **where) for name in ("resident", "offload")}
-    assert same_run(out["offload"], out["resident"], 4)
+    out = {name: train(name, *BF16, *LEVELS[name], **where) for name in ("resident", "half", "stream")}
+    for name in out:
+        assert same_run(out[name], out["resident"], 4), name
 
 
 @pytest.mark.parametrize("script", ["t2v_sft"], indirect=True)
@@ -68,7 +106,7 @@ def test_a_run_goes_on_at_another_level(train, first, monkeypatch, tmp_path):
             patched.setattr(compose, "choose_masters", lambda *_: "fp32")
         begun = train("begun", *BF16, *LEVELS.get(first, ()))
         assert losses(begun) == losses(whole)
-    for number, more in enumerate([LEVELS["resident"], LEVELS["host"]]):
+    for number, more in enumerate([LEVELS["resident"], LEVELS["half"], LEVELS["stream"]]):
         out = shutil.copytree(begun, tmp_path / f"continued-{number}")
         for step in (3, 4):
             shutil.rmtree(out / f"checkpoint-{step}")
@@ -83,11 +121,12 @@ def test_validation_sees_the_updated_weights_and_changes_nothing(train, sampling
     """One model at a time on the device at `offload`, so that the weights leave and come back between updates."""
     flags = [*BF16, *sampling(), "--validation_steps", "2"]
     plain = train("plain", *flags, *LEVELS["resident"], "--enable_model_cpu_offload")
-    out = train("offload", *flags, *LEVELS["offload"])
-    assert sampled(out) == {0: ["0_0"], 2: ["0_0"], 4: ["0_0"]}
-    assert video_bytes(out, 0) != video_bytes(out, 2) != video_bytes(out, 4)
-    assert result_hash(out) == result_hash(plain)
-    assert result_hash(out) == result_hash(train("unseen", *BF16, *LEVELS["offload"]))
+    for level in ("half", "stream"):
+        out = train(level, *flags, *LEVELS[level])
+        assert sampled(out) == {0: ["0_0"], 2: ["0_0"], 4: ["0_0"]}
+        assert video_bytes(out, 0) != video_bytes(out, 2) != video_bytes(out, 4)
+        assert result_hash(out) == result_hash(plain)
+        assert result_hash(out) == result_hash(train(f"{level} unseen", *BF16, *LEVELS[level]))
 
 
 @pytest.mark.parametrize("script", ["t2v_sft"], indirect=True)
@@ -95,7 +134,7 @@ def test_a_skipped_update_is_reported_and_changes_nothing(train, monkeypatch, ca
     """The third update's loss is not finite."""
     real, calls = update.ring_update, []
     runs = {}
-    for name in ("resident", "offload"):
+    for name in ("resident", "offload", "stream"):
         calls.clear()
 
         def spoil(state, max_grad_norm, calls=calls):
@@ -106,5 +145,6 @@ def test_a_skipped_update_is_reported_and_changes_nothing(train, monkeypatch, ca
 
         monkeypatch.setattr(update, "ring_update", spoil)
         runs[name] = train(name, *BF16, *LEVELS[name])
-    assert caplog.text.count("step 3 skipped") == 2
+    assert caplog.text.count("step 3 skipped") == 3
     assert same_run(runs["offload"], runs["resident"], 4)
+    assert same_run(runs["stream"], runs["resident"], 4)

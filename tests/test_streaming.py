@@ -427,7 +427,7 @@ def test_buffers_of_a_block_are_streamed_too(copies):
     ring = stream_weights(blocks, CPU, 2)
     assert all(map(torch.equal, run(), expected))
     assert blocks[0].codes.stride() == (1, 16)
-    assert ring.host[0].nbytes == 2 * 256
+    assert ring.host[0].nbytes == 2 * 512
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])

@@ -60,7 +60,7 @@ def main(args) -> None:
     summary = result.RunSummary(run, model, content, clips.clip_buckets, sample_size, dtype, plan, is_lora=True)
     if output_dir.is_done(args, plan.num_steps):
         return result.finish_again(args, run, summary)
-    level = levels.choose(args, model, clips.clip_buckets, dtype, device, is_lora=True)
+    level, _ = levels.choose(args, model, clips.clip_buckets, dtype, device, is_lora=True)
     vae, embeds = None, {}
     if needs_encoders:
         texts = captions.read_texts_from_args(args, clips, held_out_clips, prompts)

@@ -61,7 +61,7 @@ def main(args) -> None:
     summary = result.RunSummary(run, model, content, clips.clip_buckets, sample_size, dtype, plan, is_lora=False)
     if output_dir.is_done(args, plan.num_steps):
         return result.finish_again(args, run, summary)
-    level = levels.choose(args, model, clips.clip_buckets, dtype, device, is_lora=False)
+    level, share = levels.choose(args, model, clips.clip_buckets, dtype, device, is_lora=False)
     vae, embeds = None, {}
     if needs_encoders:
         texts = captions.read_texts_from_args(args, clips, held_out_clips, prompts)
@@ -74,7 +74,7 @@ def main(args) -> None:
     checkpoint = checkpoints.find(args, run, plan.num_steps, content)
     transformer = loading.load_transformer_from_args(args, model.weights, model.loading_dtype(dtype))
     shape = model.attention_shape(clips.clip_buckets, args.train_batch_size)
-    engine = compose.build_sft_engine_from_args(args, level, transformer, shape, dtype, model.stored_dtype, device)
+    engine = compose.build_sft_engine_from_args(args, level, share, transformer, shape, dtype, model.stored_dtype, device)
     learning_rate = steps.scaled_learning_rate(args, run.num_ranks)
     optimizer = compose.build_optimizer_from_args(args, run.accelerator, engine, learning_rate)
     lr_scheduler = optimizers.make_lr_scheduler_from_args(args, optimizer, plan.num_steps)

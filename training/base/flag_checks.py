@@ -102,7 +102,7 @@ def number_or_all(text: str) -> int | str:
 
 positive = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 not_negative = number(float, "a number of 0 or more", lambda value: 0 <= value < math.inf)
-share = number(float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
+share = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 probability = number(float, "a probability from 0 to 1", lambda value: 0 <= value <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
 

@@ -129,21 +129,28 @@ def moments(states: dict) -> list[str]:
 
 def divide(
     params: list[nn.Parameter], blocks: nn.ModuleList, states: dict, gradients: dict, share: float, chunk: int
-) -> list[BlockStates]:
-    """The weights of each block, then those around the blocks, and of 8-bit states the small weights with them.
+) -> tuple[list[BlockStates], list[BlockStates]]:
+    """(the weights of each block, those around the blocks); of 8-bit states, small weights of blocks are around them.
 
     `states` of a `share` of the blocks are on the GPU; those of the others on the host, their `gradients` too. Both are
     spread evenly, so that the link always has a block to work for.
     """
     rest = {id(weight): index for index, weight in enumerate(params)}
-    least = MIN_8BIT if states["exp_avg"] == torch.uint8 else 0
+    low_bit = states["exp_avg"] == torch.uint8
+    in_full = {name: STATES.get(name, dtype) for name, dtype in states.items() if name not in PER}
+
+    def take(indices: list[int], kinds: dict, on_host: bool = False) -> BlockStates:
+        return BlockStates({index: params[index] for index in indices}, kinds, on_host, chunk)
+
     divided = []
     for block, on_host in zip(blocks, spread(len(blocks) - round(share * len(blocks)), len(blocks)), strict=True):
-        indices = [rest.pop(id(weight)) for weight in block.parameters() if weight.numel() >= least]
-        kinds = states | gradients if on_host else states
-        divided.append(BlockStates({index: params[index] for index in indices}, kinds, on_host, chunk))
-    in_full = {name: STATES.get(name, dtype) for name, dtype in states.items() if name not in PER}
-    return [*divided, BlockStates({index: params[index] for index in rest.values()}, in_full, False, chunk)]
+        large = [weight for weight in block.parameters() if not low_bit or weight.numel() >= MIN_8BIT]
+        divided.append(
+            take([rest.pop(id(weight)) for weight in large], states | (gradients if on_host else {}), on_host)
+        )
+    small = [index for index in rest.values() if not low_bit or params[index].numel() < MIN_8BIT]
+    large = sorted(set(rest.values()) - set(small))
+    return divided, [take(small, in_full), *([take(large, states)] if large else [])]
 
 
 def spread(count: int, places: int) -> list[bool]:

@@ -76,6 +76,7 @@ def build_lora_engine_from_args(
 def build_sft_engine_from_args(
     args,
     level,
+    share: float,
     transformer: nn.Module,
     shape: tuple,
     dtype: torch.dtype,
@@ -84,12 +85,12 @@ def build_sft_engine_from_args(
 ) -> SftEngine:
     """Prepare `transformer`, on the CPU as stored, for training all its weights on `device` with compute in `dtype`.
 
-    `level` and `shape` as above. The masters start from the stored weights, before these are rounded to `dtype`.
+    `level` and `shape` as above; `share` of the blocks whose optimizer states are on the GPU. The masters start from the stored weights, before these are rounded to `dtype`.
     """
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
     set_attention(transformer, attend, device)
     set_memory_level_from_args(args, level, transformer.requires_grad_(True), device)
-    masters = make_masters(args, level, transformer, device, dtype)
+    masters = make_masters(args, level, share, transformer, device, dtype)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns about modules that do not exist here
     params = masters.params if masters else list(transformer.parameters())
     splits, ema = isinstance(masters, StateRing), None
@@ -103,7 +104,9 @@ def build_sft_engine_from_args(
     return engine_class(transformer, params, notes, level, save_dtype, masters, ema)
 
 
-def make_masters(args, level: str | None, transformer: nn.Module, device: torch.device, dtype: torch.dtype):
+def make_masters(
+    args, level: str | None, share: float, transformer: nn.Module, device: torch.device, dtype: torch.dtype
+):
     """fp32 masters of all weights for compute in `dtype`; None if the weights are in fp32 themselves."""
     weights, blocks = list(transformer.parameters()), transformer.transformer_blocks
     if uses_deepspeed():
@@ -113,8 +116,7 @@ def make_masters(args, level: str | None, transformer: nn.Module, device: torch.
     if kind in (SPLIT, RING):
         accumulates = args.gradient_accumulation_steps > 1 or num_ranks > 1
         ema = EMAModel([], decay=args.ema_decay) if args.ema else None  # the ring keeps the averages
-        share = args.states_on_gpu or 0.0 if kind == RING else 1.0
-        storage = Storage(share, streams=level == "stream", low_bit=args.use_8bit)
+        storage = Storage(share if kind == RING else 1.0, streams=level == "stream", low_bit=args.use_8bit)
         return StateRing(transformer, blocks, device, storage, accumulates, ema)
     if kind == HOST:
         return HostMasters(weights, device, dtype, args.offload_gradients)

@@ -9,6 +9,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from base.errors import UsageError
+from engine import block_states
 from memory.quantization import FP8_CAPABILITY
 
 
@@ -104,9 +105,10 @@ def make_low_bit_adam_from_args(args, params: list[torch.nn.Parameter], learning
 def make_bitsandbytes_adam(params: list[torch.nn.Parameter], is_adamw: bool, settings: dict):
     """bitsandbytes' AdamW, or Adam with L2 decay added by a hook: its own Adam decouples the decay, like AdamW."""
     optim = optional_module("bitsandbytes", "--use_8bit", "bitsandbytes").optim
+    least = block_states.MIN_8BIT
     if is_adamw:
-        return optim.AdamW8bit(params, **settings)
-    optimizer = optim.Adam8bit(params, **settings | {"weight_decay": 0.0})
+        return optim.AdamW8bit(params, min_8bit_size=least, **settings)
+    optimizer = optim.Adam8bit(params, min_8bit_size=least, **settings | {"weight_decay": 0.0})
     if settings["weight_decay"]:
         optimizer.register_step_pre_hook(lambda *_: add_decay(params, settings["weight_decay"]))
     return optimizer

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from engine.block_states import moments
+from engine.optimizers import optional_module
 from engine.state_ring import StateRing
 
 
@@ -108,9 +109,8 @@ class EightBit:
     """bitsandbytes' blockwise update (arXiv 2110.02861), the one of its AdamW8bit and, given L2 decay, Adam8bit."""
 
     def __init__(self, device: torch.device):
-        from bitsandbytes.functional import create_dynamic_map
-
-        self.maps = [create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
+        functional = optional_module("bitsandbytes.functional", "--use_8bit", "bitsandbytes")
+        self.maps = [functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
 
     def step(self, group: dict, decouples: bool, masters: list, gradients: list, states: dict, counts: list) -> None:
         (beta1, beta2), decay = group["betas"], group["weight_decay"]

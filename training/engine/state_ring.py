@@ -94,9 +94,10 @@ class StateRing:
         gradients = {GRADIENTS: torch.float32 if accumulates else torch.bfloat16}
         self.names = {name: index for index, (name, _) in enumerate(model.named_parameters())}
         self.params = list(model.parameters())
-        # In the order of the forward pass, then the rest
-        self.blocks = divide(self.params, blocks, self.states, gradients, storage.share, chunk)
-        self.block_of = {index: block for block in self.blocks for index in block.weights}
+        # In the order of the forward pass, and the weights around them
+        self.blocks, self.around = divide(self.params, blocks, self.states, gradients, storage.share, chunk)
+        self.all = [*self.blocks, *self.around]
+        self.block_of = {index: block for block in self.all for index in block.weights}
         # Of each weight, as torch's AdamW counts; bitsandbytes wants to know them on the host
         self.num_updates = torch.zeros(len(self.params), device="cpu" if storage.low_bit else device)
         self.norms: dict[int, torch.Tensor] = {}  # of the gradients that have come for the next update
@@ -104,7 +105,7 @@ class StateRing:
         self.work, self.outward = TransferStream(device), TransferStream(device)
         self.leaving: list[Leaving] = []
         self.take_weights()
-        self.make_room(min(chunk, max(block.size for block in self.blocks)), self.states | gradients)
+        self.make_room(min(chunk, max(block.size for block in self.all)), self.states | gradients)
         self.weights = self.stream_weights(blocks) if storage.streams else None
         wrap_blocks(blocks, self)
 
@@ -115,11 +116,11 @@ class StateRing:
 
         Pinning is what takes time. A block's weights are freed once its states are there.
         """
-        self.weights, around = None, self.blocks[-1]
+        self.weights = None
         with ThreadPoolExecutor(PINNING_THREADS) as pool:
-            streams = [self.storage.streams and block is not around for block in self.blocks]
-            allocated = pool.map(lambda block, streams: block.allocate(self.device, streams), self.blocks, streams)
-            for block, _ in zip(self.blocks, allocated, strict=True):
+            streams = [self.storage.streams] * len(self.blocks) + [False] * len(self.around)
+            allocated = pool.map(lambda block, streams: block.allocate(self.device, streams), self.all, streams)
+            for block, _ in zip(self.all, allocated, strict=True):
                 block.kept = self.outward.mark()
                 for index, weight in block.weights.items():
                     master, weight.data = weight.data, block.new_weight(index, self.device)
@@ -135,7 +136,7 @@ class StateRing:
         self.turn = 0
 
     def stream_weights(self, blocks: nn.ModuleList) -> WeightRing:
-        streamed = {id(weight) for block in self.blocks[:-1] for weight in block.weights.values()}
+        streamed = {id(weight) for block in self.blocks for weight in block.weights.values()}
         return stream_weights(blocks, self.device, streams=lambda tensor: id(tensor) in streamed)
 
     # ---- backward
@@ -178,10 +179,10 @@ class StateRing:
 
     def gradients(self) -> list[torch.Tensor]:
         """Those that are on the GPU, to be averaged over ranks in place; call `measure_norms` afterwards."""
-        return [gradient for block in self.blocks for gradient in block.gradients.values()]
+        return [gradient for block in self.all for gradient in block.gradients.values()]
 
     def measure_norms(self) -> None:
-        for block in self.blocks:
+        for block in self.all:
             self.norms |= {index: norm_of(gradient) for index, gradient in block.gradients.items()}
 
     def release_gradients(self, keep: int) -> None:
@@ -220,13 +221,13 @@ class StateRing:
             ema_rate=self.next_ema_rate(),
             sent=sent,
         )
-        *blocks, around = self.blocks
-        for chunk in around.chunks:
-            self.arithmetic.apply(chunk, around.parts(chunk), around.gradients, step)
-        around.gradients.clear()
+        for around in self.around:
+            for chunk in around.chunks:
+                self.arithmetic.apply(chunk, around.parts(chunk), around.gradients, step)
+            around.gradients.clear()
         # Kept until the next one: the work stream still reads its tensors when the last block's update is queued
         self.step = step = step._replace(ready=self.work.mark())
-        for block in blocks:
+        for block in self.blocks:
             block.due = step
         self.queue_updates(QUEUED_AHEAD)
         return norm, skipped
@@ -239,7 +240,7 @@ class StateRing:
 
     def drop_gradients(self) -> None:
         self.release_gradients(0)
-        for block in self.blocks:
+        for block in self.all:
             block.gradients.clear()
 
     def queue_updates(self, stop: int) -> None:

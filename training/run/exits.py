@@ -26,7 +26,7 @@ from base.errors import (
     first_line,
 )
 from base.files import forget_undo, free_bytes, nearest_folder, undo_all
-from base.memory_levels import obstacle_to_splitting
+from base.memory_levels import HOST_LEVELS, obstacle_to_splitting
 from base.ranks import exchange_on_host, group_store
 from base.signals import INTERRUPTION, catch_signals
 from base.status import THIS_RUN, is_of_this_run, read_status, record_refusal, write_status
@@ -89,9 +89,11 @@ def memory_savers(args, level: str | None, is_lora: bool) -> list[str]:
     has_small_states = args.use_8bit or args.use_4bit or args.use_fp8 or args.use_cpu_offload_optimizer
     instead = " in place of --gradient_checkpointing" if args.gradient_checkpointing else ""
     savers = {
+        "a smaller --states_on_gpu": bool(args.states_on_gpu) and offloads,
         f"--memory stream{instead}, with host memory for the weights": streams and level != "stream",
         "--memory balanced": not streams and level == "speed",
-        f"--memory offload{instead}, with host memory for the optimizer": offloads and level != "offload",
+        f"--memory offload{instead}, with host memory for the optimizer": offloads and level not in HOST_LEVELS,
+        "--memory stream, with host memory for the weights, too": offloads and level == "offload",
         "--gradient_checkpointing": not (streams or offloads or level or args.gradient_checkpointing),
         "--mixed_precision bf16": args.mixed_precision == "no",
         "--load_tensors on data of prepare_dataset.py, which needs no VAE here": not args.load_tensors,

@@ -30,22 +30,22 @@ logger = logging.getLogger(__name__)
 ON_HOST = "fp32 weights, gradients and optimizer states"
 
 
-def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool) -> str | None:
-    """Resolve --memory: auto is the fastest level that fits on all ranks, UsageError if none does.
+def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool) -> tuple[str | None, float]:
+    """Resolve --memory and --states_on_gpu: auto is the fastest level that fits on all ranks, with what states fit.
 
-    It takes a --states_on_gpu, too, unless one is given. Call it before anything is on the GPU. `buckets`: (frames,
-    height, width) of the clips, in pixels.
+    UsageError if none does. Call it before anything is on the GPU. `buckets`: (frames, height, width) of the clips, in
+    pixels.
     """
-    level = args.memory
+    level, share = args.memory, args.states_on_gpu or 0.0
     if level == "auto" and device.type != "cuda":
         logger.info("--memory auto: speed, since there is no GPU to run out of memory")
         level = "speed"
     elif level == "auto":
         workload = make_workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
         free = min_over_ranks(free_gpu_bytes(device), psutil.virtual_memory().available)
-        level, args.states_on_gpu = fastest_level(workload, *free)
+        level, share = fastest_level(workload, *free)
     STARTUP.mark("data")
-    return level
+    return level, share
 
 
 def fastest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, float]:
