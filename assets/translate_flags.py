@@ -55,11 +55,11 @@ MEANINGS = {
     "Peak learning rate.": "学习率的最大值。",
     "What is kept for the backward pass: auto is the fastest level that fits, plan prints what each needs, see "
     "assets/training.md. speed keeps all of it on the GPU; balanced recomputes blocks but keeps the attention's output; "
-    "offload is balanced with that in host memory, in full fine-tuning the optimizer states and gradients too; stream, "
-    "for LoRA only, has the frozen weights there. One of":
+    "offload is balanced with that in host memory, in full fine-tuning the optimizer states and gradients too; stream "
+    "has the blocks' weights there, too. One of":
         "为反向传播保留什么：auto 选放得下的最快级别，plan 打印各级别的用量，见 assets/training_zh.md。speed 全部留在 GPU "
         "上；balanced 重算各个块，但保留注意力的输出；offload 同 balanced，只是放在主机内存，全量微调时优化器状态和梯度也在那里；"
-        "stream 仅用于 LoRA，把冻结权重也放在那里。可取",
+        "stream 把各个块的权重也放在那里。可取",
     "Prompts to render before, during and after training, with ::: between them. They are rendered at every validation "
     "as well as before the first step and after the last.":
         "训练之前、之中和之后用来渲染视频的提示词，多条用 ::: 隔开。第一步之前、每次验证时和最后一步之后都渲染。",

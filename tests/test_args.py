@@ -91,7 +91,6 @@ prodigy_use_bias_correction | flag | False |
 prodigy_safeguard_warmup | flag | False |
 use_cpu_offload_optimizer | flag | False |
 offload_gradients | flag | False |
-states_on_gpu | float | None |
 tracker_name | str | None |
 push_to_hub | flag | False |
 hub_token | str | None |
@@ -130,6 +129,7 @@ seed | int | 42 |
 num_artifact_workers | int | 4 |
 """
 NEW_TRAINING_FLAGS = {
+    "states_on_gpu": None,
     "allow_cpu": False,
     "allow_outside_root": False,
     "overwrite": False,
