@@ -2,7 +2,7 @@
 """Benchmark training runs, one CSV row per run: time, memory, model FLOP utilization, versions, GPU.
 
     python benchmarks/bench.py 5b-reference 5b-balanced 5b-balanced+fp8@fa4 2b-speed+batch4
-    python benchmarks/bench.py 5b-stream+validated+cap5.5 5b-offload+sft+accum4+cap15.5
+    python benchmarks/bench.py 5b-stream+validated+cap5.5 5b-offload+sft+accum4+cap15.5 5b-offload+sft+share0.5
 
 A row is MODEL-LEVEL plus additions, see the tables at the top of this file. Each runs in its own process under
 step_time.py, on a model of the real size with random weights and random prepared data, made once in the work folder.
@@ -56,8 +56,10 @@ ADDITIONS = {
     "@fa4": "--attention fa4",
     "@math": "--attention math",
 }
-# With defaults; +accum4: micro-steps per update; +cap5.5: torch may reserve 5.5 GiB on the GPU
-COUNTS = {"+batch": 1, "+rank": 64, "+accum": 1, "+cap": None}
+# With defaults; +accum4: micro-steps per update; +cap5.5: torch may reserve 5.5 GiB on the GPU; +share0.5: half of the
+# blocks have their optimizer states on the GPU
+COUNTS = {"+batch": 1, "+rank": 64, "+accum": 1, "+cap": None, "+share": None}
+WITH_FRACTION = ("+cap", "+share")
 PROMPT = "A red ball rolls over the grass."
 NUM_CLIPS = 8
 RAW_FLAGS = ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
@@ -72,6 +74,7 @@ class Row(NamedTuple):
     rank: int
     accumulation: int
     cap: float | None  # GiB
+    share: float | None
 
     @property
     def is_sft(self):
@@ -101,15 +104,15 @@ def parse_row(label):
     for addition in additions:
         counted = re.fullmatch(r"(\+[a-z]+)(\d+(?:\.\d+)?)", addition)
         if counted and counted[1] in COUNTS:
-            counts[counted[1]] = float(counted[2]) if counted[1] == "+cap" else int(counted[2])
+            counts[counted[1]] = float(counted[2]) if counted[1] in WITH_FRACTION else int(counted[2])
         elif addition not in ADDITIONS:
             raise ValueError(
                 f"{label}: {addition} is none of {', '.join([*ADDITIONS, *(f'{key}N' for key in COUNTS)])}"
             )
     if level == "reference" and ("+sft" in additions or counts["+accum"] > 1):
         raise ValueError(f"{label}: the reference trains a LoRA, one batch per update")
-    if level == "stream" and "+sft" in additions:
-        raise ValueError(f"{label}: full fine-tuning has no level stream")
+    if counts["+share"] is not None and not (level in ("offload", "stream") and "+sft" in additions):
+        raise ValueError(f"{label}: only full fine-tuning at offload and stream has a share of states on the GPU")
     additions = tuple(sorted(additions))
     return Row(head + "".join(additions), model, level, additions, *counts.values())
 
@@ -155,6 +158,7 @@ def script_flags(row, steps):
         return [*flags, *size_flags(row), *added]
     flags += [*data_flags(row), "--mixed_precision", "bf16", "--optimizer", "adamw"]
     flags += ["--gradient_accumulation_steps", str(row.accumulation)] if row.accumulation > 1 else []
+    flags += [] if row.share is None else ["--states_on_gpu", str(row.share)]
     flags += ["--learning_rate", "1e-5" if row.is_sft else "1e-4", "--lr_warmup_steps", "0", "--allow_tf32"]
     flags += ["--checkpointing_steps", "100000", "--output_dir", f"runs/{row.label}"]
     if row.is_validated:

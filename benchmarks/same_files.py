@@ -5,10 +5,11 @@
     python benchmarks/same_files.py 2b --sft --accumulation 1
 
 Hashes detect an asynchronous copy that is occasionally late; a similarity measure would not. Models have the real size
-and random weights; clips of two lengths alternate, by default two per update, with torch's deterministic algorithms. With --sft the
-fp32 weights are compared: all on the GPU (balanced), with optimizer states and gradients in host memory (+hostadam), and
-with activations there too (offload). Runs already in the CSV are skipped, so several calls can fill it. The exit code
-is 1 unless every model has a single hash.
+and random weights; clips of two lengths alternate, by default two per update, with torch's deterministic algorithms.
+With --sft the fp32 weights are compared: all on the GPU (balanced), with optimizer states and gradients in host memory
+(+hostadam), with activations there too (offload), with the states of some blocks on the GPU (+share), and with weights
+on the host (stream). Runs already in the CSV are skipped, so several calls can fill it. The exit code is 1 unless every
+model has a single hash.
 """
 
 import csv
@@ -28,7 +29,7 @@ from step_time import ROOT, append_row, check_csv, command_line, package_version
 
 
 LEVELS = ("balanced", "offload", "stream")
-SFT_LEVELS = ("balanced", "balanced+hostadam", "offload")
+SFT_LEVELS = ("balanced", "balanced+hostadam", "offload", "offload+share0.5", "offload+share1", "stream")
 FIELDS = ["model", "level", "attention", "steps", "frames", "run", "sha256", "card", *package_versions(), "command"]
 
 
@@ -54,6 +55,7 @@ def command_of(run, args, output_dir):
     command += ["--max_train_steps", args.steps, "--mixed_precision", "bf16", "--optimizer", "adamw", "--seed", 42]
     command += ["--learning_rate", "1e-5" if row.is_sft else "1e-4", "--lr_warmup_steps", 0]
     command += ["--checkpointing_steps", 100000]
+    command += [] if row.share is None else ["--states_on_gpu", row.share]
     command += [flag for name in row.additions for flag in ADDITIONS.get(name, "").split()]
     return [str(word) for word in command]
 
@@ -122,7 +124,9 @@ def parse_args(argv=None):
     parser = console.Parser(description=__doc__)
     parser.add_argument("models", nargs="+", choices=MODELS, metavar="MODEL", help="such as 5b")
     parser.add_argument("--sft", action="store_true", help="full fine-tuning instead of a LoRA")
-    parser.add_argument("--levels", nargs="+", choices=[*LEVELS, SFT_LEVELS[1]], help="of --memory (default: all)")
+    parser.add_argument(
+        "--levels", nargs="+", choices=dict.fromkeys([*LEVELS, *SFT_LEVELS]), help="of --memory (default: all)"
+    )
     parser.add_argument("--accumulation", type=int, default=2, help="clips per update (default: %(default)s)")
     parser.add_argument("--times", type=int, default=3, help="runs at each level (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="updates of a run (default: %(default)s)")

@@ -511,7 +511,7 @@ def test_every_idle_flag_is_tried():
 @pytest.mark.parametrize("flag", IDLE_USES)
 def test_a_flag_without_what_it_needs_is_warned_of(flag, capsys):
     """Not refused: the original's wrappers pass them always."""
-    value, script = IDLE_USES[flag], "t2v_sft" if flag == "ema_decay" else "i2v_lora"
+    value, script = IDLE_USES[flag], "t2v_sft" if flag in ("ema_decay", "states_on_gpu") else "i2v_lora"
     parse_training_args(script, [*TRAIN, f"--{flag}", *([] if value is None else [value])])
     lines = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
     assert len(lines) == 1 and f"warning: --{flag}: no effect without --" in lines[0]

@@ -201,7 +201,17 @@ def test_full_fine_tuning_runs_at_its_levels_and_is_validated_in_whole_frames():
 
 
 @pytest.mark.parametrize(
-    "label", ["5b", "5b-fast", "3b-speed", "5b-speed+fp9", "5b-speed+batch", "5b-reference+sft", "5b-stream+sft"]
+    "label",
+    [
+        "5b",
+        "5b-fast",
+        "3b-speed",
+        "5b-speed+fp9",
+        "5b-speed+batch",
+        "5b-reference+sft",
+        "5b-stream+share1",
+        "5b-balanced+sft+share1",
+    ],
 )
 def test_a_row_of_no_table_is_refused_before_anything_runs(label, capsys):
     with pytest.raises(SystemExit, match="^2$"):

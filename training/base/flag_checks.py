@@ -49,8 +49,8 @@ IDLE_WITHOUT = (
     ("--ema", lambda args: args.ema, ("ema_decay",)),
     ("--use_cpu_offload_optimizer", lambda args: args.use_cpu_offload_optimizer, ("offload_gradients",)),
     (
-        "--memory offload or stream, or --use_cpu_offload_optimizer",
-        lambda args: args.memory in HOST_LEVELS or args.use_cpu_offload_optimizer,
+        "--memory auto, offload or stream, or --use_cpu_offload_optimizer",
+        lambda args: args.memory in ("auto", "plan", *HOST_LEVELS) or args.use_cpu_offload_optimizer,
         ("states_on_gpu",),
     ),
     (
