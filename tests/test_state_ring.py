@@ -220,6 +220,22 @@ def test_every_use_waits_for_what_it_needs(accumulation, storage, chunk, early, 
     assert_same(ring.model.parameters(), plain.model.parameters())
 
 
+def test_chunks_follow_each_other_without_waiting_for_the_way_back(monkeypatch):
+    """As many as there are slots: else the link is used in one direction at a time."""
+    monkeypatch.setattr(state_ring, "TransferStream", LateWork)
+    ring = RingRun(torch.optim.AdamW, HOST, chunk=256)
+    for number in (1, 2):
+        make_loss(ring.model, number).backward()
+        sent = ring.states.outward.queued
+        ring.optimizer.step()
+        for stream in (ring.states.inward, ring.states.inward_gradients):
+            assert len(stream.waiting) > state_ring.NUM_SLOTS
+            first = [after for _, after in stream.waiting][: state_ring.NUM_SLOTS]
+            assert all(
+                event.number <= sent + 1 for after in first for event in after
+            )  # + 1: the event of the last one
+
+
 @wherever
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_update_with_bad_gradients_changes_nothing(storage, bad):
@@ -449,32 +465,57 @@ def test_kernels_split_and_join_as_torch_does():
     assert_same(*halves)
 
 
+class Given(nn.Module):
+    """Weights whose gradients are what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(shape) for shape in ((24, 48), (5,), (48,), (72, 72)))
+        self.gradients = []
+
+    def forward(self, total):
+        return total + sum(
+            (weight * gradient).sum() for weight, gradient in zip(self.weights, self.gradients, strict=True)
+        )
+
+
+class GivenModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.blocks = Given(), nn.ModuleList(Given() for _ in range(8))
+
+    def backward(self, gradients):
+        total, rest = 0, iter(gradients)
+        for part in (self.embed, *self.blocks):
+            part.gradients = [next(rest) for _ in part.weights]
+            total = part(total)
+        total.backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_on_a_gpu_the_host_changes_no_bit(accumulation):
+def test_on_a_gpu_where_states_and_weights_are_changes_no_bit(accumulation):
     """Against torch's fused AdamW on the GPU, given the same gradients; repeated, so that a missing wait shows."""
     device, runs = torch.device("cuda", 0), []
     for storage in (DEVICE, HALF, HOST, HOST, STREAM, STREAM):
-        torch.manual_seed(0)
-        model = Model(8)
+        model = GivenModel()
         states = StateRing(model, model.blocks, device, storage, accumulation > 1, chunk=1024)
-        optimizer = RingAdam(states, torch.optim.AdamW, SETTINGS)
-        runs.append((model, states, optimizer))
+        runs.append((model, states, RingAdam(states, torch.optim.AdamW, SETTINGS)))
     plain = [weight.detach().float().requires_grad_() for weight in masters_of(runs[0][1])]
     torchs = torch.optim.AdamW(plain, **SETTINGS, fused=True)
     for step in range(20):
         sums = [None] * len(plain)
         for micro_step in range(accumulation):
+            seeds = [torch.Generator().manual_seed(100 * step + 10 * micro_step + n) for n in range(len(plain))]
             gradients = [
-                torch.randn(weight.shape, generator=torch.Generator().manual_seed(100 * step + 10 * micro_step + n))
-                for n, weight in enumerate(plain)
+                torch.randn(weight.shape, generator=seed).to(device).bfloat16()
+                for weight, seed in zip(plain, seeds, strict=True)
             ]
             for model, *_ in runs:
-                model(torch.randn(3, 8, device=device).bfloat16())
-                for weight, gradient in zip(model.parameters(), gradients, strict=True):
-                    weight.backward(gradient.to(device).bfloat16())
-            rounded = [gradient.to(device).bfloat16().float() for gradient in gradients]
-            sums = [new if old is None else old + new for old, new in zip(sums, rounded, strict=True)]
+                model.backward(gradients)
+            floats = [gradient.float() for gradient in gradients]
+            sums = [new if old is None else old + new for old, new in zip(sums, floats, strict=True)]
         norms = [optimizer.step(1.0)[0] for *_, optimizer in runs]
         assert len(set(map(float, norms))) == 1
         coefficient = torch.clamp(1.0 / (norms[0] + 1e-6), max=1.0)
@@ -484,3 +525,21 @@ def test_on_a_gpu_the_host_changes_no_bit(accumulation):
     for _, states, _ in runs:
         states.complete()
         assert_same(masters_of(states), plain)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_8bit_states_are_the_same_wherever_they_are():
+    device, kept = torch.device("cuda", 0), []
+    for storage in (DEVICE, HALF, HOST, STREAM):
+        model = GivenModel()
+        states = StateRing(model, model.blocks, device, storage._replace(low_bit=True), chunk=1024)
+        optimizer = RingAdam(states, torch.optim.AdamW, SETTINGS)
+        for step in range(10):
+            seeds = [torch.Generator().manual_seed(10 * step + n) for n in range(len(states.params))]
+            pairs = zip(states.params, seeds, strict=True)
+            model.backward([torch.randn(w.shape, generator=seed).to(device).bfloat16() for w, seed in pairs])
+            optimizer.step(1.0)
+        states.complete()
+        kept.append(masters_of(states))
+    for masters in kept[1:]:
+        assert_same(masters, kept[0])

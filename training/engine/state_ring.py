@@ -252,6 +252,7 @@ class StateRing:
 
     def queue_update(self, index: int, block: BlockStates, step: Step) -> None:
         weights, ready = self.weights.lend(index) if self.weights else (None, step.ready)
+        kept = block.kept  # of the update before: chunks do not wait for one another
         for chunk in block.chunks:
             weight = None if weights is None else weights.view(torch.bfloat16)[chunk.inside]
             here, slot, after = block.parts(chunk), None, [step.ready, ready]
@@ -260,7 +261,7 @@ class StateRing:
                 slot = self.slots[self.turn % len(self.slots)]
                 self.turn += 1
                 there = slot.parts(chunk)
-                after += self.fetch(here, there, after=[slot.free, block.kept], sent=step.sent)
+                after += self.fetch(here, there, after=[slot.free, kept], sent=step.sent)
             update = functools.partial(self.arithmetic.apply, chunk, there, block.gradients, step, weight)
             block.updated = self.work.run(update, after)
             changed = [(here[name], there[name]) for name in self.states] if slot else []
