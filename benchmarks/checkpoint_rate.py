@@ -95,8 +95,7 @@ def make_state(flags, folder):
     given += ["balanced", "--mixed_precision", "bf16", "--optimizer", "adamw", "--lr_warmup_steps", "0", *flags]
     args = parse_training_args("t2v_sft", given)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    block_loader = compose.block_loader_from_args(args, args.memory, device)
-    transformer = load_transformer(folder, torch.float32, load_blocks=block_loader)
+    transformer = load_transformer(folder, torch.float32)
     heads = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     dtype = torch.bfloat16
     engine = compose.build_sft_engine_from_args(args, args.memory, transformer, (1, 300, *heads), dtype, dtype, device)

@@ -215,7 +215,7 @@ def test_the_rule_on_flags_sees_reading_alone():
 TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]
 # What a task does in its own way: which engine, whether all of it fits, image-to-video's first frame, and draws
 OWN_SERVICES = {
-    "compose.build_lora_engine_from_args", "compose.build_sft_engine_from_args", "levels.check_sft_fits",
+    "compose.build_lora_engine_from_args", "compose.build_sft_engine_from_args",
     "encoding.IMAGE_NOISE_MEAN", "encoding.IMAGE_NOISE_STD", "encoding.encode_noised_images", "encoding.pixels_to_unit",
     "inputs.sample_image_latents", "inputs.condition_on_first_frame", "inputs.ofs_input", "inputs.latent_shape",
     "objective.draw_normal", "objective.draw_uniform",

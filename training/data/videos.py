@@ -263,7 +263,7 @@ class VideoDataset(Dataset):
         names = [windowed(clip.source, clip.window) if as_written else clip.identity for clip in self.clips]
         return hash_rows(zip(names, self.prompts, self.clip_buckets, strict=True))
 
-    def content(self) -> str:
+    def hash_files(self) -> str:
         """Hash of the content of the clips' files, independent of their location."""
         return hash_files([clip.video for clip in self.clips])
 

@@ -35,24 +35,24 @@ from engine.state_ring import StateRing
 from memory.activations import offload_activations
 from memory.quantization import frozen_linears, frozen_products, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks, uses_triton
-from memory.streaming import load_blocks, stream_weights
+from memory.streaming import stream_weights
 
 
 logger = logging.getLogger(__name__)
 
 
 def build_lora_engine_from_args(
-    args, level, transformer: nn.Module, pipeline_class, shape: tuple, device: torch.device, seed: int, resumes: bool
+    args, level, transformer: nn.Module, model, shape: tuple, run, resumes: bool
 ) -> LoraEngine:
-    """Prepare `transformer`, frozen, on the CPU and in the compute dtype, for training a LoRA on `device`.
+    """Prepare `transformer`, frozen, on the CPU and in the compute dtype, for training a LoRA on the run's device.
 
-    `level`: memory level or None; `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` ignores
-    --init_lora.
+    `level`: memory level or None; `shape`: [B, S, heads, head_dim] of the largest batch. Read from `model`: its pipeline
+    class, to check the result with. A run that `resumes` ignores --init_lora.
     """
-    dtype = transformer.dtype
+    dtype, device = transformer.dtype, run.device
     attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
     names, init = args.lora_target_modules, args.lora_init
-    params = add_lora(transformer, args.rank, args.lora_alpha, seed, names, init, args.use_dora, args.use_rslora)
+    params = add_lora(transformer, args.rank, args.lora_alpha, run.seed, names, init, args.use_dora, args.use_rslora)
     if args.init_lora and not resumes:
         start_from_lora(transformer, Path(args.init_lora))
     if args.base_precision != "bf16":
@@ -67,7 +67,7 @@ def build_lora_engine_from_args(
     transformer.to(device).train()
     STARTUP.mark("engine")
     trained = masters.params if masters else params
-    return LoraEngine(transformer, trained, inference_notes_from_args(args), level, pipeline_class, masters)
+    return LoraEngine(transformer, trained, inference_notes_from_args(args), level, model.pipeline_class, masters)
 
 
 def build_sft_engine_from_args(
@@ -175,13 +175,6 @@ def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, 
         offload_activations(transformer.transformer_blocks, device)
     if level == "stream":
         stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves the blocks in host memory
-
-
-def block_loader_from_args(args, level: str | None, device: torch.device) -> Callable | None:
-    """The block loader for `load_transformer`, if the blocks' weights stay in host memory unquantized; else None."""
-    if level == "stream" and args.base_precision == "bf16":
-        return functools.partial(load_blocks, device=device)
-    return None
 
 
 def inference_notes_from_args(args) -> dict:

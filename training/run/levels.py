@@ -30,10 +30,12 @@ ON_HOST = "fp32 weights, gradients and optimizer states"
 
 
 def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lora: bool) -> str | None:
-    """Resolve --memory: auto is the fastest level that fits on all ranks, UsageError if none does.
+    """Resolve --memory: auto is the fastest level that fits on all ranks. UsageError if the run cannot fit.
 
     Call it before anything is on the GPU. `buckets`: (frames, height, width) of the clips, in pixels.
     """
+    if not is_lora:
+        check_sft_fits(args, model.num_parameters, dtype, device)
     level = args.memory
     if level == "auto" and device.type != "cuda":
         logger.info("--memory auto: speed, since there is no GPU to run out of memory")
