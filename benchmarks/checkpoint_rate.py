@@ -35,7 +35,7 @@ from step_time import GIB, append_row, check_csv, command_line, package_versions
 KIND, WEIGHTS_5B = "5b", 5.57e9
 LATENTS = (1, 3, 16, 8, 12)  # [B, F, C, H, W]: small, since only the weights matter
 INTERVAL = 0.005  # seconds between two looks at the memory
-IDENTITY = {"seed": 0}
+PROVENANCE = {"seed": 0}
 FIELDS = ["label", "billions", "gb", "write_s", "write_gb_s", "write_growth_gib", "load_s", "load_gb_s"]
 FIELDS += ["load_growth_gib", "write_5b_s", "load_5b_s", "card", *package_versions(), "command"]
 
@@ -129,7 +129,7 @@ def write(state, folder):
 
     with Phase() as phase:
         state.complete()
-        path = write_checkpoint(folder, 1, state, IDENTITY)
+        path = write_checkpoint(folder, 1, state, PROVENANCE)
     return phase, path
 
 
@@ -141,7 +141,7 @@ def load(state, path):
     forget_pages(path)
     with Phase() as phase:
         assert find_damage(path, checkpoints.is_loaded) is None
-        checkpoints.load(path, state, IDENTITY)
+        checkpoints.load(path, state, PROVENANCE)
         synchronize()
     return phase
 

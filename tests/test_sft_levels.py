@@ -65,7 +65,7 @@ def test_a_run_goes_on_at_another_level(train, first, monkeypatch, tmp_path):
     whole = train("whole", *BF16, *LEVELS["offload"])
     with monkeypatch.context() as patched:
         if first == "fp32 masters":
-            patched.setattr(compose, "choose_masters", lambda *_: "fp32")
+            patched.setattr(compose, "choose_masters_from_args", lambda *_: "fp32")
         begun = train("begun", *BF16, *LEVELS.get(first, ()))
         assert losses(begun) == losses(whole)
     for number, more in enumerate([LEVELS["resident"], LEVELS["host"]]):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from base.flag_parser import NO_MEANING, FlagParser
-from base.memory_levels import LEVELS, obstacle_to_splitting
+from base.memory_levels import LEVELS, obstacle_to_splitting_from_args
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
@@ -168,7 +168,7 @@ def check_sft_level(parser: FlagParser, args: argparse.Namespace):
     """Refuses levels that full fine-tuning does not have, or not with these flags."""
     if args.memory == "stream":
         parser.error("--memory stream: not available for full fine-tuning yet; use --memory offload")
-    obstacle = obstacle_to_splitting(args) if args.memory == "offload" else None
+    obstacle = obstacle_to_splitting_from_args(args) if args.memory == "offload" else None
     if obstacle:
         flag, instead = obstacle
         parser.error(

@@ -120,20 +120,20 @@ def encode_from_args(
     if run.rank == 0:
         warn_of_texts_from_args(args, model.folder, texts, max_length)
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    machine, place = divmod(run.rank, num_local)  # ranks are numbered machine by machine
+    machine, local_rank = divmod(run.rank, num_local)  # ranks are numbered machine by machine
     path = Path(args.output_dir, f"{STEM}-{machine}.safetensors")
-    key = key_from_args(args, model.folder, prompts, dtype, max_length)
+    key = key_of_embeds(args, model.folder, prompts, dtype, max_length)
     if any(exchange_on_host("captions-looked-for", "" if recorded_key(path) == key else "to be made")):
         shape = len(prompts), *model.text_shape
         header = file_header(key, shape, dtype)
-        problem = reserve(path, header, shape, dtype) if place == 0 else ""
+        problem = reserve(path, header, shape, dtype) if local_rank == 0 else ""
         if problems := [problem for problem in exchange_on_host("captions-room", problem) if problem]:
             raise StorageError(problems[0])
-        own = range(place, len(prompts), num_local)
-        given = (model.folder, prompts[place::num_local], dtype, run.device, max_length, args.variant, level)
+        own = range(local_rank, len(prompts), num_local)
+        given = (model.folder, prompts[local_rank::num_local], dtype, run.device, max_length, args.variant, level)
         write_rows(unfinished(path), len(header), own, encode(*given))
         exchange_on_host("captions-written")
-        if place == 0:
+        if local_rank == 0:
             flush(unfinished(path))
             rename(unfinished(path), path)
         exchange_on_host("captions-in-place")
@@ -148,7 +148,7 @@ def empty_embeds_from_args(args, dataset, embeds: Mapping, device: torch.device)
     return (dataset.empty_prompt_embeds() if args.load_tensors else embeds[""]).to(device)
 
 
-def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype, max_length: int) -> str:
+def key_of_embeds(args, model_dir: Path, prompts: list[str], dtype: torch.dtype, max_length: int) -> str:
     """Hash of everything that determines the file's content. T5's files count by size and time: hashing takes long."""
     paths = [path for part in ("text_encoder", "tokenizer") for path in sorted((model_dir / part).iterdir())]
     parts = {

@@ -98,6 +98,6 @@ def mean_losses(accelerator, held_out: HeldOut, sums: torch.Tensor) -> dict:
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     means = (sums / held_out.num_clips).tolist()
-    edges = [held_out.num_timesteps * place // NUM_BINS for place in range(NUM_BINS + 1)]
+    edges = [held_out.num_timesteps * number // NUM_BINS for number in range(NUM_BINS + 1)]
     bins = {f"{first}-{last - 1}": mean for first, last, mean in zip(edges, edges[1:], means, strict=False)}
     return {"loss": sum(means) / NUM_BINS, "bins": bins}

@@ -15,7 +15,7 @@ from base.startup import STARTUP
 from data.captions import embeds_bytes
 from data.dataset import build_dataset_from_args
 from engine.deepspeed_zero import uses_deepspeed
-from engine.master_weights import choose_masters
+from engine.master_weights import choose_masters_from_args
 from engine.optimizers import state_bytes_from_args
 from memory.allocator import expand_segments, uses_expandable_segments
 from memory.estimate import GIB, Workload, fastest_that_fits, nearest_level, table
@@ -89,12 +89,12 @@ def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], 
     """Disk space for the captions' embeddings. Their file is mapped, so they do not count as host memory."""
     num_captions = len(set(prompts)) + 1  # the empty one
     needed = embeds_bytes((num_captions, *text_shape), dtype)
-    place = nearest_folder(output_dir)
-    free = free_bytes(place)
+    folder = nearest_folder(output_dir)
+    free = free_bytes(folder)
     verdict = "yes" if needed <= free else "no"
     return (
         f"disk: {needed / GIB:.1f} GiB for the embeddings of {num_captions} captions, as long as the run lasts; "
-        f"{free / GIB:.1f} GiB are free in {place}; fits: {verdict}"
+        f"{free / GIB:.1f} GiB are free in {folder}; fits: {verdict}"
     )
 
 
@@ -168,7 +168,7 @@ def num_ranks() -> int:
 
 
 def kind_of_masters(args, level: str | None, dtype: torch.dtype) -> str:
-    return choose_masters(args, level, dtype, num_ranks())
+    return choose_masters_from_args(args, level, dtype, num_ranks())
 
 
 def accumulates(args) -> bool:

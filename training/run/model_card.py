@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from base.files import write_text
 from base.memory_levels import HOST
-from engine.master_weights import choose_masters
+from engine.master_weights import choose_masters_from_args
 from engine.sft import SUBFOLDER
 from run.export import COMFYUI_NAME, KOHYA_NAME
 
@@ -152,7 +152,7 @@ def optimizer_text(args, summary: RunSummary) -> str:
     """States that only lie on the host, and are updated on the GPU, change no bit: they are not mentioned."""
     bits = {"use_8bit": "8-bit", "use_4bit": "4-bit", "use_fp8": "fp8"}
     states = [f", {name} states" for flag, name in bits.items() if getattr(args, flag)]
-    kind = choose_masters(args, args.memory, summary.dtype, summary.run.num_ranks)
+    kind = choose_masters_from_args(args, args.memory, summary.dtype, summary.run.num_ranks)
     on_cpu = args.use_cpu_offload_optimizer and (summary.is_lora or kind == HOST)
     return args.optimizer + "".join(states) + (", on the CPU" if on_cpu else "")
 
