@@ -17,7 +17,7 @@ from engine.optimizers import make_lr_scheduler_from_args, split_tensors
 from engine.sft import by_name, check_saved_transformer, load_weights, save_transformer, save_weights, setter
 from engine.split import rounded
 from engine.update import TrainingState, update
-from run import checkpoints
+from run import checkpoints, levels
 from run.checkpoints import write_checkpoint
 from run.levels import check_sft_fits
 from test_checkpointing import run_in
@@ -386,3 +386,10 @@ def test_offload_is_refused_where_states_cannot_be_streamed(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UsageError, match="DeepSpeed has an optimizer of its own; use --memory balanced"):
         check_sft_fits(args, 1e6, torch.bfloat16, CPU)
+
+
+def test_choosing_a_level_refuses_full_fine_tuning_that_cannot_have_it():
+    args, model = sft_flags("--memory", "offload"), Namespace(num_parameters=1e6)
+    assert levels.choose(args, model, [(9, 64, 96)], torch.bfloat16, CPU, is_lora=False) == "offload"
+    with pytest.raises(UsageError, match="in bf16 only"):
+        levels.choose(args, model, [(9, 64, 96)], torch.float32, CPU, is_lora=False)

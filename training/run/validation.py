@@ -129,9 +129,8 @@ def make_samples(args, run, model, validation_set: ValidationSet, vae, embeds: d
     """What every validation renders."""
     prompts, images, _, size = validation_set
     fps = args.fps if "fps" in args.given else model.fps
-    return Samples(
-        prompts, images, size, fps, run.seed, embeds, partial(model.make_pipeline, vae, args.image_latent_scale)
-    )
+    make_pipeline = partial(model.make_pipeline, vae, args.image_latent_scale)  # from a transformer
+    return Samples(prompts, images, size, fps, run.seed, embeds, make_pipeline)
 
 
 # ---------------------------------------------------------------- a validation
