@@ -35,7 +35,7 @@ from step_time import GIB, append_row, check_csv, command_line, package_versions
 KIND, WEIGHTS_5B = "5b", 5.57e9
 LATENTS = (1, 3, 16, 8, 12)  # [B, F, C, H, W]: small, since only the weights matter
 INTERVAL = 0.005  # seconds between two looks at the memory
-IDENTITY = {"seed": 0}
+PROVENANCE = {"seed": 0}
 FIELDS = ["label", "billions", "gb", "write_s", "write_gb_s", "write_growth_gib", "load_s", "load_gb_s"]
 FIELDS += ["load_growth_gib", "write_5b_s", "load_5b_s", "card", *package_versions(), "command"]
 
@@ -95,11 +95,12 @@ def make_state(flags, folder):
     given += ["balanced", "--mixed_precision", "bf16", "--optimizer", "adamw", "--lr_warmup_steps", "0", *flags]
     args = parse_training_args("t2v_sft", given)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    block_loader = compose.block_loader_from_args(args, args.memory, device)
-    transformer = load_transformer(folder, torch.float32, load_blocks=block_loader)
+    transformer = load_transformer(folder, torch.float32)
     heads = transformer.config.num_attention_heads, transformer.config.attention_head_dim
     dtype = torch.bfloat16
-    engine = compose.build_sft_engine_from_args(args, args.memory, transformer, (1, 300, *heads), dtype, dtype, device)
+    engine = compose.build_sft_engine_from_args(
+        args, args.memory, 0.0, transformer, (1, 300, *heads), dtype, dtype, device
+    )
     optimizer = compose.build_optimizer_from_args(args, None, engine, args.learning_rate)
     return TrainingState(engine, optimizer, optimizers.make_lr_scheduler_from_args(args, optimizer, 100))
 
@@ -130,7 +131,7 @@ def write(state, folder):
 
     with Phase() as phase:
         state.complete()
-        path = write_checkpoint(folder, 1, state, IDENTITY)
+        path = write_checkpoint(folder, 1, state, PROVENANCE)
     return phase, path
 
 
@@ -142,7 +143,7 @@ def load(state, path):
     forget_pages(path)
     with Phase() as phase:
         assert find_damage(path, checkpoints.is_loaded) is None
-        checkpoints.load(path, state, IDENTITY)
+        checkpoints.load(path, state, PROVENANCE)
         synchronize()
     return phase
 

@@ -119,9 +119,9 @@ def make_transformer(task, row, rank):
     flags = ["--pretrained_model_name_or_path", str(task.model.folder), "--data_root", ".", "--load_tensors"]
     flags += ["--gradient_checkpointing"] if level == "checkpointing" else ["--memory", level]
     flags += ["--rank", str(rank), "--lora_alpha", str(rank), "--attention", attention, "--base_precision", precision]
-    args = parse_training_args(task.key, flags)
+    args, run = parse_training_args(task.key, flags), argparse.Namespace(device=task.device, seed=SEED)
     return build_lora_engine_from_args(
-        args, args.memory, transformer, None, task.shape, task.device, SEED, resumes=False
+        args, args.memory, transformer, task.model, task.shape, run, resumes=False
     ).transformer
 
 

@@ -28,7 +28,7 @@ from run.checkpoints import write_checkpoint
 from run.exits import run_script
 from run.output_dir import checkpoint_dirs, open_output_dir, write_record
 from run.result import check_disk
-from test_checkpointing import FACTS, MAIN, OneTensorEngine, make_state, run_in, step
+from test_checkpointing import MAIN, PROVENANCE, OneTensorEngine, make_state, run_in, step
 
 
 KILLED = 77
@@ -63,7 +63,7 @@ def out(state, tmp_path):
     open_output_dir(flags(folder), MAIN)
     write_record(flags(folder), 5, {})
     for number in (1, 2):
-        write_checkpoint(folder, number, state, FACTS)
+        write_checkpoint(folder, number, state, PROVENANCE)
     release_locks()
     return folder
 
@@ -75,7 +75,7 @@ def continued(out, *more):
     try:
         if path := checkpoints.find(args, run, 100, {}):
             resumed = make_state(engine_class=FolderEngine)
-            path = out / f"checkpoint-{checkpoints.resume(args, run, path, resumed, FACTS)}"
+            path = out / f"checkpoint-{checkpoints.resume(args, run, path, resumed, PROVENANCE)}"
             assert content_of(resumed) == content_of(loaded(path))
         return path
     finally:
@@ -84,7 +84,7 @@ def continued(out, *more):
 
 def loaded(path):
     state = make_state(engine_class=FolderEngine)
-    checkpoints.load(path, state, FACTS)
+    checkpoints.load(path, state, PROVENANCE)
     return state
 
 
@@ -171,7 +171,7 @@ def test_a_save_killed_at_every_file_operation_loses_nothing(number, state, out,
     args, run = Namespace(checkpoints_total_limit=2), run_in(tmp_path / "copy")
 
     def save():
-        checkpoints.save(args, run, number, state, FACTS)
+        checkpoints.save(args, run, number, state, PROVENANCE)
 
     def copy():
         shutil.rmtree(run.output_dir, ignore_errors=True)
@@ -191,7 +191,7 @@ def test_a_save_killed_at_every_file_operation_loses_nothing(number, state, out,
         assert int(path.name.removeprefix("checkpoint-")) >= 2, f"killed at operation {last}, {operations[last - 1]}"
         assert not [left for left in folder.iterdir() if left.name.startswith((".tmp", ".old"))]
         other = make_state()
-        reached.add(checkpoints.load(path, other, FACTS))
+        reached.add(checkpoints.load(path, other, PROVENANCE))
         assert torch.equal(other.engine.weight, state.engine.weight)
     assert reached == {2, number}
 
@@ -204,7 +204,7 @@ def test_everything_is_on_the_disk_before_the_rename(state, tmp_path, monkeypatc
     )
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
-    path = write_checkpoint(tmp_path, 3, state, FACTS)
+    path = write_checkpoint(tmp_path, 3, state, PROVENANCE)
     place = events.index("rename", len(events) - 2)
     flushed = [event.name for event in events[:place]]
     files = {file.name for file in path.rglob("*") if file.is_file()}
@@ -271,12 +271,12 @@ NUMBERS = "optimizer.safetensors", "weight.safetensors"  # found to be damaged o
 def test_damage_found_while_loading_leaves_nothing_behind(name, state, out, caplog):
     """The newest has other weights, states and rates; of those, none is trained from."""
     step(state, 3)
-    write_checkpoint(out, 3, state, FACTS)
+    write_checkpoint(out, 3, state, PROVENANCE)
     flip(out / "checkpoint-3" / name)
     args, run, resumed = flags(out), run_in(out), make_state(engine_class=FolderEngine)
     newest = checkpoints.find(args, run, 100, {})
     assert newest == out / "checkpoint-3" and not caplog.text
-    assert checkpoints.resume(args, run, newest, resumed, FACTS) == 2
+    assert checkpoints.resume(args, run, newest, resumed, PROVENANCE) == 2
     assert f"{newest} cannot be used: {name} was changed after it was written" in caplog.text
     assert content_of(resumed) == content_of(loaded(out / "checkpoint-2")) != content_of(state)
 
@@ -287,13 +287,13 @@ def test_if_all_turn_out_damaged_the_run_is_refused(name, out, caplog):
         flip(out / f"checkpoint-{number}" / name)
     args, run = flags(out), run_in(out)
     with pytest.raises(UsageError, match=rf"none of its 2 checkpoints is intact .*{name}.*--overwrite"):
-        checkpoints.resume(args, run, checkpoints.find(args, run, 100, {}), make_state(), FACTS)
+        checkpoints.resume(args, run, checkpoints.find(args, run, 100, {}), make_state(), PROVENANCE)
     assert [record.getMessage().split()[0][-12:] for record in caplog.records] == ["checkpoint-2", "checkpoint-1"]
 
 
 def test_older_ones_that_are_damaged_too_are_passed_over(state, out, caplog):
     for number in (3, 4):
-        write_checkpoint(out, number, state, FACTS)
+        write_checkpoint(out, number, state, PROVENANCE)
     flip(out / "checkpoint-4/optimizer.safetensors")
     (out / "checkpoint-3/state.json").unlink()
     flip(out / "checkpoint-2/weight.safetensors")
@@ -303,7 +303,7 @@ def test_older_ones_that_are_damaged_too_are_passed_over(state, out, caplog):
 
 def test_two_names_of_one_step_are_tried_once_each(state, out):
     (out / "checkpoint-2").rename(out / "checkpoint-02")
-    write_checkpoint(out, 2, state, FACTS)
+    write_checkpoint(out, 2, state, PROVENANCE)
     for name in ("checkpoint-1", "checkpoint-2", "checkpoint-02"):
         flip(out / name / "weight.safetensors")
     with pytest.raises(UsageError, match="none of its 3 checkpoints is intact"):
@@ -331,12 +331,12 @@ def test_a_file_beside_those_of_the_checkpoint_does_no_harm(out):
 
 def test_a_damaged_later_checkpoint_does_not_push_out_the_good_ones(state, out):
     """After a fall back the next saves are older than the damaged one: with a limit of 1 it must not be what is kept."""
-    write_checkpoint(out, 20, state, FACTS)
+    write_checkpoint(out, 20, state, PROVENANCE)
     flip(out / "checkpoint-20/weight.safetensors")
     args, run = Namespace(checkpoints_total_limit=1), run_in(out)
-    checkpoints.save(args, run, 3, state, FACTS)
+    checkpoints.save(args, run, 3, state, PROVENANCE)
     assert continued(out) == out / "checkpoint-3"
-    checkpoints.save(args, run, 20, state, FACTS)
+    checkpoints.save(args, run, 20, state, PROVENANCE)
     assert [path.name for path in checkpoint_dirs(out)] == ["checkpoint-20"] and not partial(out)
 
 
@@ -347,7 +347,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(state, out, monkeypatc
     args, run = Namespace(checkpoints_total_limit=1), run_in(out)
     with monkeypatch.context() as patches:
         patches.setattr(files_module.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or fail())
-        checkpoints.save(args, run, 3, state, FACTS)
+        checkpoints.save(args, run, 3, state, PROVENANCE)
     assert "checkpoint-1: cannot be removed (Permission denied)" in caplog.text
     assert continued(out) == out / "checkpoint-3"
 
@@ -362,7 +362,7 @@ def test_numbers_that_are_not_finite_are_written_nowhere(place, value, state, ou
     tensor = weight.data if place == "weight" else state.optimizer.state[weight]["exp_avg"]
     tensor[2] = value
     with pytest.raises(NumbersError, match="weights or optimizer states are no longer finite"):
-        write_checkpoint(out, 3, state, FACTS)
+        write_checkpoint(out, 3, state, PROVENANCE)
     assert [path.name for path in checkpoint_dirs(out)] == ["checkpoint-1", "checkpoint-2"]
     assert not list(out.glob(".tmp-*"))
 
@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(limit, state, out, capsys):
     def save():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            checkpoints.save(Namespace(checkpoints_total_limit=1), run_in(out), 3, state, FACTS)
+            checkpoints.save(Namespace(checkpoints_total_limit=1), run_in(out), 3, state, PROVENANCE)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -634,7 +634,7 @@ def test_levels_of_full_fine_tuning_are_proven_by_the_hashes_of_fp32_weights(wor
 def test_full_fine_tuning_is_compared_wherever_its_states_are():
     args = same_files.parse_args(["2b", "--sft"])
     runs = same_files.runs_of(args)
-    assert len(runs) == 9 and [run["level"] for run in runs[:3]] == [
+    assert len(runs) == 18 and [run["level"] for run in runs[:3]] == [
         "balanced+sft",
         "balanced+hostadam+sft",
         "offload+sft",

@@ -125,7 +125,7 @@ def test_whatever_decides_the_embeddings_is_in_their_key(text_model, tmp_path):
     prompts = ["a dog", "a cat"]
 
     def key(*more, prompts=prompts, dtype=torch.float32, length=226):
-        return captions.key_from_args(flags(tmp_path, *more), text_model, prompts, dtype, length)
+        return captions.key_of_embeds(flags(tmp_path, *more), text_model, prompts, dtype, length)
 
     keys = {
         "as it was": key(),

@@ -24,8 +24,8 @@ from run.output_dir import checkpoint_dirs, open_output_dir, write_record
 
 
 MAIN = Namespace(is_main_process=True, num_processes=1, wait_for_everyone=lambda: None)  # what is used of Accelerator
-FACTS = {"seed": 1, "data": "abc", "num_processes": 1}
-CONTENT = {"data": "abc", "files": "d", "transformer": "e", "others": "f", "init_lora": None}
+PROVENANCE = {"seed": 1, "data": "abc", "num_processes": 1}
+HASHES = {"data": "abc", "files": "d", "transformer": "e", "others": "f", "init_lora": None}
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -90,9 +90,9 @@ def out(flags, state, tmp_path):
     """An output folder as a run of `flags()` left it: seed 5 drawn, checkpoints 2 and 10."""
     args = flags()
     assert open_output_dir(args, MAIN) is None
-    write_record(args, 5, CONTENT)
+    write_record(args, 5, HASHES)
     for number in (2, 10):
-        write_checkpoint(tmp_path / "out", number, state, FACTS)
+        write_checkpoint(tmp_path / "out", number, state, PROVENANCE)
     return tmp_path / "out"
 
 
@@ -108,11 +108,11 @@ def contents(folder):
 def test_continuing_is_bit_exact(name, tmp_path):
     state = make_state(name)
     step(state, 3)
-    path = write_checkpoint(tmp_path, 3, state, FACTS)
+    path = write_checkpoint(tmp_path, 3, state, PROVENANCE)
     step(state, 2)
 
     other = make_state(name)
-    assert checkpoints.load(path, other, FACTS) == 3
+    assert checkpoints.load(path, other, PROVENANCE) == 3
     assert torch.equal(load_file(path / "weight.safetensors")["weight"], other.engine.weight.data)
     step(other, 2)
     assert torch.equal(state.engine.weight, other.engine.weight)
@@ -148,10 +148,10 @@ def test_values_that_are_no_tensors_survive_too():
 def test_a_gradient_scaler_is_kept(state, tmp_path):
     state.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     state.scaler.scale(torch.ones(()))  # the scale exists from its first use
-    path = write_checkpoint(tmp_path, 1, state, FACTS)
+    path = write_checkpoint(tmp_path, 1, state, PROVENANCE)
     other = make_state()
     other.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    checkpoints.load(path, other, FACTS)
+    checkpoints.load(path, other, PROVENANCE)
     assert other.scaler.get_scale() == 8.0
 
 
@@ -160,10 +160,10 @@ def test_an_optimizer_may_take_its_states_one_by_one(state, tmp_path):
         def load_tensors(self, pairs, rest):
             self.pairs, self.rest = {name: tensor.clone() for name, tensor in pairs}, rest
 
-    path = write_checkpoint(tmp_path, 3, state, FACTS)
+    path = write_checkpoint(tmp_path, 3, state, PROVENANCE)
     other = make_state()
     other.optimizer = Streaming(other.engine.params)
-    assert checkpoints.load(path, other, FACTS) == 3
+    assert checkpoints.load(path, other, PROVENANCE) == 3
     tensors, rest = split_tensors(state.optimizer.state_dict())
     assert other.optimizer.pairs.keys() == tensors.keys() and other.optimizer.rest == json.loads(json.dumps(rest))
     assert all(torch.equal(other.optimizer.pairs[name], tensor) for name, tensor in tensors.items())
@@ -197,7 +197,7 @@ def test_numbers_that_are_not_finite_are_found_in_any_tensor(size, dtype):
 
 @pytest.mark.parametrize("place", ["save_state", "split_tensors", "save_tensors", "write_json", "rename"])
 def test_an_error_in_a_save_leaves_the_checkpoints_before(place, state, tmp_path, monkeypatch):
-    write_checkpoint(tmp_path, 1, state, FACTS)
+    write_checkpoint(tmp_path, 1, state, PROVENANCE)
     before = contents(tmp_path)
 
     def fail(*arguments, **options):
@@ -207,9 +207,9 @@ def test_an_error_in_a_save_leaves_the_checkpoints_before(place, state, tmp_path
         owner = {"save_state": state.engine, "rename": Path}.get(place, checkpoints)
         patches.setattr(owner, place, fail)
         with pytest.raises(OSError, match="No space"):
-            write_checkpoint(tmp_path, 2, state, FACTS)
+            write_checkpoint(tmp_path, 2, state, PROVENANCE)
     assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert write_checkpoint(tmp_path, 2, state, FACTS).name == "checkpoint-2"
+    assert write_checkpoint(tmp_path, 2, state, PROVENANCE).name == "checkpoint-2"
 
 
 def test_what_a_killed_save_left_is_removed(out, flags):
@@ -223,14 +223,14 @@ def test_what_a_killed_save_left_is_removed(out, flags):
 
 def test_the_number_orders_checkpoints_not_the_name(state, tmp_path):
     for number in (10, 9, 100):
-        write_checkpoint(tmp_path, number, state, FACTS)
+        write_checkpoint(tmp_path, number, state, PROVENANCE)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
 
 
 def test_pruning_keeps_the_newest_and_everything_else(state, tmp_path):
     (tmp_path / "checkpoint-mine").mkdir()
     for number in (8, 9, 10):
-        write_checkpoint(tmp_path, number, state, FACTS)
+        write_checkpoint(tmp_path, number, state, PROVENANCE)
     prune_checkpoints(tmp_path, None, 10)
     assert len(checkpoint_dirs(tmp_path)) == 3
     prune_checkpoints(tmp_path, 2, 10)
@@ -239,7 +239,7 @@ def test_pruning_keeps_the_newest_and_everything_else(state, tmp_path):
 
 def test_the_old_one_goes_only_when_the_new_one_is_there(state, tmp_path, monkeypatch):
     args, run = Namespace(checkpoints_total_limit=1), run_in(tmp_path)
-    checkpoints.save(args, run, 1, state, FACTS)
+    checkpoints.save(args, run, 1, state, PROVENANCE)
 
     def fail(*arguments):
         raise OSError(28, "No space left on device")
@@ -249,9 +249,9 @@ def test_the_old_one_goes_only_when_the_new_one_is_there(state, tmp_path, monkey
         patches.setattr(output_dir, "write_json", fail)
         patches.setattr(result, "write_json", fail)
         with pytest.raises(OSError, match="No space"):
-            checkpoints.save(args, run, 2, state, FACTS)
+            checkpoints.save(args, run, 2, state, PROVENANCE)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-1"]
-    checkpoints.save(args, run, 2, state, FACTS)
+    checkpoints.save(args, run, 2, state, PROVENANCE)
     assert [path.name for path in checkpoint_dirs(tmp_path)] == ["checkpoint-2"]
 
 
@@ -259,26 +259,26 @@ def test_only_the_main_process_writes(state, tmp_path):
     waited = []
     accelerator = Namespace(wait_for_everyone=lambda: waited.append(True))
     run = run_in(tmp_path, rank=1, accelerator=accelerator)
-    checkpoints.save(Namespace(checkpoints_total_limit=1), run, 1, state, FACTS)
+    checkpoints.save(Namespace(checkpoints_total_limit=1), run, 1, state, PROVENANCE)
     assert waited and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- whose it is
 
 
-@pytest.mark.parametrize("fact", FACTS)
-def test_a_checkpoint_of_other_facts_is_refused(fact, state, tmp_path):
-    path = write_checkpoint(tmp_path, 3, state, FACTS)
+@pytest.mark.parametrize("name", PROVENANCE)
+def test_a_checkpoint_of_other_provenance_is_refused(name, state, tmp_path):
+    path = write_checkpoint(tmp_path, 3, state, PROVENANCE)
     state = make_state()
     before = state.engine.weight.clone()
-    with pytest.raises(UsageError, match=f"its {fact} was {FACTS[fact]}, now it is other"):
-        checkpoints.load(path, state, {**FACTS, fact: "other"})
+    with pytest.raises(UsageError, match=f"its {name} was {PROVENANCE[name]}, now it is other"):
+        checkpoints.load(path, state, {**PROVENANCE, name: "other"})
     assert torch.equal(state.engine.weight, before) and not state.optimizer.state_dict()["state"]
 
 
 def test_the_same_flags_continue_with_the_drawn_seed(out, flags):
     assert open_output_dir(flags(), MAIN) == 5
-    assert checkpoints.find(flags(), run_in(out), 100, CONTENT).name == "checkpoint-10"
+    assert checkpoints.find(flags(), run_in(out), 100, HASHES).name == "checkpoint-10"
     assert open_output_dir(flags("--seed", "5"), MAIN) is None  # the flag gives it
     with pytest.raises(UsageError, match="--seed None -> 6"):
         open_output_dir(flags("--seed", "6"), MAIN)
@@ -332,7 +332,7 @@ def test_without_a_checkpoint_anything_may_start(out, flags):
     for path in checkpoint_dirs(out):
         shutil.rmtree(path)
     assert open_output_dir(flags("--rank", "8", "--seed", "3"), MAIN) is None
-    assert checkpoints.find(flags(), run_in(out), 100, CONTENT) is None
+    assert checkpoints.find(flags(), run_in(out), 100, HASHES) is None
 
 
 def test_checkpoints_of_an_unknown_run_are_refused(out, flags):
@@ -345,8 +345,8 @@ def test_checkpoints_of_an_unknown_run_are_refused(out, flags):
 def test_a_decaying_schedule_is_stretched_only_if_it_did_not_end(ended, refused, flags, state, tmp_path):
     out, args = tmp_path / "out", flags("--lr_scheduler", "cosine", "--max_train_steps", "10")
     open_output_dir(args, MAIN)
-    write_record(args, 5, CONTENT)
-    write_checkpoint(out, 10, state, FACTS)
+    write_record(args, 5, HASHES)
+    write_checkpoint(out, 10, state, PROVENANCE)
     if ended:
         write_status(out, ended, 0)
     longer = flags("--lr_scheduler", "cosine", "--max_train_steps", "20")
@@ -394,7 +394,7 @@ def test_only_the_main_process_moves_it(out, flags):
 
 def test_a_named_checkpoint_is_a_path_a_name_or_a_step(out, flags, tmp_path, monkeypatch):
     def find(name):
-        return checkpoints.find(flags("--resume_from_checkpoint", name), run_in(out), 100, CONTENT)
+        return checkpoints.find(flags("--resume_from_checkpoint", name), run_in(out), 100, HASHES)
 
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoint-2", "checkpoint-2/", "2", f"{out}/checkpoint-2/", os.path.join("out", "checkpoint-2")):
@@ -408,26 +408,26 @@ def test_stray_folders_are_no_checkpoints(out, flags):
     for name in ("checkpoint-backup", "checkpoint-1000-tmp", "checkpoint-11 (copy)", ".tmp-1-checkpoint-12"):
         shutil.copytree(out / "checkpoint-2", out / name)
     (out / "checkpoint-99").write_text("a file")
-    latest = checkpoints.find(flags("--resume_from_checkpoint", "latest"), run_in(out), 100, CONTENT)
+    latest = checkpoints.find(flags("--resume_from_checkpoint", "latest"), run_in(out), 100, HASHES)
     assert latest == out / "checkpoint-10"
 
 
 def test_a_checkpoint_of_another_folder_must_be_of_such_a_run(out, flags, tmp_path):
     path = ["--resume_from_checkpoint", str(out / "checkpoint-2"), "--output_dir", str(tmp_path / "new")]
-    assert checkpoints.find(flags(*path), run_in(out), 100, CONTENT) == out / "checkpoint-2"
+    assert checkpoints.find(flags(*path), run_in(out), 100, HASHES) == out / "checkpoint-2"
     with pytest.raises(UsageError, match="--lora_alpha 64 -> 1"):
-        checkpoints.find(flags(*path, "--lora_alpha", "1"), run_in(out), 100, CONTENT)
+        checkpoints.find(flags(*path, "--lora_alpha", "1"), run_in(out), 100, HASHES)
 
 
 def test_a_run_does_not_end_before_its_checkpoint(out, flags):
     for more in ([], ["--resume_from_checkpoint", "10"]):
         with pytest.raises(UsageError, match="checkpoint-10: already beyond the 9 updates of this run"):
-            checkpoints.find(flags(*more), run_in(out), 9, CONTENT)
-        assert checkpoints.find(flags(*more), run_in(out), 10, CONTENT).name == "checkpoint-10"
+            checkpoints.find(flags(*more), run_in(out), 9, HASHES)
+        assert checkpoints.find(flags(*more), run_in(out), 10, HASHES).name == "checkpoint-10"
 
 
 def test_the_record_holds_the_flags_and_no_token(out, flags):
-    write_record(flags("--hub_token", "hf_canary", "--rank", "8"), 5, CONTENT)
+    write_record(flags("--hub_token", "hf_canary", "--rank", "8"), 5, HASHES)
     text = (out / "args.json").read_text()
     record = json.loads(text)
     assert "hf_canary" not in text and record["seed"] == 5 and record["flags"]["rank"] == 8

@@ -215,7 +215,7 @@ def test_cover_resize_covers_every_bucket_with_the_least():
 def test_random_crops_are_drawn_per_epoch_and_cover_the_range(circle):
     options = {"fps": 8, "crop": "random"}
     videos = VideoDatasetWithResizeAndRectangleCrop(circle, [Bucket(9, 64, 64)], **options)
-    lefts = [videos.crop_place(0, 40, epoch, 0)[1] for epoch in range(200)]
+    lefts = [videos.crop_corner(0, 40, epoch, 0)[1] for epoch in range(200)]
     assert min(lefts) == 0 and max(lefts) == 40
     first, second = videos[0]["pixels"], videos[1]["pixels"]
     assert not (first == second).all()

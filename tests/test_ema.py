@@ -90,7 +90,7 @@ def make_engine(model_dir, dtype, *flags):
     argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", *flags]
     transformer = load_transformer(model_dir, torch.float32)
     args = parse_training_args("t2v_sft", argv)
-    return build_sft_engine_from_args(args, None, transformer, (1, 8, 1, 64), dtype, torch.float32, CPU)
+    return build_sft_engine_from_args(args, None, 0.0, transformer, (1, 8, 1, 64), dtype, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -27,7 +27,7 @@ from random_dataset import write_dataset
 from run import checkpoints
 from run.checkpoints import write_checkpoint
 from script_runs import make_loss_nan
-from test_optimizers import COMBINATIONS, FACTS, PLAIN, ROWS, grid_loss, make_state, states_of
+from test_optimizers import COMBINATIONS, PLAIN, PROVENANCE, ROWS, grid_loss, make_state, states_of
 from test_optimizers import train as train_tiny
 from test_scripts import DROPOUTS, STEPS_THAT_COUNT, between_logs
 from test_update import five_updates
@@ -200,11 +200,11 @@ def test_every_optimizer_trains_and_resumes_on_the_gpu(row, place, tmp_path):
     with torch.no_grad():
         before = grid_loss(engine.transformer)
     first = train_tiny(state, 0, 2)
-    path = write_checkpoint(tmp_path, 2, state, FACTS)
+    path = write_checkpoint(tmp_path, 2, state, PROVENANCE)
     unbroken = train_tiny(state, 2, 4)
 
     other = make_state(row, place, torch.bfloat16, CUDA)
-    checkpoints.load(path, other, FACTS)
+    checkpoints.load(path, other, PROVENANCE)
     assert train_tiny(other, 2, 4) == unbroken
     assert all(torch.equal(a, b) for a, b in zip(engine.params, other.engine.params, strict=True))
 

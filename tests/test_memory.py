@@ -143,7 +143,7 @@ def test_levels_compile_on_a_gpu_unless_told_not_to(level, monkeypatch):
     ):
         compiled.clear()
         args = parse_training_args("t2v_lora", [*base, *flags])
-        compose.set_memory_level_from_args(args, level, transformer, torch.device(device))
+        compose.set_memory_level(args, level, transformer, torch.device(device))
         assert compiled == expected
 
 

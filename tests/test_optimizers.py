@@ -23,7 +23,7 @@ from run.checkpoints import write_checkpoint
 
 MICRO_STEPS, MAX_NORM = 3, 0.5
 NUM_WEIGHTS = 64 * 64  # of each layer: the least that is kept in low bits
-FACTS = {"seed": 0}
+PROVENANCE = {"seed": 0}
 CPU = torch.device("cpu")
 
 
@@ -121,7 +121,7 @@ def parse(row, place="device"):
 
 def make_state(row, place="device", dtype=torch.float32, device=CPU):
     args = parse(row, place)
-    engine = build_sft_engine_from_args(args, None, TinyModel(), (1, 8, 1, 64), dtype, torch.float32, device)
+    engine = build_sft_engine_from_args(args, None, 0.0, TinyModel(), (1, 8, 1, 64), dtype, torch.float32, device)
     optimizer = make_optimizer_from_args(args, engine.params, args.learning_rate)
     schedule = make_lr_scheduler_from_args(args, optimizer, args.max_train_steps)
     return TrainingState(TinyEngine(engine), optimizer, schedule)
@@ -209,17 +209,17 @@ def test_a_step_that_clips_by_itself_changes_last_bits_only(row, place):
 def test_four_updates_equal_two_and_a_resumed_two(row, place, eager, tmp_path):
     state = make_state(row, place)
     train(state, 0, 2)
-    path = write_checkpoint(tmp_path, 2, state, FACTS)
+    path = write_checkpoint(tmp_path, 2, state, PROVENANCE)
     unbroken = train(state, 2, 4)
 
     other = make_state(row, place)
-    assert checkpoints.load(path, other, FACTS) == 2
+    assert checkpoints.load(path, other, PROVENANCE) == 2
     assert train(other, 2, 4) == unbroken
     for ours, theirs in zip(state.engine.params, other.engine.params, strict=True):
         assert torch.equal(ours, theirs)
     assert states_of(other.optimizer) == {ROWS[row].state}
-    first = write_checkpoint(tmp_path, 3, state, FACTS)
-    second = write_checkpoint(tmp_path, 4, other, FACTS)
+    first = write_checkpoint(tmp_path, 3, state, PROVENANCE)
+    second = write_checkpoint(tmp_path, 4, other, PROVENANCE)
     ours, theirs = (load_file(path / "optimizer.safetensors") for path in (first, second))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = (json.loads((path / "state.json").read_text()) for path in (first, second))
@@ -401,10 +401,10 @@ def test_the_compiled_step_follows_the_schedule(row, tmp_path):
         with set_stance(stance):
             state = make_state(row)
             train(state, 0, 10)
-            path = write_checkpoint(tmp_path, 10 if stance == "default" else 11, state, FACTS)
+            path = write_checkpoint(tmp_path, 10 if stance == "default" else 11, state, PROVENANCE)
             train(state, 10, 20)
             resumed = make_state(row)
-            checkpoints.load(path, resumed, FACTS)
+            checkpoints.load(path, resumed, PROVENANCE)
             train(resumed, 10, 20)
         assert all(torch.equal(a, b) for a, b in zip(state.engine.params, resumed.engine.params, strict=True))
         runs.append(state.engine.params)

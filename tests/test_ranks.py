@@ -50,7 +50,7 @@ def test_all_ranks_compute_attention_by_the_kernel_of_the_first(on_two_ranks, mo
 
     def pick(rank):
         monkeypatch.setattr(compose, "pick_attention", lambda *given: f"the choice of rank {rank}")
-        return compose.pick_attention_from_args(flags(), (1, 8, 2, 32), torch.float32, torch.device("cpu"))
+        return compose.agree_on_attention(flags(), (1, 8, 2, 32), torch.float32, torch.device("cpu"))
 
     assert on_two_ranks(pick) == ["the choice of rank 0"] * NUM_RANKS
 

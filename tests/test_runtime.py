@@ -111,7 +111,7 @@ def clips(count):
 
 def test_the_plan_of_the_flags():
     args = flags("--train_batch_size", "1", "--num_train_epochs", "3", "--gradient_accumulation_steps", "4")
-    assert make_plan(args, clips(10), 1) == (8, 3, 30, 4, 10)
+    assert make_plan(args, clips(10), 1) == (8, 3, 30, 4, 10, args.learning_rate)
     args = flags(
         "--train_batch_size",
         "1",
@@ -122,7 +122,7 @@ def test_the_plan_of_the_flags():
         "--max_train_steps",
         "5",
     )
-    assert make_plan(args, clips(10), 1) == (5, 2, 20, 4, 10)
+    assert make_plan(args, clips(10), 1) == (5, 2, 20, 4, 10, args.learning_rate)
 
 
 def warnings_of(caplog, *more):

@@ -23,7 +23,7 @@ from run.checkpoints import write_checkpoint
 from run.output_dir import open_output_dir
 from synthetic_clips import probe
 from test_atomic_save import FolderEngine, flags
-from test_checkpointing import FACTS, MAIN, make_state, run_in
+from test_checkpointing import MAIN, PROVENANCE, make_state, run_in
 from test_dataset import model
 
 
@@ -91,11 +91,11 @@ def test_traps_in_a_checkpoint_are_not_sprung(hashed, tmp_path, canary):
     """Beside its files, and in their place, with a manifest that says all is well."""
     state = make_state(engine_class=FolderEngine)
     (tmp_path / "out").mkdir()
-    path = write_checkpoint(tmp_path / "out", 3, state, FACTS)
+    path = write_checkpoint(tmp_path / "out", 3, state, PROVENANCE)
     shutil.copy(path / "manifest.json", tmp_path / "manifest.json")
     for name in ("optimizer.bin", "optimizer.pt", "random_states_0.pkl", "scheduler.bin", "training_args.bin"):
         torch.save(Trap(canary), path / name)
-    assert checkpoints.load(path, state, FACTS) == 3
+    assert checkpoints.load(path, state, PROVENANCE) == 3
     torch.save(Trap(canary), path / "optimizer.safetensors")
     if hashed:
         (path / "manifest.json").unlink()
@@ -103,7 +103,7 @@ def test_traps_in_a_checkpoint_are_not_sprung(hashed, tmp_path, canary):
     with pytest.raises((UserError, Exception), match=r"intact|header|HeaderTooLarge"):
         args = flags(tmp_path / "out")
         shutil.copy(path / "state.json", tmp_path / "out/args.json")  # any JSON: the checkpoint is what is tried
-        checkpoints.load(checkpoints.find(args, run_in(tmp_path / "out"), 100, {}), state, FACTS)
+        checkpoints.load(checkpoints.find(args, run_in(tmp_path / "out"), 100, {}), state, PROVENANCE)
 
 
 # ---------------------------------------------------------------- out of the folder

@@ -17,7 +17,7 @@ from engine.optimizers import make_lr_scheduler_from_args, split_tensors
 from engine.sft import by_name, check_saved_transformer, load_weights, save_transformer, save_weights, setter
 from engine.split import rounded
 from engine.update import TrainingState, update
-from run import checkpoints
+from run import checkpoints, levels
 from run.checkpoints import write_checkpoint
 from run.levels import check_sft_fits
 from test_checkpointing import run_in
@@ -158,7 +158,9 @@ def test_the_stored_weights_are_trained_not_their_rounding(more, tiny):
         for param in transformer.parameters():
             param.copy_((1.004 * param).half())  # no bf16 numbers any more, and many of them between two
     stored = [param.detach().clone() for param in transformer.parameters()]
-    engine = build_sft_engine_from_args(args, None, transformer, (1, 8, 2, 32), torch.bfloat16, torch.float32, CPU)
+    engine = build_sft_engine_from_args(
+        args, None, 0.0, transformer, (1, 8, 2, 32), torch.bfloat16, torch.float32, CPU
+    )
     assert all(torch.equal(a, b) for a, b in zip(engine.weights.values(), stored, strict=True))
     for copy, weight in zip(transformer.parameters(), stored, strict=True):  # as after every later update
         assert torch.equal(copy, rounded(weight, torch.bfloat16))
@@ -228,7 +230,7 @@ def make_state(tiny, request):
         argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--optimizer", "adamw", "--ema", *more]
         args, transformer = parse_training_args("t2v_sft", argv), load_transformer(tiny("5b"), torch.float32)
         shape = 1, 8, 4, 32
-        engine = build_sft_engine_from_args(args, None, transformer, shape, request.param, torch.bfloat16, CPU)
+        engine = build_sft_engine_from_args(args, None, 0.0, transformer, shape, request.param, torch.bfloat16, CPU)
         optimizer = build_optimizer_from_args(args, None, engine, 0.1)
         state = TrainingState(engine, optimizer, make_lr_scheduler_from_args(args, optimizer, 10))
         if value is not None:
@@ -386,3 +388,10 @@ def test_offload_is_refused_where_states_cannot_be_streamed(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UsageError, match="DeepSpeed has an optimizer of its own; use --memory balanced"):
         check_sft_fits(args, 1e6, torch.bfloat16, CPU)
+
+
+def test_choosing_a_level_refuses_full_fine_tuning_that_cannot_have_it():
+    args, model = sft_flags("--memory", "offload"), Namespace(num_parameters=1e6)
+    assert levels.choose(args, model, [(9, 64, 96)], torch.bfloat16, CPU, is_lora=False) == ("offload", 0)
+    with pytest.raises(UsageError, match="in bf16 only"):
+        levels.choose(args, model, [(9, 64, 96)], torch.float32, CPU, is_lora=False)

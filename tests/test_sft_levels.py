@@ -70,7 +70,7 @@ def test_8bit_states_go_on_at_another_level_and_from_those_of_bitsandbytes(train
     flags = [*BF16, "--use_8bit"]
     whole = train("whole", *flags, *LEVELS["offload"])
     with monkeypatch.context() as patched:
-        patched.setattr(compose, "choose_masters", lambda *_: "fp32")
+        patched.setattr(compose, "choose_masters_from_args", lambda *_: "fp32")
         train("begun", *flags)
     for begun in (whole, tmp_path / "begun"):
         out = shutil.copytree(begun, tmp_path / f"continued-{begun.name}")
@@ -103,7 +103,7 @@ def test_a_run_goes_on_at_another_level(train, first, monkeypatch, tmp_path):
     whole = train("whole", *BF16, *LEVELS["offload"])
     with monkeypatch.context() as patched:
         if first == "fp32 masters":
-            patched.setattr(compose, "choose_masters", lambda *_: "fp32")
+            patched.setattr(compose, "choose_masters_from_args", lambda *_: "fp32")
         begun = train("begun", *BF16, *LEVELS.get(first, ()))
         assert losses(begun) == losses(whole)
     for number, more in enumerate([LEVELS["resident"], LEVELS["half"], LEVELS["stream"]]):

@@ -210,13 +210,52 @@ def test_the_rule_on_flags_sees_reading_alone():
     assert flags_read(ast.parse("name, other.seed = 'alpha', f(args.rank)")) == {"rank"}
 
 
+def functions_with_args(tree: ast.Module) -> set[str]:
+    """Names of the functions and methods that take `args`."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {node.name for node in functions if any(parameter.arg == "args" for parameter in node.args.args)}
+
+
+def names_used(tree: ast.Module) -> set[str]:
+    """Names that a module reads or imports, attributes included."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Name | ast.Attribute):
+            names.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return names
+
+
+def misnamed(trees: dict[str, ast.Module], free: set[str]) -> list[str]:
+    """Functions that take `args` and are called from other files are *_from_args; a file's own helpers are not."""
+    used, wrong = {module: names_used(tree) for module, tree in trees.items()}, []
+    for module in trees.keys() - free:
+        elsewhere = set().union(*(names for other, names in used.items() if other != module))
+        taking = functions_with_args(trees[module])
+        wrong += [f"{module}.{name}" for name in taking if name.endswith("_from_args") != (name in elsewhere)]
+    return sorted(wrong)
+
+
+def test_builders_from_flags_are_named_so():
+    """Below run/, whose services take `args` anyway. The checks of flags in base/ are about nothing else."""
+    free = PARSERS | SCRIPTS | {module for module in MODULES if module.startswith("run.")}
+    assert misnamed({module: parse(module) for module in MODULES}, free) == []
+
+
+def test_the_rule_on_builders_tells_wrong_from_right():
+    user = ast.parse("from data.a import make_from_args, build\nmodel.read_from_args(args)")
+    names = ["make_from_args", "read_from_args", "own", "build", "own_from_args"]
+    room = ast.parse("\n".join(f"def {name}(args): pass" for name in names))
+    assert misnamed({"data.a": room, "run.b": user}, {"run.b"}) == ["data.a.build", "data.a.own_from_args"]
+
+
 # ---------------------------------------------------------------- the four training scripts
 
 TRAINING_SCRIPTS = [module for module in MODULES if module.startswith("cogvideox_")]
 # What a task does in its own way: which engine, whether all of it fits, image-to-video's first frame, and draws
 OWN_SERVICES = {
-    "compose.build_lora_engine_from_args", "compose.build_sft_engine_from_args", "levels.check_sft_fits",
-    "compose.block_loader_from_args",
+    "compose.build_lora_engine_from_args", "compose.build_sft_engine_from_args",
     "encoding.IMAGE_NOISE_MEAN", "encoding.IMAGE_NOISE_STD", "encoding.encode_noised_images", "encoding.pixels_to_unit",
     "inputs.sample_image_latents", "inputs.condition_on_first_frame", "inputs.ofs_input", "inputs.latent_shape",
     "objective.draw_normal", "objective.draw_uniform",

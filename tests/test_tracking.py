@@ -140,7 +140,7 @@ def test_wandb_may_ask_for_a_key_at_a_terminal(monkeypatch, capsys):
 )
 def test_the_place_of_a_wandb_run(run, place):
     run = SimpleNamespace(dir="/my runs/offline-run-1/files", **run)
-    assert tracking.place_of(SimpleNamespace(name="wandb", run=run), "project") == place
+    assert tracking.where_to_look(SimpleNamespace(name="wandb", run=run), "project") == place
 
 
 # ---------------------------------------------------------------- a run that goes on

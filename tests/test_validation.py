@@ -33,7 +33,7 @@ from cogvideox.config import check_sample_size, read_config
 from cogvideox.encoding import fits
 from data.artifacts import write_video
 from data.buckets import Bucket
-from run import held_out, tracking, validation
+from run import held_out, launch, tracking, validation
 from run import render as render_module
 from run.steps import plan_steps
 from script_runs import losses, result_hash, run_ranks
@@ -638,7 +638,7 @@ def sage(monkeypatch):
 
 @pytest.mark.parametrize("script", ["t2v_lora", "i2v_sft"], indirect=True)
 def test_sage_attention_renders_and_never_trains(train, module, sampling, sage, written, monkeypatch):
-    monkeypatch.setattr(validation, "check_sage", lambda dtype, device: kernels.import_sage())
+    monkeypatch.setattr(launch, "check_sage", lambda dtype, device: kernels.import_sage())
     seen, update = [], module.update
 
     def watched(*arguments):

@@ -40,7 +40,7 @@ def flags(*more):
 
 def config_of(args, **settings):
     config = {"zero_optimization": {"stage": 2}, "gradient_clipping": "auto", **settings}
-    return deepspeed_zero.deepspeed_config_from_args(args, config, torch.bfloat16, num_ranks=2)
+    return deepspeed_zero.complete_config(args, config, torch.bfloat16, num_ranks=2)
 
 
 def test_the_flags_fill_in_what_the_config_leaves_open():

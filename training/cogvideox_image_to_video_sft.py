@@ -23,12 +23,12 @@ import functools
 import torch
 
 from base.signals import INTERRUPTION
-from cogvideox import encoding, inputs, loading, models, pipeline
+from cogvideox import encoding, inputs, loading, models
 from data import captions, dataset
 from engine import compose, objective, optimizers
 from engine.update import TrainingState, make_scaler, update
 from memory.host import to_device
-from run import checkpoints, exits, held_out, launch, levels, metrics, output_dir, result, steps, tracking, validation
+from run import checkpoints, exits, held_out, launch, levels, metrics, output_dir, result, steps, validation
 
 
 def main(args) -> None:
@@ -39,59 +39,47 @@ def main(args) -> None:
     device = run.device
 
     # ---------------------------------------------------------------- data, before gigabytes are downloaded
-    prompts, images = validation.read_prompts(args, image_to_video=True)
     model = models.open_from_args(args, image_to_video=True)
     launch.check_device(args, model.num_parameters, device)
     clips = dataset.build_dataset_from_args(args, model, run.seed)
-    held_out_clips = held_out.read_clips(args, model, run.seed)
-    sample_size = validation.sample_size(args, clips.clip_buckets)
-    buckets = clips.clip_buckets + held_out_clips.clip_buckets
-    models.check_sizes_from_args(args, model, buckets, sample_size if prompts else None)
+    validation_set = validation.read_set(args, model, run.seed, clips.clip_buckets)
+    models.check_sizes_from_args(args, model, clips, validation_set)
     plan = steps.make_plan(args, clips.clip_buckets, run.num_ranks)
 
     # ---------------------------------------------------------------- models; T5 is freed before the transformer comes
-    needs_encoders = bool(prompts) or not args.load_tensors
-    model = models.fetch_from_args(args, model, needs_encoders)
+    texts = captions.read_texts_from_args(args, clips, validation_set)
+    model = models.fetch_from_args(args, model, with_encoders=bool(texts))
     dtype = launch.compute_dtype(args, model.stored_dtype, device)
-    levels.check_sft_fits(args, model.num_parameters, dtype, device)
-    validation.check_attention(args, dtype, device)
-    scheduler = model.load_scheduler()
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    content = output_dir.check_content(args, run, clips, lambda: models.hash_from_args(args, model))
-    summary = result.RunSummary(run, model, content, clips.clip_buckets, sample_size, dtype, plan, is_lora=False)
+    alphas_cumprod = model.load_scheduler().alphas_cumprod.to(device)
+    provenance = output_dir.check_provenance(args, run, model, clips, validation_set.held_out)
+    summary = result.RunSummary(run, model, provenance, clips, validation_set.size, dtype, plan, is_lora=False)
     if output_dir.is_done(args, plan.num_steps):
         return result.finish_again(args, run, summary)
     level, share = levels.choose(args, model, clips.clip_buckets, dtype, device, is_lora=False)
-    vae, embeds = None, {}
-    if needs_encoders:
-        texts = captions.read_texts_from_args(args, clips, held_out_clips, prompts)
-        embeds = captions.encode_from_args(args, run, model, texts, dtype, level, encoding.encode_captions)
-        vae = loading.load_vae_from_args(args, model.folder, dtype, device)
-    if args.text_dropout:
-        empty_embeds = (clips.empty_prompt_embeds() if args.load_tensors else embeds[""]).to(device)
+    embeds = captions.encode_from_args(args, run, model, texts, dtype, level, encoding.encode_captions)
+    empty_embeds = captions.empty_embeds_from_args(args, clips, embeds, device)
+    vae = loading.load_vae_from_args(args, model.folder, dtype, device) if texts else None
 
     # ---------------------------------------------------------------- transformer, optimizer, checkpoint
-    checkpoint = checkpoints.find(args, run, plan.num_steps, content)
+    checkpoint = checkpoints.find(args, run, plan.num_steps, provenance)
     transformer = loading.load_transformer_from_args(args, model.weights, model.loading_dtype(dtype))
     shape = model.attention_shape(clips.clip_buckets, args.train_batch_size)
-    engine = compose.build_sft_engine_from_args(args, level, share, transformer, shape, dtype, model.stored_dtype, device)
-    learning_rate = steps.scaled_learning_rate(args, run.num_ranks)
-    optimizer = compose.build_optimizer_from_args(args, run.accelerator, engine, learning_rate)
+    engine = compose.build_sft_engine_from_args(
+        args, level, share, transformer, shape, dtype, model.stored_dtype, device
+    )
+    optimizer = compose.build_optimizer_from_args(args, run.accelerator, engine, plan.learning_rate)
     lr_scheduler = optimizers.make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
     state = TrainingState(engine, optimizer, lr_scheduler, make_scaler(dtype))
-    identity = checkpoints.run_identity(run, clips, held_out_clips)
-    first_step = checkpoints.resume(args, run, checkpoint, state, identity) if checkpoint else 0
+    first_step = checkpoints.resume(args, run, checkpoint, state, provenance) if checkpoint else 0
     result.rehearse(args, run, engine, first_step, plan.num_steps)
-    output_dir.record_run(args, run, content)
-    tracking.start_trackers(args, run, "cogvideox-image-to-video-sft", first_step)
+    output_dir.record_run(args, run, provenance)
+    meter = metrics.start(args, run, "cogvideox-image-to-video-sft", clips.sources, first_step, plan.num_steps)
 
     # ---------------------------------------------------------------- validation, with the loop's own two functions
     encode = functools.partial(encode_batch, args, model, vae, embeds)
     losses_of = functools.partial(compute_losses, transformer, alphas_cumprod, dtype)
-    held_out_batches = held_out.encode_clips(run, held_out_clips, encode, losses_of, len(alphas_cumprod))
-    make_pipeline = functools.partial(pipeline.make_pipeline, model, vae, scheduler, args.image_latent_scale)
-    samples = validation.make_samples(args, run, model, prompts, images, sample_size, embeds, make_pipeline)
-    meter = metrics.make_meter(args, run, first_step, plan.num_steps, clips.sources)
+    held_out_batches = held_out.encode_clips(run, validation_set.held_out, encode, losses_of, len(alphas_cumprod))
+    samples = validation.make_samples(args, run, model, validation_set, vae, embeds)
     validate = functools.partial(validation.validate, args, run, meter, engine, samples, held_out_batches)
     metrics.report_memory(meter, first_step, "before_training")
     if first_step == 0 and not args.no_first_validation:
@@ -128,14 +116,14 @@ def main(args) -> None:
             meter.log(step, updated)
             if step % args.checkpointing_steps == 0:
                 meter.pause()
-                checkpoints.save(args, run, step, state, identity)
+                checkpoints.save(args, run, step, state, provenance)
             if exits.stop_is_due(run, step):
                 break
             if validation.is_due(args, plan, step):
                 validate(step)
 
     # ---------------------------------------------------------------- finish
-    checkpoints.leave_if_interrupted(args, run, first_step, step, plan.num_steps, state, identity)
+    checkpoints.leave_if_interrupted(args, run, first_step, step, plan.num_steps, state, provenance)
     result.save(run, engine)
     validate(plan.num_steps)
     metrics.report_memory(meter, plan.num_steps, "after_testing")

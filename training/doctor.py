@@ -70,7 +70,7 @@ def main() -> int:
     findings += check_gpus(driver, cuda, num_gpus, probe_torch())
     findings.append(check_compiler(c_compiler(), python_header().exists()))
     findings.append(check_memory(host_memory()))
-    findings += [check_disk(name, place, free_bytes(place)) for name, place in disk_places()]
+    findings += [check_disk(name, folder, free_bytes(folder)) for name, folder in disk_folders()]
     findings += check_decoders({name: probe_decoder(name) for name in ("av", "decord") if installed_version(name)})
     findings += [check_optional(name, installed_version(name)) for name in OPTIONAL]
     builders = cxx_compiler(), shutil.which("ninja"), cuda_toolkit()
@@ -294,21 +294,21 @@ def check_memory(gib: float) -> Finding:
     return Finding("OK", text)
 
 
-def disk_places() -> list[tuple[str, Path]]:
+def disk_folders() -> list[tuple[str, Path]]:
     cache = os.environ.get("HF_HUB_CACHE") or Path(
         os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface", "hub"
     )
     return [("models from the hub (HF_HOME)", Path(cache)), ("the working directory", Path.cwd())]
 
 
-def free_bytes(place: Path) -> int:
-    """Free bytes on the disk where `place` is or will be."""
-    existing = next(path for path in (place, *place.absolute().parents) if path.exists())
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk where `folder` is or will be."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
-def check_disk(name: str, place: Path, free: int) -> Finding:
-    text = f"disk for {name}, {place}: {free / 1e9:.0f} GB free"
+def check_disk(name: str, folder: Path, free: int) -> Finding:
+    text = f"disk for {name}, {folder}: {free / 1e9:.0f} GB free"
     if free < MODEL_DISK:
         return Finding("WARN", f"{text}; a model takes {MODEL_DISK / 1e9:.0f} GB: make room, or choose another disk")
     return Finding("OK", text)

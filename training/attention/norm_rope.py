@@ -35,9 +35,9 @@ if triton is not None:
     def load_rotation(cos_ptr, sin_ptr, token, column, num_text, mask, HAS_ROPE: tl.constexpr):
         """cos and sin for each value; text tokens are not rotated."""
         turns = mask & (token >= num_text)
-        place = (token - num_text) * 64 + column
+        offset = (token - num_text) * 64 + column
         if HAS_ROPE:
-            cos, sin = tl.load(cos_ptr + place, turns, 1.0), tl.load(sin_ptr + place, turns, 0.0)
+            cos, sin = tl.load(cos_ptr + offset, turns, 1.0), tl.load(sin_ptr + offset, turns, 0.0)
         else:
             cos, sin = tl.full((1, 64), 1.0, tl.float32), tl.full((1, 64), 0.0, tl.float32)
         return cos, sin
@@ -68,7 +68,7 @@ if triton is not None:
         column = tl.arange(0, 64)[None, :]
         mask = row < num_rows
         token = row // num_heads
-        place = row.to(tl.int64) * 64 + column
+        offset = row.to(tl.int64) * 64 + column
         start = token.to(tl.int64) * base_stride + (row % num_heads) * 64 + column
         cos, sin = load_rotation(cos_ptr, sin_ptr, token % num_tokens, column, num_text, mask, HAS_ROPE)
 
@@ -79,19 +79,19 @@ if triton is not None:
             bias_ptr = bias_q_ptr if which == 0 else bias_k_ptr
             result_ptr = query_ptr if which == 0 else key_ptr
             sum_ptr = sum_q_ptr if which == 0 else sum_k_ptr
-            base, delta = tl.load(base_ptr + start, mask, 0.0), tl.load(delta_ptr + place, mask, 0.0)
+            base, delta = tl.load(base_ptr + start, mask, 0.0), tl.load(delta_ptr + offset, mask, 0.0)
             total = (base.to(tl.float32) + delta.to(tl.float32)).to(base.dtype)
-            tl.store(sum_ptr + place, total, mask)
+            tl.store(sum_ptr + offset, total, mask)
             normed, _ = standardize(total.to(tl.float32), eps)
             weight, bias = tl.load(weight_ptr + column).to(tl.float32), tl.load(bias_ptr + column).to(tl.float32)
             normed = normed * weight + bias
             if HAS_ROPE:
                 even, odd = halves(normed, ROWS)
                 normed = normed * cos + whole(-odd, even, ROWS) * sin
-            tl.store(result_ptr + place, normed.to(base.dtype), mask)
+            tl.store(result_ptr + offset, normed.to(base.dtype), mask)
 
-        base, delta = tl.load(base_v_ptr + start, mask, 0.0), tl.load(delta_v_ptr + place, mask, 0.0)
-        tl.store(value_ptr + place, (base.to(tl.float32) + delta.to(tl.float32)).to(base.dtype), mask)
+        base, delta = tl.load(base_v_ptr + start, mask, 0.0), tl.load(delta_v_ptr + offset, mask, 0.0)
+        tl.store(value_ptr + offset, (base.to(tl.float32) + delta.to(tl.float32)).to(base.dtype), mask)
 
     @triton.jit
     def backward_kernel(
@@ -102,7 +102,7 @@ if triton is not None:
         column = tl.arange(0, 64)[None, :]
         mask = row < num_rows
         token, width = row // num_heads, num_heads * 64
-        place = row.to(tl.int64) * 64 + column
+        offset = row.to(tl.int64) * 64 + column
         start = token.to(tl.int64) * 3 * width + (row % num_heads) * 64 + column
         cos, sin = load_rotation(cos_ptr, sin_ptr, token % num_tokens, column, num_text, mask, HAS_ROPE)
 
@@ -110,17 +110,17 @@ if triton is not None:
             grad_out_ptr = grad_q_ptr if which == 0 else grad_k_ptr
             sum_ptr = sum_q_ptr if which == 0 else sum_k_ptr
             weight_ptr = weight_q_ptr if which == 0 else weight_k_ptr
-            loaded = tl.load(grad_out_ptr + place, mask, 0.0)
+            loaded = tl.load(grad_out_ptr + offset, mask, 0.0)
             grad = loaded.to(tl.float32)
             if HAS_ROPE:
                 even, odd = halves(grad * sin, ROWS)
                 grad = grad * cos + whole(odd, -even, ROWS)
-            normed, rstd = standardize(tl.load(sum_ptr + place, mask, 0.0).to(tl.float32), eps)
+            normed, rstd = standardize(tl.load(sum_ptr + offset, mask, 0.0).to(tl.float32), eps)
             grad = grad * tl.load(weight_ptr + column).to(tl.float32)
             shift, slope = tl.sum(grad, 1, keep_dims=True) / 64, tl.sum(grad * normed, 1, keep_dims=True) / 64
             tl.store(grad_ptr + which * width + start, (rstd * (grad - shift - normed * slope)).to(loaded.dtype), mask)
 
-        tl.store(grad_ptr + 2 * width + start, tl.load(grad_v_ptr + place, mask, 0.0), mask)
+        tl.store(grad_ptr + 2 * width + start, tl.load(grad_v_ptr + offset, mask, 0.0), mask)
 
 
 def grid_of(num_rows: int):

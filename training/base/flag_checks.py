@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from base.flag_parser import NO_MEANING, FlagParser
-from base.memory_levels import HOST_LEVELS, LEVELS, obstacle_to_splitting
+from base.memory_levels import HOST_LEVELS, LEVELS, obstacle_to_splitting_from_args
 
 
 SIZES = [256, 320, 384, 480, 512, 576, 720, 768, 960, 1024, 1280, 1536]
@@ -148,7 +148,7 @@ def check_optimizer(parser: FlagParser, args: argparse.Namespace):
     if (
         bits
         and args.use_cpu_offload_optimizer
-        and not (parser.script.endswith("sft") and not obstacle_to_splitting(args))
+        and not (parser.script.endswith("sft") and not obstacle_to_splitting_from_args(args))
     ):
         parser.error(
             f"{bits[0]} --use_cpu_offload_optimizer: states in host memory take no GPU memory, and low-bit ones are "
@@ -177,7 +177,7 @@ def check_memory(parser: FlagParser, args: argparse.Namespace, script: str):
 
 def check_sft_level(parser: FlagParser, args: argparse.Namespace):
     """Refuses levels that full fine-tuning does not have, or not with these flags."""
-    obstacle = obstacle_to_splitting(args) if args.memory in HOST_LEVELS else None
+    obstacle = obstacle_to_splitting_from_args(args) if args.memory in HOST_LEVELS else None
     if obstacle:
         flag, instead = obstacle
         parser.error(

@@ -108,8 +108,8 @@ def sampled_hash(path: Path) -> str:
         start = min(start, end)  # damaged files are reported when they are loaded
         size = end - start
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        for place in (start, start + max(0, size - SAMPLED_BYTES)):
-            file.seek(place)
+        for offset in (start, start + max(0, size - SAMPLED_BYTES)):
+            file.seek(offset)
             digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
 

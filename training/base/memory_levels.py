@@ -12,7 +12,7 @@ FP32, SPLIT, RING, HOST = "fp32", "split", "ring", "host"
 ON_HOST_INSTEAD = "--memory balanced with --use_cpu_offload_optimizer --offload_gradients"
 
 
-def obstacle_to_splitting(args) -> tuple[str, str] | None:
+def obstacle_to_splitting_from_args(args) -> tuple[str, str] | None:
     """(flag, what to do instead) if full fine-tuning cannot split its fp32 weights into bf16 and the rest; else None.
 
     Such weights and the states of Adam can be updated block by block from host memory (engine/state_ring.py).

@@ -48,10 +48,10 @@ def read_config(model_dir: Path, component: str) -> dict:
     return config
 
 
-def check_class(place: Path, transformer_config) -> None:
+def check_class(source: Path, transformer_config) -> None:
     wanted, found = CogVideoXTransformer3DModel.__name__, transformer_config.get("_class_name")
     if found != wanted:
-        raise UsageError(f"{place}: no CogVideoX model, its transformer is {found}, not {wanted}")
+        raise UsageError(f"{source}: no CogVideoX model, its transformer is {found}, not {wanted}")
 
 
 def is_version_1_5(transformer_config) -> bool:

@@ -1,5 +1,6 @@
 """Loads a folder's models, each in the requested dtype."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from base.startup import STARTUP
 from base.tensor_file import weight_files
 from cogvideox.config import WeightFiles, empty_transformer
 from cogvideox.folder import transformer_folder
+from memory.streaming import load_blocks as load_streamed_blocks
 
 
 class TransformerWithoutBlocks(CogVideoXTransformer3DModel):
@@ -50,8 +52,15 @@ def load_transformer(
     return transformer.requires_grad_(False).eval()
 
 
-def load_transformer_from_args(args, weights: WeightFiles, dtype: torch.dtype, load_blocks: Callable | None = None):
-    """The transformer that training starts from."""
+def load_transformer_from_args(
+    args, weights: WeightFiles, dtype: torch.dtype, level: str | None = None, device: torch.device | None = None
+) -> CogVideoXTransformer3DModel:
+    """The transformer that training starts from; blocks that stay in host memory as they are go there directly.
+
+    `level`: of memory, where the weights are frozen.
+    """
+    stays = level == "stream" and args.base_precision == "bf16"
+    load_blocks = functools.partial(load_streamed_blocks, device=device) if stays else None
     return load_transformer(weights.folder, dtype, weights.variant, args.drop_learned_positions, load_blocks)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel, DiffusionPipeline
 
 from cogvideox.config import (
     CONFIGS,
@@ -33,6 +33,7 @@ from cogvideox.folder import (
     weights_from_args,
     widest_dtype,
 )
+from cogvideox.pipeline import make_pipeline
 
 
 class Model(NamedTuple):
@@ -101,6 +102,14 @@ class Model(NamedTuple):
         """The checkpoint's own noise schedule; its `alphas_cumprod` [1000] is in fp32 or fp64."""
         return load_scheduler(self.folder)
 
+    def make_pipeline(self, vae, image_latent_scale: str, transformer) -> DiffusionPipeline:
+        """The stock pipeline around these two, for prompts given as embeddings."""
+        return make_pipeline(self, vae, self.load_scheduler(), image_latent_scale, transformer)
+
+    def hash_from_args(self, args) -> dict[str, str]:
+        """Hashes of the weights that training starts from, and of everything else in the model that the run depends on."""
+        return hash_model_from_args(args, self.folder, self.weights)
+
     def attention_shape(self, buckets, batch_size: int) -> tuple[int, int, int, int]:
         """[B, S, heads, head_dim] of attention for the largest of `buckets` (frames, height, width in pixels)."""
         return attention_shape(self.config, buckets, batch_size)
@@ -117,19 +126,12 @@ def open_from_args(args, image_to_video: bool) -> Model:
     return Model(folder, config, load_vae_config(folder), weights_from_args(args, folder))
 
 
-def check_sizes_from_args(args, model: Model, buckets: list, sample_size: tuple | None = None) -> None:
-    """Refuse sizes of clips and validation videos that the model cannot take; warn of unusual frame counts.
-
-    Sizes are (frames, height, width) in pixels.
-    """
+def check_sizes_from_args(args, model: Model, clips, validation_set) -> None:
+    """Refuse clips and validation videos of sizes that the model cannot take; warn of unusual frame counts."""
+    buckets = clips.clip_buckets + validation_set.held_out.clip_buckets
     check_sizes(model.config, buckets, args.drop_learned_positions)
-    if sample_size is not None:
-        check_sample_size(model.config, sample_size, args.drop_learned_positions)
-
-
-def hash_from_args(args, model: Model) -> dict[str, str]:
-    """Hashes of the weights that training starts from, and of everything else in the model that the run depends on."""
-    return hash_model_from_args(args, model.folder, model.weights)
+    if validation_set.prompts:
+        check_sample_size(model.config, validation_set.size, args.drop_learned_positions)
 
 
 def fetch_from_args(args, model: Model, with_encoders: bool) -> Model:

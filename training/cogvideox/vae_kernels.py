@@ -68,32 +68,35 @@ if triton is not None:
         value = tl.where(inside, value, 0.0).to(loaded.dtype)
 
         frame_size = tl.num_programs(1).to(tl.int64) * width * C
-        place = row * width * C + column * C + channel
-        tl.store(slab_ptr + (frame + 2) * frame_size + place, value, mask)
+        element = row * width * C + column * C + channel
+        tl.store(slab_ptr + (frame + 2) * frame_size + element, value, mask)
         kept = frame + 2 - num_frames  # 0 or 1 for the last two frames
         if KEEPS:
-            tl.store(kept_ptr + kept * frame_size + place, value, column < tl.where(kept >= 0, width, 0))
+            tl.store(kept_ptr + kept * frame_size + element, value, column < tl.where(kept >= 0, width, 0))
         if frame == 0:
             if STARTS:
                 older, last = value, value
             else:
-                older, last = tl.load(older_ptr + place, mask), tl.load(older_ptr + frame_size + place, mask)
-            tl.store(slab_ptr + place, older, mask)
-            tl.store(slab_ptr + frame_size + place, last, mask)
+                older, last = (
+                    tl.load(older_ptr + element, mask),
+                    tl.load(older_ptr + frame_size + element, mask),
+                )
+            tl.store(slab_ptr + element, older, mask)
+            tl.store(slab_ptr + frame_size + element, last, mask)
             if KEEPS:
-                tl.store(kept_ptr + place, last, column < tl.where(num_frames == 1, width, 0))
+                tl.store(kept_ptr + element, last, column < tl.where(num_frames == 1, width, 0))
 
     @triton.jit
     def join(part_ptr, out_ptr, bias, spot, num_spots, channel, ADDS: tl.constexpr, C: tl.constexpr):
         """Store a tile of the convolution's result plus bias, and of what was there with ADDS; the values in fp32."""
         mask = spot[:, None] < num_spots
-        place = spot[:, None] * C + channel[None, :]
-        part = tl.load(part_ptr + place, mask, 0.0)
+        element = spot[:, None] * C + channel[None, :]
+        part = tl.load(part_ptr + element, mask, 0.0)
         value = part.to(tl.float32) + bias
         if ADDS:
-            value += tl.load(out_ptr + place, mask, 0.0).to(tl.float32)
+            value += tl.load(out_ptr + element, mask, 0.0).to(tl.float32)
         value = value.to(part.dtype)
-        tl.store(out_ptr + place, value, mask)
+        tl.store(out_ptr + element, value, mask)
         return value.to(tl.float32)
 
     @compiled
@@ -175,10 +178,12 @@ if triton is not None:
         inside = tl.where(top + row < height, width, 0)
         source = tl.where(frame < alone, 0, 2 * frame - alone) if HALVES else frame
         start = (source.to(tl.int64) * height + top + row) * width * C
-        place = start + column * C + channel
-        value = tl.load(values_ptr + place, column < inside, 0.0)
+        element = start + column * C + channel
+        value = tl.load(values_ptr + element, column < inside, 0.0)
         if HALVES:
-            second = tl.load(values_ptr + place + height * width * C, column < tl.where(frame < alone, 0, inside), 0.0)
+            second = tl.load(
+                values_ptr + element + height * width * C, column < tl.where(frame < alone, 0, inside), 0.0
+            )
             mean = (0.5 * (value.to(tl.float32) + second.to(tl.float32))).to(value.dtype)
             value = tl.where(frame < alone, value, mean)
         start = (frame.to(tl.int64) * tl.num_programs(1) + row) * (width + 1) * C

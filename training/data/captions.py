@@ -51,16 +51,21 @@ class CaptionEmbeds(Mapping):
 # ---------------------------------------------------------------- the texts
 
 
-def read_texts_from_args(args, dataset, held_out_clips, prompts: list[str]) -> dict[str, list[str]]:
-    """{text: the clips or flags that use it} of every distinct text that a run encodes, the empty one included."""
-    texts = {"": []}
+def read_texts_from_args(args, dataset, validation_set) -> dict[str, list[str]]:
+    """{text: the clips or flags that use it} of every distinct text that a run encodes, the empty one included.
+
+    Nothing if it encodes none: prepared data, and no prompts.
+    """
+    if args.load_tensors and not validation_set.prompts:
+        return {}
+    texts, held_out = {"": []}, validation_set.held_out
     if not args.load_tensors:
-        held_out_sources = held_out_clips.dataset.sources if held_out_clips.dataset else []
+        held_out_sources = held_out.dataset.sources if held_out.dataset else []
         clips = [*zip(dataset.prompts, dataset.sources, strict=True)]
-        clips += zip(held_out_clips.prompts, held_out_sources, strict=False)  # sources may be a longer list
+        clips += zip(held_out.prompts, held_out_sources, strict=False)  # sources may be a longer list
         for caption, source in clips:
             texts.setdefault(caption, []).append(source)
-    for prompt in prompts:
+    for prompt in validation_set.prompts:
         texts.setdefault(prompt, []).append(f"--validation_prompt {shortened(prompt)}")
     return texts
 
@@ -104,29 +109,31 @@ def warn_of_texts_from_args(args, model_dir: Path, texts: dict[str, list[str]], 
 
 def encode_from_args(
     args, run, model, texts: dict[str, list[str]], dtype: torch.dtype, level: str | None, encode: Callable
-) -> CaptionEmbeds:
+) -> Mapping[str, torch.Tensor]:
     """The embeddings of `texts`: from the file of an interrupted run if it matches, else encoded now.
 
     The ranks of a machine split the texts between them and read the common file. `encode`: encoding.encode_captions.
     """
+    if not texts:
+        return {}
     prompts, max_length = list(texts), model.text_shape[0]
     if run.rank == 0:
         warn_of_texts_from_args(args, model.folder, texts, max_length)
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    machine, place = divmod(run.rank, num_local)  # ranks are numbered machine by machine
+    machine, local_rank = divmod(run.rank, num_local)  # ranks are numbered machine by machine
     path = Path(args.output_dir, f"{STEM}-{machine}.safetensors")
-    key = key_from_args(args, model.folder, prompts, dtype, max_length)
+    key = key_of_embeds(args, model.folder, prompts, dtype, max_length)
     if any(exchange_on_host("captions-looked-for", "" if recorded_key(path) == key else "to be made")):
         shape = len(prompts), *model.text_shape
         header = file_header(key, shape, dtype)
-        problem = reserve(path, header, shape, dtype) if place == 0 else ""
+        problem = reserve(path, header, shape, dtype) if local_rank == 0 else ""
         if problems := [problem for problem in exchange_on_host("captions-room", problem) if problem]:
             raise StorageError(problems[0])
-        own = range(place, len(prompts), num_local)
-        given = (model.folder, prompts[place::num_local], dtype, run.device, max_length, args.variant, level)
+        own = range(local_rank, len(prompts), num_local)
+        given = (model.folder, prompts[local_rank::num_local], dtype, run.device, max_length, args.variant, level)
         write_rows(unfinished(path), len(header), own, encode(*given))
         exchange_on_host("captions-written")
-        if place == 0:
+        if local_rank == 0:
             flush(unfinished(path))
             rename(unfinished(path), path)
         exchange_on_host("captions-in-place")
@@ -134,7 +141,14 @@ def encode_from_args(
     return CaptionEmbeds(path, prompts)
 
 
-def key_from_args(args, model_dir: Path, prompts: list[str], dtype: torch.dtype, max_length: int) -> str:
+def empty_embeds_from_args(args, dataset, embeds: Mapping, device: torch.device) -> torch.Tensor | None:
+    """The empty prompt's embedding [S, D] for --text_dropout, from prepared data or `embeds`; None without the flag."""
+    if not args.text_dropout:
+        return None
+    return (dataset.empty_prompt_embeds() if args.load_tensors else embeds[""]).to(device)
+
+
+def key_of_embeds(args, model_dir: Path, prompts: list[str], dtype: torch.dtype, max_length: int) -> str:
     """Hash of everything that determines the file's content. T5's files count by size and time: hashing takes long."""
     paths = [path for part in ("text_encoder", "tokenizer") for path in sorted((model_dir / part).iterdir())]
     parts = {

@@ -33,8 +33,8 @@ class Clip(NamedTuple):
     window: int | None = None  # of a clip cut into several: the first frame of this one in the file
 
     @property
-    def identity(self) -> str:
-        """The clip's path, independent of where the data root is."""
+    def stable_name(self) -> str:
+        """The clip's path, and window if it has one, independent of where the data root is."""
         return windowed(self.below_root or self.source, self.window)
 
 

@@ -25,7 +25,7 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
         given = {"frame_buckets", "height_buckets", "width_buckets"} & set(args.given)
         latents = LatentDataset(
             args.data_root,
-            buckets=buckets_from_args(args) if given else None,
+            buckets=chosen_buckets(args) if given else None,
             caption_column=args.caption_column or "prompts.txt",
             video_column=args.video_column or "videos.txt",
             seed=seed,
@@ -42,7 +42,7 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
         return latents
     clips = read_clips_from_args(args)
     clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
-    videos = make_videos_from_args(
+    videos = make_videos(
         args,
         clips,
         fps=choose_fps("--fps", args.fps if "fps" in args.given else None, model.fps),
@@ -72,7 +72,7 @@ def build_videos_from_args(args, default_fps: float) -> VideoDataset:
 
 def tolerant_videos_from_args(args, clips: list[Clip], default_fps: float) -> VideoDataset:
     fps = choose_fps("--target_fps", args.target_fps if "target_fps" in args.given else None, default_fps)
-    videos = make_videos_from_args(
+    videos = make_videos(
         args, clips, fps=fps, seed=args.seed, num_threads=args.num_decode_threads, on_problem="collect",
         fps_flag="--target_fps", use_cache=not args.verify,
     )  # fmt: skip
@@ -80,17 +80,17 @@ def tolerant_videos_from_args(args, clips: list[Clip], default_fps: float) -> Vi
     return videos
 
 
-def make_videos_from_args(args, clips: list[Clip], **options) -> VideoDataset:
+def make_videos(args, clips: list[Clip], **options) -> VideoDataset:
     options |= {
         "random_flip": args.random_flip,
         "max_num_frames": args.max_num_frames,
         "video_backend": args.video_backend,
     }
     if args.video_reshape_mode == "none":
-        videos = VideoDataset(clips, buckets_from_args(args), **options)
+        videos = VideoDataset(clips, chosen_buckets(args), **options)
     else:
         crop = args.video_reshape_mode or "center"
-        videos = VideoDatasetWithResizeAndRectangleCrop(clips, buckets_from_args(args), crop=crop, **options)
+        videos = VideoDatasetWithResizeAndRectangleCrop(clips, chosen_buckets(args), crop=crop, **options)
     log_buckets(videos, args.dataset_file or args.data_root)
     return videos
 
@@ -103,7 +103,7 @@ def cut_into_windows(args, videos: VideoDataset) -> None:
     logger.info("--windows %s: %d clips are cut into %d windows", args.windows, num_clips, len(videos))
 
 
-def buckets_from_args(args) -> list[Bucket]:
+def chosen_buckets(args) -> list[Bucket]:
     return make_buckets(args.frame_buckets, args.height_buckets, args.width_buckets)
 
 

@@ -159,7 +159,7 @@ class LatentDataset(Dataset):
             (windowed(latent.source, latent.window), latent.prompt, latent.bucket) for latent in self.latents
         )
 
-    def content(self) -> str:
+    def hash_files(self) -> str:
         """Hash of the content of all files read, independent of their location."""
         files = (path for latent in self.latents for path in (latent.moments, latent.prompt_embeds))
         images = (latent.image_moments for latent in self.latents) if self.has_image_latents else ()

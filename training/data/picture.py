@@ -170,8 +170,8 @@ def read_track(path, track_id: int) -> bytes:
     with open(path, "rb") as file:
         for track in boxes(file, 0, file.seek(0, io.SEEK_END), (b"moov", b"trak")):
             header = first_box(track, b"tkhd")
-            place = 4 + 2 * time_bytes(header)
-            if int.from_bytes(header[place : place + 4]) == track_id:
+            offset = 4 + 2 * time_bytes(header)
+            if int.from_bytes(header[offset : offset + 4]) == track_id:
                 return track
     return b""
 
@@ -208,8 +208,8 @@ def sample_entry(track: bytes) -> bytes:
 
 def clean_aperture(entry: bytes, height: int, width: int) -> tuple[int, int, int, int]:
     """Crop (top, bottom, left, right) by a `clap` box (ISO 14496-12, 12.1.4), which libavcodec does not apply."""
-    place = entry.find(b"clap") + 4
-    values = struct.unpack(">8i", entry[place : place + 32]) if 4 <= place <= len(entry) - 32 else ()
+    offset = entry.find(b"clap") + 4
+    values = struct.unpack(">8i", entry[offset : offset + 32]) if 4 <= offset <= len(entry) - 32 else ()
     if not values or min(values[1::2]) <= 0:
         return UNCROPPED
     shown_width, shown_height, x, y = (Fraction(*values[i : i + 2]) for i in range(0, 8, 2))
@@ -258,9 +258,9 @@ def layout_cautions(stream, track: bytes) -> Iterator[Caution]:
         yield Caution("Dolby Vision without a picture for other players", TO_SDR)
     if b"sv3d" in entry or SPHERICAL_V1 in track:
         yield SPHERICAL
-    place = entry.find(b"st3d") + 8  # skip the name, version and flags
-    if place >= 8 and entry[place : place + 1] in STEREO_BOXES:
-        yield stereo_caution(STEREO_BOXES[entry[place : place + 1]])
+    offset = entry.find(b"st3d") + 8  # skip the name, version and flags
+    if offset >= 8 and entry[offset : offset + 1] in STEREO_BOXES:
+        yield stereo_caution(STEREO_BOXES[entry[offset : offset + 1]])
 
 
 def rotation_cautions(matrix: tuple[int, int, int, int]) -> Iterator[Caution]:

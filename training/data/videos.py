@@ -101,14 +101,14 @@ class VideoDataset(Dataset):
         self.clip_buckets = [bucket for _, _, bucket in good]
         self.prompts = [clip.prompt for clip in self.clips]
         self.sources = [clip.source for clip in self.clips]
-        self.draw_keys = draw_keys(clip.identity for clip in self.clips)
+        self.draw_keys = draw_keys(clip.stable_name for clip in self.clips)
 
     def cut(self, most: float) -> None:
         """Replace each clip by windows of its bucket's length that do not overlap, at most `most`, spread over it."""
-        cuts = [(place, window) for place in range(len(self)) for window in self.windows(place, most)]
-        self.pick([place for place, _ in cuts])
+        cuts = [(index, window) for index in range(len(self)) for window in self.windows(index, most)]
+        self.pick([index for index, _ in cuts])
         self.clips = [clip._replace(window=window) for clip, (_, window) in zip(self.clips, cuts, strict=True)]
-        self.draw_keys = draw_keys(clip.identity for clip in self.clips)
+        self.draw_keys = draw_keys(clip.stable_name for clip in self.clips)
 
     def windows(self, index: int, most: float) -> list[int]:
         """First frames of a clip's windows, in the file after --skip_frames_start; what remains at its end is too
@@ -124,15 +124,15 @@ class VideoDataset(Dataset):
         """Use each clip as often per epoch as it says, each time with random draws of its own."""
         repeats = [clip.repeats for clip in self.clips]
         keys = repeated_keys(self.draw_keys, repeats)
-        self.pick([place for place, count in enumerate(repeats) for _ in range(count)])
+        self.pick([index for index, count in enumerate(repeats) for _ in range(count)])
         self.draw_keys = keys
 
-    def pick(self, places: Sequence[int]) -> None:
-        """Have the clips at `places`, in that order; `draw_keys` is up to the caller."""
-        self.clips = [self.clips[place] for place in places]
-        self.infos = [self.infos[place] for place in places]
-        self.cautions = [self.cautions[place] for place in places]
-        self.clip_buckets = [self.clip_buckets[place] for place in places]
+    def pick(self, indices: Sequence[int]) -> None:
+        """Have the clips at `indices`, in that order; `draw_keys` is up to the caller."""
+        self.clips = [self.clips[index] for index in indices]
+        self.infos = [self.infos[index] for index in indices]
+        self.cautions = [self.cautions[index] for index in indices]
+        self.clip_buckets = [self.clip_buckets[index] for index in indices]
         self.prompts = [clip.prompt for clip in self.clips]
         self.sources = [clip.source for clip in self.clips]
 
@@ -260,10 +260,10 @@ class VideoDataset(Dataset):
         """Hash of the clips, captions and sizes in their order. `as_written`: absolute paths as they are, as in
         earlier versions.
         """
-        names = [windowed(clip.source, clip.window) if as_written else clip.identity for clip in self.clips]
+        names = [windowed(clip.source, clip.window) if as_written else clip.stable_name for clip in self.clips]
         return hash_rows(zip(names, self.prompts, self.clip_buckets, strict=True))
 
-    def content(self) -> str:
+    def hash_files(self) -> str:
         """Hash of the content of the clips' files, independent of their location."""
         return hash_files([clip.video for clip in self.clips])
 
@@ -295,10 +295,10 @@ class VideoDatasetWithResizing(VideoDataset):
     def reshape(self, pixels: torch.Tensor, bucket: Bucket, epoch: int, index: int) -> torch.Tensor:
         pixels = cover_resize(pixels, bucket)
         spare = pixels.shape[-2] - bucket.height, pixels.shape[-1] - bucket.width
-        top, left = self.crop_place(*spare, epoch, index)
+        top, left = self.crop_corner(*spare, epoch, index)
         return pixels[..., top : top + bucket.height, left : left + bucket.width]
 
-    def crop_place(self, spare_height: int, spare_width: int, epoch: int, index: int) -> tuple[int, int]:
+    def crop_corner(self, spare_height: int, spare_width: int, epoch: int, index: int) -> tuple[int, int]:
         return spare_height // 2, spare_width // 2
 
 
@@ -309,9 +309,9 @@ class VideoDatasetWithResizeAndRectangleCrop(VideoDatasetWithResizing):
         self.crop = crop
         super().__init__(clips, buckets, **options)
 
-    def crop_place(self, spare_height: int, spare_width: int, epoch: int, index: int) -> tuple[int, int]:
+    def crop_corner(self, spare_height: int, spare_width: int, epoch: int, index: int) -> tuple[int, int]:
         if self.crop == "center":
-            return super().crop_place(spare_height, spare_width, epoch, index)
+            return super().crop_corner(spare_height, spare_width, epoch, index)
         draw = self.draw("crop", epoch, index)
         return draw.randint(0, spare_height), draw.randint(0, spare_width)
 

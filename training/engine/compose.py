@@ -29,31 +29,31 @@ from engine.lora import (
     project_apart,
     start_from_lora,
 )
-from engine.master_weights import HostMasters, Masters, choose_masters
+from engine.master_weights import HostMasters, Masters, choose_masters_from_args
 from engine.optimizers import ADAMS, adam_settings_from_args, make_optimizer_from_args
 from engine.ring_adam import RingAdam
 from engine.state_ring import StateRing
 from memory.activations import offload_activations
 from memory.quantization import frozen_linears, frozen_products, quantize_base
 from memory.recompute import checkpoint_blocks, compile_blocks, uses_triton
-from memory.streaming import load_blocks, stream_weights
+from memory.streaming import stream_weights
 
 
 logger = logging.getLogger(__name__)
 
 
 def build_lora_engine_from_args(
-    args, level, transformer: nn.Module, pipeline_class, shape: tuple, device: torch.device, seed: int, resumes: bool
+    args, level, transformer: nn.Module, model, shape: tuple, run, resumes: bool
 ) -> LoraEngine:
-    """Prepare `transformer`, frozen, on the CPU and in the compute dtype, for training a LoRA on `device`.
+    """Prepare `transformer`, frozen, on the CPU and in the compute dtype, for training a LoRA on the run's device.
 
-    `level`: memory level or None; `shape`: [B, S, heads, head_dim] of the largest batch. A run that `resumes` ignores
-    --init_lora.
+    `level`: memory level or None; `shape`: [B, S, heads, head_dim] of the largest batch. Read from `model`: its pipeline
+    class, to check the result with. A run that `resumes` ignores --init_lora.
     """
-    dtype = transformer.dtype
-    attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
+    dtype, device = transformer.dtype, run.device
+    attend = make_attend(agree_on_attention(args, shape, dtype, device))
     names, init = args.lora_target_modules, args.lora_init
-    params = add_lora(transformer, args.rank, args.lora_alpha, seed, names, init, args.use_dora, args.use_rslora)
+    params = add_lora(transformer, args.rank, args.lora_alpha, run.seed, names, init, args.use_dora, args.use_rslora)
     if args.init_lora and not resumes:
         start_from_lora(transformer, Path(args.init_lora))
     if args.base_precision != "bf16":
@@ -64,13 +64,13 @@ def build_lora_engine_from_args(
         masters = ZeroMasters(params, device, torch.float32)
     elif args.use_cpu_offload_optimizer:
         masters = HostMasters(params, device, torch.float32, args.offload_gradients)
-    set_memory_level_from_args(args, level, transformer, device)
+    set_memory_level(args, level, transformer, device)
     if level == "stream":
         stream_weights(transformer.transformer_blocks, device)  # from here on `.to()` leaves the blocks in host memory
     transformer.to(device).train()
     STARTUP.mark("engine")
     trained = masters.params if masters else params
-    return LoraEngine(transformer, trained, inference_notes_from_args(args), level, pipeline_class, masters)
+    return LoraEngine(transformer, trained, notes_for_inference(args), level, model.pipeline_class, masters)
 
 
 def build_sft_engine_from_args(
@@ -85,11 +85,12 @@ def build_sft_engine_from_args(
 ) -> SftEngine:
     """Prepare `transformer`, on the CPU as stored, for training all its weights on `device` with compute in `dtype`.
 
-    `level` and `shape` as above; `share` of the blocks whose optimizer states are on the GPU. The masters start from the stored weights, before these are rounded to `dtype`.
+    `level` and `shape` as above; `share`: of the blocks whose states stay on the GPU at the levels that keep them on the
+    host. The masters start from the stored weights, before these are rounded to `dtype`.
     """
-    attend = make_attend(pick_attention_from_args(args, shape, dtype, device))
+    attend = make_attend(agree_on_attention(args, shape, dtype, device))
     set_attention(transformer, attend, device)
-    set_memory_level_from_args(args, level, transformer.requires_grad_(True), device)
+    set_memory_level(args, level, transformer.requires_grad_(True), device)
     masters = make_masters(args, level, share, transformer, device, dtype)
     nn.Module.to(transformer, device, dtype).train()  # diffusers' own .to() warns about modules that do not exist here
     params = masters.params if masters else list(transformer.parameters())
@@ -99,7 +100,7 @@ def build_sft_engine_from_args(
         logger.info("the moving average of the weights is what is validated and written; it lies beside them in fp32")
     STARTUP.mark("engine")
     save_dtype = DTYPES[args.save_dtype] if args.save_dtype else stored_dtype
-    notes = inference_notes_from_args(args)
+    notes = notes_for_inference(args)
     engine_class = SplitSftEngine if splits else SftEngine
     return engine_class(transformer, params, notes, level, save_dtype, masters, ema)
 
@@ -112,7 +113,7 @@ def make_masters(
     if uses_deepspeed():
         return ZeroMasters(weights, device, dtype)
     num_ranks = torch.distributed.get_world_size() if is_distributed() else 1
-    kind = choose_masters(args, level, dtype, num_ranks)
+    kind = choose_masters_from_args(args, level, dtype, num_ranks)
     if kind in (SPLIT, RING):
         accumulates = args.gradient_accumulation_steps > 1 or num_ranks > 1
         ema = EMAModel([], decay=args.ema_decay) if args.ema else None  # the ring keeps the averages
@@ -134,7 +135,7 @@ def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: 
     return start_deepspeed_from_args(args, config, engine.masters, accelerator.num_processes, learning_rate)
 
 
-def pick_attention_from_args(args, shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
+def agree_on_attention(args, shape: tuple, dtype: torch.dtype, device: torch.device) -> str:
     """Resolve --attention to a kernel; all ranks take rank 0's choice. Call it before the model is on the GPU."""
     name = [pick_attention(args.attention, shape, dtype, device)]
     if torch.distributed.is_initialized():
@@ -165,7 +166,7 @@ def fused_heads(attn, states: torch.Tensor, rotary, num_text: int) -> tuple[torc
     return norm_and_rotate(bases, deltas, attn.norm_q, attn.norm_k, rotary, num_text)
 
 
-def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, device: torch.device) -> None:
+def set_memory_level(args, level: str | None, transformer: nn.Module, device: torch.device) -> None:
     """Apply checkpointing, compilation and activation offload, by `level` or by their flags.
 
     Blocks are compiled with a level on a GPU, with --compile_blocks, or with the accelerate config's dynamo_backend.
@@ -182,14 +183,7 @@ def set_memory_level_from_args(args, level: str | None, transformer: nn.Module, 
         offload_activations(transformer.transformer_blocks, device)
 
 
-def block_loader_from_args(args, level: str | None, device: torch.device) -> Callable | None:
-    """The block loader for `load_transformer`, if a LoRA's frozen blocks stay in host memory unquantized; else None."""
-    if level == "stream" and args.base_precision == "bf16":
-        return functools.partial(load_blocks, device=device)
-    return None
-
-
-def inference_notes_from_args(args) -> dict:
+def notes_for_inference(args) -> dict:
     """Image-to-video training options that a stock pipeline does not know about; empty for the defaults."""
     inference_notes = {}
     if args.drop_learned_positions:

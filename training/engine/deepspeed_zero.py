@@ -155,7 +155,7 @@ def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_rank
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    config = deepspeed_config_from_args(args, config, masters.model_weights[0].dtype, num_ranks)
+    config = complete_config(args, config, masters.model_weights[0].dtype, num_ranks)
     settings = adam_settings_from_args(args, learning_rate)
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         with capture_prints():  # it prints how it was built, and how long that took
@@ -171,7 +171,7 @@ def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_rank
     return ZeroOptimizer(engine, masters.model_weights)
 
 
-def deepspeed_config_from_args(args, config: dict, dtype: torch.dtype, num_ranks: int) -> dict:
+def complete_config(args, config: dict, dtype: torch.dtype, num_ranks: int) -> dict:
     """The accelerate config's settings, with "auto" filled in from the flags; UsageError if the two disagree."""
     config = copy.deepcopy(config)
     wanted = {

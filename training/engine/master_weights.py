@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from base.memory_levels import FP32, HOST, HOST_LEVELS, RING, SPLIT, obstacle_to_splitting
+from base.memory_levels import FP32, HOST, HOST_LEVELS, RING, SPLIT, obstacle_to_splitting_from_args
 from base.ranks import is_distributed
 from engine.split import rounded
 
@@ -21,9 +21,9 @@ SLAB_BYTES = 2**30  # torch rounds pinned allocations up to powers of two: pinne
 MAX_IN_FLIGHT = 8  # gradients being copied to the host; each is kept on the device until its copy is done
 
 
-def choose_masters(args, level: str | None, dtype: torch.dtype, num_ranks: int) -> str:
+def choose_masters_from_args(args, level: str | None, dtype: torch.dtype, num_ranks: int) -> str:
     """FP32, SPLIT, RING or HOST: what full fine-tuning without DeepSpeed uses at `level`, computing in `dtype`."""
-    splits = dtype == torch.bfloat16 and obstacle_to_splitting(args) is None
+    splits = dtype == torch.bfloat16 and obstacle_to_splitting_from_args(args) is None
     if splits and num_ranks == 1 and (level in HOST_LEVELS or args.use_cpu_offload_optimizer):
         return RING
     if args.use_cpu_offload_optimizer:

@@ -15,9 +15,9 @@ from memory.host import to_device
 CPU = torch.device("cpu")
 
 
-def draw_generator(seed: int, name: str, *place: int | str) -> torch.Generator:
+def draw_generator(seed: int, name: str, *key: int | str) -> torch.Generator:
     """A CPU generator for one draw: the same numbers on every device, rank and worker, and after a restart."""
-    return torch.Generator("cpu").manual_seed(draw_seed(seed, name, *place))
+    return torch.Generator("cpu").manual_seed(draw_seed(seed, name, *key))
 
 
 def draw_normal(
@@ -55,8 +55,8 @@ def draw_timesteps(
 
 def stratum(seed: int, sample_id: int, num_strata: int) -> int:
     """The interval of the timesteps that the sample at `sample_id` draws from: a new permutation per global batch."""
-    update, place = divmod(sample_id, num_strata)  # which global batch, and where in it
-    return int(torch.randperm(num_strata, generator=draw_generator(seed, "strata", update))[place])
+    update, row = divmod(sample_id, num_strata)  # which global batch, and its row in it
+    return int(torch.randperm(num_strata, generator=draw_generator(seed, "strata", update))[row])
 
 
 def noise_coefficients(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, ndim: int):

@@ -30,9 +30,9 @@ def make_optimizer_from_args(args, params: Iterable[torch.nn.Parameter], learnin
     """The optimizer that the flags name, on `params` (fp32, all on one device)."""
     params = list(params)
     if args.use_8bit or args.use_4bit or args.use_fp8:
-        return make_low_bit_adam_from_args(args, params, learning_rate)
+        return make_low_bit_adam(args, params, learning_rate)
     if args.optimizer == "prodigy":
-        return make_prodigy_from_args(args, params, learning_rate)
+        return make_prodigy(args, params, learning_rate)
     if args.optimizer == "came":
         beta3 = CAME_BETA3 if args.beta3 is None else args.beta3
         return optional_module("came_pytorch", "--optimizer came", "came-pytorch").CAME(
@@ -62,7 +62,7 @@ def adam_settings_from_args(args, learning_rate: float) -> dict:
     }
 
 
-def make_prodigy_from_args(args, params: list[torch.nn.Parameter], learning_rate: float):
+def make_prodigy(args, params: list[torch.nn.Parameter], learning_rate: float):
     """Prodigy (arXiv 2306.06101). Its step size estimate is one number for all weights, kept in param_groups."""
     if learning_rate < PRODIGY_SMALL_LR:
         logger.warning(
@@ -79,7 +79,7 @@ def make_prodigy_from_args(args, params: list[torch.nn.Parameter], learning_rate
     )
 
 
-def make_low_bit_adam_from_args(args, params: list[torch.nn.Parameter], learning_rate: float):
+def make_low_bit_adam(args, params: list[torch.nn.Parameter], learning_rate: float):
     """Adam or AdamW with 8-bit or 4-bit states; tensors below 4,096 elements keep fp32 states."""
     settings = adam_settings_from_args(args, learning_rate)
     if args.use_8bit and not args.use_torchao:

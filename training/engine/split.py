@@ -68,16 +68,16 @@ if triton is not None:
 
     @triton.jit
     def split_kernel(master_ptr, weight_ptr, remainder_ptr, size, TILE: tl.constexpr):
-        place = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        bits = tl.load(master_ptr + place, place < size).to(tl.int32, bitcast=True)
+        offset = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        bits = tl.load(master_ptr + offset, offset < size).to(tl.int32, bitcast=True)
         upper = (bits + 0x8000) >> 16  # arithmetic: keeps the sign
         weight = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        tl.store(weight_ptr + place, weight, place < size)
-        tl.store(remainder_ptr + place, (bits - (upper << 16)).to(tl.int16), place < size)
+        tl.store(weight_ptr + offset, weight, offset < size)
+        tl.store(remainder_ptr + offset, (bits - (upper << 16)).to(tl.int16), offset < size)
 
     @triton.jit
     def join_kernel(weight_ptr, remainder_ptr, master_ptr, size, TILE: tl.constexpr):
-        place = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        upper = tl.load(weight_ptr + place, place < size).to(tl.int16, bitcast=True).to(tl.int32)
-        bits = (upper << 16) + tl.load(remainder_ptr + place, place < size).to(tl.int32)
-        tl.store(master_ptr + place, bits.to(tl.float32, bitcast=True), place < size)
+        offset = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        upper = tl.load(weight_ptr + offset, offset < size).to(tl.int16, bitcast=True).to(tl.int32)
+        bits = (upper << 16) + tl.load(remainder_ptr + offset, offset < size).to(tl.int32)
+        tl.store(master_ptr + offset, bits.to(tl.float32, bitcast=True), offset < size)

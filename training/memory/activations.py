@@ -185,13 +185,13 @@ class HostActivations:
         ]
         block.arrived = self.inward.start(pairs, after=[self.free[index % 2], block.sent])
 
-    def slot_memory(self, place: int) -> torch.Tensor:
+    def slot_memory(self, slot: int) -> torch.Tensor:
         needed = max(block.num_bytes for block in self.saved if block)
-        if self.slots[place] is None or self.slots[place].nbytes < needed:
-            self.slots[place] = None  # free the old slot first: both need not exist at once
-            self.slots[place] = torch.empty(needed, dtype=torch.uint8, device=self.device)
-            self.free[place] = self.inward.mark()  # the memory's previous use may still be running
-        return self.slots[place]
+        if self.slots[slot] is None or self.slots[slot].nbytes < needed:
+            self.slots[slot] = None  # free the old slot first: both need not exist at once
+            self.slots[slot] = torch.empty(needed, dtype=torch.uint8, device=self.device)
+            self.free[slot] = self.inward.mark()  # the memory's previous use may still be running
+        return self.slots[slot]
 
     def unpack(self, saved) -> torch.Tensor:
         if not isinstance(saved, SavedTensor):

@@ -43,8 +43,8 @@ def quantize_base(transformer: nn.Module, precision: str, device: torch.device |
         name = f"{name}.base_layer" if isinstance(blocks.get_submodule(name), LoraLayer) else name
         linear = blocks.get_submodule(name)
         before += num_bytes(linear)
-        place = linear.weight.device
-        small = kind(linear.to(device or place)).to(place)
+        home = linear.weight.device
+        small = kind(linear.to(device or home)).to(home)
         after += num_bytes(small)
         parent, _, own_name = name.rpartition(".")
         setattr(blocks.get_submodule(parent), own_name, small)

@@ -111,7 +111,7 @@ def match_other_blocks(block: nn.Module, inputs: tuple, named: dict) -> tuple[tu
 
     Without this, block 0 gets a graph of its own (10 s to compile); the unused gradient costs 1 ms per step.
     """
-    inputs = [copy_with_grad(value) if place < len(STATES) else value for place, value in enumerate(inputs)]
+    inputs = [copy_with_grad(value) if index < len(STATES) else value for index, value in enumerate(inputs)]
     return tuple(inputs), {name: copy_with_grad(value) if name in STATES else value for name, value in named.items()}
 
 

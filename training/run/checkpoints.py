@@ -25,12 +25,11 @@ from base.signals import INTERRUPTION
 from base.tensor_file import read_tensors, save_tensors
 from engine.optimizers import load_states, schedule_state, split_tensors
 from engine.update import TrainingState
-from run.held_out import data_identity
 from run.output_dir import (
     checkpoint_dirs,
     is_complete,
     named_checkpoint,
-    refuse_other_content,
+    refuse_other_hashes,
     refuse_other_run,
     step_of,
 )
@@ -39,12 +38,14 @@ from run.output_dir import (
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_NAME = "optimizer.safetensors"
+SHARED = ("seed", "num_processes", "data")  # of the provenance: the same in all checkpoints of a run
+RECORDED = (*SHARED, "data_as_written", "draws")  # of the provenance, in state.json
 
 
 # ---------------------------------------------------------------- save
 
 
-def write_checkpoint(output_dir: Path, step: int, state: TrainingState, identity: dict) -> Path:
+def write_checkpoint(output_dir: Path, step: int, state: TrainingState, provenance: dict) -> Path:
     """Write `checkpoint-<step>/` atomically: whatever has that name is complete, be it this one or an earlier one."""
     tensors, optimizer = split_tensors(state.optimizer.state_dict())
     refuse_bad_numbers(itertools.chain(state.engine.weights.values(), tensors.values()))
@@ -52,14 +53,14 @@ def write_checkpoint(output_dir: Path, step: int, state: TrainingState, identity
     with written_folder(target) as folder:
         state.engine.save_state(folder)
         save_tensors(folder / OPTIMIZER_NAME, tensors)
-        content = {
-            **identity,
+        record = {
+            **{name: provenance[name] for name in RECORDED if name in provenance},
             "step": step,
             "optimizer": optimizer,
             "lr_scheduler": schedule_state(state.lr_scheduler),
             "scaler": state.scaler.state_dict() if state.scaler else None,
         }
-        write_json(folder / "state.json", content)
+        write_json(folder / "state.json", record)
     return target
 
 
@@ -86,23 +87,23 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
     return lowest.isfinite() & highest.isfinite()
 
 
-def save(args, run, step: int, state: TrainingState, identity: dict) -> None:
+def save(args, run, step: int, state: TrainingState, provenance: dict) -> None:
     """Write a checkpoint on the main process, then remove the oldest over the limit; the other ranks wait."""
     state.complete()
     if run.rank == 0:
-        write_checkpoint(run.output_dir, step, state, identity)
+        write_checkpoint(run.output_dir, step, state, provenance)
         prune_checkpoints(run.output_dir, args.checkpoints_total_limit, step)
     run.accelerator.wait_for_everyone()
 
 
 def leave_if_interrupted(
-    args, run, first_step: int, step: int, num_steps: int, state: TrainingState, identity: dict
+    args, run, first_step: int, step: int, num_steps: int, state: TrainingState, provenance: dict
 ) -> None:
     """After the loop: if it ended early, all ranks leave with a checkpoint of the last update and exit code 75."""
     if step == num_steps:
         return
     if step > first_step and step % args.checkpointing_steps:
-        save(args, run, step, state, identity)
+        save(args, run, step, state, provenance)
     reason = INTERRUPTION.reason or "a signal to another process"
     raise Interrupted(f"stopped by {reason} after step {step} of {num_steps}; the same command continues from there")
 
@@ -120,13 +121,13 @@ def prune_checkpoints(output_dir: Path, limit: int | None, newest: int) -> None:
 # ---------------------------------------------------------------- load
 
 
-def find(args, run, num_steps: int, content: dict) -> Path | None:
+def find(args, run, num_steps: int, provenance: dict) -> Path | None:
     """The checkpoint to resume from: a path as given, a name or step in output_dir, or the newest intact one there.
 
     None if there is none: the run starts at step 0. The main process searches for all ranks. What `resume` reads is
     verified there.
     """
-    return on_main_process(run.accelerator, lambda: choose_checkpoint(args, num_steps, content))
+    return on_main_process(run.accelerator, lambda: choose_checkpoint(args, num_steps, provenance))
 
 
 def is_loaded(name: str) -> bool:
@@ -134,7 +135,7 @@ def is_loaded(name: str) -> bool:
     return name.endswith(".safetensors") and "/" not in name
 
 
-def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
+def choose_checkpoint(args, num_steps: int, provenance: dict) -> Path | None:
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted in (None, "latest"):
         newest = newest_whole(output_dir)
@@ -150,7 +151,7 @@ def choose_checkpoint(args, num_steps: int, content: dict) -> Path | None:
     if folder != output_dir.resolve():
         advice = "give the same, or name a checkpoint of a run like this"
         refuse_other_run(args, folder, advice)
-        refuse_other_content(args, folder, content, advice)
+        refuse_other_hashes(args, folder, provenance, advice)
     refuse_later_step(path, json.loads((path / "state.json").read_text(encoding="utf-8"))["step"], num_steps)
     return path
 
@@ -196,12 +197,7 @@ def choose_older(args, damaged: Path, reason: str) -> Path:
     return newest_whole(Path(args.output_dir), damaged, reason)
 
 
-def run_identity(run, dataset, held_out_clips) -> dict:
-    """What a checkpoint records of its run besides the flags; a run that resumes from it must match, see `load`."""
-    return {"seed": run.seed, "num_processes": run.num_ranks, **data_identity(dataset, held_out_clips)}
-
-
-def resume(args, run, checkpoint: Path, state: TrainingState, identity: dict) -> int:
+def resume(args, run, checkpoint: Path, state: TrainingState, provenance: dict) -> int:
     """Load `checkpoint`, or the next older one if it turns out damaged; returns its step. All ranks must call it.
 
     Nothing is left of a damaged one: the next overwrites all that was loaded, and without a next the run is refused.
@@ -209,7 +205,7 @@ def resume(args, run, checkpoint: Path, state: TrainingState, identity: dict) ->
     while True:
         step, reason = None, ""
         try:
-            step = load(checkpoint, state, identity)
+            step = load(checkpoint, state, provenance)
         except DamagedFile as error:
             reason = str(error)
         reason = next(filter(None, exchange_on_host(f"loaded {checkpoint}", reason)), None)  # of any rank
@@ -219,26 +215,26 @@ def resume(args, run, checkpoint: Path, state: TrainingState, identity: dict) ->
         checkpoint = on_main_process(run.accelerator, functools.partial(choose_older, args, checkpoint, reason))
 
 
-def load(path: Path, state: TrainingState, identity: dict) -> int:
+def load(path: Path, state: TrainingState, provenance: dict) -> int:
     """Restore weights, optimizer, schedule and loss scaler from a checkpoint that `find` chose; returns its step.
 
     Raises DamagedFile if what was read is not what was written: `state` is then unusable until another is loaded.
-    `identity` must equal the saved one, except for the rule of random draws about clips: a change there is only a
+    What it shares with the run's `provenance` must be the same now; another rule of random draws about clips is only a
     warning.
     """
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if identity.get("draws") and "draws" not in saved:
+    if provenance.get("draws") and "draws" not in saved:
         logger.warning(
             "%s: made when starts, crops, flips, first frames and the noise on held-out clips were drawn by a clip's place "
             "in the list; from here on they are drawn by its path, so they differ from those before",
             path,
         )
-    if "data_as_written" in identity and saved.get("data") == identity["data_as_written"]:  # by an earlier version
-        saved["data"] = identity["data"]
-    for name, value in identity.items():
-        if name not in ("draws", "data_as_written") and saved.get(name) != value:
+    if "data_as_written" in provenance and saved.get("data") == provenance["data_as_written"]:  # by an earlier version
+        saved["data"] = provenance["data"]
+    for name in SHARED:
+        if name in provenance and saved.get(name) != provenance[name]:
             raise UsageError(
-                f"{path}: its {name} was {saved.get(name)}, now it is {value}; it cannot continue from there"
+                f"{path}: its {name} was {saved.get(name)}, now it is {provenance[name]}; it cannot continue from there"
             )
     with verified_folder(path, is_loaded):
         state.engine.load_state(path)

@@ -47,7 +47,7 @@ def draw_losses(runs: dict[str, Path], figure_path: Path, window: int = WINDOW) 
         if len(drawn) > 10:  # the default cycle has 10 colours
             axes.set_prop_cycle(color=colormaps["tab20"].colors)
         fill_axes(axes, drawn, window)
-        place(figure)
+        place_legend(figure)
         with written_beside(figure_path) as temporary:
             figure.savefig(temporary)
     return [name for name in runs if name not in drawn]
@@ -102,7 +102,7 @@ def fill_axes(axes, runs: dict[str, Losses], window: int) -> None:
     axes.grid(alpha=0.25)
 
 
-def place(figure) -> None:
+def place_legend(figure) -> None:
     """Put the legend above the axes, where it hides nothing. Margins are given: finding them means drawing twice."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     lines = -(-len(labels) // 2)

@@ -26,7 +26,7 @@ from base.errors import (
     first_line,
 )
 from base.files import forget_undo, free_bytes, nearest_folder, undo_all
-from base.memory_levels import HOST_LEVELS, obstacle_to_splitting
+from base.memory_levels import HOST_LEVELS, obstacle_to_splitting_from_args
 from base.ranks import exchange_on_host, group_store
 from base.signals import INTERRUPTION, catch_signals
 from base.status import THIS_RUN, is_of_this_run, read_status, record_refusal, write_status
@@ -85,7 +85,9 @@ def memory_savers(args, level: str | None, is_lora: bool) -> list[str]:
     batch, accumulation = args.train_batch_size, args.gradient_accumulation_steps
     streams = is_lora and not uses_deepspeed()  # hardly slower than the other levels
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    offloads = alone and not (is_lora or uses_deepspeed() or obstacle_to_splitting(args))  # full fine-tuning's level
+    offloads = alone and not (
+        is_lora or uses_deepspeed() or obstacle_to_splitting_from_args(args)
+    )  # full fine-tuning's level
     has_small_states = args.use_8bit or args.use_4bit or args.use_fp8 or args.use_cpu_offload_optimizer
     instead = " in place of --gradient_checkpointing" if args.gradient_checkpointing else ""
     savers = {

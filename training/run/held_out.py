@@ -63,11 +63,9 @@ def read_clips(args, model, seed: int) -> HeldOutClips:
     return HeldOutClips(dataset, dataset.clip_buckets[:count], dataset.prompts[:count])
 
 
-def data_identity(dataset: Dataset, held_out_clips: HeldOutClips) -> dict:
-    """What checkpoints record of the data, and the rule by which a run draws about clips: None if it draws nothing."""
-    is_random = bool(held_out_clips.prompts) or dataset.is_random()
-    hashes = {"data": dataset.fingerprint(), "data_as_written": dataset.fingerprint(as_written=True)}
-    return {**hashes, "draws": DRAW_RULE if is_random else None}
+def draw_rule(dataset: Dataset, held_out: HeldOutClips) -> str | None:
+    """The rule by which a run draws about clips; None if it draws nothing."""
+    return DRAW_RULE if held_out.prompts or dataset.is_random() else None
 
 
 def encode_clips(run, clips: HeldOutClips, encode: Callable, losses_of: Callable, num_timesteps: int) -> HeldOut:
@@ -100,6 +98,6 @@ def mean_losses(accelerator, held_out: HeldOut, sums: torch.Tensor) -> dict:
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     means = (sums / held_out.num_clips).tolist()
-    edges = [held_out.num_timesteps * place // NUM_BINS for place in range(NUM_BINS + 1)]
+    edges = [held_out.num_timesteps * number // NUM_BINS for number in range(NUM_BINS + 1)]
     bins = {f"{first}-{last - 1}": mean for first, last, mean in zip(edges, edges[1:], means, strict=False)}
     return {"loss": sum(means) / NUM_BINS, "bins": bins}

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from attention.kernels import check_sage
 from base.console import capture_prints, log_errors_only, log_to_stderr
 from base.dtypes import DTYPES
 from base.errors import UsageError
@@ -127,7 +128,7 @@ def shared_seed(args) -> int:
 
 
 def compute_dtype(args, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """--mixed_precision, else the launcher's config, else bf16 on CUDA and fp32 on a CPU.
+    """--mixed_precision, else the launcher's config, else bf16 on CUDA and fp32 on a CPU; refused if it cannot work here.
 
     The launcher exports "no" both for "no" and if nothing is set, so "no" decides nothing.
     """
@@ -149,6 +150,8 @@ def compute_dtype(args, stored: torch.dtype, device: torch.device) -> torch.dtyp
     check_base_precision(args.base_precision, PRECISIONS[name], device)
     if stored != PRECISIONS[name]:
         logger.info("weights stored in %s are converted once and computed in %s", stored, PRECISIONS[name])
+    if args.validation_prompt is not None and args.validation_attention == "sage":
+        check_sage(PRECISIONS[name], device)
     return PRECISIONS[name]
 
 

@@ -15,7 +15,7 @@ from base.startup import STARTUP
 from data.captions import embeds_bytes
 from data.dataset import build_dataset_from_args
 from engine.deepspeed_zero import uses_deepspeed
-from engine.master_weights import choose_masters
+from engine.master_weights import choose_masters_from_args
 from engine.optimizers import state_bytes_from_args
 from memory.allocator import expand_segments, uses_expandable_segments
 from memory.choose_level import fastest_that_fits, nearest_level, table
@@ -36,6 +36,8 @@ def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lo
     UsageError if none does. Call it before anything is on the GPU. `buckets`: (frames, height, width) of the clips, in
     pixels.
     """
+    if not is_lora:
+        check_sft_fits(args, model.num_parameters, dtype, device)
     level, share = args.memory, args.states_on_gpu or 0.0
     if level == "auto" and device.type != "cuda":
         logger.info("--memory auto: speed, since there is no GPU to run out of memory")
@@ -91,12 +93,12 @@ def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], 
     """Disk space for the captions' embeddings. Their file is mapped, so they do not count as host memory."""
     num_captions = len(set(prompts)) + 1  # the empty one
     needed = embeds_bytes((num_captions, *text_shape), dtype)
-    place = nearest_folder(output_dir)
-    free = free_bytes(place)
+    folder = nearest_folder(output_dir)
+    free = free_bytes(folder)
     verdict = "yes" if needed <= free else "no"
     return (
         f"disk: {needed / GIB:.1f} GiB for the embeddings of {num_captions} captions, as long as the run lasts; "
-        f"{free / GIB:.1f} GiB are free in {place}; fits: {verdict}"
+        f"{free / GIB:.1f} GiB are free in {folder}; fits: {verdict}"
     )
 
 
@@ -171,7 +173,7 @@ def num_ranks() -> int:
 
 
 def kind_of_masters(args, level: str | None, dtype: torch.dtype) -> str:
-    return choose_masters(args, level, dtype, num_ranks())
+    return choose_masters_from_args(args, level, dtype, num_ranks())
 
 
 def accumulates(args) -> bool:

@@ -23,7 +23,7 @@ from base.files import write_text
 from base.ranks import all_gather_objects
 from base.startup import STARTUP, StartupTimer
 from engine.update import Update
-from run.tracking import log_update
+from run.tracking import log_update, start_trackers
 
 
 logger = logging.getLogger(__name__)
@@ -226,8 +226,9 @@ class StepMeter:
         self.bar.close()
 
 
-def make_meter(args, run, first_step: int, num_steps: int, sources: list[str]) -> StepMeter:
-    """`sources` are the paths of all samples, by index."""
+def start(args, run, project: str, sources: list[str], first_step: int, num_steps: int) -> StepMeter:
+    """Open the trackers, in `project` unless --tracker_name names another, and metrics.jsonl. `sources`: see BadSteps."""
+    start_trackers(args, run, project, first_step)
     bad_steps = BadSteps(args.max_bad_steps, sources)
     path = run.output_dir / "metrics.jsonl"
     return StepMeter(path, run.accelerator, first_step, num_steps, args.log_every, bad_steps, STARTUP)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import ModelCardData
+from torch.utils.data import Dataset
 
 from base.files import write_text
 from base.memory_levels import HOST
-from engine.master_weights import choose_masters
+from engine.master_weights import choose_masters_from_args
 from engine.sft import SUBFOLDER
 from run.export import COMFYUI_NAME, KOHYA_NAME
-from run.steps import scaled_learning_rate
 
 
 LOSS_NAME, CARD_NAME = "loss.png", "README.md"
@@ -34,8 +34,8 @@ class RunSummary(NamedTuple):
 
     run: NamedTuple  # launch.Run
     model: NamedTuple  # the family's: classes, task, licence, frame rate, weights that training starts from
-    content: dict  # hashes of what it was trained on, see output_dir.CONTENT
-    buckets: list  # of every clip: (frames, height, width)
+    provenance: dict  # see output_dir.check_provenance
+    clips: Dataset
     size: tuple  # of rendered videos
     dtype: torch.dtype
     plan: NamedTuple  # steps.StepPlan
@@ -116,20 +116,20 @@ def start_text(args, summary: RunSummary) -> str:
     if args.init_transformer is None:
         return ""
     belongs = " It belongs on that transformer, not on the base model's." if summary.is_lora else ""
-    digest = summary.content["transformer"][:16]
+    digest = summary.provenance["transformer"][:16]
     return f" Training started from a fine-tuned transformer of that model (SHA-256 of its weights: `{digest}...`).{belongs}"
 
 
 def training_table(args, summary: RunSummary) -> str:
     """What was trained and how, one fact per row."""
-    sizes = sorted(set(map(tuple, summary.buckets)))
+    sizes = sorted(set(map(tuple, summary.clips.clip_buckets)))
     texts = [f"{frames} frames of {height}x{width}" for frames, height, width in sizes]
     clips_per_update = args.train_batch_size * args.gradient_accumulation_steps * summary.run.num_ranks
-    schedule = f"{scaled_learning_rate(args, summary.run.num_ranks):g}, {args.lr_scheduler}"
+    schedule = f"{summary.plan.learning_rate:g}, {args.lr_scheduler}"
     has_warmup = args.lr_warmup_steps and args.lr_scheduler != "constant"
     rows = {
         "Task": f"{task_of(summary)}, {'LoRA' if summary.is_lora else 'every weight'}",
-        "Clips": f"{len(summary.buckets)}, of {texts[0] if len(texts) == 1 else f'{len(texts)} sizes'}",
+        "Clips": f"{len(summary.clips.clip_buckets)}, of {texts[0] if len(texts) == 1 else f'{len(texts)} sizes'}",
         "Updates": f"{summary.plan.num_steps}, of {clips_per_update} clips each",
     }
     if summary.is_lora:
@@ -152,7 +152,7 @@ def optimizer_text(args, summary: RunSummary) -> str:
     """States that only lie on the host, and are updated on the GPU, change no bit: they are not mentioned."""
     bits = {"use_8bit": "8-bit", "use_4bit": "4-bit", "use_fp8": "fp8"}
     states = [f", {name} states" for flag, name in bits.items() if getattr(args, flag)]
-    kind = choose_masters(args, args.memory, summary.dtype, summary.run.num_ranks)
+    kind = choose_masters_from_args(args, args.memory, summary.dtype, summary.run.num_ranks)
     on_cpu = args.use_cpu_offload_optimizer and (summary.is_lora or kind == HOST)
     return args.optimizer + "".join(states) + (", on the CPU" if on_cpu else "")
 

@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from base.errors import UsageError
@@ -27,6 +26,7 @@ from base.ranks import on_main_process
 from base.startup import STARTUP
 from base.status import begin_run, read_status
 from engine.lora import hash_lora
+from run.held_out import HeldOutClips, draw_rule
 
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,11 @@ MEMORY_FLAGS = {
     "offload_gradients", "use_cpu_offload_optimizer", "states_on_gpu",
 }  # fmt: skip
 LENGTH_FLAGS = {"max_train_steps", "num_train_epochs"}
-# The paths may change when a run continues: their content is compared instead, see check_content
+# The paths may change when a run continues: hashes of what they name are compared instead, see check_provenance
 DATA_FLAGS = ("data_root", "dataset_file", "video_column", "caption_column")
 MODEL_FLAGS = ("pretrained_model_name_or_path", "revision", "variant", "init_transformer")
-CONTENT_FLAGS = {*DATA_FLAGS, *MODEL_FLAGS, "init_lora"}
-CONTENT = {  # name in args.json -> (what it is, the flags that name it)
+HASHED_FLAGS = {*DATA_FLAGS, *MODEL_FLAGS, "init_lora"}
+HASHED = {  # name in args.json -> (what it is, the flags that name it)
     "data": ("the list of clips, captions and sizes", DATA_FLAGS),
     "files": ("the files of the clips", DATA_FLAGS),
     "transformer": ("the transformer's weights", MODEL_FLAGS),
@@ -127,7 +127,7 @@ def read_record(output_dir: Path) -> dict:
 def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     """Raise UsageError, ending in `advice`, unless the run in `output_dir` had the same flags.
 
-    Exempt are flags that do not affect what was trained, and those whose content is compared.
+    Exempt are flags that do not affect what was trained, and paths: what lies there is compared by its hash.
     """
     record, flags = read_record(output_dir), recorded_flags(args)
     earlier = record["flags"]
@@ -137,7 +137,7 @@ def refuse_other_run(args, output_dir: Path, advice: str) -> None:
     earlier = {name: flags[name] for name in flags.keys() - earlier.keys() - set(args.given)} | earlier
     names = sorted(name for name in flags.keys() | earlier.keys() if flags.get(name) != earlier.get(name))
     may_extend = args.lr_scheduler in CONSTANT_SCHEDULES or not is_complete(output_dir)
-    free = FREE_FLAGS | MEMORY_FLAGS | CONTENT_FLAGS | (LENGTH_FLAGS if may_extend else set())
+    free = FREE_FLAGS | MEMORY_FLAGS | HASHED_FLAGS | (LENGTH_FLAGS if may_extend else set())
     if args.load_tensors:
         free |= {"enable_tiling"}  # the VAE only decodes samples
     refused = [f"--{name} {earlier.get(name)} -> {flags.get(name)}" for name in names if name not in free]
@@ -151,50 +151,51 @@ def holds_run(output_dir: Path) -> bool:
     return bool(checkpoint_dirs(output_dir)) or is_complete(output_dir)
 
 
-def check_content(args, run, dataset, hash_model: Callable[[], dict]) -> dict[str, str | None]:
-    """Hashes of everything the run is trained on, see CONTENT; the main process reads for all ranks.
+def check_provenance(args, run, model, clips, held_out: HeldOutClips) -> dict[str, str | int | None]:
+    """What the run is made from, and one that continues it must share: hashes of data and model, seed, ranks, draws.
 
-    UsageError on all ranks if output_dir holds a run on something else.
+    The main process hashes for all ranks. UsageError on all of them if output_dir holds a run made from something else.
     """
 
     def read() -> dict:
-        content = {
-            "data": dataset.fingerprint(),
-            "data_as_written": dataset.fingerprint(as_written=True),
-            "files": dataset.content(),
-            **hash_model(),
+        hashes = {
+            "data": clips.fingerprint(),
+            "data_as_written": clips.fingerprint(as_written=True),
+            "files": clips.hash_files(),
+            **model.hash_from_args(args),
             **hash_lora(args.init_lora),
         }
         if holds_run(Path(args.output_dir)):
             advice = "choose another --output_dir, or pass --overwrite to move it aside"
-            refuse_other_content(args, Path(args.output_dir), content, advice)
-        return content
+            refuse_other_hashes(args, Path(args.output_dir), hashes, advice)
+        return hashes
 
-    return on_main_process(run.accelerator, read)
+    hashes = on_main_process(run.accelerator, read)
+    return {**hashes, "seed": run.seed, "num_processes": run.num_ranks, "draws": draw_rule(clips, held_out)}
 
 
-def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> None:
-    """Raise UsageError, ending in `advice`, unless the run in `output_dir` was trained on the same content.
+def refuse_other_hashes(args, output_dir: Path, hashes: dict, advice: str) -> None:
+    """Raise UsageError, ending in `advice`, unless the run in `output_dir` was trained on the same data and model.
 
-    Content that only moved is logged in one line, and so is what cannot be compared.
+    What only moved is logged in one line, and so is what cannot be compared.
     """
-    earlier, flags, known = read_record(output_dir)["flags"], recorded_flags(args), recorded_content(output_dir)
+    earlier, flags, known = read_record(output_dir)["flags"], recorded_flags(args), recorded_hashes(output_dir)
     if args.init_transformer and "transformer" not in known:  # recorded before the flag existed
         known["transformer"] = None
     # Earlier versions hashed absolute paths as they are written
-    if "data" in known and known["data"] == content.get("data_as_written"):
-        known["data"] = content.get("data")
-    names = [name for name in sorted(CONTENT_FLAGS) if earlier.get(name) != flags[name]]
+    if "data" in known and known["data"] == hashes.get("data_as_written"):
+        known["data"] = hashes.get("data")
+    names = [name for name in sorted(HASHED_FLAGS) if earlier.get(name) != flags[name]]
     changes = {name: f"--{name} {earlier.get(name)} -> {flags[name]}" for name in names}
-    both = [name for name in CONTENT if name in known and name in content]
-    if differing := [name for name in both if known[name] != content[name]]:
-        what = " and ".join(CONTENT[name][0] for name in differing)
-        flags_of_these = {flag for name in differing for flag in CONTENT[name][1]}
+    both = [name for name in HASHED if name in known and name in hashes]
+    if differing := [name for name in both if known[name] != hashes[name]]:
+        what = " and ".join(HASHED[name][0] for name in differing)
+        flags_of_these = {flag for name in differing for flag in HASHED[name][1]}
         named = ", ".join(changes[flag] for flag in names if flag in flags_of_these)
         raise UsageError(f"{output_dir}: holds a run with other content: {what}{named and f' ({named})'}; {advice}")
     if changes:
         logger.info("%s continues, with the same content in other places: %s", output_dir, ", ".join(changes.values()))
-    if unknown := [what for name, (what, _) in CONTENT.items() if name not in both]:
+    if unknown := [what for name, (what, _) in HASHED.items() if name not in both]:
         logger.warning(
             "%s continues, but these cannot be compared with what it was trained on: %s",
             output_dir,
@@ -202,16 +203,16 @@ def refuse_other_content(args, output_dir: Path, content: dict, advice: str) -> 
         )
 
 
-def recorded_content(output_dir: Path) -> dict:
-    """Content hashes in args.json. Earlier versions: the data's from a checkpoint, None for an unused --init_lora."""
+def recorded_hashes(output_dir: Path) -> dict:
+    """The hashes in args.json. Earlier versions: the data's from a checkpoint, None for an unused --init_lora."""
     record = read_record(output_dir)
     if "content" in record:
         return record["content"]
-    content = {} if record["flags"].get("init_lora") else {"init_lora": None}
+    hashes = {} if record["flags"].get("init_lora") else {"init_lora": None}
     for directory in checkpoint_dirs(output_dir):
         with contextlib.suppress(OSError, ValueError, KeyError):  # damaged ones are reported later
-            content["data"] = json.loads((directory / "state.json").read_text(encoding="utf-8"))["data"]
-    return content
+            hashes["data"] = json.loads((directory / "state.json").read_text(encoding="utf-8"))["data"]
+    return hashes
 
 
 def is_complete(output_dir: Path) -> bool:
@@ -229,18 +230,19 @@ def is_done(args, num_steps: int) -> bool:
     return step >= num_steps
 
 
-def record_run(args, run, content: dict) -> None:
+def record_run(args, run, provenance: dict) -> None:
     """Rewrite args.json and drop the status of an earlier run: from here on the folder is this run's."""
     if run.rank == 0:
-        write_record(args, run.seed, content)
+        write_record(args, run.seed, provenance)
     begin_run(run.output_dir, run.rank == 0)
     STARTUP.mark("checkpoint")
 
 
-def write_record(args, seed: int, content: dict) -> None:
-    """Write args.json: the flags, which of them were given, the seed in use, hashes of `content`, package versions."""
+def write_record(args, seed: int, provenance: dict) -> None:
+    """Write args.json: the flags, which of them were given, the seed in use, hashes of data and model, package versions."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    record = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "content": content}
+    hashes = {name: provenance[name] for name in (*HASHED, "data_as_written") if name in provenance}
+    record = {"flags": recorded_flags(args), "given": args.given, "seed": seed, "content": hashes}
     write_json(Path(args.output_dir) / "args.json", record | {"versions": versions})
 
 

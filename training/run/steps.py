@@ -17,13 +17,16 @@ WITHOUT_WARMUP = ("constant", "piecewise_constant")  # schedules
 
 
 class StepPlan(NamedTuple):
-    """Counts of a run. A step is one optimizer update of `accumulation` micro-steps, which may span two epochs."""
+    """Counts of a run, and its learning rate. A step is one optimizer update of `accumulation` micro-steps, which may
+    span two epochs.
+    """
 
     num_steps: int
     num_epochs: int
     num_micro_steps: int
     accumulation: int
     batches_per_epoch: int
+    learning_rate: float | None = None  # after the warmup
 
     def micro_steps_in(self, step: int) -> int:
         """Micro-steps of the update after `step` updates; only the run's last one may have fewer."""
@@ -51,7 +54,8 @@ def make_plan(args, buckets: list[Bucket], num_ranks: int) -> StepPlan:
     """The plan for clips of these sizes, from the flags; warns of what the run is too short for."""
     batches_per_epoch = num_batches(buckets, args.train_batch_size, num_ranks)
     plan = plan_steps(batches_per_epoch, args.gradient_accumulation_steps, args.num_train_epochs, args.max_train_steps)
-    warn_of_unreached(args, plan.num_steps, scaled_learning_rate(args, num_ranks))
+    plan = plan._replace(learning_rate=scaled_learning_rate(args, num_ranks))
+    warn_of_unreached(args, plan.num_steps, plan.learning_rate)
     return plan
 
 

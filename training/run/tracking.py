@@ -84,8 +84,8 @@ def open_trackers(args, accelerator: Accelerator, names: list[str], project: str
             tracker.known_step = last_update(output_dir) if continues and name != "tensorboard" else -1
             start_quietly(tracker)
             accelerator.trackers.append(tracker)
-            if place := place_of(tracker, project):
-                logger.info("%s: %s", name, place)
+            if where := where_to_look(tracker, project):
+                logger.info("%s: %s", name, where)
             if not (continues and name == "tensorboard"):  # where it would look like another run
                 tracker.store_init_configuration(config)
     except Exception as error:  # noqa: BLE001 - trackers raise anything
@@ -115,7 +115,7 @@ def start_quietly(tracker: GeneralTracker) -> None:
         tracker.start()
 
 
-def place_of(tracker: GeneralTracker, project: str) -> str:
+def where_to_look(tracker: GeneralTracker, project: str) -> str:
     """Where to find the run: a URL, else a command that shows it; empty if nothing is recorded."""
     if tracker.name == "wandb":
         offline = f"offline; wandb sync {shlex.quote(str(Path(tracker.run.dir).parent))}"

@@ -10,16 +10,17 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
 
-from attention.kernels import check_sage
 from base.errors import UsageError, first_line, named_line
 from base.ranks import exchange_on_host
 from base.signals import INTERRUPTION
 from data.buckets import Bucket
-from run.held_out import HeldOut, mean_losses, sum_losses
+from run.held_out import HeldOut, HeldOutClips, mean_losses, read_clips, sum_losses
 from run.metrics import StepMeter, report_memory
 from run.render import Samples, preserved_random_state, render_videos
 from run.steps import StepPlan
@@ -33,6 +34,21 @@ FETCH_BYTES, FETCH_SECONDS = 64 * 2**20, 60  # limits for downloading an image
 
 
 # ---------------------------------------------------------------- before training
+
+
+class ValidationSet(NamedTuple):
+    """What every validation renders and evaluates; nothing without --validation_prompt and --validation_data_root."""
+
+    prompts: list[str]
+    images: list[Image.Image]  # first frames, one per prompt; empty for text-to-video
+    held_out: HeldOutClips
+    size: Bucket  # of the videos
+
+
+def read_set(args, model, seed: int, clip_buckets: list[Bucket]) -> ValidationSet:
+    """The validation set of a run on clips of these sizes, checked before any weights are fetched."""
+    prompts, images = read_prompts(args, model.image_to_video)
+    return ValidationSet(prompts, images, read_clips(args, model, seed), sample_size(args, clip_buckets))
 
 
 def read_prompts(args, image_to_video: bool) -> tuple[list[str], list[Image.Image]]:
@@ -109,25 +125,12 @@ def sample_size(args, clip_buckets: list[Bucket]) -> Bucket:
     return size._replace(frames=(size.frames - 1) // 4 * 4 + 1)  # as the pipelines round other counts
 
 
-def make_samples(
-    args,
-    run,
-    model,
-    prompts: list[str],
-    images: list[Image.Image],
-    size: Bucket,
-    embeds: dict,
-    make_pipeline: Callable,
-) -> Samples:
+def make_samples(args, run, model, validation_set: ValidationSet, vae, embeds: dict) -> Samples:
     """What every validation renders."""
+    prompts, images, _, size = validation_set
     fps = args.fps if "fps" in args.given else model.fps
+    make_pipeline = partial(model.make_pipeline, vae, args.image_latent_scale)  # from a transformer
     return Samples(prompts, images, size, fps, run.seed, embeds, make_pipeline)
-
-
-def check_attention(args, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse --validation_attention if it cannot run here."""
-    if args.validation_prompt is not None and args.validation_attention == "sage":
-        check_sage(dtype, device)
 
 
 # ---------------------------------------------------------------- a validation
