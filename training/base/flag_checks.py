@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from base.flag_parser import NO_MEANING, FlagParser
 from base.memory_levels import LEVELS, obstacle_to_splitting
@@ -274,3 +275,23 @@ def check_max_num_frames(parser: FlagParser, args: argparse.Namespace):
             f"--frame_buckets {' '.join(map(str, above))}: never filled, because --max_num_frames is "
             f"{args.max_num_frames}; give --max_num_frames {max(above)} to use every bucket",
         )
+
+
+def check_captioning(parser: FlagParser, args: argparse.Namespace):
+    """Refuses addresses that are none or hold a secret, and new captions where the old ones would be lost."""
+    try:
+        url = urlsplit(args.base_url)
+        is_address = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # a port that is no number
+        is_address = False
+    if not is_address:
+        parser.error("--base_url: must be the address of a server's API, such as http://localhost:8000/v1")
+    if url.username or url.password or url.query or url.fragment:
+        parser.error(
+            "--base_url: holds more than an address; a key is read from the variable that --api_key_env names"
+        )
+    replaces = "--context caption" if args.context == "caption" else "--recaption"
+    if (args.recaption or args.context == "caption") and args.output_dir is None:
+        parser.error(f"{replaces}: captions in --data_root are not written over; give another folder as --output_dir")
+    if args.send == "video" and parser.is_used(args, "num_frames"):
+        parser.say("warning", "--num_frames: no effect with --send video, whose frames the server chooses")
