@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the heavy imports: --help answers at once
     console.set_up(ARGS.verbose)
 
 import asyncio
+import contextlib
 import logging
 from functools import partial
 from pathlib import Path
@@ -68,12 +69,11 @@ def main(args) -> None:
 
     # ---------------------------------------------------------------- the others are asked for
     asking = make_asking(args)
-    answers = AnswerFile(output_dir)
     todo = [index for index in range(len(clips)) if index not in captions]
     if todo:
-        found, problems = asyncio.run(ask(args, asking, clips, names, todo, answers))
+        with contextlib.closing(AnswerFile(output_dir)) as answers:
+            found, problems = asyncio.run(ask(args, asking, clips, names, todo, answers))
         captions |= {index: with_id_token(caption, args.trigger) for index, caption in found.items()}
-    answers.close()
 
     # ---------------------------------------------------------------- lists
     done = sorted(captions)

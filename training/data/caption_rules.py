@@ -123,8 +123,10 @@ FREQUENT = {
 }
 FREQUENT = {language: set(words.split()) for language, words in FREQUENT.items()}
 MAX_FOREIGN_LETTERS = 0.1  # share of letters that are not Latin
-OPEN_ENDS = set("a an the and or of with in on to by from as while its their".split())
-OPEN_MARKS = ",;:-\u2013\u2014("
+# What no sentence ends with
+OPEN_END = re.compile(
+    r"(?:[,;:(\u2013\u2014-]|\b(?:an?|the|and|or|of|with|to|from|as|while|its|their))$", re.IGNORECASE
+)
 
 
 def find_fault(answer: str, is_cut: bool, is_refused: bool, limit: Limit, trigger: str | None) -> Fault | None:
@@ -151,7 +153,7 @@ def caption_fault(caption: str, limit: Limit, trigger: str | None) -> Fault | No
         return Fault("repeating", "Say everything once.")
     if (length := limit.count(with_id_token(caption, trigger))) > limit.most:
         return Fault(f"too long ({length} {limit.unit}, {limit.most} fit)", shorter(limit, length))
-    if caption[-1] in OPEN_MARKS or caption.rpartition(" ")[2].lower() in OPEN_ENDS:
+    if OPEN_END.search(caption):
         return Fault("cut off", "End with a whole sentence.")
     return None
 
