@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import re
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +50,7 @@ class Stub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.answer, self.models = answer, models
         self.requests: list[Request] = []
+        self.sockets = []
         self.lock, self.open, self.most_at_once = threading.Lock(), 0, 0
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -71,9 +73,17 @@ class Stub(ThreadingHTTPServer):
             self.requests.append(request)
         return request
 
+    def process_request(self, request, client_address):
+        self.sockets.append(request)
+        super().process_request(request, client_address)
+
     def stop(self) -> None:
+        """As a killed process: open connections break."""
         self.shutdown()
         self.server_close()
+        for connection in self.sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address):
         pass  # a client that was killed

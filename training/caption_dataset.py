@@ -242,9 +242,8 @@ def report(output_dir: Path, num_clips: int, problems: list[str]) -> None:
         logger.warning("left out: %s", line)
     if problems:
         named = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-        raise DataError(
-            f"{len(problems)} of {num_clips} clips got no caption, the others are in {output_dir}: {named}"
-        )
+        others = "" if len(problems) == num_clips else f", the others are in {output_dir}"
+        raise DataError(f"{len(problems)} of {num_clips} clips got no caption{others}: {named}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ OPENINGS = re.compile(
     rf"(?:[\w-]+ )?(?:caption|description|answer): ?|"
     rf"(?:the|this|these|a) {THING} {VERB} (?:us )?(?:that |how )?|"
     rf"(?:this|it) is an? (?:{THING}) (?:of|showing|that {VERB}) |"
-    rf"(?:in|throughout|across|over) (?:the|this|these) {THING}, ?|"
+    rf"(?:in|throughout|across|over) (?:the|this|these) {THING}(?:, ?| (?=(?:an?|the|we|you|one|there)\b))|"
     rf"(?:we|you|one) (?:can )?(?:see|observe|watch|be shown) |"
     rf"(?:we|you) are shown |"
     rf"it {VERB} ",
