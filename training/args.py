@@ -960,7 +960,7 @@ def add_caption_data_flags(parser: FlagParser):
     group.add_argument(
         "--recaption",
         action="store_true",
-        help="also clips that have a caption in the data\nWithout the flag, those captions are taken over as they are. An "
+        help="also caption clips that have a caption in the data\nWithout the flag, those captions are taken over as they are. An "
         "--output_dir other than --data_root is needed. Captions edited there are kept with the flag too.",
     )
 

@@ -101,9 +101,16 @@ def is_in_place(args) -> bool:
     return folder_of(args).resolve() == Path(args.data_root).resolve()
 
 
+def replaces_captions(args) -> bool:
+    return args.recaption or args.context == "caption"
+
+
 def claim_output_dir(args) -> Path:
     """Create the output folder and lock it until this process ends."""
     root, output_dir = find_root(args.data_root, args.dataset_file), folder_of(args)
+    if is_in_place(args) and replaces_captions(args):
+        flag = "--recaption" if args.recaption else "--context caption"
+        raise UsageError(f"{flag}: captions in --data_root are not written over; give another folder as --output_dir")
     if not is_in_place(args) and output_dir.resolve().is_relative_to(root.resolve()):
         raise UsageError(
             f"--output_dir {output_dir}: is inside of --data_root, whose clips it would add to; give another"
@@ -164,12 +171,11 @@ def read_clips(args, output_dir: Path) -> list[Clip]:
 
 def known_captions(args, clips: list[Clip], names: list[str], edits: dict[str, str]) -> dict[int, str]:
     """{index: caption} of clips that are not asked about: edited ones, and those that the data has."""
-    replaces = args.recaption or args.context == "caption"
     known = {}
     for index, (clip, place) in enumerate(zip(clips, draw_keys(names), strict=True)):
         if edits.get(place, "").strip():
             known[index] = edits[place]
-        elif clip.prompt.strip() and not replaces:
+        elif clip.prompt.strip() and not replaces_captions(args):
             known[index] = caption_files.one_line(clip.prompt)
     if args.context == "caption" and not any(clip.prompt.strip() for clip in clips):
         logger.warning("--context caption: no clip has a caption")

@@ -278,7 +278,7 @@ def check_max_num_frames(parser: FlagParser, args: argparse.Namespace):
 
 
 def check_captioning(parser: FlagParser, args: argparse.Namespace):
-    """Refuses addresses that are none or hold a secret, and new captions where the old ones would be lost."""
+    """Refuses addresses that are none, or hold a secret; the line does not repeat them."""
     try:
         url = urlsplit(args.base_url)
         is_address = url.scheme in ("http", "https") and url.hostname and url.port != 0
@@ -290,8 +290,5 @@ def check_captioning(parser: FlagParser, args: argparse.Namespace):
         parser.error(
             "--base_url: holds more than an address; a key is read from the variable that --api_key_env names"
         )
-    replaces = "--context caption" if args.context == "caption" else "--recaption"
-    if (args.recaption or args.context == "caption") and args.output_dir is None:
-        parser.error(f"{replaces}: captions in --data_root are not written over; give another folder as --output_dir")
     if args.send == "video" and parser.is_used(args, "num_frames"):
         parser.say("warning", "--num_frames: no effect with --send video, whose frames the server chooses")
