@@ -67,7 +67,17 @@ def quick(monkeypatch):
 
 def arguments(root, stub, *flags):
     url = stub if isinstance(stub, str) else stub.url
-    return ["--data_root", str(root), "--base_url", url, "--context", "file_name", *map(str, flags)]
+    return [
+        "--data_root",
+        str(root),
+        "--base_url",
+        url,
+        "--context",
+        "file_name",
+        "--num_frames",
+        "2",
+        *map(str, flags),
+    ]
 
 
 def caption(root, stub, *flags):
@@ -304,6 +314,18 @@ def test_an_edit_outlives_its_clips_absence_and_a_lost_record(clips, tmp_path):
         assert listed(out)["kite00000.mp4"] == caption_of(0) and len(stub.requests) == 5
 
 
+def test_an_emptied_caption_is_asked_for_anew_and_is_no_edit(clips):
+    with serving() as stub:
+        caption(clips, stub)
+        edit(clips / "prompts.txt", caption_of(4), "")
+        edit(clips / "metadata.jsonl", caption_of(0), "")
+        for _ in range(2):
+            caption(clips, stub)
+            assert list(listed(clips).values()) == [caption_of(number) for number in range(5)]
+        caption(clips, stub, "--trigger", "KITE")
+    assert all(text.startswith("KITE ") for text in listed(clips).values()) and len(stub.requests) == 5
+
+
 def test_an_edit_in_place_is_kept_and_a_new_clip_is_asked_about(clips, make_clips):
     with serving() as stub:
         caption(clips, stub)
@@ -366,7 +388,7 @@ def test_answers_belong_to_content_model_and_question(clips, tmp_path, base_clip
         (clips / "kite00002.mp4").write_bytes(base_clip)
         assert asked() == 1
         assert asked("--prompt_file", prompt) == 5 and stub.requests[-1].text.startswith(
-            "What is this?\n\nThe 8 images"
+            "What is this?\n\nThe 2 images"
         )
         assert asked("--num_frames", 4) == 5
         assert asked("--model", "another") == 5
@@ -763,6 +785,16 @@ def test_captions_are_taken(caption):
     assert as_caption(caption) == caption
 
 
+RUNAWAYS = ["'" * 2000, "a" * 5000, "'a " * 1000, "- " * 2000, '"' * 2000, "<think>" * 500, "the video " * 500]
+
+
+@pytest.mark.parametrize("answer", RUNAWAYS, ids=lambda answer: answer[:7])
+def test_a_runaway_answer_is_judged_in_no_time(answer):
+    started = time.monotonic()
+    find_fault(answer, False, False, LIMIT, None)
+    assert time.monotonic() - started < 1
+
+
 def test_the_servers_own_word_counts():
     assert find_fault(GOOD, True, False, LIMIT, None).what == "cut off"
     assert find_fault(GOOD, False, True, LIMIT, None).what == "a refusal"
@@ -905,7 +937,9 @@ def test_captions_of_a_server_that_knows_the_clips_train_as_the_true_ones(tmp_pa
     shutil.copytree(tmp_path / "true/videos", bare / "videos")
     with serving(known_world(tmp_path / "true")) as stub:
         tokens = ["--pretrained_model_name_or_path", model, "--max_tokens", 32]
-        captioned = caption(bare, stub, "--context", "none", "--output_dir", tmp_path / "captioned", *tokens)
+        captioned = caption(
+            bare, stub, "--context", "none", "--num_frames", 8, "--output_dir", tmp_path / "captioned", *tokens
+        )
     assert listed(captioned) == dict(
         zip(lines(tmp_path / "true/videos.txt"), lines(tmp_path / "true/prompts.txt"), strict=True)
     )

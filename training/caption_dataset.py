@@ -164,6 +164,8 @@ def read_clips(args, output_dir: Path) -> list[Clip]:
         layout = find_clips(root, args.dataset_file, args.caption_column, args.video_column)
     clips = clips_in_layout(root, layout, is_found, args.allow_outside_root, blank_captions=True)
     logger.info("%s: found %s: %d clips, %s", root, layout.name, len(clips), layout.columns)
+    if any(clip.repeats > 1 for clip in clips):
+        logger.warning("%s: how often clips are repeated is not taken over", layout.listing)
     if broken := [clip for clip in clips if "\n" in clip.source or "\r" in clip.source]:
         raise DataError(f"{root}: {broken[0].source!r}: a path with a line break cannot be listed; rename the file")
     return clips
@@ -173,7 +175,7 @@ def known_captions(args, clips: list[Clip], names: list[str], edits: dict[str, s
     """{index: caption} of clips that are not asked about: edited ones, and those that the data has."""
     known = {}
     for index, (clip, place) in enumerate(zip(clips, draw_keys(names), strict=True)):
-        if edits.get(place, "").strip():
+        if place in edits:
             known[index] = edits[place]
         elif clip.prompt.strip() and not replaces_captions(args):
             known[index] = caption_files.one_line(clip.prompt)

@@ -91,13 +91,13 @@ def answer_in(line: bytes) -> tuple[Key, str] | None:
 def read_edits(folder: Path) -> dict[str, str]:
     """{place: caption} of every listed caption that is not as it was written, a place being an entry of `draw_keys`.
 
-    DataError where two edits disagree.
+    One that was emptied is asked for anew. DataError where two edits disagree.
     """
     record = read_record(folder)
     written, edits = record["captions"], {}
     for rows in read_lists(folder, record["unfinished"]):
         for place, row in zip(draw_keys(row.source for row in rows), rows, strict=True):
-            if text_hash(row.prompt) in written.get(place, ()):
+            if not row.prompt.strip() or text_hash(row.prompt) in written.get(place, ()):
                 continue
             if edits.setdefault(place, row.prompt) != row.prompt:
                 raise DataError(

@@ -109,8 +109,8 @@ REFUSAL = re.compile(
     r"it (?:seems|appears|looks like) (?:that )?(?:no|there (?:is|are) no|you)\b",
     re.IGNORECASE,
 )
-# A phrase of up to 12 words three times in a row
-LOOP = re.compile(r"\b((?:[\w']+\W+){1,12}?)(?:\1){2,}", re.IGNORECASE)
+# A phrase of up to 12 words three times in a row. No character fits both halves of a word: that would take for ever
+LOOP = re.compile(r"\b((?:[\w']+[^\w']+){1,12}?)(?:\1){2,}", re.IGNORECASE)
 # Words that are frequent in one language and rare in the others
 FREQUENT = {
     "English": "the a an of and is are in to with on at as its it his her their from by over while then into that",
