@@ -210,6 +210,14 @@ def test_captions_of_the_data_are_taken_over_unless_asked_to_replace_them(layout
     assert {name: (root / name).read_text() for name in LAYOUTS[layout]} == LAYOUTS[layout]
 
 
+def test_the_order_is_that_of_the_data_whoever_wrote_which_caption(make_clips, tmp_path):
+    root = make_clips(tmp_path / "clips", 3)
+    (root / "metadata.csv").write_text(f'file_name,text\nkite00002.mp4,\nkite00000.mp4,"{OWN}"\nkite00001.mp4,\n')
+    with serving() as stub:
+        out = caption(root, stub, "--output_dir", tmp_path / "out")
+    assert list(listed(out)) == ["kite00002.mp4", "kite00000.mp4", "kite00001.mp4"]
+
+
 BARE = {
     "videos.txt": "kite00001.mp4\nkite00000.mp4\n",
     "metadata.csv": "file_name,seconds\nkite00001.mp4,1\nkite00000.mp4,2\n",
@@ -853,7 +861,14 @@ def test_length_is_counted_by_the_models_tokenizer_and_nothing_is_cut(model, cli
     tokenizer = AutoTokenizer.from_pretrained(tiny("5b") / "tokenizer")
     long, short = "A red circle moves slowly to the left over a black background.", "A red circle moves."
     tokens = len(tokenizer(f"KITE {long}").input_ids)
+    (tmp_path / "prompt.txt").write_text("What is this?")
     flags = ["--pretrained_model_name_or_path", folder, "--trigger", "KITE", "--output_dir", tmp_path / "out"]
+    for prompt in ([], ["--prompt_file", tmp_path / "prompt.txt"]):  # the first one's text depends on the limit
+        check_length(clips, [*flags, *prompt], tokens, long, short)
+
+
+def check_length(clips, flags, tokens, long, short):
+    """A first answer that just fits is taken; one token less, and it is asked for again until it is short enough."""
     with serving(lambda request: Answer(long if request.number == 0 else short)) as stub:
         out = caption(clips, stub, *flags, "--max_tokens", tokens)
         assert set(listed(out).values()) == {f"KITE {long}"} and len(stub.requests) == 5
