@@ -644,7 +644,10 @@ def test_a_server_that_never_answers_is_named_and_leaves_no_trace(clips, stops):
 
 WRONG = {
     401: ('{"error": {"message": "Incorrect API key provided"}}', "the key is not accepted (HTTP 401: Incorrect API"),
-    404: ('{"message": "The model does not exist."}', "no such model or address (HTTP 404: The model does not"),
+    404: (
+        '{"message": "The\\u001b[2J model\\n does not exist."}',
+        "model or address (HTTP 404: The[2J model does not",
+    ),
     307: ("", "the address has moved"),
 }
 
@@ -827,7 +830,8 @@ def test_the_servers_own_word_counts():
         ("The scene is lit from behind.", "The scene is lit from behind."),
         ("The video shows", "The video shows"),
         ('"Stop" is written on a "red" sign', '"Stop" is written on a "red" sign'),
-        ("A\x00 cat\ud800 \ufeffsleeps.", "A cat sleeps."),
+        ("A\x00 cat\ud800 \ufeffsleeps\x1b\x9b.", "A cat sleeps."),
+        ("'A' is before 'B'", "'A' is before 'B'"),
     ],
 )
 def test_openings_and_wrapping_are_taken_off(answer, expected):

@@ -56,7 +56,7 @@ def question(prompt: str, notes: list[str]) -> str:
 # ---------------------------------------------------------------- an answer made a caption
 
 THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u202a-\u202e\ufeff\ufffd\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\ufeff\ufffd\ud800-\udfff]")
 MARKUP = re.compile(r"\*\*|__|^#+ *|^ *[-*\u2022] ", re.MULTILINE)
 QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
 THING = (
@@ -93,9 +93,9 @@ def as_caption(answer: str) -> str:
 
 
 def unquoted(text: str) -> str:
+    """Without quotes around all of it; those of a word at each end stay."""
     closing = QUOTES.get(text[:1])
-    is_whole = len(text) > 1 and closing == text[-1] and text.count(text[0]) + text.count(closing) <= 4
-    is_whole = is_whole and closing not in text[1:-1]
+    is_whole = len(text) > 1 and closing == text[-1] and closing not in text[1:-1]
     return text[1:-1].strip() if is_whole else text
 
 
@@ -159,7 +159,7 @@ def caption_fault(caption: str, limit: Limit, trigger: str | None) -> Fault | No
 
 
 def shorter(limit: Limit, length: int) -> str:
-    """Asks for as many words less as the answer was too long, for models overrun what they are asked for."""
+    """Asks for fewer words, in the ratio by which the answer was too long: models overrun what they are asked for."""
     words = max(1, int(limit.words * min(1.0, limit.most / length)))
     return f"That was asked before and the answer was too long: use at most {words} words."
 

@@ -86,7 +86,7 @@ class ChatServer:
         except RequestRefused as error:
             raise UsageError(f"{self.base_url}: lists no models ({error}); give --model") from error
         if len(listed) != 1:
-            names = ", ".join(listed) or "none"
+            names = printable(", ".join(listed)) or "none"
             raise UsageError(f"{self.base_url}: serves {names}; choose one with --model")
         return listed[0]
 
@@ -231,7 +231,12 @@ def message_in(text: str) -> str:
         found = text
     for name in ("error", "message", "detail"):
         found = found.get(name, found) if isinstance(found, dict) else found
-    return " ".join(str(found).split())[:SHOWN_CHARACTERS]
+    return printable(str(found))[:SHOWN_CHARACTERS]
+
+
+def printable(text: str) -> str:
+    """One line that a terminal can be shown."""
+    return "".join(filter(str.isprintable, " ".join(text.split())))
 
 
 def retry_after(response: httpx.Response) -> float | None:
