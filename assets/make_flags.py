@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from translate_flags import in_chinese
 
-from args import make_prepare_parser, make_training_parser
+from args import make_caption_parser, make_prepare_parser, make_training_parser
 from base.flag_parser import NO_MEANING, SCRIPTS, parts_of_help
 
 
@@ -37,6 +37,9 @@ for it; the others refuse it.
 PREPARE = """
 ## prepare_dataset.py
 """
+CAPTION = """
+## caption_dataset.py
+"""
 # What keeps its small letter
 NAMES = re.compile(r"(adam|fp32|prodigy|sage|torch\.compile|wandb)\b")
 # Scripts that take a flag -> what its row ends with
@@ -51,7 +54,10 @@ TAKEN_BY = {
 def flags_page() -> str:
     """The text of the page."""
     training = make_training_parser(next(iter(SCRIPTS)))
-    return HEAD + TRAINING + tables(training, taken_by) + PREPARE + tables(make_prepare_parser(), lambda dest: "")
+    text = HEAD + TRAINING + tables(training, taken_by)
+    for heading, parser in ((PREPARE, make_prepare_parser()), (CAPTION, make_caption_parser())):
+        text += heading + tables(parser, lambda dest: "")
+    return text
 
 
 def tables(parser: argparse.ArgumentParser, ending) -> str:

@@ -12,10 +12,14 @@ HEADINGS = {
     "## Training scripts": ("## 训练脚本", "四个脚本的参数相同。只对其中几个脚本有意义的参数，末尾写明是哪些；"
                             "其他脚本会拒绝它。"),
     "## prepare_dataset.py": ("## prepare_dataset.py", ""),
+    "## caption_dataset.py": ("## caption_dataset.py", ""),
 }  # fmt: skip
 GROUPS = {
     "model": "模型",
     "data": "数据",
+    "server": "服务器",
+    "question": "提问",
+    "length of captions": "描述的长度",
     "sizes": "尺寸",
     "sizes of raw videos (prepared data keeps its own)": "原始视频的尺寸（预处理数据保持自己的尺寸）",
     "training": "训练",

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from args import make_prepare_parser, make_training_parser, parse_prepare_args, parse_training_args
+from args import (
+    make_caption_parser,
+    make_prepare_parser,
+    make_training_parser,
+    parse_caption_args,
+    parse_prepare_args,
+    parse_training_args,
+)
 from base.errors import StorageError
 from base.flag_checks import IDLE_WITHOUT
 from base.flag_parser import FIRST, NO_MEANING, SCRIPTS, recorded_flags
@@ -304,7 +311,7 @@ def test_sweep_command_with_precomputed_data_is_accepted():
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKERS = {script: (lambda script=script: make_training_parser(script)) for script in SCRIPTS}
-MAKERS["prepare"] = make_prepare_parser
+MAKERS |= {"prepare": make_prepare_parser, "caption": make_caption_parser}
 by_parser = pytest.mark.parametrize("script", MAKERS)
 
 
@@ -412,6 +419,10 @@ def test_help_never_shows_none_or_false_as_a_default(script, monkeypatch):
 def test_the_example_of_the_help_can_be_pasted(script, monkeypatch):
     example = help_of(script, monkeypatch).split("Example")[1].partition("\n")[2].split("\n\n")[0]
     words = shlex.split(example.replace("\\\n", " "))
+    if script == "caption":
+        args = parse_caption_args(words[2:])
+        assert words[1] == "training/caption_dataset.py" and list((ROOT / args.data_root).glob("*.mp4"))
+        return
     name = "training/prepare_dataset.py" if script == "prepare" else f"training/{SCRIPTS[script]}"
     argv = words[words.index(name) + 1 :]
     monkeypatch.chdir(ROOT)

@@ -163,7 +163,7 @@ PREPARE = ["--data_root", "d", "--output_dir", "o"]
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-@pytest.mark.parametrize("script", [*flag_parser.SCRIPTS, "prepare"])
+@pytest.mark.parametrize("script", [*flag_parser.SCRIPTS, "prepare", "caption"])
 def test_every_script_sets_up_the_console_as_its_command_line_says(script, verbose, monkeypatch):
     """Before its other imports, so that nothing of theirs is heard."""
     calls = []
@@ -173,8 +173,8 @@ def test_every_script_sets_up_the_console_as_its_command_line_says(script, verbo
         sys.exit(3)
 
     monkeypatch.setattr(console, "set_up", set_up)
-    name = "prepare_dataset" if script == "prepare" else SCRIPTS[script].module
-    flags = PREPARE if script == "prepare" else TRAIN
+    name = SCRIPTS[script].module if script in SCRIPTS else f"{script}_dataset"
+    flags = TRAIN if script in SCRIPTS else PREPARE
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, *["--verbose"][: int(verbose)]])
     with pytest.raises(SystemExit, match="3"):
         runpy.run_path(str(ROOT / f"training/{name}.py"), run_name="__main__")

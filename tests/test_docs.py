@@ -27,7 +27,14 @@ import step_time
 import tables
 import test_lora_inference
 import world
-from args import make_prepare_parser, make_training_parser, parse_prepare_args, parse_training_args
+from args import (
+    make_caption_parser,
+    make_prepare_parser,
+    make_training_parser,
+    parse_caption_args,
+    parse_prepare_args,
+    parse_training_args,
+)
 from base.flag_parser import EPILOG, FIRST, SCRIPTS
 from dry_run import dry_run, printed_commands
 from synthetic_clips import ffmpeg_path
@@ -156,7 +163,7 @@ def check_command(settings, words, monkeypatch):
     elif program == "ffmpeg":
         check_ffmpeg(rest)
     else:
-        assert program in ("hf", "source")
+        assert program in ("hf", "pip", "source", "vllm")
 
 
 def check_ffmpeg(argv):
@@ -206,6 +213,8 @@ def check_script(script, argv, monkeypatch):
 def parse_flags(name, argv):
     if name == "training/prepare_dataset.py":
         return parse_prepare_args(argv)
+    if name == "training/caption_dataset.py":
+        return parse_caption_args(argv)
     assert name.startswith("training/")
     return parse_training_args(SCRIPT_KEYS[Path(name).name], argv)
 
@@ -348,7 +357,8 @@ def flags_of_other_scripts():
 def test_flags_named_in_the_text_exist(page):
     from accelerate.commands.launch import launch_command_parser
 
-    parsers = [launch_command_parser(), make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
+    own = [make_prepare_parser(), make_caption_parser(), *map(make_training_parser, SCRIPTS)]
+    parsers = [launch_command_parser(), *own]
     known = {flag for parser in parsers for flag in parser._option_string_actions} | flags_of_other_scripts()
     named = {flag for code in re.findall(r"`([^`]+)`", prose(page)) for flag in flags_in(code)}
     assert named
@@ -363,7 +373,7 @@ def test_the_page_of_flags_is_in_step():
         row = re.search(rf"^\| `--{flag}` \|.*\| (.*) \|$", read(twin(FLAGS_PAGE)), re.M)
         assert re.search("[\u4e00-\u9fff]", row[1]), f"--{flag}: reworded; put it into assets/translate_flags.py"
     listed = set(re.findall(r"^\| `(--\w+)`", read(FLAGS_PAGE), re.M))
-    parsers = [make_prepare_parser(), *map(make_training_parser, SCRIPTS)]
+    parsers = [make_prepare_parser(), make_caption_parser(), *map(make_training_parser, SCRIPTS)]
     assert listed == {flag for parser in parsers for flag in parser._option_string_actions} - {"--help", "-h"}
 
 

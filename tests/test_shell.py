@@ -16,6 +16,7 @@ from dry_run import printed_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARE = ROOT / "prepare_dataset.sh"
+CAPTION = ROOT / "caption_dataset.sh"
 
 
 class Training(NamedTuple):
@@ -743,6 +744,84 @@ def test_prepare_splits_over_gpus_and_keeps_the_exit_code(run_wrapper):
     result, [argv] = run_wrapper(PREPARE, DATA_ROOT="clips", GPU_IDS="0,2", FAIL_RUN="clips", FAIL_STATUS=status)
     assert argv[:5] == ["torchrun", "0,2", "--standalone", "--nproc_per_node", "2"]
     assert result.returncode == 65
+
+
+# ---------------------------------------------------------------- captions
+
+CAPTION_SETTINGS = {
+    "DATASET_FILE": "--dataset_file", "CAPTION_COLUMN": "--caption_column", "VIDEO_COLUMN": "--video_column",
+    "OUTPUT_ROOT": "--output_dir", "BASE_URL": "--base_url", "CAPTIONER": "--model", "CONCURRENCY": "--concurrency",
+    "MODEL": "--pretrained_model_name_or_path", "NUM_FRAMES": "--num_frames", "PROMPT_FILE": "--prompt_file",
+    "TRIGGER": "--trigger", "MAX_TOKENS": "--max_tokens",
+}  # fmt: skip
+
+
+def test_caption_argv_is_exact(run_wrapper):
+    result, [argv] = run_wrapper(CAPTION, "--timeout", "60", DATA_ROOT="clips", TRIGGER="BW STYLE", MODEL="some/model")
+    assert result.returncode == 0, result.stderr
+    assert argv == [
+        "python", None, str(ROOT / "training/caption_dataset.py"), "--data_root", "clips", "--output_dir", "clips",
+        "--base_url", "http://localhost:8000/v1", "--concurrency", "8", "--send", "frames", "--context", "none",
+        "--num_frames", "8", "--pretrained_model_name_or_path", "some/model", "--trigger", "BW STYLE", "--timeout", "60",
+    ]  # fmt: skip
+
+
+def test_every_setting_of_captions_arrives_byte_for_byte_and_parses(run_wrapper, tmp_path):
+    from args import parse_caption_args
+
+    numbers = {"CONCURRENCY": "3", "NUM_FRAMES": "4", "MAX_TOKENS": "99", "BASE_URL": "https://vlm.example/v1"}
+    values = dict.fromkeys(CAPTION_SETTINGS, HOSTILE) | numbers
+    result, [argv] = run_wrapper(CAPTION, DATA_ROOT=HOSTILE, RECAPTION="true", CONTEXT="caption", **values)
+    assert result.returncode == 0, result.stderr
+    assert {name: values_of(argv, flag) for name, flag in CAPTION_SETTINGS.items()} == {
+        name: [value] for name, value in values.items()
+    }
+    args = parse_caption_args(argv[3:])
+    assert (args.recaption, args.context, args.trigger, args.data_root) == (True, "caption", HOSTILE, HOSTILE)
+    _, [argv] = run_wrapper(CAPTION, DATA_ROOT="d", SEND="video")
+    assert "--num_frames" not in argv and parse_caption_args(argv[3:]).send == "video"
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_dry_run_of_captions_prints_what_a_run_starts_and_starts_nothing(run_wrapper, tmp_path):
+    settings = {"DATA_ROOT": "birds/red kites", "TRIGGER": HOSTILE}
+    before = sorted((tmp_path / "work").rglob("*"))
+    dry, none = run_wrapper(CAPTION, HOSTILE, DRY_RUN="1", **settings)
+    assert (dry.returncode, none) == (0, []) and sorted((tmp_path / "work").rglob("*")) == before
+    assert dry.stdout.endswith("\n# 1 run\n") and "    --data_root 'birds/red kites' \\\n" in dry.stdout
+    _, argvs = run_wrapper(CAPTION, HOSTILE, **settings)
+    _, replayed = run_wrapper("bash", "-c", dry.stdout)
+    assert replayed == argvs and len(argvs) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"DATA_ROOT": ""}, "fill in DATA_ROOT"),
+        ({"DATA_ROOT": "nowhere"}, "DATA_ROOT: there is no folder nowhere"),
+        ({"RECAPTION": "1"}, "RECAPTION is true or false, not 1"),
+        ({"TRIGGER": "(a b)"}, "TRIGGER=(a b): an array in front of the command"),
+        ({"OUTPUT_ROOT": "birds/a_file"}, "OUTPUT_ROOT: birds/a_file is a file"),
+    ],
+)
+def test_settings_of_captions_that_cannot_work_are_refused(run_wrapper, tmp_path, settings, message):
+    (tmp_path / "work/birds/a_file").touch()
+    given = {f"{name}={value}" for name, value in ({"DATA_ROOT": "d"} | settings).items()}
+    result, argvs = run_wrapper("env", *given, CAPTION)  # DATA_ROOT is not made
+    assert (result.returncode, argvs, result.stdout) == (2, [], "") and result.stderr.count("\n") == 1
+    assert f"caption_dataset.sh: {message}" in result.stderr
+
+
+def test_captions_keep_the_exit_code(run_wrapper):
+    status = json.dumps({"state": "failed", "exit_code": 65})
+    result, _ = run_wrapper(CAPTION, DATA_ROOT="d", OUTPUT_ROOT="out", FAIL_RUN="out", FAIL_STATUS=status)
+    assert result.returncode == 65
+
+
+@pytest.mark.parametrize("line", ['CAPTION_MODEL="a"', 'FRAMES="2"'])
+def test_a_setting_that_captions_do_not_have_is_refused(run_wrapper, edited, line):
+    result, argvs = run_wrapper(edited(CAPTION, line, "over"), DATA_ROOT="d")
+    assert (result.returncode, argvs) == (2, []) and "is no setting of this file" in result.stderr
 
 
 # ---------------------------------------------------------------- accelerate itself

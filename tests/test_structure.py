@@ -21,7 +21,7 @@ MODULES = sorted(
 
 
 def is_script(module: str) -> bool:
-    return module in ("prepare_dataset", "doctor") or module.startswith("cogvideox_")
+    return module in ("caption_dataset", "prepare_dataset", "doctor") or module.startswith("cogvideox_")
 
 
 SCRIPTS = {module for module in MODULES if is_script(module)}
@@ -192,15 +192,18 @@ READ_OTHERWISE = {"config", "height", "verbose", "width"}
 PARSERS = {"args", "base.flag_parser", "base.flag_checks"}
 
 
-@pytest.mark.parametrize("make_parser", ["make_training_parser", "make_prepare_parser"])
+@pytest.mark.parametrize("make_parser", ["make_training_parser", "make_prepare_parser", "make_caption_parser"])
 def test_every_flag_is_read_outside_of_the_parser(make_parser):
     """A flag that is parsed and checked, and then forgotten, is a lie in --help."""
     import args
 
-    is_prepare = make_parser == "make_prepare_parser"
-    parser = args.make_prepare_parser() if is_prepare else args.make_training_parser("t2v_lora")
-    of_prepare = {"prepare_dataset", "run.prepare_plan"}
-    readers = of_prepare | {"data.dataset", "run.launch"} if is_prepare else set(MODULES) - of_prepare - PARSERS
+    is_training = make_parser == "make_training_parser"
+    parser = args.make_training_parser("t2v_lora") if is_training else getattr(args, make_parser)()
+    own = {
+        "make_prepare_parser": {"prepare_dataset", "run.prepare_plan"}, "make_caption_parser": {"caption_dataset"},
+    }  # fmt: skip
+    shared = {"data.dataset", "run.launch"} if make_parser == "make_prepare_parser" else set()
+    readers = set(MODULES) - set().union(*own.values()) - PARSERS if is_training else own[make_parser] | shared
     read = set().union(*(flags_read(parse(module)) for module in readers)) | READ_OTHERWISE
     unread = {action.dest for action in parser._actions} - {"help"} - read
     assert not unread

@@ -14,6 +14,7 @@ from base.flag_checks import (
     at_least,
     below_one,
     check_buckets,
+    check_captioning,
     check_data_source,
     check_export,
     check_lora,
@@ -92,6 +93,14 @@ def parse_prepare_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def parse_caption_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of caption_dataset.py, checked; a mistake exits with code 2."""
+    parser = make_caption_parser()
+    args = parser.parse_flags(argv)
+    check_captioning(parser, args)
+    return args
+
+
 # ---------------------------------------------------------------- parsers
 # The first line of a help text is for --help: meaning and unit, in about 48 characters if possible. It may end with
 # "(default: ...)", what applies without the flag; otherwise the parsed default is shown. The second line, in whole
@@ -125,15 +134,34 @@ def make_prepare_parser() -> FlagParser:
     return parser
 
 
+def make_caption_parser() -> FlagParser:
+    """The parser of caption_dataset.py."""
+    parser = FlagParser("caption_dataset.py", "caption")
+    add_caption_data_flags(parser)
+    add_caption_server_flags(parser)
+    add_caption_question_flags(parser)
+    add_caption_length_flags(parser)
+    add_caption_output_flags(parser)
+    return parser
+
+
 # ---------------------------------------------------------------- flags of both
 
 
-def add_download_flags(group):
+def add_revision_flag(group):
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the model on the hub")
+
+
+def add_cache_dir_flag(group):
+    group.add_argument("--cache_dir", metavar="FOLDER", help="folder for downloads (default: the hub's cache)")
+
+
+def add_download_flags(group):
+    add_revision_flag(group)
     group.add_argument(
         "--variant", metavar="NAME", help="variant of the weight files, such as fp16\nfp16 is *.fp16.safetensors."
     )
-    group.add_argument("--cache_dir", metavar="FOLDER", help="folder for downloads (default: the hub's cache)")
+    add_cache_dir_flag(group)
     group.add_argument(
         "--allow_cpu",
         action="store_true",
@@ -141,7 +169,7 @@ def add_download_flags(group):
     )
 
 
-def add_clip_list_flags(group):
+def add_listing_flags(group):
     group.add_argument(
         "--dataset_file",
         metavar="FILE",
@@ -161,6 +189,18 @@ def add_clip_list_flags(group):
         "--data_root and has one caption per line. .txt or .caption: captions are beside the videos, in files of that "
         "kind.",
     )
+
+
+def add_outside_flag(group):
+    group.add_argument(
+        "--allow_outside_root",
+        action="store_true",
+        help="read files outside the data folder too\nThat is, through .., absolute paths or links.",
+    )
+
+
+def add_clip_list_flags(group):
+    add_listing_flags(group)
     group.add_argument(
         "--repeats",
         type=at_least(1),
@@ -168,11 +208,7 @@ def add_clip_list_flags(group):
         default=1,
         help="times that a clip is used per epoch\nA column called repeats or num_repeats sets it for each clip.",
     )
-    group.add_argument(
-        "--allow_outside_root",
-        action="store_true",
-        help="read files outside the data folder too\nThat is, through .., absolute paths or links.",
-    )
+    add_outside_flag(group)
     group.add_argument(
         "--id_token", metavar="TOKEN", help="text put in front of every caption\nA space separates the two."
     )
@@ -911,5 +947,127 @@ def add_prepare_memory_flags(parser: FlagParser):
         metavar="N",
         default=4,
         help="threads that write files, per GPU",
+    )
+    add_verbose_flag(group)
+
+
+# ---------------------------------------------------------------- flags of caption_dataset.py
+
+
+def add_caption_data_flags(parser: FlagParser):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_root",
+        required=True,
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="folder of videos, required\nWithout a list of clips, all videos and images in it are captioned, those in "
+        "folders below too. A list may have captions or not.",
+    )
+    add_listing_flags(group)
+    add_outside_flag(group)
+    group.add_argument(
+        "--recaption",
+        action="store_true",
+        help="also caption clips that have a caption in the data\nWithout the flag, those captions are taken over as they are. An "
+        "--output_dir other than --data_root is needed. Captions edited there are kept with the flag too.",
+    )
+
+
+def add_caption_server_flags(parser: FlagParser):
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--base_url",
+        metavar="URL",
+        default="http://localhost:8000/v1",
+        help="address of the server's API\nIt takes what OpenAI's chat completions take.",
+    )
+    group.add_argument("--model", metavar="NAME", help="model to ask (default: the one that the server lists)")
+    group.add_argument(
+        "--api_key_env",
+        metavar="VARIABLE",
+        default="OPENAI_API_KEY",
+        help="environment variable with the key\nIf it is not set, no key is sent. The key is written nowhere.",
+    )
+    group.add_argument(
+        "--concurrency", type=at_least(1), metavar="N", default=8, help="clips asked about at the same time"
+    )
+    group.add_argument(
+        "--timeout", type=positive, metavar="SECONDS", default=120, help="wait for one answer, in seconds"
+    )
+    group.add_argument(
+        "--max_wait",
+        type=not_negative,
+        metavar="SECONDS",
+        default=600,
+        help="wait for a server that is gone or busy, in seconds\nAfter that, the exit code is 75, and the same command "
+        "goes on.",
+    )
+
+
+def add_caption_question_flags(parser: FlagParser):
+    group = parser.add_argument_group("question")
+    group.add_argument(
+        "--send",
+        choices=["frames", "video"],
+        default="frames",
+        help="images, or the file itself where the server takes it",
+    )
+    group.add_argument(
+        "--num_frames",
+        type=at_least(1),
+        metavar="N",
+        default=8,
+        help="frames shown per clip, evenly spread over it",
+    )
+    group.add_argument(
+        "--max_size",
+        type=at_least(16),
+        metavar="PIXELS",
+        default=720,
+        help="longest side of a frame that is sent\nLarger ones are scaled down.",
+    )
+    group.add_argument(
+        "--prompt_file",
+        metavar="FILE",
+        help="text file with the question (default: one for captions as CogVideoX was trained on)",
+    )
+    group.add_argument(
+        "--context",
+        choices=["none", "file_name", "caption"],
+        default="none",
+        help="what else is said of a clip\ncaption is its caption in the data, which is replaced, as with --recaption.",
+    )
+
+
+def add_caption_length_flags(parser: FlagParser):
+    group = parser.add_argument_group("length of captions")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        metavar="MODEL",
+        help="model that will be trained, to count its tokens (default: words are counted)\nA hub id, a local diffusers "
+        "folder or the folder of a tokenizer; only the tokenizer and configs are read.",
+    )
+    add_revision_flag(group)
+    add_cache_dir_flag(group)
+    group.add_argument(
+        "--max_tokens",
+        type=at_least(1),
+        metavar="N",
+        help="longest caption in tokens (default: the model's, or 226)\nLonger answers are asked for again, not cut. "
+        "Without a model, three words are counted as four tokens.",
+    )
+
+
+def add_caption_output_flags(parser: FlagParser):
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output_dir",
+        metavar="FOLDER",
+        help="folder of the captioned set (default: --data_root, if it has no list of clips)\nThe clips are linked into "
+        "it, and take no room. If an earlier run wrote it, only what is missing is asked for; edited captions are kept.",
+    )
+    group.add_argument(
+        "--trigger", metavar="TOKEN", help="text put in front of the model's captions\nA space separates the two."
     )
     add_verbose_flag(group)

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from base.flag_parser import NO_MEANING, FlagParser
 from base.memory_levels import HOST_LEVELS, LEVELS, obstacle_to_splitting_from_args
@@ -283,3 +284,20 @@ def check_max_num_frames(parser: FlagParser, args: argparse.Namespace):
             f"--frame_buckets {' '.join(map(str, above))}: never filled, because --max_num_frames is "
             f"{args.max_num_frames}; give --max_num_frames {max(above)} to use every bucket",
         )
+
+
+def check_captioning(parser: FlagParser, args: argparse.Namespace):
+    """Refuses addresses that are none, or hold a secret; the line does not repeat them."""
+    try:
+        url = urlsplit(args.base_url)
+        is_address = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # a port that is no number
+        is_address = False
+    if not is_address:
+        parser.error("--base_url: must be the address of a server's API, such as http://localhost:8000/v1")
+    if url.username or url.password or url.query or url.fragment:
+        parser.error(
+            "--base_url: holds more than an address; a key is read from the variable that --api_key_env names"
+        )
+    if args.send == "video" and parser.is_used(args, "num_frames"):
+        parser.say("warning", "--num_frames: no effect with --send video, whose frames the server chooses")

@@ -26,10 +26,11 @@ DESCRIPTIONS = {
     "i2v_lora": "Train a LoRA for a CogVideoX image-to-video model.",
     "i2v_sft": "Train every weight of a CogVideoX image-to-video transformer.",
     "prepare": "Turn videos and captions into VAE moments and text embeddings, so that training needs neither model.",
+    "caption": "Have clips captioned by a vision-language model behind an OpenAI-compatible server, such as vLLM's.",
 }
 # script -> the wrapper that calls it
 WRAPPERS = {script: name.replace("cogvideox", "train").replace(".py", ".sh") for script, name in SCRIPTS.items()}
-WRAPPERS["prepare"] = "prepare_dataset.sh"
+WRAPPERS |= {"prepare": "prepare_dataset.sh", "caption": "caption_dataset.sh"}
 # The ten flags that most runs need: --help begins with them.
 FIRST_OF_TRAINING = (
     "pretrained_model_name_or_path", "data_root", "load_tensors", "output_dir", "max_train_steps", "train_batch_size",
@@ -43,6 +44,10 @@ FIRST = {
     "prepare": (
         "model_id", "data_root", "caption_column", "video_column", "output_dir", "save_latents_and_embeddings",
         "height_buckets", "width_buckets", "frame_buckets", "dtype",
+    ),
+    "caption": (
+        "data_root", "output_dir", "base_url", "model", "pretrained_model_name_or_path", "num_frames", "concurrency",
+        "prompt_file", "trigger", "context",
     ),
 }  # fmt: skip
 PAGES = (
@@ -114,7 +119,7 @@ class FlagParser(argparse.ArgumentParser):
         first, hidden = FIRST[self.script], NO_MEANING.get(self.script, {})
         flags = {action.dest: action for action in self._actions}
         parts = [f"usage: {self.usage}\n{textwrap.fill(self.description, width)}"]
-        parts.append(f"{EXAMPLE_HEAD}\n  {example_of(self.script)}")
+        parts.append(f"{CAPTION_HEAD if self.script == 'caption' else EXAMPLE_HEAD}\n  {example_of(self.script)}")
         parts.append(
             help_of_group("most runs need (in brackets: the default)", [flags[dest] for dest in first], width)
         )
@@ -194,6 +199,7 @@ class FlagParser(argparse.ArgumentParser):
 
 HELP_COLUMN = 28
 EXAMPLE_HEAD = "Example, on the small model and the clips in this repository (no GPU needed):"
+CAPTION_HEAD = "Example, on the clips in this repository (a server has to run on this machine):"
 
 
 def help_of_group(title: str, actions: list[argparse.Action], width: int) -> str:
@@ -272,7 +278,10 @@ def example_of(script: str) -> str:
     model = "assets/tiny-cogvideox-i2v" if script.startswith("i2v") else "assets/tiny-cogvideox"
     clips = ["--data_root assets/tests", "--video_column videos.txt --caption_column prompts.txt"]
     sizes = ["--height_buckets 64 --width_buckets 64", "--frame_buckets 9 --max_num_frames 9"]
-    if script == "prepare":
+    if script == "caption":
+        lines = ["python training/caption_dataset.py", "--data_root assets/tests/videos"]
+        lines += ["--base_url http://localhost:8000/v1 --output_dir outputs/example-captioned"]
+    elif script == "prepare":
         lines = ["python training/prepare_dataset.py", f"--model_id {model} --max_sequence_length 32", *clips, *sizes]
         lines += ["--save_latents_and_embeddings --output_dir outputs/example-prepared"]
     else:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from base.errors import DataError, first_few
 from base.hashes import short_hash
-from data.layouts import find_layout
+from data.layouts import Layout, find_layout
 from data.tables import EXPECTED_LAYOUTS
 
 
@@ -55,11 +55,28 @@ def read_clips(
     allowed, because the id token fills them. `repeats`: of the rows that do not say. `refused`: rows whose video is not
     there, or outside, are put there with the reason; blank captions are then left to the caller too.
     """
-    collects = refused is not None
     root = find_root(data_root, dataset_file)
     layout = find_layout(root, dataset_file, caption_column, video_column)
+    is_found = dataset_file is None
+    clips = clips_in_layout(root, layout, is_found, allow_outside, blank_captions, repeats, refused)
+    if not (caption_column and video_column):
+        logger.info("%s: found %s: %d clips, %s", root, layout.name, len(clips), layout.columns)
+    return clips
+
+
+def clips_in_layout(
+    root: Path,
+    layout: Layout,
+    is_found: bool,
+    allow_outside: bool = False,
+    blank_captions: bool = False,
+    repeats: int = 1,
+    refused: list[tuple[Clip, str]] | None = None,
+) -> list[Clip]:
+    """The clips of a layout, as in `read_clips`. `is_found`: no flag names the files that are read."""
+    collects = refused is not None
     rows, clips = layout.read(blank_captions or collects), []
-    if dataset_file is None:  # captions beside the videos, and tables that were found: links may lead out
+    if is_found:  # captions beside the videos, and tables that were found: links may lead out
         for listing in dict.fromkeys(row.listing for row in rows if row.listing):
             resolve_inside(root, os.path.relpath(listing, root), listing, allow_outside)
     for row, prompt, source, listing, own_repeats in rows:
@@ -71,8 +88,6 @@ def read_clips(
                 refuse_missing_videos(root, layout.listing, [clip])
             clips.append(clip)
     refuse_missing_videos(root, layout.listing, [clip for clip in clips if not os.path.isfile(clip.video)])
-    if not (caption_column and video_column):
-        logger.info("%s: found %s: %d clips, %s", root, layout.name, len(clips), layout.columns)
     return clips
 
 
