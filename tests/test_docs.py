@@ -196,8 +196,8 @@ def check_script(script, argv, monkeypatch):
         assert [word for word in argv if word.endswith("metrics.jsonl")]
     elif name in ("assets/make_flags.py", "benchmarks/tables.py", "benchmarks/draw_memory.py"):
         assert not argv
-    elif name == "benchmarks/vae.py":
-        importlib.import_module("vae").parse_args(argv)
+    elif name in ("benchmarks/vae.py", "benchmarks/prepare.py"):
+        importlib.import_module(Path(name).stem).parse_args(argv)
     elif name.startswith("tiny_model/"):
         monkeypatch.chdir(ROOT)  # where the model's folder is looked for
         importlib.import_module(Path(name).stem).parse_args(argv)
@@ -524,6 +524,22 @@ def test_the_measured_optimizers_are_those_of_the_csv():
     for task, optimizer, *figures in table("measurements", "Task", "Optimizer")[1:]:
         shown[f"2b {task.lower()} {names[optimizer]}"] = re.findall(r"[\d.]+", " ".join(figures))
     assert shown == {label: figures_of(row) for label, row in measured.items() if label.startswith("2b ")}
+
+
+@pytest.mark.parametrize("page", ["measurements", "measurements_zh"])
+def test_the_table_of_preparing_is_that_of_the_csv(page):
+    with open(ROOT / "benchmarks/prepare.csv", newline="") as file:
+        measured = {row["label"]: row for row in csv.DictReader(file)}
+    shown = re.findall(
+        r"^\| `([\w+.-]+)` \| ([\d.]+) \| ([\d.]+), ([\d.]+) \| ([\d.]+) GiB \| ([\d.]+) GiB",
+        read(ROOT / f"assets/{page}.md"),
+        re.M,
+    )
+    assert {label for label, *_ in shown} == measured.keys()
+    for label, *figures in shown:
+        row = measured[label]
+        names = {"seconds_a_clip": 2, "caption_s": 3, "clip_s": 3, "reserved_gib": 1, "host_gib": 1}
+        assert figures == [f"{float(row[name]):.{digits}f}" for name, digits in names.items()]
 
 
 def figures_of(row):

@@ -86,6 +86,7 @@ class Workload(NamedTuple):
     area: int  # pixels of the largest frame
     pixels: int  # of all frames of the largest clip
     raw: bool  # videos are encoded during training
+    decoded_ahead: int  # batches of pixels on the host
     renders: bool  # validation renders videos
     tiled: bool
     offloads_models: bool  # the transformer leaves the GPU while the VAE runs
@@ -253,6 +254,7 @@ def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
         peak = max(peak, on_host + (loading if splits else 0), on_host + loaded + travelling + saving)
     if workload.renders:
         peak += RENDERING
+    peak += 3 * workload.pixels * workload.shape[0] * workload.decoded_ahead
     if (workload.renders or workload.raw) and not (workload.tiled or ample_memory):
         peak += workload.item_bytes * workload.area * (DECODING_KEPT if workload.renders else ENCODING_KEPT)
     total = shared + workload.num_processes * (HOST_BASE + peak)

@@ -143,6 +143,7 @@ def make_workload(args, model, stored: torch.dtype, buckets, dtype: torch.dtype,
         area=max(height * width for _, height, width in buckets),
         pixels=max(frames * height * width for frames, height, width in buckets),
         raw=not args.load_tensors,
+        decoded_ahead=0 if args.load_tensors else 2 * args.dataloader_num_workers,  # torch's prefetch_factor
         renders=args.validation_prompt is not None,
         tiled=args.enable_tiling,
         offloads_models=args.enable_model_cpu_offload,
