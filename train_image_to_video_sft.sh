@@ -6,10 +6,10 @@
 #   DATA_ROOT=clips-prepared LEARNING_RATES="1e-5 5e-6" DRY_RUN=1 ./train_image_to_video_sft.sh
 #
 # Data must be prepared with IMAGE_LATENTS=true. Hardware: all released image-to-video models have 5 billion weights.
-# At 49x480x720 and batch 1, MEMORY=balanced takes 76.5 GiB of GPU memory; without a level it is about as much.
+# At 49x480x720 and batch 1, MEMORY=balanced takes 76.5 GiB of GPU memory; with MEMORY= it is about as much.
 # MEMORY=offload keeps optimizer states, gradients and activations in host memory: 15.1 GiB of GPU and 73 GiB of host
 # memory. Both were measured with text-to-video; by the estimate image-to-video takes half a GiB of GPU memory more. If
-# weights and states do not fit, the script exits with one line. MEMORY=plan estimates all levels for your data. A
+# nothing fits, the script exits with one line. MEMORY=plan estimates all levels for your data. A
 # checkpoint takes 73 GiB of disk, the result 10.4 GiB.
 #
 # Set the settings below in the environment or here. Arguments of this script are appended to every training command
@@ -44,9 +44,9 @@ OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # each run gets its own folder in it
 ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the same as for prepare_dataset.sh
 
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"                 # "no" on a CPU
-# auto: the fastest of speed, balanced and offload that fits; plan: print what each takes; empty: gradient checkpointing
-# only
-MEMORY="${MEMORY-}"
+# auto: the fastest of speed, balanced, offload and stream that fits; plan: print what each takes; empty: gradient
+# checkpointing only
+MEMORY="${MEMORY-auto}"
 LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
 TEXT_DROPOUT="${TEXT_DROPOUT:-0.1}"
 NOISED_IMAGE_DROPOUT="${NOISED_IMAGE_DROPOUT:-0.05}"       # share of samples trained without their first frame

@@ -9,9 +9,9 @@
 # Prepared data belongs to one model: use a different folder for another MODEL.
 #
 # Hardware: with prepared data of 49x480x720 at batch 1, MEMORY=balanced takes 25.9 GiB of GPU memory for CogVideoX-2b,
-# 76.5 GiB for 5b; without a level it is about as much. MEMORY=offload keeps optimizer states, gradients and
+# 76.5 GiB for 5b; with MEMORY= it is about as much. MEMORY=offload keeps optimizer states, gradients and
 # activations in host memory: 6.2 GiB of GPU and 25 GiB of host memory for 2b, 1.03 s per update on an H200; 15.1 GiB,
-# 73 GiB and 3.13 s for 5b. If weights and states do not fit, the script exits with one line. MEMORY=plan estimates all
+# 73 GiB and 3.13 s for 5b. If nothing fits, the script exits with one line. MEMORY=plan estimates all
 # levels for your data. A checkpoint of CogVideoX-2b takes 22 GiB of disk, the result 3.2 GiB.
 #
 # Set the settings below in the environment or here. Arguments of this script are appended to every training command
@@ -46,9 +46,9 @@ OUTPUT_ROOT="${OUTPUT_ROOT:-outputs}"  # each run gets its own folder in it
 ID_TOKEN="${ID_TOKEN:-}"               # put in front of every caption; the same as for prepare_dataset.sh
 
 MIXED_PRECISION="${MIXED_PRECISION:-bf16}"  # "no" on a CPU
-# auto: the fastest of speed, balanced and offload that fits; plan: print what each takes; empty: gradient checkpointing
-# only
-MEMORY="${MEMORY-}"
+# auto: the fastest of speed, balanced, offload and stream that fits; plan: print what each takes; empty: gradient
+# checkpointing only
+MEMORY="${MEMORY-auto}"
 LR_WARMUP_STEPS="${LR_WARMUP_STEPS:-200}"
 TEXT_DROPOUT="${TEXT_DROPOUT:-0.1}"
 CHECKPOINTING_STEPS="${CHECKPOINTING_STEPS:-1000}"

@@ -131,7 +131,7 @@ def training_argv(training: Training, lr: str, optimizer: str) -> list[str]:
         *(["--noised_image_dropout", "0.05"] if training.is_image_to_video else []),
         "--checkpointing_steps", "1000", "--dataloader_num_workers", "2", "--pin_memory", "--seed", "42",
         "--allow_tf32", "--nccl_timeout", "1800",
-        *(["--memory", "auto"] if training.is_lora else ["--gradient_checkpointing"]), "--load_tensors",
+        "--memory", "auto", "--load_tensors",
         *VALIDATION_ARGV, *(["--validation_images", "a b.png:::c.png"] if training.is_image_to_video else []),
         "--report_to", "wandb", "--tracker_name", "my project", "--checkpoints_total_limit", "2",
     ]  # fmt: skip
