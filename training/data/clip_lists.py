@@ -1,13 +1,12 @@
 """Reads lists of clips: where each video is, and under what name it is known."""
 
-import contextlib
 import functools
 import logging
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from typing import NamedTuple
 from base.errors import DataError, first_few
 from base.hashes import short_hash
 from data.layouts import find_layout
-from data.tables import EXPECTED_LAYOUTS
+from data.tables import EXPECTED_LAYOUTS, Row, collect
 
 
 logger = logging.getLogger(__name__)
@@ -52,21 +51,24 @@ def read_clips(
     `<video_column>`, or in the columns of `dataset_file`.
 
     Raises DataError for any mismatch; missing videos are listed in one error. `blank_captions`: blank captions are
-    allowed, because the id token fills them. `repeats`: of the rows that do not say. `refused`: rows whose video is not
-    there, or outside, are put there with the reason; blank captions are then left to the caller too.
+    allowed, because the id token fills them. `repeats`: of the rows that do not say. `refused`: rows that cannot be read,
+    and those whose video is not there or outside, are put there with the reason, and the others are read; blank
+    captions are then left to the caller too.
     """
     collects = refused is not None
     root = find_root(data_root, dataset_file)
-    layout = find_layout(root, dataset_file, caption_column, video_column)
-    rows, clips = layout.read(blank_captions or collects), []
+    layout = find_layout(root, dataset_file, caption_column, video_column, lenient=collects)
+    unread: list[tuple[Row, str]] | None = [] if collects else None
+    rows, clips = layout.read(blank_captions or collects, unread), []
+    if collects:
+        refused += [(listed_clip(root, row, repeats), reason) for row, reason in unread]
     if dataset_file is None:  # captions beside the videos, and tables that were found: links may lead out
         for listing in dict.fromkeys(row.listing for row in rows if row.listing):
             resolve_inside(root, os.path.relpath(listing, root), listing, allow_outside)
-    for row, prompt, source, listing, own_repeats in rows:
-        place = f"{listing or layout.listing}:{row}"
-        clip = Clip(Path(root, source), prompt, row, source, relative_to_root(root, source), own_repeats or repeats)
-        with collected(refused, clip):
-            clip = clip._replace(video=resolve_inside(root, as_on_disk(root, source), place, allow_outside))
+    for row in rows:
+        clip, place = listed_clip(root, row, repeats), f"{row.listing or layout.listing}:{row.row}"
+        with collect(refused, clip):
+            clip = clip._replace(video=resolve_inside(root, as_on_disk(root, row.source), place, allow_outside))
             if collects and not os.path.isfile(clip.video):
                 refuse_missing_videos(root, layout.listing, [clip])
             clips.append(clip)
@@ -76,15 +78,10 @@ def read_clips(
     return clips
 
 
-@contextlib.contextmanager
-def collected(refused: list[tuple[Clip, str]] | None, clip: Clip) -> Iterator[None]:
-    """Put a DataError of the body into `refused`, if that is a list, as what is wrong with `clip`."""
-    try:
-        yield
-    except DataError as error:
-        if refused is None:
-            raise
-        refused.append((clip, str(error)))
+def listed_clip(root: Path, row: Row, repeats: int) -> Clip:
+    """A row's clip, with its path as written."""
+    below = relative_to_root(root, row.source)
+    return Clip(Path(root, row.source), row.prompt, row.row, row.source, below, row.repeats or repeats)
 
 
 def relative_to_root(root, source: str) -> str:

@@ -298,10 +298,10 @@ def conclude(page: Path, rows: list[ClipReport], faults: list[str]) -> None:
     if notes:
         logger.info("worth a look: %s", ", ".join(f"{count} {kind}" for kind, count in sorted(notes.items())))
     for report in bad:
-        logger.warning("row %d, %s: %s", report.row, report.source, report.problem)
+        logger.warning("row %d, %s: %s", report.row, report.source or "without a video", report.problem)
     if faults:
         raise DataError(f"{'; '.join(faults)} (in {page} too)")
     if bad:
-        named = first_few([report.source for report in bad])
+        named = first_few([report.source or f"row {report.row}" for report in bad])
         raise DataError(f"{len(bad)} of {len(rows)} clips cannot be used: {named}; {page} shows all, with reasons")
     logger.info("%s: nothing is wrong", page)
