@@ -14,7 +14,7 @@ from typing import NamedTuple
 from base.errors import DataError, first_few
 from base.hashes import short_hash
 from data.layouts import find_layout
-from data.tables import EXPECTED_LAYOUTS, Row, collect
+from data.tables import EXPECTED_LAYOUTS, Row, collect, printable
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def read_clips(
     unread: list[tuple[Row, str]] | None = [] if collects else None
     rows, clips = layout.read(blank_captions or collects, unread), []
     if collects:
-        refused += [(listed_clip(root, row, repeats), reason) for row, reason in unread]
+        refused += [(listed_clip(root, printable(row), repeats), reason) for row, reason in unread]
     if dataset_file is None:  # captions beside the videos, and tables that were found: links may lead out
         for listing in dict.fromkeys(row.listing for row in rows if row.listing):
             resolve_inside(root, os.path.relpath(listing, root), listing, allow_outside)

@@ -8,7 +8,6 @@ import os
 import stat
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import av
 
 from base.bars import with_progress
 from base.errors import DataError
-from base.hashes import is_settled, read_entries, write_entries
+from base.hashes import in_threads, is_settled, read_entries, write_entries
 from data.clip_lists import Clip, real_path
 from data.headers import Header, VideoInfo, read_header
 from data.picture import Caution, Picture
@@ -73,8 +72,8 @@ class HeaderCache:
 def header_or_error_of_all(clips: Sequence[Clip], use_cache: bool) -> list[Header | DataError]:
     """One per clip, in their order."""
     is_other_rank = os.environ.get("RANK", "0") != "0"
-    with HeaderCache(use_cache) as cache, ThreadPoolExecutor(8) as pool:  # disk bound
-        headers = pool.map(lambda clip: header_or_error(cache, clip), clips)
+    with HeaderCache(use_cache) as cache:
+        headers = in_threads(lambda clip: header_or_error(cache, clip), clips)
         return list(with_progress(headers, "reading headers", disable=is_other_rank, delay=2, total=len(clips)))
 
 

@@ -17,7 +17,6 @@ from data.tables import (
     Row,
     choose_columns,
     collect,
-    printable,
     read_lines,
     read_table,
     read_text,
@@ -185,7 +184,7 @@ def read_text_rows(
         raise DataError(f"{videos_path}: no clips; {EXPECTED_LAYOUTS}")
     rows, reasons = [], dict(broken or ())
     for row, (prompt, source) in enumerate(zip(captions, videos, strict=False), start=1):
-        with collect(refused, Row(row, printable(prompt), printable(source))):
+        with collect(refused, Row(row, prompt, source)):
             if row in reasons:
                 raise DataError(reasons[row])
             if not blank_captions:
@@ -198,7 +197,7 @@ def read_text_rows(
 def first_alone(captions: list[str], videos: list[str]) -> Row:
     """The first line of the longer list that has none to go with it."""
     row = min(len(captions), len(videos)) + 1
-    return Row(row, *(printable("".join(lines[row - 1 : row])) for lines in (captions, videos)))
+    return Row(row, *("".join(lines[row - 1 : row]) for lines in (captions, videos)))
 
 
 def layout_hint(root: Path) -> str:

@@ -76,10 +76,11 @@ def read_lines(path: Path, refused: list[tuple[int, str]] | None = None) -> list
 
     Lines in `refused` are returned all the same, so that the others keep their numbers.
     """
-    lines = read_text(path, refused is not None).replace("\r\n", "\n").split("\n")
+    text = read_text(path, refused is not None).replace("\r\n", "\n")
+    lines = text.split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
-    for row, line in enumerate(lines, start=1):
+    for row, line in enumerate(lines if "\r" in text or SURROGATE.search(text) else [], start=1):
         with collect(refused, row):
             refuse_undecoded(f"{path}:{row}", line)
             if "\r" in line:
@@ -118,9 +119,10 @@ def refuse_undecoded(place: str, text: str) -> None:
         raise DataError(f"{place}: not UTF-8 (0x{ord(bad[0]) & 0xFF:02x}); {CONVERT}")
 
 
-def printable(value) -> str:
-    """A text of a refused row, as far as it is one."""
-    return SURROGATE.sub("\ufffd", value) if isinstance(value, str) else ""
+def printable(row: Row) -> Row:
+    """A refused row whose caption and path are texts that can be shown, empty where they are none."""
+    texts = (SURROGATE.sub("\ufffd", text) if isinstance(text, str) else "" for text in (row.prompt, row.source))
+    return Row(row.row, *texts, row.listing)
 
 
 def refuse_blank(path, row: int, what: str, text: str) -> None:
@@ -282,8 +284,7 @@ def table_rows(
     rows = []
     for row, record in table.rows:
         known = record if isinstance(record, dict) else dict(zip(table.header, record, strict=False))
-        caption, source = (printable(known.get(column)) for column in columns[:2])
-        with collect(refused, Row(row, caption, source, str(table.path))):
+        with collect(refused, Row(row, known.get(columns.caption), known.get(columns.video), str(table.path))):
             rows += record_rows(table, columns, row, record, blank_captions)
     if not (rows or refused):
         raise DataError(f"{table.path}: no rows below the header; {EXPECTED_LAYOUTS}")
