@@ -86,8 +86,10 @@ def listed_clip(root: Path, row: Row, repeats: int) -> Clip:
 
 def relative_to_root(root, source: str) -> str:
     """An absolute path below the data root as a relative path; empty for any other path."""
+    if not os.path.isabs(source):
+        return ""
     base = os.path.abspath(root)
-    return os.path.relpath(source, base) if os.path.isabs(source) and is_below(source, base) else ""
+    return os.path.relpath(source, base) if is_below(source, base) else ""
 
 
 def as_on_disk(root, source: str) -> str:

@@ -35,29 +35,29 @@ class HeaderCache:
 
     def __init__(self, use_cache: bool = True):
         self.use_cache = use_cache
-        self.known: dict[Path, dict] = {}  # folder -> name -> {"stamp": ..., "reader": ..., "header": ...}
-        self.changed: set[Path] = set()
+        self.known: dict[str, dict] = {}  # folder -> name -> {"stamp": ..., "reader": ..., "header": ...}
+        self.changed: set[str] = set()
         self.lock = threading.Lock()
 
     def read(self, path) -> Header:
         """`read_header` of the file; DataError as there."""
-        real, stamp = real_file(path)
+        folder, name, stamp = real_file(path)
         if stamp is None:
             return read_header(path)  # says what is wrong with it
-        entries = self.entries_of(real.parent)
-        entry = entries.get(real.name)
+        entries = self.entries_of(folder)
+        entry = entries.get(name)
         if header := cached_header(entry, stamp):
             return header
         header = read_header(path)
-        if is_settled(real, stamp):
-            entries[real.name] = {"stamp": stamp, "reader": READER, "header": to_json(header)}
-            self.changed.add(real.parent)
+        if is_settled(Path(folder, name), stamp):
+            entries[name] = {"stamp": stamp, "reader": READER, "header": to_json(header)}
+            self.changed.add(folder)
         return header
 
-    def entries_of(self, folder: Path) -> dict:
+    def entries_of(self, folder: str) -> dict:
         with self.lock:
             if folder not in self.known:
-                self.known[folder] = read_entries(folder, KIND) if self.use_cache else {}
+                self.known[folder] = read_entries(Path(folder), KIND) if self.use_cache else {}
             return self.known[folder]
 
     def __enter__(self):
@@ -65,7 +65,7 @@ class HeaderCache:
 
     def __exit__(self, *_) -> None:
         for folder in sorted(self.changed):
-            write_entries(folder, self.known[folder], KIND)
+            write_entries(Path(folder), self.known[folder], KIND)
         self.changed.clear()
 
 
@@ -84,17 +84,20 @@ def header_or_error(cache: HeaderCache, clip: Clip) -> Header | DataError:
         return error
 
 
-def real_file(path) -> tuple[Path, list[int] | None]:
-    """(the file that `path` leads to, its `file_stamp`, or None if there is no file): one lstat, unless it is a link."""
-    real = os.path.join(real_path(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+def real_file(path) -> tuple[str, str, list[int] | None]:
+    """(folder, name, `file_stamp`) of the file that `path` leads to, the stamp None if there is no file: one lstat,
+    unless it is a link.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    folder = real_path(folder)
     try:
-        status = os.lstat(real)
+        status = os.lstat(os.path.join(folder, name))
         if stat.S_ISLNK(status.st_mode):
-            real = os.path.realpath(real)
-            status = os.stat(real)
+            folder, name = os.path.split(os.path.realpath(os.path.join(folder, name)))
+            status = os.stat(os.path.join(folder, name))
     except OSError:
-        return Path(real), None
-    return Path(real), [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        return folder, name, None
+    return folder, name, [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 # ---------------------------------------------------------------- an entry
