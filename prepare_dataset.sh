@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Encode videos and captions for training: VAE moments and prompt embeddings.
 #
-#   DATA_ROOT=video-dataset-disney CAPTION_COLUMN=prompt.txt ./prepare_dataset.sh
+#   DATA_ROOT=video-dataset-disney ./prepare_dataset.sh
 #   MODEL=zai-org/CogVideoX-5b-I2V IMAGE_LATENTS=true DATA_ROOT=clips ./prepare_dataset.sh
 #   DATA_ROOT=videos DATASET_FILE=videos/metadata.csv CAPTION_COLUMN=caption VIDEO_COLUMN=path ./prepare_dataset.sh
 #
@@ -15,9 +15,9 @@ here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 # ---------------------------------------------------------------- settings: clips, sizes
 
 MODEL="${MODEL:-zai-org/CogVideoX-5b}"  # hub id or folder: the model that will be trained
-DATA_ROOT="${DATA_ROOT:-}"              # folder with the two text files and the videos
-CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"
-VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
+DATA_ROOT="${DATA_ROOT:-}"              # folder with the videos and their captions
+CAPTION_COLUMN="${CAPTION_COLUMN:-}"    # a file or column, where two could be meant
+VIDEO_COLUMN="${VIDEO_COLUMN:-}"
 OUTPUT_ROOT="${OUTPUT_ROOT:-}"          # DATA_ROOT of the training wrapper; empty: <DATA_ROOT>-prepared
 
 # Clips are resized to the nearest size. CogVideoX 1.0 was trained at 480x720 with 49 frames, 1.5 at 768x1360 with 81.
@@ -33,7 +33,7 @@ DTYPE="${DTYPE:-bf16}"                          # fp32 on a CPU
 
 # ---------------------------------------------------------------- settings: the rest
 
-DATASET_FILE="${DATASET_FILE:-}"         # a CSV instead of the two text files, with the columns above
+DATASET_FILE="${DATASET_FILE:-}"         # a CSV or JSON with the columns above, if DATA_ROOT has several
 ID_TOKEN="${ID_TOKEN:-}"                 # put in front of every caption
 IMAGE_LATENTS="${IMAGE_LATENTS:-false}"  # true: encode noised first frames too, for image-to-video
 NUM_WORKERS="${NUM_WORKERS:-2}"          # processes that decode videos
@@ -50,8 +50,6 @@ describe_run() {
         "$here/training/prepare_dataset.py"
         --model_id "$MODEL"
         --data_root "$DATA_ROOT"
-        --caption_column "$CAPTION_COLUMN"
-        --video_column "$VIDEO_COLUMN"
         --output_dir "$output_dir"
         --save_latents_and_embeddings
         --height_buckets $HEIGHT_BUCKETS
@@ -64,6 +62,8 @@ describe_run() {
     )
     [[ $IMAGE_LATENTS == false ]] || command+=(--save_image_latents)
     [[ -z $DATASET_FILE ]] || command+=(--dataset_file "$DATASET_FILE")
+    [[ -z $CAPTION_COLUMN ]] || command+=(--caption_column "$CAPTION_COLUMN")
+    [[ -z $VIDEO_COLUMN ]] || command+=(--video_column "$VIDEO_COLUMN")
     [[ -z $ID_TOKEN ]] || command+=(--id_token "$ID_TOKEN")
     [[ -z $TARGET_FPS ]] || command+=(--target_fps "$TARGET_FPS")
     [[ -z $MAX_SEQUENCE_LENGTH ]] || command+=(--max_sequence_length "$MAX_SEQUENCE_LENGTH")

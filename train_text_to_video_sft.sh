@@ -25,8 +25,8 @@ here="$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 # ---------------------------------------------------------------- settings: data, sweep, GPUs
 
 DATA_ROOT="${DATA_ROOT:-}"                       # what prepare_dataset.sh wrote, or a folder of videos
-CAPTION_COLUMN="${CAPTION_COLUMN:-prompts.txt}"  # only for a folder of videos
-VIDEO_COLUMN="${VIDEO_COLUMN:-videos.txt}"
+CAPTION_COLUMN="${CAPTION_COLUMN:-}"             # only for a folder of videos: a file or column, where two could be meant
+VIDEO_COLUMN="${VIDEO_COLUMN:-}"
 
 # Swept: one run per value, given as "1e-4 1e-3" or ("1e-4" "1e-3").
 LEARNING_RATES="${LEARNING_RATES:-1e-5}"
@@ -91,8 +91,6 @@ describe_run() {  # called once per combination of the swept settings
         "$here/training/cogvideox_text_to_video_sft.py"
         --pretrained_model_name_or_path "$MODEL"
         --data_root "$DATA_ROOT"
-        --caption_column "$CAPTION_COLUMN"
-        --video_column "$VIDEO_COLUMN"
         --output_dir "$output_dir"
         --mixed_precision "$MIXED_PRECISION"
         --train_batch_size 1
@@ -129,6 +127,8 @@ describe_run() {  # called once per combination of the swept settings
         command+=(--max_num_frames "$MAX_NUM_FRAMES")
         [[ -z $DATASET_FILE ]] || command+=(--dataset_file "$DATASET_FILE")
     fi
+    [[ -z $CAPTION_COLUMN ]] || command+=(--caption_column "$CAPTION_COLUMN")
+    [[ -z $VIDEO_COLUMN ]] || command+=(--video_column "$VIDEO_COLUMN")
     [[ -z $ID_TOKEN ]] || command+=(--id_token "$ID_TOKEN")
     if [[ -n $VALIDATION_PROMPT ]]; then
         command+=(--validation_prompt "$VALIDATION_PROMPT" --validation_prompt_separator ":::")

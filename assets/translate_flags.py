@@ -44,10 +44,11 @@ WORDS = {
 MEANINGS = {
     "Model to train, required: a hub id, zai-org/... or THUDM/..., or a local diffusers folder.":
         "要训练的模型，必填：hub 上的名字（zai-org/... 或 THUDM/...），或本地的 diffusers 文件夹。",
-    "Folder of videos and captions, or with `--load_tensors` of prepared data. prepare_dataset.py writes the latter. "
-    "Required, unless there is a `--dataset_file`.":
-        "视频和描述所在的文件夹；有 `--load_tensors` 时，是 prepare_dataset.py 写出的预处理数据。"
-        "没有 `--dataset_file` 时必填。",
+    "Folder of videos, images and captions, or with `--load_tensors` of prepared data. prepare_dataset.py writes the "
+    "latter. Required, unless there is a `--dataset_file`. An image (png, jpg, webp) is a clip of one frame; "
+    "image-to-video leaves it out.":
+        "视频、图片和描述所在的文件夹；有 `--load_tensors` 时，是 prepare_dataset.py 写出的预处理数据。"
+        "没有 `--dataset_file` 时必填。图片（png、jpg、webp）是只有一帧的片段，图生视频会忽略图片。",
     "Train on prepared data, without the VAE and T5. These are the moments and prompt embeddings that "
     "prepare_dataset.py makes.":
         "用预处理数据训练，不加载 VAE 和 T5。数据是 prepare_dataset.py 写出的潜变量分布和描述的嵌入。",

@@ -21,6 +21,7 @@ from args import (
 from base.errors import StorageError
 from base.flag_checks import IDLE_WITHOUT
 from base.flag_parser import FIRST, NO_MEANING, SCRIPTS, recorded_flags
+from data.clip_lists import read_clips
 
 
 SIZES = "256 320 384 480 512 576 720 768 960 1024 1280 1536"
@@ -428,10 +429,10 @@ def test_the_example_of_the_help_can_be_pasted(script, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = parse_prepare_args(argv) if script == "prepare" else parse_training_args(script, argv)
     model = args.model_id if script == "prepare" else args.pretrained_model_name_or_path
-    files = [name, f"{model}/model_index.json", f"{args.data_root}/{args.video_column}"]
-    files += [f"{args.data_root}/{args.caption_column}"]
+    files = [name, f"{model}/model_index.json"]
     files += words[words.index("--config_file") + 1 :][:1] if "--config_file" in words else []
     assert not [file for file in files if not Path(file).is_file()]
+    assert read_clips(args.data_root, args.dataset_file, args.caption_column, args.video_column)
     assert model.endswith("-i2v") == script.startswith("i2v")
 
 

@@ -102,7 +102,7 @@ def test_upscale_covers_the_bucket():
 def test_every_batch_is_of_one_bucket_and_every_rank_gets_as_much():
     for samples, batch_size, num_ranks, seed, epoch in random_cases(300):
         batches = pack_batches(samples, batch_size, num_ranks, seed, epoch)
-        assert len(batches) == num_batches(samples, batch_size, num_ranks)
+        assert len(batches) == num_batches(samples, batch_size, num_ranks)  # by which the sampler counts epochs
         for batch in batches:
             assert len(batch) == num_ranks
             assert len({len(share) for share in batch}) == 1

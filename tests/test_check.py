@@ -269,6 +269,109 @@ def test_a_list_that_cannot_be_read_is_on_the_page(model, good_set, tmp_path):
     assert "no.txt: no such file" in page.text and page.clips == []
 
 
+# ---------------------------------------------------------------- lists with faults of their own
+
+
+def write_list(data, good_set, name, content):
+    """A copy of the good set with this list alone; its three videos are 0.mp4, 1.mp4 and 2.mp4."""
+    shutil.copytree(good_set, data)
+    for path in data.glob("*.txt"):
+        path.unlink()
+    (data / name).write_bytes(content)
+
+
+BROKEN_LISTS = {  # list -> ([(row, path, part of the reason)], usable rows)
+    "fields.csv": (
+        b"file_name,text\n0.mp4,a,b\n1.mp4,c\n2.mp4\n,d\n2.mp4,\n0.mp4,e\n",
+        [(2, "0.mp4", "fields.csv:2: 3 fields and 2 columns"), (4, "2.mp4", "fields.csv:4: 1 fields and 2 columns"),
+         (5, "", "fields.csv:5: blank video path"), (6, "2.mp4", "blank caption")],
+        ["1.mp4", "0.mp4"],
+    ),
+    "quotes.csv": (
+        b'file_name,text\n0.mp4,"a\n1.mp4,"b, c"\n2.mp4,"d" e\n"2.mp4","f\ng"\n0.mp4,"h\n',
+        [(2, "", "line 3: ',' expected after '\"'; is a quote left open?"), (4, "", "line 4: ',' expected after"),
+         (6, "", "line 7: unexpected end of data; is a quote left open?")],
+        ["1.mp4", "2.mp4"],
+    ),
+    "bytes.csv": (
+        b"file_name,text\n0.mp4,caf\xe9\n1.mp4,caf\xc3\xa9\n2\xff.mp4,b\n",
+        [(2, "0.mp4", "bytes.csv:2: not UTF-8 (0xe9); convert it"), (4, "2\ufffd.mp4", "bytes.csv:4: not UTF-8 (0xff)")],
+        ["1.mp4"],
+    ),
+    "lines.jsonl": (
+        b'{"video": "0.mp4", "text": "a"\n{"video": "1.mp4", "text": "b"}\n[1]\n{"video": "2.mp4", "text": "\xe9"}\n'
+        b'{"video": "2.mp4", "text": 7}\n{"video": "gone.mp4", "text": "c"}\n{"video": "1.mp4", "text": "\\ud800"}\n',
+        [(1, "", "lines.jsonl:1: not JSON"), (3, "", "lines.jsonl:3: not a JSON object"),
+         (4, "", "lines.jsonl:4: not UTF-8 (0xe9)"), (5, "2.mp4", "'text' is 7, not a text"),
+         (6, "gone.mp4", "'gone.mp4' (row 6) not found"), (7, "1.mp4", "half of a character")],
+        ["1.mp4"],
+    ),
+    "list.json": (
+        b'[{"video": "0.mp4", "text": "\xe9"}, 3, {"video": "1.mp4", "text": "b"}, {"video": "2.mp4", "text": "c", '
+        b'"repeats": 0}]',
+        [(1, "", "list.json:1: not UTF-8"), (2, "", "list.json:2: not a JSON object"),
+         (4, "2.mp4", "repeats is 0")],
+        ["1.mp4"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["found", "named"])
+@pytest.mark.parametrize("name", BROKEN_LISTS)
+def test_every_fault_of_a_list_is_a_bad_row_and_the_others_are_checked(model, good_set, tmp_path, name, named):
+    content, bad, usable = BROKEN_LISTS[name]
+    write_list(tmp_path / "data", good_set, name, content)
+    flags = ["--dataset_file", str(tmp_path / "data" / name)] if named else []
+    argv = arguments(model, tmp_path / "data", tmp_path / "out", *flags)
+    assert check(argv) == 65
+    page = page_of(tmp_path / "out")
+    found = [clip for clip in page.clips if clip["problem"]]
+    assert [(clip["row"], clip["path"]) for clip in found] == [fault[:2] for fault in bad]
+    assert all(reason in clip["problem"] for clip, (_, _, reason) in zip(found, bad, strict=True))
+    assert [clip["path"] for clip in page.clips if not clip["problem"]] == usable
+    assert "unreadable" not in page.text  # each reason has a name of its own
+
+
+@pytest.mark.parametrize("name", BROKEN_LISTS)
+def test_preparing_stops_at_the_first_fault_of_a_list(model, good_set, tmp_path, name, capsys):
+    write_list(tmp_path / "data", good_set, name, BROKEN_LISTS[name][0])
+    assert check(arguments(model, tmp_path / "data", tmp_path / "out")[1:]) == 65
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: {tmp_path / 'data' / name}:") and "more" not in message
+
+
+def test_every_fault_of_two_text_files_is_a_bad_row(model, good_set, tmp_path):
+    write_list(tmp_path / "data", good_set, "prompts.txt", b"a\nb\xe9\nc\rd\n\ne\nf\ng\n")
+    (tmp_path / "data/videos.txt").write_bytes(b"0.mp4\n1.mp4\n2.mp4\n0.mp4\n1\xff.mp4\n \n1.mp4\n2.mp4\n")
+    assert check(arguments(model, tmp_path / "data", tmp_path / "out")) == 65
+    clips = page_of(tmp_path / "out").clips
+    wanted = {
+        2: "prompts.txt:2: not UTF-8 (0xe9)", 3: "prompts.txt:3: a carriage return without a newline", 4: "blank caption",
+        5: "videos.txt:5: not UTF-8 (0xff)", 6: "videos.txt:6: blank video path", 8: "has 7 captions and ",
+    }  # fmt: skip
+    assert [clip["row"] for clip in clips if clip["problem"]] == list(wanted)
+    assert all(wanted[clip["row"]] in clip["problem"] for clip in clips if clip["problem"])
+    assert [clip["row"] for clip in clips if not clip["problem"]] == [1, 7]
+
+
+def test_captions_beside_the_videos_that_are_no_text_are_bad_rows(model, good_set, tmp_path):
+    write_list(tmp_path / "data", good_set, "0.txt", b"caf\xe9")
+    (tmp_path / "data/1.txt").write_bytes("caf\u00e9".encode("utf-16"))
+    (tmp_path / "data/2.txt").write_text("a square")
+    assert check(arguments(model, tmp_path / "data", tmp_path / "out")) == 65
+    clips = {clip["path"]: clip["problem"] for clip in page_of(tmp_path / "out").clips}
+    assert "0.txt:1: not UTF-8 at byte offset 3" in clips["0.mp4"] and "1.txt: UTF-16" in clips["1.mp4"]
+    assert clips["2.mp4"] == ""
+
+
+def test_a_broken_table_beside_a_whole_list_is_not_read(model, good_set, tmp_path):
+    """As in training: the check is of what would be trained on."""
+    data = shutil.copytree(good_set, tmp_path / "data")
+    (data / "notes.csv").write_bytes(BROKEN_LISTS["quotes.csv"][0])
+    assert check(arguments(model, data, tmp_path / "out")) == 0
+    assert len(page_of(tmp_path / "out").clips) == 3
+
+
 def test_every_window_of_a_long_clip_is_shown(model, tmp_path):
     data = tmp_path / "data"
     data.mkdir()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from base.errors import DataError, Interrupted, UsageError, UserError
 from cogvideox.config import TEXT_TO_VIDEO_PIPELINE
+from data import loader
 from data import videos as videos_module
 from data.buckets import Bucket, make_buckets, pack_batches
 from data.clip_lists import Clip, read_clips
@@ -589,6 +590,12 @@ def test_set_epoch_continues_where_the_loop_stood():
             sampler.set_epoch(epoch, consumed)
             assert list(sampler) == batches[5 * epoch + consumed :]
             assert len(sampler) == len(batches) - 5 * epoch - consumed
+
+
+def test_an_epoch_of_fewer_batches_than_were_counted_is_no_endless_loop(monkeypatch):
+    monkeypatch.setattr(loader, "pack_batches", lambda *arguments: pack_batches(*arguments)[:-1])
+    with pytest.raises(IndexError):
+        list(BucketSampler([(9, 64, 96)] * 5, 2, num_epochs=2))
 
 
 def test_ranks_share_each_batch_and_repeats_are_logged_once(caplog):

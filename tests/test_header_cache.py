@@ -3,16 +3,17 @@
 import json
 import os
 import shutil
+import signal
 from fractions import Fraction
 
 import pytest
 
 from base import hashes
-from base.errors import DataError
+from base.errors import DataError, Interrupted
 from data import header_cache
 from data.buckets import make_buckets
 from data.clip_lists import Clip
-from data.header_cache import HeaderCache, cached_header, to_json
+from data.header_cache import cached_header, to_json
 from data.headers import Header, VideoInfo, read_header
 from data.picture import INTERLACED, TRANSPARENT, Caution, Picture
 from data.videos import VideoDatasetWithResizing
@@ -47,8 +48,10 @@ def clip(tmp_path):
 
 
 def header_of(path, **options):
-    with HeaderCache(**options) as cache:
-        return cache.read(path)
+    [header] = header_cache.header_or_error_of_all([Clip(path, "", 1, "")], options.get("use_cache", True))
+    if isinstance(header, DataError):
+        raise header
+    return header
 
 
 def test_a_header_is_read_once(clip, reads, memory):
@@ -65,6 +68,30 @@ def test_a_second_data_set_opens_nothing_and_is_the_same(clip, reads):
     sets = [VideoDatasetWithResizing(clips, make_buckets([9], [64], [96]), fps=8) for _ in range(2)]
     assert sorted(reads) == sorted(names)
     assert sets[0].infos == sets[1].infos and sets[0].fingerprint() == sets[1].fingerprint()
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_many_headers_are_read_by_processes_and_are_the_same(cores, clip, memory, monkeypatch):
+    paths = [clip] + [write_clip(clip.with_name(f"{number}.mp4"), 9 + number, seed=number) for number in range(9)]
+    clip.with_name("bad.mp4").write_bytes(b"\0" * 600)
+    clips = [
+        Clip(path, "", 1, path.name) for path in [*paths, clip.with_name("bad.mp4"), clip.with_name("gone.mp4"), clip]
+    ]
+    wanted = header_cache.header_or_error_of_all(clips, use_cache=False)
+    monkeypatch.setattr(header_cache, "FORK_FROM", 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    for use_cache in (True, True, False):
+        found = header_cache.header_or_error_of_all(clips, use_cache)
+        assert [str(header) for header in found] == [str(header) for header in wanted]
+    assert len(json.loads(next(memory.iterdir()).read_text())) == 10
+
+
+def test_a_killed_reader_of_headers_is_one_line(clip, monkeypatch):
+    monkeypatch.setattr(header_cache, "FORK_FROM", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(header_cache, "read_header", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(Interrupted, match="was killed, most likely for lack of memory"):
+        header_of(clip)
 
 
 def time_set_back(path):

@@ -1,6 +1,7 @@
 """Still images as clips of one frame, beside videos: which bucket they get, and training on both."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ from data.videos import VideoDataset, VideoDatasetWithResizing
 from engine import objective
 from run import validation
 from script_runs import SCRIPTS, TEXT_FILES, four_scripts, losses, prepare, result_hash
-from synthetic_clips import write_clip
+from synthetic_clips import ffmpeg, write_clip
 
 
 NAMES = ["0.mp4", "a.png", "1.mp4", "b.JPG", "c.jpeg", "d.webp"]
@@ -72,6 +73,20 @@ def test_what_is_skipped_of_videos_and_their_most_frames_do_not_concern_images(m
     assert skipped.clip_buckets == plain.clip_buckets
     assert torch.equal(skipped[1]["pixels"], plain[1]["pixels"])
     assert not torch.equal(skipped[0]["pixels"], plain[0]["pixels"])
+
+
+def test_a_video_of_one_frame_is_told_how_it_becomes_an_image(tmp_path):
+    """It may as well be what a scene cutter left over, which nobody wants as a picture."""
+    write_clip(tmp_path / "0.mp4", num_frames=1)
+    lists = {"prompts.txt": "a\n", "videos.txt": "0.mp4\n"}
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="too short: 1 frames .* if an image is meant, list it as one") as caught:
+        videos_of(tmp_path)
+    flags = re.search(r"\(ffmpeg (.*)\)", str(caught.value))[1].split()
+    ffmpeg(*({"IN.mp4": tmp_path / "0.mp4", "OUT.png": tmp_path / "0.png"}.get(flag, flag) for flag in flags))
+    (tmp_path / "videos.txt").write_text("0.png\n")
+    assert videos_of(tmp_path).clip_buckets == [(1, 64, 96)]
 
 
 def test_an_image_is_read_as_it_is_shown(tmp_path):

@@ -246,20 +246,69 @@ def test_an_image_is_a_clip_where_it_has_a_caption_and_is_no_thumbnail(folder):
         (comma_csv, musubi_lines, ["clips.csv, CSV", "dataset.jsonl, JSON Lines"]),
     ],
 )  # fmt: skip
-def test_two_layouts_in_a_folder_are_both_named(first, second, named, folder):
-    first(folder, CLIPS)
-    second(folder, CLIPS)
-    message = error_of(read_clips, folder, None)
-    assert all(name in message for name in named) and "could be meant" in message
+def test_two_lists_of_other_clips_or_captions_are_both_named(first, second, named, folder):
+    for clips in (CLIPS | {"videos/loom.mp4": "other words"}, dict(list(CLIPS.items())[:2])):
+        first(folder, CLIPS)
+        second(folder, clips)
+        message = error_of(read_clips, folder, None)
+        assert all(name in message for name in named) and "could be meant" in message
+        for path in (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".mp4"):
+            path.unlink()
 
 
-def test_what_an_ambiguous_folder_advises_works(folder, tmp_path):
-    write_pair(folder, CLIPS)
-    sidecars(folder, CLIPS)
-    hub_csv(folder, CLIPS)
+def test_what_an_ambiguous_folder_advises_works(folder):
+    mine = [{name: f"{text} ({tool})" for name, text in CLIPS.items()} for tool in range(3)]
+    write_pair(folder, mine[0])
+    sidecars(folder, mine[1])
+    hub_csv(folder, mine[2])
+    assert "could be meant" in error_of(read_clips, folder, None)
     advised = [(None, "prompts.txt", "videos.txt"), (None, ".txt", None), (folder / "metadata.csv", None, None)]
-    for choice in advised:
-        assert as_read(read_clips(folder, *choice), folder) == expected(tmp_path)
+    for choice, clips in zip(advised, mine, strict=True):
+        assert [(clip.source, clip.prompt) for clip in read_clips(folder, *choice)] == list(clips.items())
+
+
+@pytest.mark.parametrize("more", [[hub_csv], [sidecars], [musubi_lines], [sidecars, kohya, semicolon_csv, hub_lines]])
+@pytest.mark.parametrize("turn", [list, reversed], ids=["same order", "other order"])
+def test_lists_of_the_same_clips_are_one_in_the_order_of_the_text_files(more, turn, folder, caplog):
+    caplog.set_level(logging.INFO)
+    write_pair(folder, dict(turn(CLIPS.items())))
+    for tool in more:
+        tool(folder, CLIPS)
+    assert [(clip.source, clip.prompt) for clip in read_clips(folder, None)] == list(turn(CLIPS.items()))
+    [line] = caplog.messages
+    assert line.startswith(f"{folder}: found prompts.txt + videos.txt and ")
+    assert "which agree: 3 clips, captions in prompts.txt, videos in videos.txt" in line
+    assert line.count(" and ") == len(more)
+
+
+def test_of_three_lists_two_that_agree_are_named_as_one(folder):
+    write_pair(folder, CLIPS)
+    hub_csv(folder, CLIPS)
+    sidecars(folder, dict.fromkeys(CLIPS, "another"))
+    message = error_of(read_clips, folder, None)
+    assert "prompts.txt + videos.txt and metadata.csv, CSV, which agree (--caption_column prompts.txt" in message
+    assert " or videos with a .txt beside each (--caption_column .txt)" in message
+
+
+@pytest.mark.parametrize("repeats", ["", "1", "2"])
+def test_a_list_that_repeats_clips_says_more_than_text_files(repeats, folder):
+    write_pair(folder, CLIPS)
+    write_csv(folder / "clips.csv", [("path", "text", "repeats"), *((*item, repeats) for item in CLIPS.items())])
+    if repeats:
+        assert "could be meant" in error_of(read_clips, folder, None)
+    else:
+        assert len(read_clips(folder, None)) == 3
+
+
+def test_a_list_that_cannot_be_read_agrees_with_none(folder):
+    write_pair(folder, CLIPS)
+    write_csv(folder / "metadata.csv", [("file_name", "text"), *CLIPS.items(), ("one field",)])
+    assert "could be meant" in error_of(read_clips, folder, None)
+
+
+def test_the_sample_clips_need_no_columns(sample_data):
+    """They have two text files and a CSV."""
+    assert len(read_clips(sample_data, None)) == 6
 
 
 @pytest.mark.parametrize("folders", [("train", "test"), ("", "more")])

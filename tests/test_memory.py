@@ -162,10 +162,3 @@ def test_two_answers_to_one_question_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_training_args("t2v_lora", ["--pretrained_model_name_or_path", "m", "--data_root", "d", *flags])
     assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_the_level_that_moves_frozen_weights_is_for_lora(capsys):
-    argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--memory", "stream"]
-    with pytest.raises(SystemExit) as stop:
-        parse_training_args("t2v_sft", argv)
-    assert stop.value.code == 2 and "use --memory offload" in capsys.readouterr().err

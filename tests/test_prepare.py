@@ -827,10 +827,10 @@ def test_100_good_and_spoilt_files_are_all_prepared_or_named(tiny, sample_data, 
 
 
 def test_an_error_that_nobody_foresaw_costs_its_clip_alone(tiny, sample_data, data, tmp_path, capsys, monkeypatch):
-    def show(frame, picture, show=decode.show):
+    def show(frame, picture, to_rgb, show=decode.show):
         if frame.width == 64:
             raise ValueError("31 is not a valid Type")
-        return show(frame, picture)
+        return show(frame, picture, to_rgb)
 
     monkeypatch.setattr(decode, "show", show)
     shutil.copy(sample_data / "videos/square_falls.mp4", data / "b.mp4")

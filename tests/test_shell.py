@@ -120,7 +120,6 @@ def training_argv(training: Training, lr: str, optimizer: str) -> list[str]:
         "--config_file", str(ROOT / "accelerate_configs/uncompiled_1.yaml"), "--gpu_ids", "0",
         str(ROOT / f"training/cogvideox_{training.task}.py"),
         "--pretrained_model_name_or_path", "some/model", "--data_root", "prepared",
-        "--caption_column", "prompts.txt", "--video_column", "videos.txt",
         "--output_dir", output_dir_of(lr, optimizer, training.output_name),
         *(["--rank", "64", "--lora_alpha", "64"] if training.is_lora else []),
         "--mixed_precision", "bf16",
@@ -600,7 +599,7 @@ def test_what_is_not_set_is_not_passed(run_wrapper, training):
 def test_every_flag_of_the_originals_sweep_is_passed(run_wrapper, training):
     _, [argv] = run_wrapper(
         training.wrapper, DATA_ROOT="d", LOAD_TENSORS="false", ID_TOKEN="BW_STYLE", VALIDATION_PROMPT="p",
-        REPORT_TO="wandb",
+        REPORT_TO="wandb", CAPTION_COLUMN="prompt.txt", VIDEO_COLUMN="videos.txt",
     )  # fmt: skip
     no_meaning = set() if training.is_lora else {"--rank", "--lora_alpha"}
     replaced = {"--gradient_checkpointing"} if "--memory" in argv else set()  # a level says more
@@ -726,11 +725,11 @@ def test_prepare_argv_is_exact(run_wrapper):
     assert result.returncode == 0, result.stderr
     assert argv == [
         "python", "3", str(ROOT / "training/prepare_dataset.py"), "--model_id", "some/model",
-        "--data_root", "clips/", "--caption_column", "caption", "--video_column", "path",
-        "--output_dir", "clips-prepared", "--save_latents_and_embeddings",
+        "--data_root", "clips/", "--output_dir", "clips-prepared", "--save_latents_and_embeddings",
         "--height_buckets", "64", "96", "--width_buckets", "720", "--frame_buckets", "49", "--max_num_frames", "49",
         "--dtype", "bf16", "--batch_size", "1", "--dataloader_num_workers", "2",
-        "--save_image_latents", "--dataset_file", "clips/a.csv", "--target_fps", "16", "--save_previews",
+        "--save_image_latents", "--dataset_file", "clips/a.csv", "--caption_column", "caption", "--video_column", "path",
+        "--target_fps", "16", "--save_previews",
     ]  # fmt: skip
 
 

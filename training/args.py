@@ -379,8 +379,9 @@ def add_training_data_flags(parser: FlagParser):
     group.add_argument(
         "--data_root",
         metavar="FOLDER",
-        help="folder of videos and captions, or with --load_tensors of prepared data\nprepare_dataset.py writes "
-        "the latter. Required, unless there is a --dataset_file.",
+        help="folder of videos, images and captions, or with --load_tensors of prepared data\nprepare_dataset.py "
+        "writes the latter. Required, unless there is a --dataset_file. An image (png, jpg, webp) is a clip of one "
+        "frame; image-to-video leaves it out.",
     )
     add_clip_list_flags(group)
     group.add_argument(
@@ -845,7 +846,8 @@ def add_prepare_data_flags(parser: FlagParser):
         required=True,
         default=argparse.SUPPRESS,
         metavar="FOLDER",
-        help="folder of videos and captions, required\nVideo paths are relative to it.",
+        help="folder of videos, images and captions, required\nPaths are relative to it. An image (png, jpg, webp) is "
+        "a clip of one frame.",
     )
     add_clip_list_flags(group)
     add_reading_flags(group)

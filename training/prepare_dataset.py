@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Precompute what training reads: VAE moments of every clip and T5 embeddings of every caption.
 
-python training/prepare_dataset.py --model_id zai-org/CogVideoX-2b --data_root video-dataset-disney \\
-    --caption_column prompt.txt --video_column videos.txt --output_dir disney-prepared \\
+python training/prepare_dataset.py --model_id zai-org/CogVideoX-2b \\
+    --data_root video-dataset-disney --output_dir disney-prepared \\
     --height_buckets 480 --width_buckets 720 --frame_buckets 49 --save_latents_and_embeddings
 
 torchrun --nproc_per_node 2 training/prepare_dataset.py ... splits the clips over two GPUs. A second run of the same

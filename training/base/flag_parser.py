@@ -276,7 +276,7 @@ def looks_like_flag(token: str) -> bool:
 def example_of(script: str) -> str:
     """A command that works when pasted in the repository's folder, on its small models and clips."""
     model = "assets/tiny-cogvideox-i2v" if script.startswith("i2v") else "assets/tiny-cogvideox"
-    clips = ["--data_root assets/tests", "--video_column videos.txt --caption_column prompts.txt"]
+    clips = ["--data_root assets/tests"]
     sizes = ["--height_buckets 64 --width_buckets 64", "--frame_buckets 9 --max_num_frames 9"]
     if script == "caption":
         lines = ["python training/caption_dataset.py", "--data_root assets/tests/videos"]

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 # If a file server's clock is off by more, this check is void, or files are hashed again for a while.
 SETTLED_SECONDS = 0.1
 SAMPLED_BYTES = 2**16  # bytes
+MAX_LOT = 32  # files read in one task
 LOG_ABOVE_BYTES = 2**30  # bytes; larger files take seconds to read
 BLOB_NAME = re.compile(
     r"[0-9a-f]{64}"
@@ -117,11 +118,19 @@ def sampled_hash(path: Path) -> str:
 def hash_files(paths: Sequence[Path]) -> str:
     """A combined `sampled_hash` of files; sampled because it is computed at every start."""
     try:
-        with ThreadPoolExecutor(8) as pool:  # disk bound
-            hashes = list(with_progress(pool.map(sampled_hash, paths), "comparing", total=len(paths), delay=2))
+        hashes = list(with_progress(in_threads(sampled_hash, paths), "comparing", total=len(paths), delay=2))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
+
+
+def in_threads(read: Callable, items: Sequence) -> Iterator:
+    """`read` of each item, in their order: disk bound. In lots: a task costs more than a header that is cached."""
+    lot = max(1, min(MAX_LOT, len(items) // 64))
+    lots = (items[first : first + lot] for first in range(0, len(items), lot))
+    with ThreadPoolExecutor(8) as pool:
+        for results in pool.map(lambda some: [read(item) for item in some], lots):
+            yield from results
 
 
 def hash_rows(rows) -> str:

@@ -182,10 +182,10 @@ def one_line(caption: str) -> str:
 
 def names_in(clips: list[Clip], is_in_place: bool) -> list[str]:
     """The path below the output folder under which each clip is listed: as before, unless that leads out."""
-    stems = unique_stems(clip.identity for clip in clips)
+    stems = unique_stems(clip.stable_name for clip in clips)
     names = []
     for clip, stem in zip(clips, stems, strict=True):
-        name = os.path.normpath(clip.identity)
+        name = os.path.normpath(clip.stable_name)
         leads_out = os.path.isabs(name) or name.split(os.sep)[0] == os.pardir
         names.append(f"videos/{stem}{clip.video.suffix}" if leads_out and not is_in_place else name)
     return names

@@ -1,13 +1,12 @@
 """Reads lists of clips: where each video is, and under what name it is known."""
 
-import contextlib
 import functools
 import logging
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from typing import NamedTuple
 from base.errors import DataError, first_few
 from base.hashes import short_hash
 from data.layouts import Layout, find_layout
-from data.tables import EXPECTED_LAYOUTS
+from data.tables import EXPECTED_LAYOUTS, Row, collect, printable
 
 
 logger = logging.getLogger(__name__)
@@ -52,11 +51,12 @@ def read_clips(
     `<video_column>`, or in the columns of `dataset_file`.
 
     Raises DataError for any mismatch; missing videos are listed in one error. `blank_captions`: blank captions are
-    allowed, because the id token fills them. `repeats`: of the rows that do not say. `refused`: rows whose video is not
-    there, or outside, are put there with the reason; blank captions are then left to the caller too.
+    allowed, because the id token fills them. `repeats`: of the rows that do not say. `refused`: rows that cannot be read,
+    and those whose video is not there or outside, are put there with the reason, and the others are read; blank
+    captions are then left to the caller too.
     """
     root = find_root(data_root, dataset_file)
-    layout = find_layout(root, dataset_file, caption_column, video_column)
+    layout = find_layout(root, dataset_file, caption_column, video_column, lenient=refused is not None)
     is_found = dataset_file is None
     clips = clips_in_layout(root, layout, is_found, allow_outside, blank_captions, repeats, refused)
     if not (caption_column and video_column):
@@ -75,15 +75,17 @@ def clips_in_layout(
 ) -> list[Clip]:
     """The clips of a layout, as in `read_clips`. `is_found`: no flag names the files that are read."""
     collects = refused is not None
-    rows, clips = layout.read(blank_captions or collects), []
+    unread: list[tuple[Row, str]] | None = [] if collects else None
+    rows, clips = layout.read(blank_captions or collects, unread), []
+    if collects:
+        refused += [(listed_clip(root, printable(row), repeats), reason) for row, reason in unread]
     if is_found:  # captions beside the videos, and tables that were found: links may lead out
         for listing in dict.fromkeys(row.listing for row in rows if row.listing):
             resolve_inside(root, os.path.relpath(listing, root), listing, allow_outside)
-    for row, prompt, source, listing, own_repeats in rows:
-        place = f"{listing or layout.listing}:{row}"
-        clip = Clip(Path(root, source), prompt, row, source, relative_to_root(root, source), own_repeats or repeats)
-        with collected(refused, clip):
-            clip = clip._replace(video=resolve_inside(root, as_on_disk(root, source), place, allow_outside))
+    for row in rows:
+        clip, place = listed_clip(root, row, repeats), f"{row.listing or layout.listing}:{row.row}"
+        with collect(refused, clip):
+            clip = clip._replace(video=resolve_inside(root, as_on_disk(root, row.source), place, allow_outside))
             if collects and not os.path.isfile(clip.video):
                 refuse_missing_videos(root, layout.listing, [clip])
             clips.append(clip)
@@ -91,21 +93,18 @@ def clips_in_layout(
     return clips
 
 
-@contextlib.contextmanager
-def collected(refused: list[tuple[Clip, str]] | None, clip: Clip) -> Iterator[None]:
-    """Put a DataError of the body into `refused`, if that is a list, as what is wrong with `clip`."""
-    try:
-        yield
-    except DataError as error:
-        if refused is None:
-            raise
-        refused.append((clip, str(error)))
+def listed_clip(root: Path, row: Row, repeats: int) -> Clip:
+    """A row's clip, with its path as written."""
+    below = relative_to_root(root, row.source)
+    return Clip(Path(root, row.source), row.prompt, row.row, row.source, below, row.repeats or repeats)
 
 
 def relative_to_root(root, source: str) -> str:
     """An absolute path below the data root as a relative path; empty for any other path."""
+    if not os.path.isabs(source):
+        return ""
     base = os.path.abspath(root)
-    return os.path.relpath(source, base) if os.path.isabs(source) and is_below(source, base) else ""
+    return os.path.relpath(source, base) if is_below(source, base) else ""
 
 
 def as_on_disk(root, source: str) -> str:

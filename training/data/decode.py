@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from base.console import is_quiet
 from base.errors import DataError, UsageError, first_line
@@ -77,7 +78,7 @@ def read_with_pyav(path, times: Sequence[float], num_threads: int) -> np.ndarray
 
 def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.ndarray:
     """The frames nearest to `times`, as a player shows them."""
-    pixels, done, previous, broken = None, 0, None, None
+    pixels, done, previous, broken, to_rgb = None, 0, None, None, VideoReformatter()
     with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = num_threads
@@ -93,7 +94,7 @@ def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.
                         raise unreadable(path, stream, previous, "damaged data")
                     if pixels is None:
                         warn_of_frame(path, chosen.frame, picture)
-                    pixels = write_frame(path, pixels, done, show(chosen.frame, picture), len(times))
+                    pixels = write_frame(path, pixels, done, show(chosen.frame, picture, to_rgb), len(times))
                     done += 1
                 if done == len(times):
                     return pixels
@@ -110,7 +111,7 @@ def decode_at(path, times: Sequence[float], num_threads: int, seek: bool) -> np.
         if previous.damaged:
             raise unreadable(path, stream, previous, "damaged data")
         for place in range(done, len(times)):
-            pixels = write_frame(path, pixels, place, show(previous.frame, picture), len(times))
+            pixels = write_frame(path, pixels, place, show(previous.frame, picture, to_rgb), len(times))
     return pixels
 
 

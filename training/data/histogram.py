@@ -24,7 +24,18 @@ REASONS = {
     "outside of": "outside of the data folder",
     "a URL or protocol": "URLs",
     "blank caption": "without a caption",
+    "blank video path": "without a video path",
+    "not UTF-8": "not UTF-8",
+    "UTF-16": "not UTF-8",
 }
+
+
+# Phrases of what else may be wrong with a row of the list
+IN_THE_LIST = (
+    "not JSON", "not a JSON object", "not a text", "half of a character", "is a quote left open", "fields and",
+    "give an integer", "a carriage return", "of one belongs to line",
+)  # fmt: skip
+REASONS |= dict.fromkeys(IN_THE_LIST, "wrong in the list")
 
 
 class Row(NamedTuple):

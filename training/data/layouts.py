@@ -1,9 +1,11 @@
 """Finds out how a folder of clips is written down: the layouts of the Hub and of other trainers, and how to read each.
 
-Each `*_layouts` function names what could be meant in one layout. Several in one folder are refused, not guessed.
+Each `*_layouts` function names what could be meant in one layout. Several in one folder that list the same clips are
+one; others are refused, not guessed.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from data.tables import (
     EXPECTED_LAYOUTS,
     Row,
     choose_columns,
+    collect,
     read_lines,
     read_table,
     read_text,
@@ -48,35 +51,66 @@ UNSUPPORTED = {
 
 
 class Layout(NamedTuple):
-    """A way to read the folder; `read(blank_captions)` gives its rows, with paths relative to the data root."""
+    """A way to read the folder; `read(blank_captions, refused)` gives its rows, with paths relative to the data root."""
 
     name: str
     listing: Path
     columns: str
     choice: str  # what to pass, or to do, to have this one read
-    read: Callable[[bool], list[Row]]
+    read: Callable[[bool, list[tuple[Row, str]] | None], list[Row]]
 
 
 def find_layout(
-    root: Path, dataset_file, caption_column: str | None = None, video_column: str | None = None
+    root: Path, dataset_file, caption_column: str | None = None, video_column: str | None = None, lenient: bool = False
 ) -> Layout:
-    """How the clips below `root`, or in `dataset_file`, are written down. DataError if it cannot be told."""
+    """How the clips below `root`, or in `dataset_file`, are written down. DataError if it cannot be told.
+
+    `lenient`: where nothing else is found, that may be a table with records that cannot be read.
+    """
     columns = caption_column or None, video_column or None
     if dataset_file is not None:
         path = Path(dataset_file)
         if not path.is_file():
             raise DataError(f"{path}: no such file (--dataset_file)")
         refuse_unsupported(path)
-        return table_layout(root, [path], *columns, prefixed=False)
+        return table_layout(root, [path], *columns, prefixed=False, lenient=lenient)
     if all(columns):
         return text_layout(root, *columns)
     names = sorted(files_below(root))
     tables, refused = table_layouts(root, names, *columns)
     found = [*text_layouts(root, *columns), *tables, *sidecar_layouts(root, names, *columns)]
+    if lenient and not found:
+        found, _ = table_layouts(root, names, *columns, lenient=True)
+    found = merge_alike(root, found)
     if len(found) > 1:
         both = " or ".join(f"{layout.name} ({layout.choice})" for layout in found)
         raise DataError(f"{root}: {both} could be meant; choose one as said in brackets")
     return found[0] if found else refuse_folder(root, names, refused)
+
+
+def merge_alike(root: Path, layouts: list[Layout]) -> list[Layout]:
+    """One for all those that list the same clips with the same captions, in any order: the first, named with them."""
+    groups: dict[object, list[Layout]] = {}
+    for layout in layouts if len(layouts) > 1 else []:
+        groups.setdefault(listed_clips(root, layout), []).append(layout)
+    merged = [
+        first._replace(name=f"{' and '.join(layout.name for layout in (first, *others))}, which agree")
+        if others
+        else first
+        for first, *others in groups.values()
+    ]
+    return merged or layouts
+
+
+def listed_clips(root: Path, layout: Layout) -> object:
+    """Equal for layouts that list the same clips, captions and repeats; the layout's own name if it cannot be read."""
+    try:
+        rows = layout.read(True, None)
+    except DataError:
+        return layout.name
+    base = os.path.abspath(root)
+    listed = Counter((os.path.normpath(os.path.join(base, row.source)), row.prompt, row.repeats) for row in rows)
+    return frozenset(listed.items())
 
 
 def files_below(root: Path) -> Iterator[str]:
@@ -117,36 +151,53 @@ def text_layouts(root: Path, caption_column: str | None, video_column: str | Non
 
 
 def text_layout(root: Path, captions: str, videos: str) -> Layout:
-    def read(blank_captions: bool) -> list[Row]:
-        return read_text_rows(root, captions, videos, blank_captions)
-
+    read = partial(read_text_rows, root, captions, videos)
     columns = f"captions in {captions}, videos in {videos}"
     choice = f"--caption_column {captions} --video_column {videos}"
     return Layout(f"{captions} + {videos}", root / videos, columns, choice, read)
 
 
-def read_text_rows(root: Path, caption_column: str, video_column: str, blank_captions: bool = False) -> list[Row]:
+def read_text_rows(
+    root: Path,
+    caption_column: str,
+    video_column: str,
+    blank_captions: bool = False,
+    refused: list[tuple[Row, str]] | None = None,
+) -> list[Row]:
     """The two files zipped line by line; trailing blank lines are ignored, except captions with `blank_captions`."""
     captions_path, videos_path = root / caption_column, root / video_column
     for path, flag in ((captions_path, "--caption_column"), (videos_path, "--video_column")):
         if not path.is_file():
             raise DataError(f"{path}: no such file ({flag}); {layout_hint(root)}")
-    captions, videos = read_lines(captions_path), read_lines(videos_path)
+    broken: list[tuple[int, str]] | None = None if refused is None else []
+    captions, videos = read_lines(captions_path, broken), read_lines(videos_path, broken)
     if blank_captions:
-        captions += [""] * (min(len(videos), read_text(captions_path).count("\n")) - len(captions))
+        lines = read_text(captions_path, lenient=refused is not None).count("\n")
+        captions += [""] * (min(len(videos), lines) - len(captions))
     if len(captions) != len(videos):
-        raise DataError(
-            f"{captions_path} has {len(captions)} captions and {videos_path} {len(videos)} videos; "
-            "line n of one belongs to line n of the other"
-        )
-    if not captions:
+        with collect(refused, first_alone(captions, videos)):
+            raise DataError(
+                f"{captions_path} has {len(captions)} captions and {videos_path} {len(videos)} videos; "
+                "line n of one belongs to line n of the other"
+            )
+    if not (captions or videos):
         raise DataError(f"{videos_path}: no clips; {EXPECTED_LAYOUTS}")
-    rows = [Row(row, *pair) for row, pair in enumerate(zip(captions, videos, strict=True), start=1)]
-    for row, prompt, source, *_ in rows:
-        if not blank_captions:
-            refuse_blank(captions_path, row, "caption", prompt)
-        refuse_blank(videos_path, row, "video path", source)
+    rows, reasons = [], dict(broken or ())
+    for row, (prompt, source) in enumerate(zip(captions, videos, strict=False), start=1):
+        with collect(refused, Row(row, prompt, source)):
+            if row in reasons:
+                raise DataError(reasons[row])
+            if not blank_captions:
+                refuse_blank(captions_path, row, "caption", prompt)
+            refuse_blank(videos_path, row, "video path", source)
+            rows.append(Row(row, prompt, source))
     return rows
+
+
+def first_alone(captions: list[str], videos: list[str]) -> Row:
+    """The first line of the longer list that has none to go with it."""
+    row = min(len(captions), len(videos)) + 1
+    return Row(row, *("".join(lines[row - 1 : row]) for lines in (captions, videos)))
 
 
 def layout_hint(root: Path) -> str:
@@ -164,7 +215,7 @@ def layout_hint(root: Path) -> str:
 
 
 def table_layouts(
-    root: Path, names: list[str], caption_column: str | None, video_column: str | None
+    root: Path, names: list[str], caption_column: str | None, video_column: str | None, lenient: bool = False
 ) -> tuple[list[Layout], dict[Path, str]]:
     """Those of the metadata files and of the tables in `root` itself that list clips, and why others do not."""
     groups = [
@@ -176,7 +227,7 @@ def table_layouts(
     for group in groups:
         paths = [root / name for name in group]
         try:
-            found.append(table_layout(root, paths, caption_column, video_column))
+            found.append(table_layout(root, paths, caption_column, video_column, lenient=lenient))
         except DataError as error:
             refused[paths[0]] = str(error)
     return found, refused
@@ -192,17 +243,25 @@ def in_sets(paths: list[str]) -> list[list[str]]:
 
 
 def table_layout(
-    root: Path, paths: list[Path], caption_column: str | None, video_column: str | None, prefixed: bool = True
+    root: Path,
+    paths: list[Path],
+    caption_column: str | None,
+    video_column: str | None,
+    prefixed: bool = True,
+    lenient: bool = False,
 ) -> Layout:
     """Tables of one kind. `prefixed`: their paths are relative to their own folder, as in the Hub's metadata."""
-    tables = [read_table(path, caption_column, video_column) for path in paths]
+    broken: list[tuple[Row, str]] | None = [] if lenient else None
+    tables = [read_table(path, caption_column, video_column, broken) for path in paths]
     chosen = [choose_columns(table, caption_column, video_column) for table in tables]
 
-    def read(blank_captions: bool) -> list[Row]:
+    def read(blank_captions: bool, refused: list[tuple[Row, str]] | None = None) -> list[Row]:
         rows = []
+        if refused is not None:
+            refused += broken or []
         for table, columns in zip(tables, chosen, strict=True):
             prefix = prefix_of(root, table.path) if prefixed else ""
-            own = table_rows(table, columns, blank_captions)
+            own = table_rows(table, columns, blank_captions, refused)
             rows += [row._replace(source=os.path.join(prefix, row.source)) for row in own]
         return rows
 
@@ -268,7 +327,12 @@ def beside(name: str, suffix: str) -> str:
 
 
 def read_sidecars(
-    root: Path, names: list[str], captioned: set[str], suffix: str, blank_captions: bool = False
+    root: Path,
+    names: list[str],
+    captioned: set[str],
+    suffix: str,
+    blank_captions: bool = False,
+    refused: list[tuple[Row, str]] | None = None,
 ) -> list[Row]:
     """A row for each clip, in the order of their paths; line breaks at a caption's end are not part of it."""
     without = [name for name in names if name not in captioned]
@@ -280,8 +344,9 @@ def read_sidecars(
     rows = []
     for name in names:
         path = root / beside(name, suffix)
-        caption = read_text(path).replace("\r\n", "\n").rstrip("\n") if name in captioned else ""
-        if not blank_captions:
-            refuse_blank(path, 1, "caption", caption)
-        rows.append(Row(1, caption, name, str(path)))
+        with collect(refused, Row(1, "", name, str(path))):
+            caption = read_text(path).replace("\r\n", "\n").rstrip("\n") if name in captioned else ""
+            if not blank_captions:
+                refuse_blank(path, 1, "caption", caption)
+            rows.append(Row(1, caption, name, str(path)))
     return rows

@@ -58,13 +58,13 @@ class BucketSampler(Sampler):
         return max(0, self.stop - self.first)
 
     def __iter__(self) -> Iterator[list[int]]:
-        position = self.first
-        while position < self.stop:
+        batches, packed = [], None  # of epoch `packed`
+        for position in range(self.first, self.stop):
             epoch, consumed = divmod(position, self.per_epoch)
-            batches = pack_batches(self.clip_buckets, self.batch_size, self.num_ranks, self.seed, epoch)
-            for batch in batches[consumed : consumed + self.stop - position]:
-                yield [epoch * len(self.clip_buckets) + index for index in batch[self.rank]]
-                position += 1
+            if epoch != packed:
+                packed = epoch
+                batches = pack_batches(self.clip_buckets, self.batch_size, self.num_ranks, self.seed, epoch)
+            yield [epoch * len(self.clip_buckets) + index for index in batches[consumed][self.rank]]
 
 
 class ErrorsAsSamples(Dataset):

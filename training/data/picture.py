@@ -14,6 +14,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.sidedata.sidedata import Type
+from av.video.reformatter import VideoReformatter
 
 from data.containers import boxes, matroska_videos
 
@@ -105,11 +106,14 @@ def describe(path, container, stream, frame: av.VideoFrame | None = None, colors
     return Picture(crop, pixel_aspect(stream), nearest_quarter_turn(matrix), tuple(dict.fromkeys(cautions)))
 
 
-def show(frame: av.VideoFrame, picture: Picture) -> np.ndarray:
-    """A decoded frame as a player shows it, uint8 [H, W, 3] RGB."""
+def show(frame: av.VideoFrame, picture: Picture, to_rgb: VideoReformatter) -> np.ndarray:
+    """A decoded frame as a player shows it, uint8 [H, W, 3] RGB. `to_rgb`: one for all frames of a clip, since its
+    tables take as long to build as a small frame to convert.
+    """
     hd = frame.colorspace == UNSPECIFIED and frame.height > SD_LINES and not frame.format.is_rgb
     # threads=1: starting threads takes longer than converting a frame
-    image = frame.to_ndarray(format="rgb24", threads=1, **({"src_colorspace": "ITU709"} if hd else {}))
+    colors = {"src_colorspace": "ITU709"} if hd else {}
+    image = to_rgb.reformat(frame, format="rgb24", threads=1, **colors).to_ndarray()
     if picture.crop != UNCROPPED:
         top, bottom, left, right = picture.crop
         image = image[top : frame.height - bottom, left : frame.width - right]

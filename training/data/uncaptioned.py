@@ -25,6 +25,7 @@ from data.tables import (
     VIDEO_COLUMNS,
     Columns,
     Row,
+    collect,
     find_column,
     named_like,
     read_lines,
@@ -88,10 +89,11 @@ def bare_table(path: Path, video_column: str | None) -> Layout:
 def bare_list(path: Path) -> Layout:
     """A text file with one video per line."""
 
-    def read(blank_captions: bool) -> list[Row]:
+    def read(blank_captions: bool, refused: list[tuple[Row, str]] | None = None) -> list[Row]:
         rows = [Row(row, "", line) for row, line in enumerate(read_lines(path), start=1)]
         for row in rows:
-            refuse_blank(path, row.row, "video path", row.source)
+            with collect(refused, row):
+                refuse_blank(path, row.row, "video path", row.source)
         return rows
 
     return Layout(path.name, path, f"videos in {path.name}, no captions", "", read)
@@ -103,4 +105,4 @@ def bare_folder(root: Path) -> Layout:
     clips = sorted(clips_in(names))
     if not clips:
         refuse_folder(root, names, {})
-    return Layout("videos", root, "no captions", "", lambda blank_captions: [Row(1, "", name) for name in clips])
+    return Layout("videos", root, "no captions", "", lambda *_: [Row(1, "", name) for name in clips])

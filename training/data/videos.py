@@ -142,18 +142,22 @@ class VideoDataset(Dataset):
             return self.match_size(clip, info, 1, self.image_buckets)
         num_frames = self.num_frames(info)
         if num_frames < self.smallest:
-            enough = info.num_frames - self.skip_start - self.skip_end >= self.smallest
-            faster = (
-                f"sample it at a higher rate ({self.fps_flag} {math.ceil(info.fps)} takes every frame), "
-                if enough
-                else ""
-            )
-            raise DataError(
-                f"{clip.video}: too short: {num_frames} frames at {self.fps:g} fps ({info.num_frames} in the file at "
-                f"{info.fps:.4g} fps), the smallest bucket takes {self.smallest}; "
-                f"{faster}add a smaller one to --frame_buckets or remove the clip"
-            )
+            raise self.length_error(clip, info, num_frames)
         return self.match_size(clip, info, min(num_frames, self.max_num_frames), self.buckets)
+
+    def length_error(self, clip: Clip, info: VideoInfo, num_frames: int) -> DataError:
+        advice = "add a smaller one to --frame_buckets or remove the clip"
+        if info.num_frames == 1:  # a still, or what a scene cutter left over: for the user to say
+            advice = (
+                "if an image is meant, list it as one (ffmpeg -i IN.mp4 -frames:v 1 OUT.png), else remove the clip"
+            )
+        elif info.num_frames - self.skip_start - self.skip_end >= self.smallest:
+            faster = f"{self.fps_flag} {math.ceil(info.fps)} takes every frame"
+            advice = f"sample it at a higher rate ({faster}), {advice}"
+        return DataError(
+            f"{clip.video}: too short: {num_frames} frames at {self.fps:g} fps ({info.num_frames} in the file at "
+            f"{info.fps:.4g} fps), the smallest bucket takes {self.smallest}; {advice}"
+        )
 
     def num_frames(self, info: VideoInfo) -> int:
         return num_sampled_frames(info.num_frames - self.skip_start - self.skip_end, info.fps, self.fps)
