@@ -20,11 +20,13 @@ from PIL import Image
 import caption_dataset
 from args import parse_caption_args, parse_prepare_args, parse_training_args
 from base import files
+from base.errors import DataError
 from chat_stub import CAPTION, Answer, Stub, good, serving
 from data import caption_files
 from data.caption_rules import as_caption, find_fault, word_limit
 from data.clip_lists import read_clips
 from data.frame_images import middle_times, show_frames
+from data.uncaptioned import find_clips
 from run import caption_clips, chat_server
 from run.exits import run_script
 from script_runs import losses, result_hash, status
@@ -995,3 +997,9 @@ def test_captions_of_a_server_that_knows_the_clips_train_as_the_true_ones(tmp_pa
         runs.append((losses(tmp_path / f"{name}-lora"), result_hash(tmp_path / f"{name}-lora")))
     assert len(made[0]) == 13 and made[0] == made[1]
     assert len(runs[0][0]) == 6 and runs[0] == runs[1]
+
+
+def test_a_folder_without_files_is_told_what_it_needs(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no files in it; put the videos there"):
+        find_clips(tmp_path / "empty", None, None, None)

@@ -102,6 +102,8 @@ def bare_list(path: Path) -> Layout:
 def bare_folder(root: Path) -> Layout:
     """Every video and image below `root`."""
     names = list(files_below(root))
+    if not names:
+        raise DataError(f"{root}: no files in it; put the videos there, or give their folder as --data_root")
     clips = sorted(clips_in(names))
     if not clips:
         refuse_folder(root, names, {})
