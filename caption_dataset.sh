@@ -78,14 +78,4 @@ describe_run
 command+=("$@")
 find_output_dir
 
-if [[ $DRY_RUN != 0 ]]; then
-    print_command "${command[@]}"
-    printf '\n# 1 run\n'
-    exit 0
-fi
-
-code=0
-new_run_id
-"${command[@]}" || code=$?
-read_ending "$code"
-exit "$code"
+run_once "${command[@]}"

@@ -103,13 +103,5 @@ find_output_dir
 
 if [[ $DRY_RUN != 0 ]]; then
     printf 'CUDA_VISIBLE_DEVICES=%q ' "$GPU_IDS"
-    print_command "${command[@]}"
-    printf '\n# 1 run\n'
-    exit 0
 fi
-
-code=0
-new_run_id
-"${command[@]}" || code=$?
-read_ending "$code"
-exit "$code"
+run_once "${command[@]}"

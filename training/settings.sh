@@ -183,3 +183,17 @@ read_ending() {
         state=interrupted code=75  # before it could write its status
     fi
 }
+
+# Runs the command of a wrapper that makes one run, or prints it with DRY_RUN=1; ends the wrapper with its exit code.
+run_once() {
+    local code=0
+    if [[ $DRY_RUN != 0 ]]; then
+        print_command "$@"
+        printf '\n# 1 run\n'
+        exit 0
+    fi
+    new_run_id
+    "$@" || code=$?
+    read_ending "$code"
+    exit "$code"
+}
