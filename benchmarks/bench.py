@@ -3,10 +3,12 @@
 
     python benchmarks/bench.py 5b-reference 5b-balanced 5b-balanced+fp8@fa4 2b-speed+batch4
     python benchmarks/bench.py 5b-stream+validated+cap5.5 5b-offload+sft+accum4+cap15.5 5b-offload+sft+share0.5
+    python benchmarks/bench.py 5b-balanced 5b-balanced+gpus2 2b-checkpointing+sft+zero2+gpus2 5b-offload+sft+link25
 
 A row is MODEL-LEVEL plus additions, see the tables at the top of this file. Each runs in its own process under
 step_time.py, on a model of the real size with random weights and random prepared data, made once in the work folder.
-Rows that the CSV already has for this GPU are skipped. A failed row is reported with the last line of its log and not
+With +gpusN, a batch per GPU and figures of the first; host memory is then the sum over the processes after the first
+step. Rows that the CSV already has for this GPU are skipped. A failed row is reported with the last line of its log and not
 written; the others continue, and the exit code is 1.
 """
 
@@ -51,15 +53,16 @@ ADDITIONS = {
     "+xxl": "",  # full-size T5 instead of a tiny one: 9 GiB on disk; matters with +validated
     "+sft": "",  # full fine-tuning instead of a LoRA
     "+raw": "",  # videos instead of prepared data; 8 workers decode
+    "+zero2": "",  # DeepSpeed, with accelerate_configs/deepspeed.yaml
     "@cudnn": "--attention cudnn",
     "@flash": "--attention flash",
     "@fa4": "--attention fa4",
     "@math": "--attention math",
 }
 # With defaults; +accum4: micro-steps per update; +cap5.5: torch may reserve 5.5 GiB on the GPU; +share0.5: half of the
-# blocks have their optimizer states on the GPU
-COUNTS = {"+batch": 1, "+rank": 64, "+accum": 1, "+cap": None, "+share": None}
-WITH_FRACTION = ("+cap", "+share")
+# blocks have their optimizer states on the GPU; +link25: copies between GPU and host at 25 GB/s each way, slow_link.py
+COUNTS = {"+batch": 1, "+rank": 64, "+accum": 1, "+cap": None, "+share": None, "+gpus": 1, "+link": None}
+WITH_FRACTION = ("+cap", "+share", "+link")
 PROMPT = "A red ball rolls over the grass."
 NUM_CLIPS = 8
 RAW_FLAGS = ["--caption_column", "prompts.txt", "--video_column", "videos.txt"]
@@ -75,6 +78,8 @@ class Row(NamedTuple):
     accumulation: int
     cap: float | None  # GiB
     share: float | None
+    gpus: int
+    link: float | None  # GB/s each way
 
     @property
     def is_sft(self):
@@ -113,6 +118,10 @@ def parse_row(label):
         raise ValueError(f"{label}: the reference trains a LoRA, one batch per update")
     if counts["+share"] is not None and not (level in ("offload", "stream") and "+sft" in additions):
         raise ValueError(f"{label}: only full fine-tuning at offload and stream has a share of states on the GPU")
+    if counts["+link"] is not None and (level == "reference" or "+hostadam" in additions or counts["+accum"] > 1):
+        raise ValueError(f"{label}: copies of that row are not all slowed down, see slow_link.py")
+    if level == "reference" and ("+zero2" in additions or counts["+gpus"] > 1):
+        raise ValueError(f"{label}: the reference trains on one GPU")
     additions = tuple(sorted(additions))
     return Row(head + "".join(additions), model, level, additions, *counts.values())
 
@@ -214,6 +223,15 @@ def make_inputs(row, work, log_path, card):
     return config
 
 
+def launcher(row):
+    """What starts a Python script on the row's GPUs."""
+    if row.gpus == 1 and "+zero2" not in row.additions:
+        return [sys.executable]
+    config = ROOT / "accelerate_configs" / ("deepspeed.yaml" if "+zero2" in row.additions else "uncompiled_2.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    return [*launch, "--num_processes", row.gpus, "--gpu_ids", ",".join(map(str, range(row.gpus)))]
+
+
 def measure(row, args, card):
     """Run one row, append it to the CSV and return it; its output is kept in <work>/logs/<label>.log."""
     work, log_path = args.work, args.work / "logs" / f"{row.label}.log"
@@ -221,8 +239,9 @@ def measure(row, args, card):
     shutil.rmtree(work / "runs" / row.label, ignore_errors=True)
     config = make_inputs(row, work, log_path, card)
     tflop = row.accumulation * step_flops(config, MODELS[row.model], row.batch, not row.is_sft) / 1e12
-    command = [sys.executable, ROOT / "benchmarks/step_time.py", "--warmup", args.warmup, "--label", row.label]
+    command = [*launcher(row), ROOT / "benchmarks/step_time.py", "--warmup", args.warmup, "--label", row.label]
     command += ["--model_tflop", tflop] + (["--memory_cap", row.cap] if row.cap else [])
+    command += ["--link", row.link] if row.link else []
     run_logged([*command, "--", script_of(row), *script_flags(row, args.steps)], log_path, cwd=work)
     check_videos(row, args, log_path)
     lines = log_path.read_text(errors="replace").splitlines()

@@ -5,7 +5,7 @@
     python benchmarks/prepare.py clips-to-lora+xxl
 
 Additions: +xxl (T5 of the real size, 9 GiB on disk, in place of a tiny one), +variantsN (noised first frames), +capN
-(torch may reserve N GiB on the GPU). Each row runs in its own process under step_time.py, on synthetic clips and a 2b
+(torch may reserve N GiB on the GPU), +gpusN (N processes share the clips). Each row runs in its own process under step_time.py, on synthetic clips and a 2b
 pipeline of the real size with random weights, made once in the work folder.
 
 `caption_s` and `clip_s` are the steady state by the times of the files: what passes after the first 16 embeddings, and
@@ -57,6 +57,7 @@ class Row(NamedTuple):
     has_xxl: bool
     variants: int
     cap: float | None  # GiB
+    gpus: int
 
     @property
     def uncapped(self):
@@ -71,15 +72,19 @@ def parse_row(label):
     head, *additions = re.split(r"(?=\+)", label)
     if head not in TASKS:
         raise ValueError(f"{label}: {head} is none of {', '.join(TASKS)}")
-    variants, cap = 0, None
+    variants, cap, gpus = 0, None, 1
     for addition in additions:
         if counted := re.fullmatch(r"\+variants(\d+)", addition):
             variants = int(counted[1])
         elif counted := re.fullmatch(r"\+cap(\d+(?:\.\d+)?)", addition):
             cap = float(counted[1])
+        elif counted := re.fullmatch(r"\+gpus(\d+)", addition):
+            gpus = int(counted[1])
         elif addition != "+xxl":
-            raise ValueError(f"{label}: {addition} is none of +xxl, +variantsN, +capN")
-    return Row(head + "".join(sorted(additions)), head, "+xxl" in additions, variants, cap)
+            raise ValueError(f"{label}: {addition} is none of +xxl, +variantsN, +capN, +gpusN")
+    if gpus > 1 and head != "prepare":
+        raise ValueError(f"{label}: {head} trains on one GPU")
+    return Row(head + "".join(sorted(additions)), head, "+xxl" in additions, variants, cap, gpus)
 
 
 def model_folder(row):
@@ -123,7 +128,10 @@ def train_flags(row, args):
 
 def run_timed(row, script, flags, args, log_path):
     """(seconds of the process, step_time.py's row)"""
-    command = [sys.executable, ROOT / "benchmarks/step_time.py", "--label", row.label]
+    launcher = [sys.executable]
+    if row.gpus > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", row.gpus]
+    command = [*launcher, ROOT / "benchmarks/step_time.py", "--label", row.label]
     command += ["--memory_cap", row.cap] if row.cap else []
     began = time.perf_counter()
     bench.run_logged([*command, "--", script, *flags], log_path, cwd=args.work)

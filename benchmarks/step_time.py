@@ -6,8 +6,9 @@
 A step ends where the device is done with all that was queued when a torch.optim optimizer had stepped, independent of
 the script's own logging: gradient accumulation, data loading, checkpoints and validation in between are included. Only
 the first step is waited for, so that nothing keeps the script from queueing ahead. Memory peaks cover the whole
-process with loading; without a GPU they are 0. Host memory is that of this process, pinned memory included. The exit
-code is the script's. benchmarks/bench.py runs many rows through this.
+process with loading; without a GPU they are 0. Host memory is that of this process, pinned memory included; on several
+GPUs it is that of all processes, what they share counted once, after the first step. The exit code is the script's.
+benchmarks/bench.py runs many rows through this.
 """
 
 import csv
@@ -23,6 +24,8 @@ import time
 import traceback
 import weakref
 from pathlib import Path
+
+import psutil
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
@@ -51,6 +54,7 @@ class StepClock:
         self.clocks = []
         self.has_clocks = True
         self.peaks = [0, 0]
+        self.host_bytes = None  # of all ranks, if there are several
         self.optimizer = lambda: None
 
     def on_step(self, optimizer, args, kwargs):
@@ -63,6 +67,7 @@ class StepClock:
                 if self.torch.cuda.is_initialized():
                     self.marks[0].synchronize()
                 self.first_step = time.perf_counter()
+                self.host_bytes = bytes_of_ranks()
             self.note_clock()
 
     def mark(self):
@@ -105,6 +110,14 @@ class StepClock:
 
         self.torch.cuda.reset_peak_memory_stats = reset_after_noting
         self.torch.cuda.memory.reset_peak_memory_stats = reset_after_noting
+
+
+def bytes_of_ranks():
+    """Host memory of all ranks and their workers, on rank 0, with each page that is shared counted once; else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ["RANK"] != "0":
+        return None
+    processes = psutil.Process().parent().children(recursive=True)
+    return sum(process.memory_full_info().pss for process in processes)
 
 
 def cap_memory(torch, gib):
@@ -176,6 +189,11 @@ def utilisation(model_tflop, seconds, card):
     return round(model_tflop / seconds / peak, 4) if model_tflop and seconds and peak else None
 
 
+def peak_of_process():
+    """Bytes of host memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
 def summarise(clock, args, exit_code):
     """The row of one run, in the order of FIELDS."""
     clock.note_peaks()
@@ -194,7 +212,7 @@ def summarise(clock, args, exit_code):
         "first_step_s": round(step_times[0] - STARTED, 3) if step_times else None,
         "allocated_gib": round(clock.peaks[0] / GIB, 3),
         "reserved_gib": round(clock.peaks[1] / GIB, 3),
-        "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3),  # KiB on Linux
+        "host_gib": round((clock.host_bytes or peak_of_process()) / GIB, 3),
         "memory_cap_gib": args.memory_cap,
         "mfu": utilisation(args.model_tflop, median, card),
         "sm_clock_mhz": percentile(clock.clocks[args.warmup :], 0.5),
@@ -239,6 +257,7 @@ def parse_args(argv):
     parser.add_argument("--csv", type=Path, help="append a row to this file")
     parser.add_argument("--label", default="", help="name of the row")
     parser.add_argument("--memory_cap", type=float, metavar="GIB", help="the most that torch may reserve on the GPU")
+    parser.add_argument("--link", type=float, metavar="GB/S", help="slower copies between GPU and host, slow_link.py")
     parser.add_argument("--deterministic", action="store_true", help="torch's deterministic algorithms, slower")
     parser.add_argument("--model_tflop", type=float, help="of a step, by flops.py: gives the model FLOP utilisation")
     return parse_before_script(parser, argv)
@@ -257,6 +276,10 @@ def main():
     clock.install()
     if args.memory_cap:
         cap_memory(torch, args.memory_cap)
+    if args.link:
+        from slow_link import slow_down  # needs Triton
+
+        slow_down(args.link)
     exit_code = run_script(args.command)
     row = summarise(clock, args, exit_code)
     if os.environ.get("RANK", "0") == "0":

@@ -137,6 +137,7 @@ seed | int | 42 |
 num_artifact_workers | int | 4 |
 """
 NEW_TRAINING_FLAGS = {
+    "host_memory": None,
     "states_on_gpu": None,
     "allow_cpu": False,
     "allow_outside_root": False,

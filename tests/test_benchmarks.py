@@ -200,6 +200,16 @@ def test_full_fine_tuning_runs_at_its_levels_and_is_validated_in_whole_frames():
     assert "--gradient_accumulation_steps" not in plain  # as rows in the file were measured
 
 
+def test_a_row_of_several_gpus_starts_a_process_for_each():
+    row = bench.parse_row("2b-checkpointing+zero2+gpus2+sft+batch4")
+    launch = " ".join(map(str, bench.launcher(row)))
+    assert "accelerate_configs/deepspeed.yaml --num_processes 2 --gpu_ids 0,1" in launch
+    assert "--train_batch_size 4" in " ".join(bench.script_flags(row, steps=20))  # of each
+    launch = " ".join(map(str, bench.launcher(bench.parse_row("5b-balanced+gpus4"))))
+    assert "uncompiled_2.yaml --num_processes 4 --gpu_ids 0,1,2,3" in launch
+    assert bench.launcher(bench.parse_row("5b-balanced")) == [sys.executable]
+
+
 @pytest.mark.parametrize(
     "label",
     [
@@ -211,6 +221,9 @@ def test_full_fine_tuning_runs_at_its_levels_and_is_validated_in_whole_frames():
         "5b-reference+sft",
         "5b-stream+share1",
         "5b-balanced+sft+share1",
+        "5b-reference+gpus2",
+        "5b-reference+zero2",
+        "5b-offload+sft+link25+accum4",  # sums of gradients on the host are not slowed down
     ],
 )
 def test_a_row_of_no_table_is_refused_before_anything_runs(label, capsys):

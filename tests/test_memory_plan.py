@@ -430,3 +430,18 @@ def test_a_share_of_the_card_is_all_that_is_free(monkeypatch):
     assert levels.free_gpu_bytes(CUDA) == 20 * GIB
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: {None: 1.0, 0: 1.0}[index])
     assert levels.free_gpu_bytes(CUDA) == 70 * GIB
+
+
+def test_the_host_memory_of_a_run_can_be_named(monkeypatch):
+    """Rented machines may report little at their start and grow as memory is used."""
+    for_all_weights = {"kind": "2b", "task": "t2v_sft", "host_gib": 8}
+    with pytest.raises(UsageError, match="no level fits the 16.0 GiB .* 8.0 GiB of host memory"):
+        choose(monkeypatch, 16, **for_all_weights)
+    named = ("--memory", "auto", "--host_memory", "48")
+    assert choose(monkeypatch, 16, flags=named, **for_all_weights) == "offload"
+    asked = ("--memory", "offload")
+    with pytest.raises(UsageError, match="8 GiB are available"):
+        choose(monkeypatch, 16, flags=asked, **for_all_weights)
+    assert choose(monkeypatch, 16, flags=(*asked, "--host_memory", "48"), **for_all_weights) == "offload"
+    with pytest.raises(UsageError, match="8 GiB are available"):
+        choose(monkeypatch, 16, flags=(*asked, "--host_memory", "8"), kind="2b", task="t2v_sft", host_gib=64)

@@ -51,7 +51,9 @@ def test_a_label_says_what_is_prepared():
     assert not plain.save_image_latents and plain.model_id == "models/2b"
 
 
-@pytest.mark.parametrize("label", ["prepared", "prepare+fp8", "prepare+cap", "prepare+variants"])
+@pytest.mark.parametrize(
+    "label", ["prepared", "prepare+fp8", "prepare+cap", "prepare+variants", "clips-to-lora+gpus2"]
+)
 def test_what_is_no_row_is_refused_before_anything_runs(label, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         prepare.parse_args(["prepare", label])

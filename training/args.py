@@ -707,6 +707,13 @@ def add_memory_flags(parser: FlagParser):
         "too.",
     )
     group.add_argument(
+        "--host_memory",
+        type=positive,
+        metavar="GIB",
+        help="this run may use on the machine (default: what is free)\nBy it --memory auto and plan choose, and full "
+        "fine-tuning is refused. For machines that report less than they have, as rented ones that grow with use.",
+    )
+    group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
         help="recompute blocks: far less memory, slower\nActivations are not kept for the backward pass.",

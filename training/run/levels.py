@@ -44,7 +44,7 @@ def choose(args, model, buckets, dtype: torch.dtype, device: torch.device, is_lo
         level = "speed"
     elif level == "auto":
         workload = make_workload(args, model, model.stored_dtype, buckets, dtype, is_lora)
-        free = min_over_ranks(free_gpu_bytes(device), psutil.virtual_memory().available)
+        free = min_over_ranks(free_gpu_bytes(device), free_host_bytes(args))
         level, share = fastest_level(workload, *free)
     STARTUP.mark("data")
     return level, share
@@ -83,10 +83,14 @@ def print_plan(args, model, is_lora: bool) -> None:
     stored = model.stored_dtype if model.has_weights else torch.bfloat16  # as almost all on the hub are
     workload = make_workload(args, model, stored, dataset.clip_buckets, dtype, is_lora)
     free = free_gpu_bytes(device) if device.type == "cuda" else None
-    lines = [table(workload, free, psutil.virtual_memory().available)]
+    lines = [table(workload, free, free_host_bytes(args))]
     if not args.load_tensors:
         lines.append(disk_line(args.output_dir, model.text_shape, dataset.prompts, dtype))
     print_to_pipe("\n".join(lines))
+
+
+def free_host_bytes(args) -> float:
+    return psutil.virtual_memory().available if args.host_memory is None else args.host_memory * GIB
 
 
 def disk_line(output_dir: str, text_shape: tuple[int, int], prompts: list[str], dtype: torch.dtype) -> str:
@@ -201,7 +205,7 @@ def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.d
             f"are free on the GPU; {how_to_need_less(args, kind)}"
         )
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, each with its own masters
-    available = psutil.virtual_memory().available / 2**30
+    available = free_host_bytes(args) / 2**30
     if on_host * size * processes > available:
         flag = "--use_cpu_offload_optimizer" if args.use_cpu_offload_optimizer else f"--memory {args.memory}"
         what = "gradients, optimizer states and the low bits of weights" if kind == RING else ON_HOST

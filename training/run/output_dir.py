@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 FREE_FLAGS = {
     "allow_cpu", "allow_outside_root", "cache_dir", "checkpointing_steps", "checkpoints_total_limit",
     "dataloader_num_workers",
-    "enable_model_cpu_offload", "export", "guidance_scale", "height", "hub_model_id", "hub_public", "log_every",
+    "enable_model_cpu_offload", "export", "guidance_scale", "height", "host_memory", "hub_model_id", "hub_public", "log_every",
     "logging_dir", "max_bad_steps", "nccl_timeout", "no_first_validation", "num_inference_steps",
     "num_validation_videos", "output_dir", "overwrite", "pin_memory", "push_to_hub", "report_to",
     "resume_from_checkpoint", "tracker_name", "use_dynamic_cfg",
