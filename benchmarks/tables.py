@@ -5,7 +5,8 @@
 
 Rows come from benchmarks/speed.csv; of repeated rows for one GPU, the last counts. The original's speed comes from
 benchmarks/original_speed.csv, its memory from benchmarks/original_memory.csv, next to ours from lora_memory.csv and
-optimizers.csv. Capped rows may share the GPU and then have no time: they show the time of the same model and level
+optimizers.csv. Rows on several GPUs stand beside the same row on one; rows on slower links, and cards that were not
+measured, beside what predict.py says. Capped rows may share the GPU and then have no time: they show the time of the same model and level
 without a cap on the same GPU, which is the same, or else their own. A table without rows is left empty.
 """
 
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from base import console
 from bench import LEVELS, MODELS, parse_row, rows_in
 from memory_rows import ORIGINAL_OPTIMIZERS, ORIGINAL_ROWS, STAGES, side_by_side
+from predict import cards, predicted_seconds
 from step_time import PACKAGES, ROOT
 
 
@@ -34,6 +36,15 @@ HEADINGS = {
         "card",
         "measurements_zh.md": "模型 | 尺寸 | 级别 | 注意力 | 秒/步 | 与 balanced 之比 | 已分配 | 预留 | 内存 | MFU | GPU",
     },
+    "gpus": {
+        "measurements.md": "model | trained | level | batch per GPU | GPUs | s/step | of n times one GPU's rate | "
+        "reserved | host | card",
+        "measurements_zh.md": "模型 | 训练 | 级别 | 每张 GPU 的批大小 | GPU 数 | 秒/步 | 与单卡速率的 n 倍之比 | 预留 | 内存 | GPU",
+    },
+    "links": {
+        "measurements.md": "model | trained | level | link, GB/s | s/step | predicted | card",
+        "measurements_zh.md": "模型 | 训练 | 级别 | 链路，GB/s | 秒/步 | 预测 | GPU",
+    },
     "fits": {
         "measurements.md": "GPU memory allowed | model | size | level | T5 | reserved | host | 1,000 steps | "
         "validates and tests | card",
@@ -45,8 +56,13 @@ ORIGINAL_HEADINGS = {
     "with validation | last test | level here",
     "measurements_zh.md": "模型 | 训练 | 优化器 | 批大小 | 秩 | 检查点 | 训练之前 | 训练 | 含验证 | 最后测试 | 本项目的级别",
 }
+CARD_HEADINGS = {
+    "measurements.md": "card | host | LoRA 2b | LoRA 5b | SFT 2b | SFT 5b",
+    "measurements_zh.md": "GPU | 内存 | LoRA 2b | LoRA 5b | SFT 2b | SFT 5b",
+}
 # For the original's rows; its CPUOffloadOptimizer offloads gradients too
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradients": "AdamW on the CPU"}
+TASKS = {False: "LoRA", True: "SFT"}  # is it full fine-tuning?
 VERSIONS = {"measurements.md": "Versions: {}.", "measurements_zh.md": "版本：{}。"}
 WORDS = {"measurements.md": {"yes": "yes", "no": "no", "minutes": "min", "tiny": "tiny"}}
 WORDS["measurements_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟", "tiny": "微型"}
@@ -65,7 +81,7 @@ def latest(rows):
 
 def level_of(row):
     """The level and its additions as text, except those that have their own column."""
-    shown_elsewhere = r"@|\+cap|\+validated|\+xxl" if row.cap else r"@|\+sft"
+    shown_elsewhere = r"@|\+cap|\+validated|\+xxl" if row.cap else r"@|\+sft|\+gpus|\+link|\+zero2"
     added = [name.lstrip("+") for name in row.additions if not re.match(shown_elsewhere, name)]
     return ", ".join([row.level, *(re.sub(r"^(batch|rank|accum)", r"\1 ", name) for name in added)])
 
@@ -156,6 +172,30 @@ def fits_cells(row, figures, pairs, originals, words):
     ]  # fmt: skip
 
 
+def rate_of_one(row, figures, pairs):
+    """The rate as a share of n times that of the same row on one GPU of the same kind; "" if that was not measured."""
+    label = re.sub(r"\+gpus\d+", "", row.label)
+    one = [other for kind, other in pairs if kind.label == label and other["card"] == figures["card"]]
+    return f"{float(one[0]['median_s']) / float(figures['median_s']):.0%}".replace("%", " %") if one else ""
+
+
+def gpus_cells(row, figures, pairs, originals, words):
+    level = "DeepSpeed ZeRO-2" if "+zero2" in row.additions else level_of(row)
+    return [
+        NAMES[row.model], TASKS[row.is_sft], re.sub(r", batch \d+", "", level), str(row.batch), str(row.gpus),
+        f"{float(figures['median_s']):.2f}", rate_of_one(row, figures, pairs),
+        gib(figures, "reserved_gib"), gib(figures, "host_gib"), figures["card"].removeprefix("NVIDIA "),
+    ]  # fmt: skip
+
+
+def links_cells(row, figures, pairs, originals, words):
+    same_card = [other for _, other in pairs if other["card"] == figures["card"]]
+    return [
+        NAMES[row.model], TASKS[row.is_sft], level_of(row), f"{row.link:g}", f"{float(figures['median_s']):.2f}",
+        f"{predicted_seconds(row, same_card, figures['card']):.2f}", figures["card"].removeprefix("NVIDIA "),
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------- pages
 
 
@@ -168,14 +208,22 @@ def versions_of(rows):
     return ", ".join(shown + ([f"CUDA {cuda}"] if cuda else []))
 
 
-CELLS = {"speed": speed_cells, "sft": sft_cells, "fits": fits_cells}
+CELLS = {"speed": speed_cells, "sft": sft_cells, "gpus": gpus_cells, "links": links_cells, "fits": fits_cells}
 
 
 def table_of(row):
     """The kind of table that shows a row."""
     if row.cap is not None:
         return "fits"
+    if row.link:
+        return "links"
+    if row.gpus > 1 or "+zero2" in row.additions:
+        return "gpus"
     return "sft" if row.is_sft else "speed"
+
+
+def markdown(cells):
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
 
 
 def table(kind, page_name, rows, originals):
@@ -188,10 +236,7 @@ def table(kind, page_name, rows, originals):
         pairs.sort(key=lambda pair: -pair[0].cap)
     heading = HEADINGS[kind][page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
-    lines += [
-        f"| {' | '.join(cells(*pair, measured, originals, WORDS[page_name]))} |".replace("|  |", "| |")
-        for pair in pairs
-    ]
+    lines += [markdown(cells(*pair, measured, originals, WORDS[page_name])) for pair in pairs]
     versions = VERSIONS[page_name].format(versions_of([figures for _, figures in pairs]))
     return "\n".join(["", *lines, "", versions, "", ""])
 
@@ -210,6 +255,13 @@ def filled(text, page_name, rows, originals):
     for kind in HEADINGS:
         text = between_markers(text, page_name, kind, table(kind, page_name, rows, originals))
     return text
+
+
+def table_of_cards(page_name, rows):
+    """Predicted, by card and host memory."""
+    heading = CARD_HEADINGS[page_name]
+    lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|", *map(markdown, cards(rows))]
+    return "\n".join(["", *lines, "", ""])
 
 
 def read_originals():
@@ -241,7 +293,7 @@ def original_cells(original, ours, words):
     level = re.search(r" (speed|balanced|offload|stream)$", ours["label"]) if ours else None
     optimizer = OPTIMIZER_NAMES.get(ORIGINAL_OPTIMIZERS.get(original["optimizer"]), "DeepSpeed")
     return [
-        original["model"].removeprefix("CogVideoX-"), {"lora": "LoRA", "sft": "SFT"}[original["method"]],
+        original["model"].removeprefix("CogVideoX-"), TASKS[original["method"] == "sft"],
         optimizer, original["batch"], original["lora_rank"],
         words["yes" if original["gradient_checkpointing"] == "True" else "no"],
         *(memory_cell(original, ours, stage) for stage in STAGES),
@@ -255,8 +307,7 @@ def original_table(page_name, originals, pairs, optimizers):
     heading = ORIGINAL_HEADINGS[page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
     for row in rows:
-        cells = original_cells(row, ours_beside(row, pairs, optimizers), WORDS[page_name])
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+        lines.append(markdown(original_cells(row, ours_beside(row, pairs, optimizers), WORDS[page_name])))
     return "\n".join(["", *lines, "", ""])
 
 
@@ -281,6 +332,7 @@ def main():
     for page_name in VERSIONS:
         page = ROOT / "assets" / page_name
         text = filled(page.read_text(encoding="utf-8"), page_name, rows_in(args.csv), read_originals())
+        text = between_markers(text, page_name, "cards", table_of_cards(page_name, rows_in(args.csv)))
         text = between_markers(text, page_name, "original", original_table_of_files(page_name))
         page.write_text(text, encoding="utf-8")
 

@@ -15,18 +15,15 @@ import torch
 from args import parse_training_args
 from base.errors import UsageError
 from base.memory_levels import HOST, HOST_LEVELS, RING, SPLIT
-from cogvideox.config import empty_transformer
-from cogvideox.models import Model, WeightFiles
 from engine import state_ring
 from memory import estimate
 from memory.allocator import VARIABLES
 from memory.choose_level import fastest_that_fits, levels_of, table
 from memory.estimate import CHECKPOINTING, GIB, memory_peaks
+from predict import real_model
 from random_dataset import write_dataset
-from random_pipeline import real_sizes
 from run import levels
 from run.levels import make_workload
-from tiny_pipeline import kind_transformer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,28 +31,6 @@ SIZE_1_0, SIZE_1_5 = (49, 480, 720), (81, 768, 1360)
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--data_root", "d"]
-
-
-class RealSize(Model):
-    """A model of real size, of which there are no weights."""
-
-    @property
-    def stored_dtype(self):
-        return torch.float16 if self.has_apache_licence else torch.bfloat16
-
-    def empty_transformer(self):
-        return transformer_of(self.folder.name)
-
-
-def real_model(kind):
-    config = {**kind_transformer(kind), **real_sizes(kind)["transformer"]}
-    return RealSize(Path(kind), config, None, WeightFiles(Path(kind), None))
-
-
-@functools.cache
-def transformer_of(kind):
-    """Half a second to build; read-only."""
-    return empty_transformer(real_model(kind).config)
 
 
 def make_run(kind, *flags, size=SIZE_1_0, task="t2v_lora", data=("--load_tensors",)):
