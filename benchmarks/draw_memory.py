@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Draw the GPU memory of LoRA training beside the original's published figures: assets/lora_2b.png and lora_5b.png.
+"""Draw the GPU memory of training beside the original's published figures: assets/lora_2b.png, sft_2b.png and of 5b.
 
     python benchmarks/draw_memory.py
 
-Bars show GiB reserved from benchmarks/original_memory.csv and benchmarks/lora_memory.csv (written by memory_rows.py
---original). Rows missing in the second file are left out; a model without any gets no figure.
+Bars show GiB reserved from benchmarks/original_memory.csv and, written by memory_rows.py --original, from
+benchmarks/lora_memory.csv and optimizers.csv. Rows that were not measured are left out; a model without any gets no
+figure. Where the original ran out of memory, its bar is missing.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from step_time import ROOT
 
 
 MODELS = ("2b", "5b")
+FILES = {"lora": "lora_memory.csv", "sft": "optimizers.csv"}
 SHORT_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradients": "AdamW on the CPU"}
 COLOURS = {"original": "0.72", "ours": "#123f7d"}  # light and dark: distinguishable without colour
 BAR = 0.45  # bar height, relative to the distance between rows
@@ -35,7 +38,8 @@ def group_of(original):
 
 def name_of(original):
     """A row's label within its group."""
-    return f"{SHORT_NAMES[ORIGINAL_OPTIMIZERS[original['optimizer']]]}, rank {original['lora_rank']}"
+    rank = f", rank {original['lora_rank']}" if original["lora_rank"] else ""
+    return SHORT_NAMES[ORIGINAL_OPTIMIZERS[original["optimizer"]]] + rank
 
 
 def grouped(pairs):
@@ -52,8 +56,8 @@ def lines_of(groups):
 
 
 def bars_of(pairs, stage):
-    """(the original's values, ours) in GiB, row by row."""
-    originals = [float(original[f"memory_{stage}"]) for original, _ in pairs]
+    """(the original's values, ours) in GiB, row by row; 0 where it ran out of memory."""
+    originals = [float(original[f"memory_{stage}"].replace("OOM", "0")) for original, _ in pairs]
     return originals, [float(ours[f"{stage}_peak_reserved_gib"]) for _, ours in pairs]
 
 
@@ -63,6 +67,8 @@ def levels_of(pairs):
     for original, ours in pairs:
         levels.setdefault(original["gradient_checkpointing"] == "True", set()).add(ours["label"].rsplit(" ", 1)[1])
     words = {False: "without checkpointing", True: "with checkpointing"}
+    if pairs[0][0]["method"] == "sft":
+        return " or ".join(sorted(levels[True]))
     return ", ".join(f"{' or '.join(sorted(levels[kind]))} {words[kind]}" for kind in words if kind in levels)
 
 
@@ -73,7 +79,7 @@ def draw_panel(axes, lines, stage):
     for side, (who, values) in enumerate(zip(COLOURS, bars_of(pairs, stage), strict=True)):
         offsets = [place + (side - 0.5) * BAR for place in places]
         bars = axes.barh(offsets, values, BAR, color=COLOURS[who])
-        axes.bar_label(bars, fmt="%.1f", fontsize=FONT, padding=2)
+        axes.bar_label(bars, [f"{value:.1f}" if value else "OOM" for value in values], fontsize=FONT, padding=2)
     axes.set_title(stage.replace("_", " "), fontsize=FONT + 1)
     axes.set_xlabel("GiB", fontsize=FONT)
     axes.tick_params(axis="x", labelsize=FONT)
@@ -99,20 +105,21 @@ def draw(model, pairs, path):
     cards = sorted({ours["card"].removeprefix("NVIDIA ").removesuffix(" HBM3") for _, ours in pairs})
     labels = ["CogVideoX Factory (A100 80GB)", f"here ({', '.join(cards)})"]
     figure.legend(axes.containers, labels, loc="outside lower center", ncols=2, fontsize=FONT, frameon=False)
-    title = f"CogVideoX-{model}, LoRA, 49x480x720: peak of reserved GPU memory in GiB, T5 not counted"
+    trained = {"lora": "LoRA", "sft": "full fine-tuning"}[pairs[0][0]["method"]]
+    title = f"CogVideoX-{model}, {trained}, 49x480x720: peak of reserved GPU memory in GiB, T5 not counted"
     figure.suptitle(f"{title}\nhere: --memory {levels_of(pairs)}", fontsize=FONT + 1)
     figure.savefig(path)
 
 
 def main():
     parser = console.Parser(description=__doc__)
-    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/lora_memory.csv", help="rows of memory_rows.py")
+    parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks", help="folder of the rows of memory_rows.py")
     parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the figures")
     args = parser.parse_args()
-    for model in MODELS:
-        if pairs := side_by_side(model, rows_in(args.csv)):
-            draw(model, pairs, args.out / f"lora_{model}.png")
-            print(f"{args.out / f'lora_{model}.png'}: {len(pairs)} rows")
+    for (task, file), model in itertools.product(FILES.items(), MODELS):
+        if pairs := side_by_side(model, rows_in(args.csv / file), task):
+            draw(model, pairs, args.out / f"{task}_{model}.png")
+            print(f"{args.out / f'{task}_{model}.png'}: {len(pairs)} rows")
 
 
 if __name__ == "__main__":

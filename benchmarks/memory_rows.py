@@ -12,7 +12,7 @@
 Each row is an optimizer, with the loss on fixed noise and timesteps before and after. With --original, rows are the
 LoRAs of original_memory.csv (the original's published figures for one GPU), with the same optimizer, batch size and
 rank. What the original trained with checkpointing runs at --level, what it trained without runs at --memory speed. With
---tasks sft they are those of its full fine-tuning: what had its states in host memory at offload, else at balanced.
+--tasks sft they are those of its full fine-tuning: AdamW with batch 1 at balanced, all others at offload.
 
 Each run trains, validates halfway (after at least two updates, since optimizer states are allocated at the first), and
 tests at the end, with 2 denoising steps: the peak does not depend on their number. The text encoder may be tiny, since
@@ -111,7 +111,8 @@ def name_of(original):
 def levels_of(original):
     """The levels that our counterpart may have run at."""
     if original["method"] == "sft":
-        return ("offload",) if ORIGINAL_OPTIMIZERS[original["optimizer"]] == "offload-gradients" else ("balanced",)
+        resident = (ORIGINAL_OPTIMIZERS[original["optimizer"]], original["batch"]) == ("adamw", "1")
+        return ("balanced",) if resident else ("offload",)
     return LEVELS if original["gradient_checkpointing"] == "True" else ("speed",)
 
 
@@ -159,7 +160,7 @@ def command_of(args, row, output_dir):
     command += ["--data_root", args.data, "--load_tensors", "--output_dir", str(output_dir)]
     command += ["--mixed_precision", "bf16", "--seed", "42"]
     command += ["--max_train_steps", str(args.steps), "--lr_warmup_steps", "0", "--log_every", "1"]
-    command += ["--checkpointing_steps", str(10 * args.steps), "--enable_slicing", "--enable_tiling"]
+    command += ["--checkpointing_steps", str(10 * args.steps), "--enable_slicing"]
     command += ["--validation_prompt", "A red ball rolls over the grass.", "--num_inference_steps", "2"]
     command += ["--validation_steps", str(middle_of(args.steps)), "--learning_rate", LEARNING_RATES[row.task]]
     return [*command, *row.flags, *OPTIMIZERS[row.optimizer]]

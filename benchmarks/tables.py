@@ -272,14 +272,18 @@ def read_originals():
 # ---------------------------------------------------------------- the original's own tables
 
 
-def ours_beside(original, pairs, optimizers):
-    """Our counterpart to one of the original's rows, made for it, or else from optimizers.csv; or None."""
-    found = [ours for theirs, ours in pairs if theirs == original]
-    name = ORIGINAL_OPTIMIZERS.get(original["optimizer"], "deepspeed")
-    label = f"{original['model'].removeprefix('CogVideoX-')} {original['method']} {name}"
-    if not found and original["batch"] == "1":
-        found = [row for row in optimizers if row["label"] == label]
-    return found[-1] if found else None
+def ours_beside(original, pairs):
+    """Our counterpart to one of the original's rows, or None. To DeepSpeed's on two GPUs: ours on one, without it."""
+    if original["optimizer"] not in ORIGINAL_OPTIMIZERS:
+        alike = {"sft": ("offload-gradients", ""), "lora": ("adamw", "256")}[original["method"]]
+        kind = (original["method"], original["model"], original["batch"], "True", *alike)
+        return next((ours for theirs, ours in pairs if kind_of(theirs) == kind), None)
+    return next((ours for theirs, ours in pairs if theirs == original), None)
+
+
+def kind_of(original):
+    named = [original[name] for name in ("method", "model", "batch", "gradient_checkpointing")]
+    return (*named, ORIGINAL_OPTIMIZERS[original["optimizer"]], original["lora_rank"])
 
 
 def memory_cell(original, ours, stage):
@@ -297,17 +301,17 @@ def original_cells(original, ours, words):
         optimizer, original["batch"], original["lora_rank"],
         words["yes" if original["gradient_checkpointing"] == "True" else "no"],
         *(memory_cell(original, ours, stage) for stage in STAGES),
-        level[1] if level else ("checkpoints" if ours else ""),
+        level[1] if level else "",
     ]  # fmt: skip
 
 
-def original_table(page_name, originals, pairs, optimizers):
+def original_table(page_name, originals, pairs):
     """All rows that the original published, by task and model, next to ours."""
     rows = sorted(originals, key=lambda row: (row["method"], row["model"]))
     heading = ORIGINAL_HEADINGS[page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
     for row in rows:
-        lines.append(markdown(original_cells(row, ours_beside(row, pairs, optimizers), WORDS[page_name])))
+        lines.append(markdown(original_cells(row, ours_beside(row, pairs), WORDS[page_name])))
     return "\n".join(["", *lines, "", ""])
 
 
@@ -322,7 +326,7 @@ def original_table_of_files(page_name):
         for model in ("2b", "5b")
         for pair in side_by_side(model, measured, task)
     ]
-    return original_table(page_name, originals, pairs, optimizers)
+    return original_table(page_name, originals, pairs)
 
 
 def main():

@@ -455,16 +455,19 @@ def test_rows_of_the_original_have_ours_beside_them_where_we_have_one():
     adamw = {"method": "lora", "optimizer": "AdamW", "batch": "4", "model": "CogVideoX-5b", "lora_rank": "16"}
     adamw |= {"gradient_checkpointing": "True"} | {f"memory_{stage}": "46.26" for stage in memory_rows.STAGES}
     sft = adamw | {"method": "sft", "batch": "1", "lora_rank": "", "memory_before_validation": "OOM"}
-    zero = sft | {"optimizer": "DeepSpeed (AdamW + CPU/Parameter offloading)", "gradient_checkpointing": "False"}
+    offloaded = sft | {"optimizer": "AdamW + CPUOffloadOptimizer (with gradient offloading)"}
+    zero = sft | {"optimizer": "DeepSpeed (AdamW + CPU/Parameter offloading)"}
     figures = {f"{stage}_peak_reserved_gib": "13.04" for stage in memory_rows.STAGES}
-    loras = [(adamw, {"label": "5b lora adamw batch 4 rank 16 stream"} | figures)]
-    rows = [sft, zero, sft | {"batch": "4"}, adamw]
-    text = tables.original_table("measurements.md", rows, loras, [{"label": "5b sft deepspeed"} | figures])
+    pairs = [(adamw, {"label": "5b lora adamw batch 4 rank 16 stream"} | figures)]
+    pairs += [(offloaded, {"label": "5b sft offload-gradients batch 1 offload"} | figures)]
+    rows = [sft, zero, zero | {"batch": "4"}, sft | {"batch": "4"}, adamw]
+    text = tables.original_table("measurements.md", rows, pairs)
     lines = ["|".join(cell.strip() for cell in line.split("|")) for line in text.splitlines() if "| 5b" in line]
     assert lines == [
         "|5b|LoRA|AdamW|4|16|yes|" + "46.3 / 13.0|" * 4 + "stream|",
         "|5b|SFT|AdamW|1||yes|46.3 /|OOM /|46.3 /|46.3 /||",
-        "|5b|SFT|DeepSpeed|1||no|46.3 / 13.0|OOM / 13.0|46.3 / 13.0|46.3 / 13.0|checkpoints|",
+        "|5b|SFT|DeepSpeed|1||yes|46.3 / 13.0|OOM / 13.0|46.3 / 13.0|46.3 / 13.0|offload|",
+        "|5b|SFT|DeepSpeed|4||yes|46.3 /|OOM /|46.3 /|46.3 /||",
         "|5b|SFT|AdamW|4||yes|46.3 /|OOM /|46.3 /|46.3 /||",
     ]
 
@@ -510,7 +513,7 @@ def test_full_fine_tuning_of_the_original_has_rows_when_asked_for():
     args = ["x.csv", "--model", "m", "--data", "d", "--original", "--tasks", "sft", "--label"]
     rows = [row for model in ("2b", "5b") for row in memory_rows.original_rows(memory_rows.parse_args([*args, model]))]
     assert len({row.label for row in rows}) == len(rows) == 12
-    assert "5b sft adamw batch 4 balanced" in {row.label for row in rows}
+    assert {"5b sft adamw batch 1 balanced", "5b sft adamw batch 4 offload"} < {row.label for row in rows}
     hosted = next(row for row in rows if row.label == "5b sft offload-gradients batch 1 offload")
     argv = " ".join(memory_rows.command_of(memory_rows.parse_args([*args, "5b"]), hosted, Path("out")))
     assert "cogvideox_text_to_video_sft.py" in argv and "--memory offload" in argv and "--rank" not in argv
@@ -569,10 +572,12 @@ def test_figures_of_memory_are_drawn_of_the_rows_that_both_have(tmp_path, monkey
     assert [ours["label"] for _, ours in pairs] == [labels[0], labels[3], labels[2]]  # the later of two levels
     assert draw_memory.bars_of(pairs, "after_testing") == ([24.234, 24.234, 24.709], [0, 3, 2])
     assert draw_memory.levels_of(pairs) == "speed without checkpointing, stream with checkpointing"
-    monkeypatch.setattr("sys.argv", ["draw_memory.py", "--csv", str(path), "--out", str(tmp_path)])
+    trained = {"label": "5b sft adamw batch 1 balanced", "exit_code": 0, "card": "NVIDIA H200"} | figures
+    step_time.append_row(tmp_path / "optimizers.csv", dict.fromkeys(memory_rows.FIELDS) | trained, memory_rows.FIELDS)
+    monkeypatch.setattr("sys.argv", ["draw_memory.py", "--csv", str(tmp_path), "--out", str(tmp_path)])
     draw_memory.main()
     assert "3 rows" in capsys.readouterr().out
-    assert [drawn.name for drawn in tmp_path.glob("*.png")] == ["lora_2b.png"]
+    assert {drawn.name for drawn in tmp_path.glob("*.png")} == {"lora_2b.png", "sft_5b.png"}
     with Image.open(tmp_path / "lora_2b.png") as image:
         assert len(image.convert("RGB").getcolors(2**20)) > 10
         points = image.width / draw_memory.INCHES["width"] / 72  # pixels each
