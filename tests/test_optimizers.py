@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from args import parse_training_args
 from base.errors import UsageError
-from engine.compose import build_sft_engine_from_args
+from engine.compose import build_optimizer_from_args, build_sft_engine_from_args
 from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, schedule_state
+from engine.state_ring import StateRing
 from engine.update import TrainingState, update
 from run import checkpoints
 from run.checkpoints import write_checkpoint
@@ -100,20 +101,33 @@ class TinyEngine:
 
     def save_state(self, directory):
         self.names = [f"{index}.pt" for index in range(len(self.params))]
-        for name, param in zip(self.names, self.params, strict=True):
-            torch.save(param.detach(), directory / name)
+        for name, weight in zip(self.names, masters_of(self), strict=True):
+            torch.save(weight, directory / name)
 
     def load_state(self, directory):
         with torch.no_grad():
             for index, param in enumerate(self.params):
-                param.copy_(torch.load(directory / f"{index}.pt", weights_only=True))
+                weight = torch.load(directory / f"{index}.pt", weights_only=True)
+                if isinstance(self.masters, StateRing):
+                    self.masters.set_master(index, weight)
+                else:
+                    param.copy_(weight)
         if self.masters:
             self.masters.write_to_model()
+
+
+def masters_of(engine):
+    """The fp32 weights that are trained."""
+    if not isinstance(engine.masters, StateRing):
+        return [param.detach() for param in engine.params]
+    engine.masters.complete()
+    return [engine.masters.get_master(index) for index in range(len(engine.params))]
 
 
 def parse(row, place="device"):
     argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", *ROWS[row].flags.split()]
     argv += [*PLACES[place].split(), "--learning_rate", str(ROWS[row].learning_rate), "--lr_scheduler", "cosine"]
+    argv += ["--gradient_accumulation_steps", str(MICRO_STEPS)]
     return parse_training_args(
         "t2v_sft", [*argv, "--lr_warmup_steps", "0", "--max_train_steps", str(ROWS[row].num_steps)]
     )
@@ -122,7 +136,7 @@ def parse(row, place="device"):
 def make_state(row, place="device", dtype=torch.float32, device=CPU):
     args = parse(row, place)
     engine = build_sft_engine_from_args(args, None, 0.0, TinyModel(), (1, 8, 1, 64), dtype, torch.float32, device)
-    optimizer = make_optimizer_from_args(args, engine.params, args.learning_rate)
+    optimizer = build_optimizer_from_args(args, None, engine, args.learning_rate)
     schedule = make_lr_scheduler_from_args(args, optimizer, args.max_train_steps)
     return TrainingState(TinyEngine(engine), optimizer, schedule)
 
@@ -153,7 +167,7 @@ def train(state, first, last):
 
 def states_of(optimizer):
     """Type names of subclasses, else dtypes, of the states as large as a weight."""
-    values = [value for entry in optimizer.state.values() for value in entry.values()]
+    values = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
     tensors = [value for value in values if isinstance(value, torch.Tensor) and value.numel() == NUM_WEIGHTS]
     return {str(t.dtype).removeprefix("torch.") if type(t) is torch.Tensor else type(t).__name__ for t in tensors}
 
