@@ -16,6 +16,7 @@ from engine.ring_adam import RingAdam, WeightsByName
 from engine.split import join, round_to_bf16, split
 from engine.state_ring import StateRing, averaged
 from memory import host, streaming
+from run.render import may_move
 
 
 CPU = torch.device("cpu")
@@ -328,16 +329,27 @@ def test_blocks_on_the_host_are_spread_evenly(count):
 
 
 def test_weights_may_move_and_return():
-    """As a validation does that has one model at a time on the GPU."""
+    """As a validation does that has one model at a time on the GPU, and the memory that updates need."""
     ring, plain = RingRun(torch.optim.AdamW, HOST), PlainRun(torch.optim.AdamW)
     for run in (ring, plain):
         run_plan(run, plan=PLAN[:2])
-    ring.states.complete()
-    for weight in ring.model.parameters():
-        weight.data = weight.data.clone()
+    with ring.states.at_rest():
+        assert not ring.states.slots and ring.states.arithmetic is None
+        assert_same(ring.masters, plain.masters)
+        for weight in ring.model.parameters():
+            weight.data = weight.data.clone()
     for run in (ring, plain):
         run_plan(run, plan=PLAN[2:])
     assert_same(ring.masters, plain.masters)
+
+
+def test_a_validation_moves_only_what_is_on_the_gpu():
+    """Weights that are streamed are views of one buffer on the host; DeepSpeed's are on the GPU."""
+    gpu, streamed, flat = torch.device("meta"), nn.Linear(4, 4), nn.Linear(4, 4, device="meta")
+    assert may_move(flat, gpu)
+    for layer in (streamed, flat):
+        layer.weight.data = torch.zeros(99, device=layer.weight.device)[:16].view(4, 4)
+    assert may_move(streamed, gpu) and not may_move(flat, gpu)
 
 
 def test_a_second_backward_pass_is_refused_where_it_would_be_rounded():

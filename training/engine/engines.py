@@ -164,6 +164,6 @@ class SplitSftEngine(SftEngine):
 
     @contextlib.contextmanager
     def averaged_weights(self):
-        self.masters.complete()  # whoever renders may move the weights
-        with averaged(self.masters) if self.ema else contextlib.nullcontext():
+        # Whoever renders may move the weights, and needs memory
+        with self.masters.at_rest(), averaged(self.masters) if self.ema else contextlib.nullcontext():
             yield

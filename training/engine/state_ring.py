@@ -105,7 +105,8 @@ class StateRing:
         self.work, self.outward = TransferStream(device), TransferStream(device)
         self.leaving: list[Leaving] = []
         self.take_weights()
-        self.make_room(min(chunk, max(block.size for block in self.all)), self.states | gradients)
+        self.room = min(chunk, max(block.size for block in self.all)), self.states | gradients
+        self.make_room(*self.room)
         self.weights = self.stream_weights(blocks) if storage.streams else None
         wrap_blocks(blocks, self)
 
@@ -305,6 +306,16 @@ class StateRing:
             self.await_update(block)
         for stream in (self.inward, self.inward_gradients, self.work, self.outward):
             stream.synchronize()
+
+    @contextlib.contextmanager
+    def at_rest(self):
+        """What is due is applied, and what updates need on the GPU is free for others."""
+        self.complete()
+        self.slots, self.arithmetic = [], None
+        try:
+            yield
+        finally:
+            self.make_room(*self.room)
 
     def write_to_model(self) -> None:
         """Nothing to do: the weights are part of the masters."""

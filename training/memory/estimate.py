@@ -130,7 +130,8 @@ def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> 
     reserved = allocated + unused_bytes(workload, eager)
     in_small_pieces = level in HOST_LEVELS  # streams T5, and denoises guidance's samples one by one
     returning = RETURN_SLOTS * kept_bytes(workload) if in_small_pieces else 0  # the slots stay allocated
-    coding = vae_bytes(workload, resident + returning, ample_memory, in_small_pieces)
+    at_rest = resident + returning - (0 if workload.raw else room_for_updates(workload))
+    coding = vae_bytes(workload, at_rest, ample_memory, in_small_pieces)
     if coding:
         share = EXPANDABLE_VAE_UNUSED if workload.expandable else 1
         reserved = max(reserved, coding + share * vae_unused(workload, ample_memory, in_small_pieces))
@@ -283,16 +284,22 @@ def quantized_bytes(workload: Workload) -> float:
 def trained_bytes(workload: Workload) -> float:
     """Always on the GPU beside the model's weights: fp32 adapters or masters, or remainders; and optimizer states."""
     if workload.masters == RING:
-        states = REMAINDER + workload.state_bytes
-        slots = (states + gradient_bytes(workload)) * RING_SLOTS * CHUNK if workload.share < 1 else 0
         resident = outside_blocks(workload) + workload.share * workload.num_block_weights
-        return slots + states * resident + AT_WORK * CHUNK
+        return (REMAINDER + workload.state_bytes) * resident + room_for_updates(workload)
     if workload.masters == SPLIT:
-        return workload.num_trained * REMAINDER + AT_WORK * CHUNK + states_bytes(workload)
+        return workload.num_trained * REMAINDER + room_for_updates(workload) + states_bytes(workload)
     masters = 0 if workload.item_bytes == 4 and not workload.is_lora else 4
     if workload.host_optimizer:
         return workload.num_trained * (4 if workload.is_lora else 0)
     return workload.num_trained * masters + states_bytes(workload)
+
+
+def room_for_updates(workload: Workload) -> int:
+    """Beside split masters: chunks at work and on their way. Validation has it."""
+    if workload.masters == SPLIT:
+        return AT_WORK * CHUNK
+    slots = RING_SLOTS if workload.masters == RING and workload.share < 1 else 0
+    return (slots * streamed_bytes(workload) + AT_WORK) * CHUNK if workload.masters == RING else 0
 
 
 def states_bytes(workload: Workload) -> int:

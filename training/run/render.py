@@ -186,7 +186,7 @@ def to_uint8(frames: torch.Tensor) -> np.ndarray:
 def placed(pipe, device: torch.device, offload: bool):
     """The VAE on `device`, or with `offload` each model only while it runs; all devices are restored."""
     vae_device = pipe.vae.device
-    if offload and not may_move(pipe.transformer):
+    if offload and not may_move(pipe.transformer, device):
         logger.warning(
             "validation: the transformer stays on the GPU, because the optimizer holds its weights in one buffer"
         )
@@ -209,7 +209,10 @@ def placed(pipe, device: torch.device, offload: bool):
             nn.Module.to(pipe.transformer, device)  # keeps the Parameter objects, which the optimizer holds
 
 
-def may_move(model: nn.Module) -> bool:
-    """False if trained weights are views of one buffer, as with DeepSpeed: moving would turn them into copies."""
-    trained = [param for param in model.parameters() if param.requires_grad]
-    return all(param.untyped_storage().nbytes() == param.nbytes for param in trained)
+def may_move(model: nn.Module, device: torch.device) -> bool:
+    """False if trained weights on `device` are views of one buffer, as with DeepSpeed: moved, they would be copies.
+
+    Those that are streamed from host memory stay there, whoever moves the model.
+    """
+    there = [param for param in model.parameters() if param.requires_grad and param.device.type == device.type]
+    return all(param.untyped_storage().nbytes() == param.nbytes for param in there)
