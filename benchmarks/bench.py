@@ -312,16 +312,20 @@ def main():
     check_csv(args.csv)
     card = card_name()
     done = {row["label"] for row in rows_in(args.csv) if row["card"] == card}
-    failed = 0
+    added, failed = 0, 0
     for row in args.rows:
         if row.label in done and not args.again:
             print(f"{row.label}: in {args.csv} already")
             continue
         try:
             print(f"{row.label}: {describe_row(measure(row, args, card))}", flush=True)
+            added += 1
         except RowError as error:
             failed += 1
             print(f"{row.label}: FAILED, {error}", flush=True)
+    if added:
+        lines = args.csv.read_text().splitlines()[-added:]
+        print("to send in, for the tables: " + "\n".join(lines))
     return 1 if failed else 0
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from base import console
 from bench import LEVELS, MODELS, parse_row, rows_in
 from memory_rows import ORIGINAL_OPTIMIZERS, ORIGINAL_ROWS, STAGES, side_by_side
-from predict import cards, predicted_seconds
+from predict import UTILISATION, cards, predicted_seconds
 from step_time import PACKAGES, ROOT
 
 
@@ -258,7 +258,9 @@ def filled(text, page_name, rows, originals):
 
 
 def table_of_cards(page_name, rows):
-    """Predicted, by card and host memory."""
+    """Predicted, by card and host memory; "" without the rows that it is made from."""
+    if not {*UTILISATION.values()} <= {row["label"] for row in rows}:
+        return ""
     heading = CARD_HEADINGS[page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|", *map(markdown, cards(rows))]
     return "\n".join(["", *lines, "", ""])

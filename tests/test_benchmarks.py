@@ -255,8 +255,9 @@ def test_rows_of_each_kind_run_and_one_that_fails_leaves_the_others(work, monkey
     labels = ["tiny-reference", "tiny-speed+compiled+eager", "tiny-checkpointing+rank4+validated", "2b-speed"]
     labels += ["tiny-balanced+batch4+sft", "tiny-offload+accum2+sft+validated"]
     exit_code, rows = run_bench(monkeypatch, work, *labels)
-    shown = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert exit_code == 1
+    shown, _, sent = capsys.readouterr().out.partition("to send in, for the tables: ")
+    shown = dict(line.split(": ", 1) for line in shown.splitlines())
+    assert exit_code == 1 and sent.splitlines() == (work / "speed.csv").read_text().splitlines()[1:]
     assert list(shown) == labels
     assert "--compile_blocks and --no_compile_blocks: give one of them" in shown["tiny-speed+compiled+eager"]
     assert "needs a GPU" in shown["2b-speed"]  # gigabytes of random weights, on a machine that could not train them
@@ -284,7 +285,8 @@ def test_measured_rows_are_left_out_unless_asked_for_again(work, monkeypatch, ca
     monkeypatch.setattr(bench, "card_name", lambda: next(cards))
     assert run_bench(monkeypatch, work, "tiny-speed", "tiny-speed")[0] == 0
     assert run_bench(monkeypatch, work, "tiny-speed", "tiny-stream")[0] == 0
-    assert "tiny-speed: in " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tiny-speed: in " in shown and "for the tables: tiny-stream,0," in shown
     run_bench(monkeypatch, work, "tiny-speed", "--again")
     run_bench(monkeypatch, work, "tiny-speed")
     labels = [("tiny-speed", "one"), ("tiny-stream", "one"), ("tiny-speed", "one"), ("tiny-speed", "other")]

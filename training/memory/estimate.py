@@ -33,7 +33,8 @@ DEEPSPEED = 0.8 * GIB  # its gradient buckets
 CHUNK, AT_WORK, RING_SLOTS, LEAVING_BLOCKS = 2**23, 4 + 4 + 2, 7, 2
 REMAINDER = 2  # bytes per weight
 HOST_BASE = 2.5 * GIB  # Python, torch, CUDA libraries
-HOST_BASE_LOADING = 1.3 * GIB  # of that, what is there while masters are split
+# While masters are split: what is there beside their files, and the share of these that is mapped at once
+HOST_BASE_LOADING, MAPPED_AT_ONCE = 2.2 * GIB, 0.8
 LOADING = 1.6 * GIB  # temporaries of loading a model, without its weights
 CONVERTED = 0.65  # share of the weights that the host allocator keeps after converting them from the file's dtype
 MAPPED = 0.16  # share of the weights, when the file is memory-mapped and copied to the GPU unconverted
@@ -245,7 +246,7 @@ def host_peak(workload: Workload, level: str, ample_memory: bool) -> float:
             loading = 0
     if not workload.is_lora:
         files = workload.stored_bytes * workload.num_weights  # mapped, until the last of their weights is on the GPU
-        loading = files + (HOST_BASE_LOADING - HOST_BASE if splits else LOADING)
+        loading = MAPPED_AT_ONCE * files + HOST_BASE_LOADING - HOST_BASE if splits else files + LOADING
     left = CONVERTED * full if workload.converted and workload.is_lora and level == "offload" else 0
     saving = 4 * workload.num_trained if workload.is_lora else 0  # a copy of the adapters
     peak = max(loading, travelling + left + saving)  # loading is over when training begins
