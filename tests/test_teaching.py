@@ -183,15 +183,19 @@ PLACES = {"host": ["--memory", "offload"], "half": ["--memory", "offload", "--st
 PLACES |= {"gpu": ["--memory", "balanced"], "stream": ["--memory", "stream"]}
 
 
-@pytest.mark.parametrize("places", [["host"], pytest.param(list(PLACES), marks=pytest.mark.gpu)], ids=len)
-def test_states_in_8_bits_learn_as_fp32_states_do(prepared, tmp_path, places, monkeypatch):
+@pytest.mark.gpu  # on a CPU, bf16 takes minutes a run
+def test_states_in_8_bits_learn_as_fp32_states_do(prepared, tmp_path, monkeypatch):
     """The same clips and noise, so that losses are comparable: within 1 % over the last 50 updates, 3 % in each."""
     monkeypatch.setattr(block_states, "MIN_8BIT", 256)  # of weights, so that more of the small model's are in 8 bits
-    plain = losses(teach(prepared, tmp_path / "fp32", "sft", 200, "bf16", PLACES["host"]))
-    low_bit = [teach(prepared, tmp_path / name, "sft", 200, "bf16", [*PLACES[name], "--use_8bit"]) for name in places]
-    assert len({str(result_hash(out)) for out in low_bit}) == 1
-    found = losses(low_bit[0])
+
+    def learn(name, *flags):
+        return teach(prepared, tmp_path / name, "sft", 200, "bf16", flags)
+
+    low_bit = {name: learn(name, *flags, "--use_8bit") for name, flags in PLACES.items()}
+    assert len({str(result_hash(out)) for out in low_bit.values()}) == 1
+    found, plain = losses(low_bit["host"]), losses(learn("fp32", *PLACES["host"]))
     assert len(found) == len(plain) == 200 and found != plain
-    assert sum(plain[-50:]) < 0.9 * sum(plain[:50])
-    assert sum(found[-50:]) == pytest.approx(sum(plain[-50:]), rel=0.01)
     assert found == pytest.approx(plain, rel=0.03)
+    assert sum(found[-50:]) == pytest.approx(sum(plain[-50:]), rel=0.01)
+    untaught = losses(learn("untaught", *PLACES["host"], "--learning_rate", "1e-12"))
+    assert sum(plain[-50:]) < 0.95 * sum(untaught[-50:])
