@@ -1,5 +1,6 @@
 """torch's fused Adam and AdamW, and bitsandbytes' with 8-bit states, on a StateRing; and its fp32 masters by name."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -114,11 +115,29 @@ class EightBit:
 
     def step(self, group: dict, decouples: bool, masters: list, gradients: list, states: dict, counts: list) -> None:
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
-        kinds = zip(*(states[name] for name in ("exp_avg", "exp_avg_sq", "absmax1", "absmax2")), strict=True)
-        for master, gradient, (first, second, *largest), count in zip(masters, gradients, kinds, counts, strict=True):
-            if not decouples:
+        if not decouples:
+            for master, gradient in zip(masters, gradients, strict=True):
                 gradient.add_(master, alpha=decay)
-            torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
-                "adam", gradient, master, first, second, beta1, beta2, 0.0, 0.0, group["eps"], int(count), group["lr"],
-                *self.maps, *largest, decay if decouples else 0.0, 1.0, False,
-            )  # fmt: skip
+            decay = 0.0
+        kinds = zip(*(states[name] for name in ("exp_avg", "exp_avg_sq", "absmax1", "absmax2")), strict=True)
+        with on_default_stream(masters[0].device):
+            for master, gradient, (*codes, max1, max2), count in zip(masters, gradients, kinds, counts, strict=True):
+                torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
+                    "adam", gradient, master, *codes, beta1, beta2, 0.0, 0.0, group["eps"], int(count), group["lr"],
+                    *self.maps, max1, max2, decay, 1.0, False,
+                )  # fmt: skip
+
+
+@contextlib.contextmanager
+def on_default_stream(device: torch.device):
+    """For bitsandbytes' optimizer kernels (0.50), which run on CUDA's default stream whichever one is current.
+
+    They come after what is queued on the current stream, and what is queued there next comes after them.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)

@@ -105,6 +105,15 @@ class HostActivations:
         self.inside = None
         self.free = [self.inward.mark(), self.inward.mark()]
 
+    def give_up_room(self) -> None:
+        """Free the slots, between passes; a backward pass allocates them."""
+        self.reset()
+        self.inward.synchronize()
+        self.slots = [None, None]
+
+    def make_room(self) -> None:
+        pass
+
     def pack(self, tensor: torch.Tensor):
         plain = type(tensor) is torch.Tensor and tensor.device.type == self.device.type  # by type: "cuda" != "cuda:0"
         if not plain or tensor.untyped_storage().nbytes() < self.min_bytes:

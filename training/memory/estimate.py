@@ -197,11 +197,20 @@ def vae_bytes(workload: Workload, resident: float, ample_memory: bool, in_small_
         vae, alone = (0 if workload.raw else VAE), workload.offloads_models or not beside
         at_once = (1 if in_small_pieces or not ample_memory else 2) * unit_bytes(workload) / workload.shape[0]
         denoising = resident + DENOISING * at_once + (0 if alone else vae)
-        decoding = decoding_bytes(workload, ample_memory) + (VAE if alone else resident + vae)
+        decoding = decoding_bytes(workload, ample_memory) + (
+            VAE + staying_bytes(workload) if alone else resident + vae
+        )
         coding = max(denoising, decoding)
     if workload.raw:
         coding = max(coding, resident + encoding_bytes(workload, ample_memory))
     return coding
+
+
+def staying_bytes(workload: Workload) -> float:
+    """On the GPU while a validation has moved the model away: what the optimizer has beside its weights."""
+    if workload.masters in (RING, SPLIT):
+        return trained_bytes(workload) - room_for_updates(workload)
+    return states_bytes(workload)
 
 
 def decoding_bytes(workload: Workload, ample_memory: bool) -> float:

@@ -4,6 +4,7 @@ Buffers are synchronized by events, not by `record_stream`, which returns memory
 first waits for an event of the stream that used it last. On a CPU the copies are synchronous.
 """
 
+import contextlib
 import functools
 import mmap
 import sys
@@ -168,13 +169,28 @@ def wrapped_class(block_class: type) -> type:
 def wrap_blocks(blocks: nn.ModuleList, technique) -> None:
     """Replace every block's call by `technique.forward(index, call, *args, **kwargs)`, around earlier techniques.
 
-    `technique.may_recompute`: True if a checkpoint around the block may call it again in the backward pass.
+    `technique.may_recompute`: True if a checkpoint around the block may call it again in the backward pass. A technique
+    with `give_up_room` and `make_room` frees GPU memory while it is not needed, see `at_rest`.
     """
     for index, block in enumerate(blocks):
         if not isinstance(block, WrappedBlock):
             block.wrapped = (index, [])
             block.__class__ = wrapped_class(type(block))
         block.wrapped[1].append(technique)
+
+
+@contextlib.contextmanager
+def at_rest(blocks: nn.ModuleList):
+    """No block is called meanwhile, and what their techniques hold on the GPU for passes is free for others."""
+    techniques = blocks[0].wrapped[1] if isinstance(blocks[0], WrappedBlock) else []
+    rooms = [technique for technique in techniques if hasattr(technique, "give_up_room")]
+    for technique in rooms:
+        technique.give_up_room()
+    try:
+        yield
+    finally:
+        for technique in rooms:
+            technique.make_room()
 
 
 def before_backward(outputs, action: Callable[[], None]) -> None:

@@ -46,26 +46,36 @@ class WeightRing:
     """
 
     def __init__(self, tensors: list[list[torch.Tensor]], device: torch.device, num_slots: int):
-        self.tensors = tensors  # of each block
+        self.tensors, self.device = tensors, device  # tensors of each block
         self.host = [host_buffer(tensors, device) for tensors in self.tensors]
         self.copies = TransferStream(device)
-        size = max(buffer.nbytes for buffer in self.host)
-        num_slots = min(num_slots, len(self.host))
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_slots)]
-        # Each tensor at both places, made once: a pass only swaps `.data` between them
+        # Each tensor at both places: a pass only swaps `.data` between them
         self.host_views = [[tensor.data for tensor in tensors] for tensors in self.tensors]
+        self.num_slots = min(num_slots, len(self.host))
+        self.inside: int | None = None  # the block whose tensors are on the GPU
+        self.make_room()
+
+    def make_room(self) -> None:
+        """The slots, empty. Between passes only."""
+        size = max(buffer.nbytes for buffer in self.host)
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.num_slots)]
         self.slot_views = [
             [
-                view_in(self.slots[index % num_slots], byte_offset(tensor) - buffer.storage_offset(), tensor)
+                view_in(self.slots[index % self.num_slots], byte_offset(tensor) - buffer.storage_offset(), tensor)
                 for tensor in tensors
             ]
-            for index, (tensors, buffer) in enumerate(zip(self.tensors, self.host, strict=True))
+            for index, (tensors, buffer) in enumerate(zip(self.host_views, self.host, strict=True))
         ]
-        self.holds: list[int | None] = [None] * num_slots  # index of the block that is there or in flight
+        self.holds: list[int | None] = [None] * self.num_slots  # index of the block that is there or in flight
         self.free = [self.copies.mark() for _ in self.slots]  # events: the slot's block has been computed
         self.ready = list(self.free)  # events: the slot's copy is done
         self.kept = list(self.free)  # events: what was changed in the slot is on the host
-        self.inside: int | None = None  # the block whose tensors are on the GPU
+
+    def give_up_room(self) -> None:
+        """Free the slots until `make_room`. Between passes only."""
+        self.leave()
+        self.copies.synchronize()
+        self.slots, self.slot_views = [], []
 
     def forward(self, index: int, call: Callable, *args, **kwargs):
         self.enter(index)

@@ -26,6 +26,7 @@ from base.memory_levels import HOST_LEVELS
 from data.artifacts import write_video
 from data.buckets import Bucket
 from engine.objective import draw_generator
+from memory.host import at_rest
 
 
 logger = logging.getLogger(__name__)
@@ -160,14 +161,18 @@ def render_one(args, pipe, samples: Samples, device: torch.device, number: int, 
 
 @contextlib.contextmanager
 def noted_decoding(pipe, device: torch.device) -> Iterator[list[float]]:
-    """Yields a list of the times at which the latents of a video were there, one for each call of `pipe`."""
+    """Yields a list of the times at which the latents of a video were there, one for each call of `pipe`.
+
+    The VAE then has the memory that the transformer's blocks need for their passes.
+    """
     decode_latents, starts = pipe.decode_latents, []
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         starts.append(time.perf_counter())
-        return decode_latents(latents)
+        with at_rest(pipe.transformer.transformer_blocks):
+            return decode_latents(latents)
 
     pipe.decode_latents = decode
     try:
