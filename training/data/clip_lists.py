@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.errors import DataError, first_few
-from base.hashes import short_hash
+from base.hashes import real_path, short_hash
 from data.layouts import Layout, find_layout
 from data.tables import EXPECTED_LAYOUTS, Row, collect, printable
 
@@ -189,11 +189,6 @@ def resolve_inside(root, source: str, place: str, allow_outside: bool = False) -
     if not is_inside(real, real_path(base)):
         raise DataError(f"{place}: '{source}' is a link to {os.path.realpath(path)}, outside of {root}; {advice}")
     return Path(path)
-
-
-@functools.lru_cache
-def real_path(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def is_inside(path: str, folder: str) -> bool:
