@@ -11,12 +11,13 @@ command does only what is missing or has changed. Bad clips are named and left o
 """
 
 from args import parse_prepare_args
-from base import console
+from base import console, startup
 
 
 if __name__ == "__main__":  # before the heavy imports: --help answers at once
     ARGS = parse_prepare_args()
     console.set_up(ARGS.verbose)
+    startup.expect_imports()
 
 import functools
 import logging
