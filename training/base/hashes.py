@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 SETTLED_SECONDS = 0.1
 SAMPLED_BYTES = 2**16  # bytes
 MAX_LOT = 32  # files read in one task
+QUICK_SECONDS = 50e-6  # to look at a file on a local disk, read its ends from the page cache
 LOG_ABOVE_BYTES = 2**30  # bytes; larger files take seconds to read
 BLOB_NAME = re.compile(
     r"[0-9a-f]{64}"
@@ -188,11 +189,21 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 
 def in_threads(read: Callable, items: Sequence) -> Iterator:
-    """`read` of each item, in their order: disk bound. In lots: a task costs more than a header that is cached."""
-    lot = max(1, min(MAX_LOT, len(items) // 64))
-    lots = (items[first : first + lot] for first in range(0, len(items), lot))
+    """`read` of each item, in their order: disk bound. In lots: a task costs more than a header that is cached.
+
+    In this thread as long as each takes microseconds: threads that all need the interpreter take twice as long.
+    """
+    size = max(1, min(MAX_LOT, len(items) // 64))
+    lots = (items[first : first + size] for first in range(0, len(items), size))
+    for lot in lots:
+        begun = time.perf_counter()
+        results = [read(item) for item in lot]
+        is_slow = time.perf_counter() - begun > QUICK_SECONDS * len(lot)
+        yield from results
+        if is_slow:
+            break
     with ThreadPoolExecutor(8) as pool:
-        for results in pool.map(lambda some: [read(item) for item in some], lots):
+        for results in pool.map(lambda lot: [read(item) for item in lot], lots):
             yield from results
 
 

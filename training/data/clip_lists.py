@@ -77,13 +77,14 @@ def clips_in_layout(
     collects = refused is not None
     unread: list[tuple[Row, str]] | None = [] if collects else None
     rows, clips = layout.read(blank_captions or collects, unread), []
+    base = os.fspath(root)
     if is_found:  # captions beside the videos, and tables that were found: links may lead out
         for listing in dict.fromkeys(row.listing for row in rows if row.listing):
             resolve_inside(root, os.path.relpath(listing, root), listing, allow_outside)
     for row in rows:
         with collect(unread, row):
             place = f"{row.listing or layout.listing}:{row.row}"
-            video = resolve_inside(root, as_on_disk(root, row.source), place, allow_outside)
+            video = resolve_inside(base, as_on_disk(base, row.source), place, allow_outside)
             clip = listed_clip(root, row, repeats, video)
             if collects and not os.path.isfile(video):
                 refuse_missing_videos(root, layout.listing, [clip])

@@ -41,7 +41,8 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
             latents.repeat(args.repeats)
         return latents
     clips = read_clips_from_args(args)
-    clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
+    if args.id_token:
+        clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
     videos = make_videos(
         args,
         clips,
