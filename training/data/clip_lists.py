@@ -37,6 +37,14 @@ class Clip(NamedTuple):
         return windowed(self.below_root or self.source, self.window)
 
 
+def read_clips_from_args(args, refused: list[tuple[Clip, str]] | None = None) -> list[Clip]:
+    """The listed clips; `refused`: rows that would stop it are left out and put there, with the reason."""
+    columns = args.caption_column, args.video_column
+    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
+    options |= {"repeats": args.repeats, "refused": refused}
+    return read_clips(args.data_root, args.dataset_file, *columns, **options)
+
+
 def read_clips(
     data_root,
     dataset_file,

@@ -5,8 +5,9 @@ import math
 
 from torch.utils.data import Dataset
 
+from data import read_ahead
 from data.buckets import Bucket, make_buckets
-from data.clip_lists import Clip, read_clips, with_id_token
+from data.clip_lists import Clip, read_clips_from_args, with_id_token
 from data.histogram import log_buckets
 from data.latents import LatentDataset
 from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
@@ -58,14 +59,6 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
     return videos
 
 
-def read_clips_from_args(args, refused: list[tuple[Clip, str]] | None = None) -> list[Clip]:
-    """The listed clips; `refused`: rows that would stop it are left out and put there, with the reason."""
-    columns = args.caption_column, args.video_column
-    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
-    options |= {"repeats": args.repeats, "refused": refused}
-    return read_clips(args.data_root, args.dataset_file, *columns, **options)
-
-
 def build_videos_from_args(args, default_fps: float) -> VideoDataset:
     """The dataset for prepare_dataset.py: captions as written; bad clips are left out and listed in `problems`."""
     return tolerant_videos_from_args(args, read_clips_from_args(args), default_fps)
@@ -87,6 +80,7 @@ def make_videos(args, clips: list[Clip], **options) -> VideoDataset:
         "max_num_frames": args.max_num_frames,
         "video_backend": args.video_backend,
     }
+    read_ahead.finish()
     if args.video_reshape_mode == "none":
         videos = VideoDataset(clips, chosen_buckets(args), **options)
     else:
