@@ -270,7 +270,7 @@ def test_a_file_that_is_gone_is_named_although_it_was_sampled(tmp_path):
         hashes.hash_files([path])
 
 
-@pytest.mark.parametrize("num_items", [0, 1, 7, 1000])
+@pytest.mark.parametrize("num_items", [0, 1, 7, 2000])
 @pytest.mark.parametrize("slow_from", [0, 1, 500, 10_000])
 def test_what_is_read_in_threads_keeps_its_order_and_is_read_once(num_items, slow_from):
     seen, threads = [], set()
@@ -284,5 +284,5 @@ def test_what_is_read_in_threads_keeps_its_order_and_is_read_once(num_items, slo
 
     assert list(hashes.in_threads(read, range(num_items))) == [-item for item in range(num_items)]
     assert sorted(seen) == list(range(num_items))
-    if slow_from == 0 and num_items == 1000:
+    if slow_from == 0 and num_items == 2000:
         assert len(threads) > 2  # a disk that is waited for

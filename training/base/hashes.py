@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 SETTLED_SECONDS = 0.1
 SAMPLED_BYTES = 2**16  # bytes
 MAX_LOT = 32  # files read in one task
-QUICK_SECONDS = 50e-6  # to look at a file on a local disk, read its ends from the page cache
+QUICK_SECONDS = 50e-6  # to look at a file on a local disk, or read its ends from the page cache
+PATIENCE_SECONDS = 0.2  # for other work, such as reading a folder's cache, before threads are started
 LOG_ABOVE_BYTES = 2**30  # bytes; larger files take seconds to read
 BLOB_NAME = re.compile(
     r"[0-9a-f]{64}"
@@ -91,11 +92,11 @@ class HashCache(FileCache):
             raise UsageError(f"{real}: other bytes than were downloaded into the hub's cache; delete it and run again")
         return digest
 
-    def sampled(self, path: Path) -> str:
+    def sampled(self, path: str | Path) -> str:
         """The file's `sampled_hash`."""
         return self.find(path, "sampled tensors" if is_tensor_file(path) else "sampled", sampled_hash)
 
-    def find(self, path: Path, name: str, read: Callable[[Path], str]) -> str:
+    def find(self, path: str | Path, name: str, read: Callable[[str | Path], str]) -> str:
         """The hash of that name; from `read` if it is not known."""
         place = real_file(path)
         known = self.entry_of(*place)
@@ -157,7 +158,7 @@ def short_hash(name: str) -> str:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
 
 
-def sampled_hash(path: Path) -> str:
+def sampled_hash(path: str | Path) -> str:
     """Cheap content hash from size, start and end, two reads; tells apart files that may appear under the same name.
 
     For safetensors, the header is left out, since it also holds metadata.
@@ -174,11 +175,11 @@ def sampled_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_tensor_file(path: Path) -> bool:
+def is_tensor_file(path: str | Path) -> bool:
     return os.path.splitext(path)[1] == ".safetensors"  # `path.suffix` in less time
 
 
-def hash_files(paths: Sequence[Path]) -> str:
+def hash_files(paths: Sequence[str | Path]) -> str:
     """A combined `sampled_hash` of files; sampled because there may be terabytes."""
     try:
         with HashCache() as cache:
@@ -195,12 +196,13 @@ def in_threads(read: Callable, items: Sequence) -> Iterator:
     """
     size = max(1, min(MAX_LOT, len(items) // 64))
     lots = (items[first : first + size] for first in range(0, len(items), size))
+    late = -PATIENCE_SECONDS
     for lot in lots:
         begun = time.perf_counter()
         results = [read(item) for item in lot]
-        is_slow = time.perf_counter() - begun > QUICK_SECONDS * len(lot)
+        late += time.perf_counter() - begun - QUICK_SECONDS * len(lot)
         yield from results
-        if is_slow:
+        if late > 0:
             break
     with ThreadPoolExecutor(8) as pool:
         for results in pool.map(lambda lot: [read(item) for item in lot], lots):
