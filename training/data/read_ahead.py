@@ -52,6 +52,7 @@ def read_until_asked(args, asked) -> None:
     from data.headers import Header
 
     ignore_group_signals()
+    os.nice(5)  # where cores are few, the imports go first
     keep_freed_memory()
     logging.disable(logging.CRITICAL)  # the script says all that there is to say
     with contextlib.suppress(UserError), HeaderCache() as cache:
