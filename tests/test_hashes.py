@@ -5,12 +5,14 @@ import json
 import multiprocessing
 import os
 import stat
+import threading
+import time
 import tracemalloc
 
 import pytest
 
 from base import hashes
-from base.errors import UsageError
+from base.errors import DataError, UsageError
 from base.hashes import HashCache, file_hash
 
 
@@ -208,3 +210,79 @@ def test_any_bytes_can_be_sampled(content, tmp_path):
     for other in (content + b"m", b"m" + content, content[:-1] + b"mm"):
         (tmp_path / "a.mp4").write_bytes(other)
         assert hashes.sampled_hash(tmp_path / "a.mp4") != first
+
+
+# ---------------------------------------------------------------- sampled hashes of many files
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """The names of files whose ends are read."""
+    names = []
+
+    def counted(path, sampled_hash=hashes.sampled_hash):
+        names.append(os.path.basename(path))
+        return sampled_hash(path)
+
+    monkeypatch.setattr(hashes, "sampled_hash", counted)
+    return names
+
+
+def test_files_are_sampled_once_and_again_where_one_changed(tmp_path, samples):
+    paths = [tmp_path / f"{number}.mp4" for number in range(100)]
+    for number, path in enumerate(paths):
+        path.write_bytes(number.to_bytes(8))
+    first = hashes.hash_files(paths)
+    assert hashes.hash_files(paths) == first and sorted(samples) == sorted(path.name for path in paths)
+    assert hashes.hash_files(paths[::-1]) != first and len(samples) == 100
+    with_time_set_back(paths[3], bytes(8))
+    changed = hashes.hash_files(paths)
+    assert changed != first and samples[100:] == ["3.mp4"]
+    with_time_set_back(paths[3], (3).to_bytes(8))
+    assert hashes.hash_files(paths) == first and samples[101:] == ["3.mp4"]
+
+
+def test_a_sampled_hash_is_kept_beside_that_of_the_whole_file(tmp_path, samples, reads):
+    (tmp_path / "a.mp4").write_bytes(b"1" * 1000)
+    for _ in range(2):
+        hashes.hash_files([tmp_path / "a.mp4"])
+        assert hash_of(tmp_path / "a.mp4") == expected(tmp_path / "a.mp4")
+    assert samples == reads == ["a.mp4"]
+
+
+def test_links_by_which_a_file_is_a_tensor_file_and_is_none_are_told_apart(tmp_path):
+    """A tensor file's header is left out of the sample: its name says what it is, not that of the file behind a link."""
+    (tmp_path / "blob").write_bytes(bytes([8, *bytes(7)]) + b"metadata" + b"1" * 100)
+    links = [tmp_path / "a.safetensors", tmp_path / "a.mp4"]
+    for link in links:
+        link.symlink_to("blob")
+    wanted = [hashes.hash_files([link]) for link in links]
+    assert [hashes.hash_files([link]) for link in reversed(links)] == wanted[::-1]
+    assert wanted[0] != wanted[1]
+
+
+def test_a_file_that_is_gone_is_named_although_it_was_sampled(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"1")
+    hashes.hash_files([path])
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.mp4: cannot be read \(No such file"):
+        hashes.hash_files([path])
+
+
+@pytest.mark.parametrize("num_items", [0, 1, 7, 2000])
+@pytest.mark.parametrize("slow_from", [0, 1, 500, 10_000])
+def test_what_is_read_in_threads_keeps_its_order_and_is_read_once(num_items, slow_from):
+    seen, threads = [], set()
+
+    def read(item):
+        if item >= slow_from:
+            time.sleep(2e-4)
+        seen.append(item)
+        threads.add(threading.get_ident())
+        return -item
+
+    assert list(hashes.in_threads(read, range(num_items))) == [-item for item in range(num_items)]
+    assert sorted(seen) == list(range(num_items))
+    if slow_from == 0 and num_items == 2000:
+        assert len(threads) > 2  # a disk that is waited for

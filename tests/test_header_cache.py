@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_written_costs_reading_alone(clip, memory, caplog
 def test_everything_of_a_header_is_kept_exactly(picture, fps):
     header = Header(VideoInfo(49, float(fps), 480, 720), picture)
     entry = json.loads(json.dumps({"stamp": [1, 2, 3], "reader": header_cache.READER, "header": to_json(header)}))
-    found = cached_header(entry, [1, 2, 3])
+    found = cached_header(entry)
     assert found == header and found.picture.is_plain == picture.is_plain
     assert type(found.picture.cautions) is tuple and type(found.info) is VideoInfo
 

@@ -10,12 +10,13 @@ captions that were edited. Clips that get no caption are named and left out; exi
 """
 
 from args import parse_caption_args
-from base import console
+from base import console, startup
 
 
 if __name__ == "__main__":  # before the heavy imports: --help answers at once
     ARGS = parse_caption_args()
     console.set_up(ARGS.verbose)
+    startup.expect_imports()
 
 import asyncio
 import contextlib

@@ -11,12 +11,15 @@ Axes: B batch, F latent frames, C latent channels, H/W latent size, S text token
 """
 
 from args import parse_training_args
-from base import console
+from base import console, startup
+from data import read_ahead
 
 
 if __name__ == "__main__":  # before the heavy imports: --help answers at once
     ARGS = parse_training_args("i2v_lora")
     console.set_up(ARGS.verbose)
+    startup.expect_imports()
+    read_ahead.start_from_args(ARGS)
 
 import functools
 

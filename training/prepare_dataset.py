@@ -11,12 +11,15 @@ command does only what is missing or has changed. Bad clips are named and left o
 """
 
 from args import parse_prepare_args
-from base import console
+from base import console, startup
+from data import read_ahead
 
 
 if __name__ == "__main__":  # before the heavy imports: --help answers at once
     ARGS = parse_prepare_args()
     console.set_up(ARGS.verbose)
+    startup.expect_imports()
+    read_ahead.start_from_args(ARGS, uses_cache=not ARGS.verify)
 
 import functools
 import logging

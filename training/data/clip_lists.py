@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.errors import DataError, first_few
-from base.hashes import short_hash
+from base.hashes import real_path, short_hash
 from data.layouts import Layout, find_layout
 from data.tables import EXPECTED_LAYOUTS, Row, collect, printable
 
@@ -35,6 +35,14 @@ class Clip(NamedTuple):
     def stable_name(self) -> str:
         """The clip's path, and window if it has one, independent of where the data root is."""
         return windowed(self.below_root or self.source, self.window)
+
+
+def read_clips_from_args(args, refused: list[tuple[Clip, str]] | None = None) -> list[Clip]:
+    """The listed clips; `refused`: rows that would stop it are left out and put there, with the reason."""
+    columns = args.caption_column, args.video_column
+    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
+    options |= {"repeats": args.repeats, "refused": refused}
+    return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 
 def read_clips(
@@ -77,26 +85,28 @@ def clips_in_layout(
     collects = refused is not None
     unread: list[tuple[Row, str]] | None = [] if collects else None
     rows, clips = layout.read(blank_captions or collects, unread), []
-    if collects:
-        refused += [(listed_clip(root, printable(row), repeats), reason) for row, reason in unread]
+    base = os.fspath(root)
     if is_found:  # captions beside the videos, and tables that were found: links may lead out
         for listing in dict.fromkeys(row.listing for row in rows if row.listing):
             resolve_inside(root, os.path.relpath(listing, root), listing, allow_outside)
     for row in rows:
-        clip, place = listed_clip(root, row, repeats), f"{row.listing or layout.listing}:{row.row}"
-        with collect(refused, clip):
-            clip = clip._replace(video=resolve_inside(root, as_on_disk(root, row.source), place, allow_outside))
-            if collects and not os.path.isfile(clip.video):
+        with collect(unread, row):
+            place = f"{row.listing or layout.listing}:{row.row}"
+            video = resolve_inside(base, as_on_disk(base, row.source), place, allow_outside)
+            clip = listed_clip(root, row, repeats, video)
+            if collects and not os.path.isfile(video):
                 refuse_missing_videos(root, layout.listing, [clip])
             clips.append(clip)
+    if collects:
+        refused += [(listed_clip(root, printable(row), repeats), reason) for row, reason in unread]
     refuse_missing_videos(root, layout.listing, [clip for clip in clips if not os.path.isfile(clip.video)])
     return clips
 
 
-def listed_clip(root: Path, row: Row, repeats: int) -> Clip:
-    """A row's clip, with its path as written."""
+def listed_clip(root: Path, row: Row, repeats: int, video: Path | None = None) -> Clip:
+    """A row's clip; without `video`, its path as written."""
     below = relative_to_root(root, row.source)
-    return Clip(Path(root, row.source), row.prompt, row.row, row.source, below, row.repeats or repeats)
+    return Clip(video or Path(root, row.source), row.prompt, row.row, row.source, below, row.repeats or repeats)
 
 
 def relative_to_root(root, source: str) -> str:
@@ -175,14 +185,18 @@ def resolve_inside(root, source: str, place: str, allow_outside: bool = False) -
     Outside by `..`, by an absolute path or by a link: a downloaded dataset must not choose which files of this machine
     are read.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source) and not os.path.isfile(os.path.join(root, source)):
+    if (
+        ":" in source
+        and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", source)
+        and not os.path.isfile(os.path.join(root, source))
+    ):
         raise DataError(f"{place}: '{source}' is a URL or protocol; only files inside {root} are read")
     base = os.path.abspath(root)
     path = os.path.normpath(os.path.join(base, source))
     if allow_outside:
         return Path(path)
     advice = "move the file inside, set --data_root above it, or pass --allow_outside_root"
-    if not any(is_inside(path, parent) for parent in (base, real_path(base))):
+    if not (is_inside(path, base) or is_inside(path, real_path(base))):
         raise DataError(f"{place}: '{source}' is outside of {root}; {advice}")
     # Resolve the folder, which is cached: 100,000 clips in one folder take a second
     real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_path(os.path.dirname(path)), "file")
@@ -191,14 +205,9 @@ def resolve_inside(root, source: str, place: str, allow_outside: bool = False) -
     return Path(path)
 
 
-@functools.lru_cache
-def real_path(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
 def is_inside(path: str, folder: str) -> bool:
     """`is_below` of absolute, normalized paths, in a tenth of the time."""
-    return path == folder or path.startswith(os.path.join(folder, ""))
+    return path == folder or path.startswith(f"{folder.rstrip(os.sep)}{os.sep}")
 
 
 def is_below(path: str, folder: str) -> bool:

@@ -5,8 +5,9 @@ import math
 
 from torch.utils.data import Dataset
 
+from data import read_ahead
 from data.buckets import Bucket, make_buckets
-from data.clip_lists import Clip, read_clips, with_id_token
+from data.clip_lists import Clip, read_clips_from_args, with_id_token
 from data.histogram import log_buckets
 from data.latents import LatentDataset
 from data.videos import VideoDataset, VideoDatasetWithResizeAndRectangleCrop
@@ -41,7 +42,8 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
             latents.repeat(args.repeats)
         return latents
     clips = read_clips_from_args(args)
-    clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
+    if args.id_token:
+        clips = [clip._replace(prompt=with_id_token(clip.prompt, args.id_token)) for clip in clips]
     videos = make_videos(
         args,
         clips,
@@ -55,14 +57,6 @@ def build_dataset_from_args(args, model, seed: int, as_listed: bool = False) -> 
         cut_into_windows(args, videos)
         videos.repeat()
     return videos
-
-
-def read_clips_from_args(args, refused: list[tuple[Clip, str]] | None = None) -> list[Clip]:
-    """The listed clips; `refused`: rows that would stop it are left out and put there, with the reason."""
-    columns = args.caption_column, args.video_column
-    options = {"allow_outside": args.allow_outside_root, "blank_captions": bool(args.id_token)}
-    options |= {"repeats": args.repeats, "refused": refused}
-    return read_clips(args.data_root, args.dataset_file, *columns, **options)
 
 
 def build_videos_from_args(args, default_fps: float) -> VideoDataset:
@@ -86,6 +80,7 @@ def make_videos(args, clips: list[Clip], **options) -> VideoDataset:
         "max_num_frames": args.max_num_frames,
         "video_backend": args.video_backend,
     }
+    read_ahead.finish()
     if args.video_reshape_mode == "none":
         videos = VideoDataset(clips, chosen_buckets(args), **options)
     else:

@@ -18,8 +18,8 @@ from av.video.reformatter import VideoReformatter
 
 from base.console import is_quiet
 from base.errors import DataError, UsageError, first_line
-from data.headers import clip_errors, decoded, formats_of, header_rate, open_video, ordered_packets, read_header
-from data.picture import SD_LINES, UNSPECIFIED, Caution, Picture, describe, frame_cautions, show
+from data.headers import clip_errors, decoded, header_rate, open_video, ordered_packets, read_header
+from data.picture import SD_LINES, UNSPECIFIED, Caution, Picture, describe, formats_of, frame_cautions, show
 
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from av.stream import Disposition
 
 from base.errors import DataError, UserError, log_traceback, named_line
 from base.file_kinds import read_head, unexpected_content
-from data.containers import boxes, file_boxes
-from data.picture import Picture, color_cautions, describe
+from data.containers import boxes
+from data.picture import Picture, color_cautions, describe, formats_of, read_movies
 
 
 MISSING_SECONDS = 0.5  # seconds by which a file may end before the length in its header
@@ -156,8 +156,9 @@ def read_header(path) -> Header:
     """VideoInfo and Picture of a video. Demuxes files whose header does not give the number of decodable frames."""
     with clip_errors(path), open_video(path) as (container, stream):
         colors = tuple(color_cautions(stream))  # from the container's tags, which the decoder may overwrite
-        counted = count_indexed(path, container, stream) or count_by_demuxing(path, container, stream)
-        picture = describe(path, container, stream, counted.first, colors)
+        movies = read_movies(path, container)
+        counted = count_indexed(path, container, stream, movies) or count_by_demuxing(path, container, stream, movies)
+        picture = describe(path, container, stream, counted.first, colors, movies)
         height, width = picture.shown(stream.codec_context.height, stream.codec_context.width)
         if counted.num_frames == 0 or height == 0 or width == 0:
             raise DataError(f"{path}: no frames in its video stream")
@@ -181,24 +182,17 @@ def measured_rate(fps: float, num_frames: int, seconds: float) -> float:
     return measured if abs(measured / fps - 1) > 0.01 else fps
 
 
-def formats_of(container) -> set[str]:
-    return set(container.format.name.split(","))
-
-
-def count_indexed(path, container, stream) -> FrameCount | None:
-    """The frames of an mp4 from its index; DataError if the file is cut off.
+def count_indexed(path, container, stream, movies: list[bytes]) -> FrameCount | None:
+    """The frames of an mp4 from its index; DataError if the file is cut off. `movies`: see `read_movies`.
 
     None if the index is not enough: fragmented files (only some fragments are read), edit lists (which hide frames),
     or a first frame that is not a key frame.
     """
-    if "mp4" not in formats_of(container):
-        return None
-    movies = list(file_boxes(path, b"moov"))
     if not movies or any(map(is_fragmented, movies)):  # none: a HEIF photo, whose rotation is not stored in a track
         return None
     entries, size = list(stream.index_entries), os.path.getsize(path)
-    there = sum(entry.pos + entry.size <= size for entry in entries)
-    if there < len(entries):
+    if beyond := [entry for entry in entries if entry.pos + entry.size > size]:
+        there = len(entries) - len(beyond)
         raise DataError(f"{path}: cut off: {there} of {len(entries)} frames are in the file; download it again")
     fps, seconds = header_rate(stream), float((stream.duration or 0) * stream.time_base)
     edited = not entries or not entries[0].is_keyframe or any(entry.is_discard for entry in entries)
@@ -213,7 +207,7 @@ def is_fragmented(movie: bytes) -> bool:
     return next(boxes(io.BytesIO(movie), 0, len(movie), (b"mvex",)), None) is not None
 
 
-def count_by_demuxing(path, container, stream) -> FrameCount:
+def count_by_demuxing(path, container, stream, movies: list[bytes]) -> FrameCount:
     """The decodable frames, from the first key frame on; DataError if the file is damaged or cut off.
 
     Reads all packets, decodes the first frame and, unless the header proves the file complete, the last ones.
@@ -221,7 +215,7 @@ def count_by_demuxing(path, container, stream) -> FrameCount:
     if "avi" in formats_of(container):
         refuse_cut_avi(path)
     stream.codec_context.thread_count = 1
-    header_length = header_seconds(path, container, stream)
+    header_length = header_seconds(container, stream, movies)
     vouched = FORMATS_WITH_LENGTH & formats_of(container) and (
         header_length or FORMATS_WITH_SIZE & formats_of(container)
     )
@@ -285,10 +279,10 @@ def damaged_after(path, num_frames: int, error: av.FFmpegError) -> DataError:
     return DataError(f"{path}: damaged after frame {num_frames} ({error.strerror}); download or export it again")
 
 
-def header_seconds(path, container, stream) -> float:
+def header_seconds(container, stream, movies: list[bytes]) -> float:
     """Length of the video track from the header, 0 if unknown (the file's length may be another track's)."""
     formats = formats_of(container)
-    if "avi" in formats or ("mp4" in formats and not any(map(is_fragmented, file_boxes(path, b"moov")))):
+    if "avi" in formats or ("mp4" in formats and not any(map(is_fragmented, movies))):
         # Already checked by `count_indexed` or `refuse_cut_avi`; this length is a guess, or from before edits
         return 0.0
     tag = stream.metadata.get("DURATION", "")  # mkv: 00:00:10.333000000

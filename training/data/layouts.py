@@ -117,8 +117,8 @@ def files_below(root: Path) -> Iterator[str]:
     """The files' paths relative to `root`; hidden ones, prepared folders and linked ones are left out."""
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name[0] != "." and not Path(folder, name, MANIFEST).is_file()]
-        below = os.path.relpath(folder, root)
-        yield from (os.path.normpath(os.path.join(below, name)) for name in names if name[0] != ".")
+        below = prefix_of(root, folder)
+        yield from (os.path.join(below, name) for name in names if name[0] != ".")
 
 
 def refuse_unsupported(path: Path) -> None:
@@ -218,8 +218,9 @@ def table_layouts(
     root: Path, names: list[str], caption_column: str | None, video_column: str | None, lenient: bool = False
 ) -> tuple[list[Layout], dict[Path, str]]:
     """Those of the metadata files and of the tables in `root` itself that list clips, and why others do not."""
+    metadata = [path for path in names if os.path.basename(path) in METADATA]
     groups = [
-        group for name in METADATA for group in in_sets([path for path in names if os.path.basename(path) == name])
+        group for name in METADATA for group in in_sets([path for path in metadata if os.path.basename(path) == name])
     ]
     others = [name for name in names if os.sep not in name and name not in (*METADATA, MANIFEST)]
     groups += [[name] for name in others if suffix_of(name) in TABLES]
@@ -260,7 +261,7 @@ def table_layout(
         if refused is not None:
             refused += broken or []
         for table, columns in zip(tables, chosen, strict=True):
-            prefix = prefix_of(root, table.path) if prefixed else ""
+            prefix = prefix_of(root, table.path.parent) if prefixed else ""
             own = table_rows(table, columns, blank_captions, refused)
             rows += [row._replace(source=os.path.join(prefix, row.source)) for row in own]
         return rows
@@ -275,10 +276,10 @@ def table_layout(
     return Layout(f"{first_few(names)}, {kind}", paths[0], columns, choice, read)
 
 
-def prefix_of(root: Path, path: Path) -> str:
-    """The table's folder below `root`; empty for `root` itself."""
-    folder = os.path.relpath(path.parent, root)
-    return "" if folder == os.curdir else folder
+def prefix_of(root: Path, folder) -> str:
+    """The folder's path below `root`; empty for `root` itself."""
+    below = os.path.relpath(folder, root)
+    return "" if below == os.curdir else below
 
 
 # ---------------------------------------------------------------- a text beside each video
@@ -290,11 +291,11 @@ def sidecar_layouts(
     """The suffixes by which at least one clip has a caption beside it; --caption_column .txt chooses one."""
     if video_column or (caption_column and caption_column not in SIDECARS):
         return []
-    known = set(names)
     clips = clips_in(names)
     found = []
     for suffix in [caption_column] if caption_column else SIDECARS:
-        captioned = {name for name in clips if beside(name, suffix) in known}
+        texts = {name for name in names if name.endswith(suffix)}
+        captioned = {name for name in clips if beside(name, suffix) in texts} if texts else set()
         if captioned:
             listed = [name for name in clips if name in captioned or is_video(name)]
             read = partial(read_sidecars, root, listed, captioned, suffix)
@@ -306,11 +307,12 @@ def sidecar_layouts(
 
 def clips_in(names: list[str]) -> list[str]:
     """Videos, and images that are not a video's thumbnail."""
-    stems = {os.path.splitext(name)[0] for name in names if is_video(name)}
+    videos = {name for name in names if is_video(name)}
+    stems = {os.path.splitext(name)[0] for name in videos}
     return [
         name
         for name in names
-        if is_video(name) or (suffix_of(name) in IMAGES and os.path.splitext(name)[0] not in stems)
+        if name in videos or (suffix_of(name) in IMAGES and os.path.splitext(name)[0] not in stems)
     ]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
-from data.containers import boxes, matroska_videos
+from data.containers import boxes, file_boxes, matroska_videos
 
 
 IDENTITY_MATRIX = (1, 0, 0, 1)
@@ -76,6 +76,8 @@ class Picture(NamedTuple):
 
     def square_pixel_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width with square pixels: the shorter pixel side is scaled up."""
+        if self.aspect == 1:
+            return height, width
         if self.aspect > 1:
             return height, round(width * self.aspect)
         return round(height / self.aspect), width
@@ -87,19 +89,30 @@ class Picture(NamedTuple):
         return (width, height) if self.matrix[0] == 0 else (height, width)
 
 
-def describe(path, container, stream, frame: av.VideoFrame | None = None, colors: tuple[Caution, ...] = ()) -> Picture:
+def formats_of(container) -> set[str]:
+    return set(container.format.name.split(","))
+
+
+def describe(
+    path,
+    container,
+    stream,
+    frame: av.VideoFrame | None = None,
+    colors: tuple[Caution, ...] = (),
+    movies: list[bytes] | None = None,
+) -> Picture:
     """The Picture of a video stream, from its headers and, if given, a decoded frame. `colors`: cautions from the
-    container's tags, taken before a frame was decoded.
+    container's tags, taken before a frame was decoded; `movies`: what `read_movies` gives, if it is known.
     """
-    formats, track, crop = container.format.name.split(","), b"", UNCROPPED
-    height, width = stream.codec_context.height, stream.codec_context.width
-    if "mp4" in formats:
-        track = read_track(path, stream.id)
-        crop = clean_aperture(sample_entry(track), height, width)
-    elif "matroska" in formats:
+    crop, height, width = UNCROPPED, stream.codec_context.height, stream.codec_context.width
+    track = find_track(read_movies(path, container) if movies is None else movies, stream.id)
+    entry = sample_entry(track)
+    if track:
+        crop = clean_aperture(entry, height, width)
+    elif "matroska" in formats_of(container):
         crop = matroska_crop(path, container.streams.video.index(stream))
     matrix = track_matrix(track) if frame is None else frame_matrix(frame)
-    cautions = [*colors, *color_cautions(stream), *layout_cautions(stream, track), *rotation_cautions(matrix)]
+    cautions = [*colors, *color_cautions(stream), *layout_cautions(stream, track, entry), *rotation_cautions(matrix)]
     if frame is not None:
         cautions += frame_cautions(frame)
     crop = sensible_crop(crop, height, width)
@@ -169,10 +182,15 @@ def nearest_quarter_turn(matrix: tuple[int, int, int, int]) -> tuple[int, int, i
     return quarter if (a or b) and (c or d) else IDENTITY_MATRIX
 
 
-def read_track(path, track_id: int) -> bytes:
-    """Content of the mp4's `trak` box with that id, empty if there is none."""
-    with open(path, "rb") as file:
-        for track in boxes(file, 0, file.seek(0, io.SEEK_END), (b"moov", b"trak")):
+def read_movies(path, container) -> list[bytes]:
+    """Contents of an mp4's `moov` boxes, of which it has one; none of other files."""
+    return list(file_boxes(path, b"moov")) if "mp4" in formats_of(container) else []
+
+
+def find_track(movies: list[bytes], track_id: int) -> bytes:
+    """Content of the `trak` box with that id, empty if there is none."""
+    for movie in movies:
+        for track in boxes(io.BytesIO(movie), 0, len(movie), (b"trak",)):
             header = first_box(track, b"tkhd")
             offset = 4 + 2 * time_bytes(header)
             if int.from_bytes(header[offset : offset + 4]) == track_id:
@@ -201,7 +219,7 @@ def upright(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def pixel_aspect(stream) -> Fraction:
-    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    aspect = stream.sample_aspect_ratio or Fraction(1)
     return aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else Fraction(1)
 
 
@@ -251,9 +269,10 @@ def color_cautions(stream) -> Iterator[Caution]:
         yield Caution(f"of a wide gamut ({gamut}), so that colours are read too pale", first + TO_BT709)
 
 
-def layout_cautions(stream, track: bytes) -> Iterator[Caution]:
-    """Interlacing, alpha, 360-degree and stereo cautions, from the stream's header and an mp4's `trak` box."""
-    entry = sample_entry(track)
+def layout_cautions(stream, track: bytes, entry: bytes) -> Iterator[Caution]:
+    """Interlacing, alpha, 360-degree and stereo cautions, from the stream's header, an mp4's `trak` box and its
+    `sample_entry`.
+    """
     if stream.codec_context.field_order not in PROGRESSIVE:
         yield INTERLACED
     if stream.metadata.get("alpha_mode") == "1":

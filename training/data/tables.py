@@ -122,7 +122,7 @@ def refuse_undecoded(place: str, text: str) -> None:
 def printable(row: Row) -> Row:
     """A refused row whose caption and path are texts that can be shown, empty where they are none."""
     texts = (SURROGATE.sub("\ufffd", text) if isinstance(text, str) else "" for text in (row.prompt, row.source))
-    return Row(row.row, *texts, row.listing)
+    return Row(row.row, *texts, row.listing, row.repeats)
 
 
 def refuse_blank(path, row: int, what: str, text: str) -> None:

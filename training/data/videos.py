@@ -7,6 +7,7 @@ happens in the workers. An image is a clip of one frame, in a bucket of one fram
 
 import logging
 import math
+import os
 import random
 from collections.abc import Sequence
 
@@ -269,7 +270,7 @@ class VideoDataset(Dataset):
 
     def hash_files(self) -> str:
         """Hash of the content of the clips' files, independent of their location."""
-        return hash_files([clip.video for clip in self.clips])
+        return hash_files([os.fspath(clip.video) for clip in self.clips])
 
 
 class VideoDatasetWithResizing(VideoDataset):

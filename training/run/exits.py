@@ -29,6 +29,7 @@ from base.files import forget_undo, free_bytes, nearest_folder, undo_all
 from base.memory_levels import HOST_LEVELS, obstacle_to_splitting_from_args
 from base.ranks import exchange_on_host, group_store
 from base.signals import INTERRUPTION, catch_signals
+from base.startup import end_imports
 from base.status import THIS_RUN, is_of_this_run, read_status, record_refusal, write_status
 from data.buckets import Bucket
 from engine.deepspeed_zero import uses_deepspeed
@@ -117,6 +118,7 @@ def run_script(main: Callable[[], None], output_dir: str | Path, resume_advice: 
     Any other error is a bug: exit code 70, with a traceback. A signal is 75, see base/signals.py. `resume_advice` says
     what the same command does next.
     """
+    end_imports()
     output_dir = Path(output_dir)
     os.environ[ERROR_LOG_VARIABLE] = str(output_dir.absolute() / "errors.log")
     THIS_RUN.__init__(launch_id())
