@@ -223,13 +223,13 @@ def make_inputs(row, work, log_path, card):
     return config
 
 
-def launcher(row):
-    """What starts a Python script on the row's GPUs."""
-    if row.gpus == 1 and "+zero2" not in row.additions:
+def launcher(gpus=1, deepspeed=False):
+    """What starts a Python script on so many GPUs."""
+    if gpus == 1 and not deepspeed:
         return [sys.executable]
-    config = ROOT / "accelerate_configs" / ("deepspeed.yaml" if "+zero2" in row.additions else "uncompiled_2.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    return [*launch, "--num_processes", row.gpus, "--gpu_ids", ",".join(map(str, range(row.gpus)))]
+    config = ROOT / "accelerate_configs" / ("deepspeed.yaml" if deepspeed else "uncompiled_2.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    return [*launch, "--num_processes", str(gpus), "--gpu_ids", ",".join(map(str, range(gpus)))]
 
 
 def measure(row, args, card):
@@ -239,7 +239,14 @@ def measure(row, args, card):
     shutil.rmtree(work / "runs" / row.label, ignore_errors=True)
     config = make_inputs(row, work, log_path, card)
     tflop = row.accumulation * step_flops(config, MODELS[row.model], row.batch, not row.is_sft) / 1e12
-    command = [*launcher(row), ROOT / "benchmarks/step_time.py", "--warmup", args.warmup, "--label", row.label]
+    command = [
+        *launcher(row.gpus, "+zero2" in row.additions),
+        ROOT / "benchmarks/step_time.py",
+        "--warmup",
+        args.warmup,
+        "--label",
+        row.label,
+    ]
     command += ["--model_tflop", tflop] + (["--memory_cap", row.cap] if row.cap else [])
     command += ["--link", row.link] if row.link else []
     run_logged([*command, "--", script_of(row), *script_flags(row, args.steps)], log_path, cwd=work)

@@ -35,7 +35,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
-from bench import RowError, card_name, rows_in, run_logged
+from bench import RowError, card_name, launcher, rows_in, run_logged
 from step_time import ROOT, append_row, check_csv, command_line, package_versions
 
 
@@ -152,10 +152,7 @@ def middle_of(steps):
 
 def command_of(args, row, output_dir):
     """The command line of one row, as argv."""
-    command = [sys.executable]
-    if row.optimizer == "deepspeed":
-        config = str(ROOT / "accelerate_configs" / "deepspeed.yaml")
-        command += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", config]
+    command = launcher(deepspeed=row.optimizer == "deepspeed")
     command += [str(ROOT / "training" / SCRIPTS[row.task]), "--pretrained_model_name_or_path", args.model]
     command += ["--data_root", args.data, "--load_tensors", "--output_dir", str(output_dir)]
     command += ["--mixed_precision", "bf16", "--seed", "42"]

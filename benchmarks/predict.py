@@ -184,9 +184,13 @@ def main():
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/speed.csv", help="rows of bench.py")
     parser.add_argument("--card", default="NVIDIA H200", help="of ROW (default: %(default)s)")
     args = parser.parse_args()
+    try:
+        args.rows = [parse_row(label) for label in args.rows]
+    except ValueError as error:
+        parser.error(str(error))
     measured = rows_in(args.csv)
     of_card = [row for row in measured if row["card"] == args.card]
-    for row in map(parse_row, args.rows):
+    for row in args.rows:
         print(f"{row.label}: {predicted_seconds(row, of_card, args.card):.3f} s/step")
     for line in [] if args.rows else cards(measured):
         print(" | ".join(line))

@@ -19,7 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import torch
-import triton
+
+
+try:
+    import triton
+except ImportError:
+    sys.exit("slower links need a GPU and Triton, which this torch has not: install torch for CUDA")
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
@@ -72,6 +77,8 @@ class SlowLink:
 def slow_down(rate: float) -> None:
     """From now on, copies of each TransferStream take at least what a link of `rate` GB/s takes. Before CUDA starts."""
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = QUEUES
+    if not torch.cuda.is_available():
+        sys.exit("slower links need a GPU, and none is available")
     links, copy = {}, host.copy_all
 
     def copy_slowly(pairs):

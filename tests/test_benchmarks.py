@@ -202,12 +202,12 @@ def test_full_fine_tuning_runs_at_its_levels_and_is_validated_in_whole_frames():
 
 def test_a_row_of_several_gpus_starts_a_process_for_each():
     row = bench.parse_row("2b-checkpointing+zero2+gpus2+sft+batch4")
-    launch = " ".join(map(str, bench.launcher(row)))
+    launch = " ".join(bench.launcher(row.gpus, deepspeed=True))
     assert "accelerate_configs/deepspeed.yaml --num_processes 2 --gpu_ids 0,1" in launch
     assert "--train_batch_size 4" in " ".join(bench.script_flags(row, steps=20))  # of each
-    launch = " ".join(map(str, bench.launcher(bench.parse_row("5b-balanced+gpus4"))))
+    launch = " ".join(bench.launcher(bench.parse_row("5b-balanced+gpus4").gpus))
     assert "uncompiled_2.yaml --num_processes 4 --gpu_ids 0,1,2,3" in launch
-    assert bench.launcher(bench.parse_row("5b-balanced")) == [sys.executable]
+    assert bench.launcher(bench.parse_row("5b-balanced").gpus) == [sys.executable]
 
 
 @pytest.mark.parametrize(

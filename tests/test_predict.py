@@ -58,3 +58,10 @@ def test_a_card_is_predicted_to_take_what_memory_auto_takes():
     assert predict.predict(large, 32, "5b", True, rows).level == "balanced"
     assert predict.predict(large, 96, "5b", False, rows).seconds < found.seconds
     assert predict.cell(None) == "-" and predict.cell(found).startswith(f"{found.seconds:.1f} s (offload, ")
+
+
+def test_a_row_of_no_table_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["predict.py", "5b-x"])
+    with pytest.raises(SystemExit, match="^2$"):
+        predict.main()
+    assert "error: 5b-x: 5b-x is no MODEL-LEVEL" in capsys.readouterr().err
