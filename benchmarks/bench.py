@@ -7,6 +7,7 @@
 
 A row is MODEL-LEVEL plus additions, see the tables at the top of this file. Each runs in its own process under
 step_time.py, on a model of the real size with random weights and random prepared data, made once in the work folder.
+Only a +validated row writes its result.
 With +gpusN, a batch per GPU and figures of the first; host memory is then the sum over the processes after the first
 step. Rows that the CSV already has for this GPU are skipped. A failed row is reported with the last line of its log and not
 written; the others continue, and the exit code is 1.
@@ -249,6 +250,7 @@ def measure(row, args, card):
     ]
     command += ["--model_tflop", tflop] + (["--memory_cap", row.cap] if row.cap else [])
     command += ["--link", row.link] if row.link else []
+    command += [] if row.is_validated or row.level == "reference" else ["--no_result"]
     run_logged([*command, "--", script_of(row), *script_flags(row, args.steps)], log_path, cwd=work)
     check_videos(row, args, log_path)
     lines = log_path.read_text(errors="replace").splitlines()

@@ -12,7 +12,7 @@
 Each row is an optimizer, with the loss on fixed noise and timesteps before and after. With --original, rows are the
 LoRAs of original_memory.csv (the original's published figures for one GPU), with the same optimizer, batch size and
 rank. What the original trained with checkpointing runs at --level, what it trained without runs at --memory speed. With
---tasks sft they are those of its full fine-tuning: AdamW with batch 1 at balanced, all others at offload.
+--tasks sft they are those of its full fine-tuning, at offload; their results are not written.
 
 Each run trains, validates halfway (after at least two updates, since optimizer states are allocated at the first), and
 tests at the end, with 2 denoising steps: the peak does not depend on their number. The text encoder may be tiny, since
@@ -111,8 +111,7 @@ def name_of(original):
 def levels_of(original):
     """The levels that our counterpart may have run at."""
     if original["method"] == "sft":
-        resident = (ORIGINAL_OPTIMIZERS[original["optimizer"]], original["batch"]) == ("adamw", "1")
-        return ("balanced",) if resident else ("offload",)
+        return ("offload",)
     return LEVELS if original["gradient_checkpointing"] == "True" else ("speed",)
 
 
@@ -153,6 +152,8 @@ def middle_of(steps):
 def command_of(args, row, output_dir):
     """The command line of one row, as argv."""
     command = launcher(deepspeed=row.optimizer == "deepspeed")
+    if row.task == "sft":  # a result of gigabytes
+        command += [str(ROOT / "benchmarks/step_time.py"), "--no_result", "--"]
     command += [str(ROOT / "training" / SCRIPTS[row.task]), "--pretrained_model_name_or_path", args.model]
     command += ["--data_root", args.data, "--load_tensors", "--output_dir", str(output_dir)]
     command += ["--mixed_precision", "bf16", "--seed", "42"]

@@ -133,6 +133,13 @@ def cap_memory(torch, gib):
     torch.cuda._lazy_call(cap)  # lazily: the script must set the allocator's options before CUDA starts
 
 
+def leave_out_result():
+    """Let training scripts neither rehearse, write nor check the result: no part of a step, and minutes of a model."""
+    from run import result
+
+    result.rehearse_end = result.save = lambda *values: None
+
+
 def run_script(command):
     """Run `command` = [script, *flags] as __main__ in this process; returns its exit code, 1 for a traceback."""
     sys.argv = list(command)
@@ -258,6 +265,7 @@ def parse_args(argv):
     parser.add_argument("--label", default="", help="name of the row")
     parser.add_argument("--memory_cap", type=float, metavar="GIB", help="the most that torch may reserve on the GPU")
     parser.add_argument("--link", type=float, metavar="GB/S", help="slower copies between GPU and host, slow_link.py")
+    parser.add_argument("--no_result", action="store_true", help="of training/: the result is not written")
     parser.add_argument("--deterministic", action="store_true", help="torch's deterministic algorithms, slower")
     parser.add_argument("--model_tflop", type=float, help="of a step, by flops.py: gives the model FLOP utilisation")
     return parse_before_script(parser, argv)
@@ -280,6 +288,8 @@ def main():
         from slow_link import slow_down  # needs Triton
 
         slow_down(args.link)
+    if args.no_result:
+        leave_out_result()
     exit_code = run_script(args.command)
     row = summarise(clock, args, exit_code)
     if os.environ.get("RANK", "0") == "0":

@@ -79,9 +79,8 @@ def latest(rows):
     return sorted(pairs, key=lambda pair: (models.index(pair[0].model), levels.index(pair[0].level), pair[0].label))
 
 
-def level_of(row):
+def level_of(row, shown_elsewhere=r"@|\+sft|\+gpus|\+link|\+zero2"):
     """The level and its additions as text, except those that have their own column."""
-    shown_elsewhere = r"@|\+cap|\+validated|\+xxl" if row.cap else r"@|\+sft|\+gpus|\+link|\+zero2"
     added = [name.lstrip("+") for name in row.additions if not re.match(shown_elsewhere, name)]
     return ", ".join([row.level, *(re.sub(r"^(batch|rank|accum)", r"\1 ", name) for name in added)])
 
@@ -148,8 +147,8 @@ def speed_cells(row, figures, pairs, originals, words):
 
 
 def relative_time(row, figures, pairs):
-    """Relative to the same row at `balanced`, on the same GPU; "" if that was not measured."""
-    label = row.label.replace(f"-{row.level}", "-balanced", 1)
+    """Relative to `balanced` with the same attention, on the same GPU; "" if that was not measured."""
+    label = f"{row.model}-balanced+sft" + "".join(name for name in row.additions if name.startswith("@"))
     found = [other for kind, other in pairs if kind.label == label and other["card"] == figures["card"]]
     return f"{float(figures['median_s']) / float(found[0]['median_s']):.2f}" if found else ""
 
@@ -166,7 +165,7 @@ def fits_cells(row, figures, pairs, originals, words):
     minutes = minutes_of(row, figures, pairs)
     time = "" if minutes is None else f"{minutes:.0f} {words['minutes']}"
     return [
-        f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row), text_encoder_of(row, words),
+        f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row, r"@|\+cap|\+validated|\+xxl"), text_encoder_of(row, words),
         gib(figures, "reserved_gib"), gib(figures, "host_gib"), time, words["yes" if row.is_validated else "no"],
         figures["card"].removeprefix("NVIDIA "),
     ]  # fmt: skip
@@ -211,15 +210,16 @@ def versions_of(rows):
 CELLS = {"speed": speed_cells, "sft": sft_cells, "gpus": gpus_cells, "links": links_cells, "fits": fits_cells}
 
 
-def table_of(row):
-    """The kind of table that shows a row."""
-    if row.cap is not None:
-        return "fits"
+def tables_of(row):
+    """The kinds of table that show a row."""
     if row.link:
-        return "links"
+        return {"links"}
     if row.gpus > 1 or "+zero2" in row.additions:
-        return "gpus"
-    return "sft" if row.is_sft else "speed"
+        return {"gpus"}
+    kinds = {"fits"} if row.cap else set()
+    if row.is_sft:
+        return kinds | {"sft"}
+    return kinds or {"speed"}
 
 
 def markdown(cells):
@@ -229,7 +229,7 @@ def markdown(cells):
 def table(kind, page_name, rows, originals):
     """The table as Markdown, with the versions below it; "" without rows."""
     measured, cells = latest(rows), CELLS[kind]
-    pairs = [pair for pair in measured if table_of(pair[0]) == kind]
+    pairs = [pair for pair in measured if kind in tables_of(pair[0])]
     if not pairs:
         return ""
     if kind == "fits":

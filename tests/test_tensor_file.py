@@ -102,10 +102,33 @@ def test_a_disk_that_keeps_other_bytes_is_found_out(tmp_path):
 
 def test_nothing_is_hashed_where_nobody_asks(tmp_path, monkeypatch):
     """A prepared clip has no manifest, nor has the result of a run."""
-    monkeypatch.setattr(tensor_file, "ThreadPoolExecutor", lambda *values: pytest.fail("hashed"))
+    monkeypatch.setattr(tensor_file, "Hasher", lambda *values: pytest.fail("hashed"))
     save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
     with files.replaced_folder(tmp_path / "transformer") as folder:
         save_tensors(folder / "a.safetensors", {"x": torch.ones(3)})
+
+
+def test_a_tensor_is_made_while_the_one_before_is_written_and_no_earlier(tmp_path, monkeypatch):
+    """A model's tensors come from the GPU: neither waits for the other, and at most two are in memory."""
+    alive, made = weakref.WeakSet(), []
+
+    def tensor_of(name):
+        tensor = torch.full((2**16,), float(len(made)))
+        alive.add(tensor.untyped_storage())
+        made.append(len(alive))
+        return tensor
+
+    sizes = {f"{number}": (torch.float32, [2**16]) for number in range(9)}
+    tensor_file.write_as_library(tmp_path / "a.safetensors", sizes, tensor_of)
+    assert len(made) == 9 and max(made) <= 3
+    assert [int(tensor[0]) for _, tensor in read_tensors(tmp_path / "a.safetensors")] == list(range(9))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_full_disk_is_an_error_whichever_tensor_it_is(count):
+    """Though a thread writes."""
+    with pytest.raises(OSError, match="No space left"):
+        save_tensors(Path("/dev/full"), {f"{number}": torch.zeros(2**16) for number in range(count)})
 
 
 # ---------------------------------------------------------------- read, and hashed as it is read

@@ -37,26 +37,34 @@ MAX_HEADER_BYTES = 100_000_000  # the library's limit
 Sizes = dict[str, tuple[torch.dtype, Iterable[int]]]  # name -> dtype, shape
 
 
-class Hasher:
-    """SHA-256 of pieces, each hashed in a thread of `pool` while the caller goes on; it must not change meanwhile."""
+class Behind:
+    """Gives pieces to `action`, each in a thread of `pool` while the caller goes on; they must not change meanwhile."""
 
-    def __init__(self, pool: ThreadPoolExecutor):
-        self.pool, self.sha256 = pool, hashlib.sha256()
-        self.piece, self.last = None, None  # being hashed
+    def __init__(self, pool: ThreadPoolExecutor, action: Callable):
+        self.pool, self.action = pool, action
+        self.piece, self.last = None, None  # at work
 
     def update(self, piece) -> None:
         self.wait()
         self.piece = piece
-        self.last = self.pool.submit(self.hash_piece)
+        self.last = self.pool.submit(self.act)
 
-    def hash_piece(self) -> None:
-        self.sha256.update(self.piece)
+    def act(self) -> None:
+        self.action(self.piece)
         self.piece = None  # its memory is free as soon as `wait` returns
 
     def wait(self) -> None:
-        """Until all pieces are hashed."""
+        """Until it is done with all pieces; raises what `action` raised."""
         if self.last:
             self.last.result()
+
+
+class Hasher(Behind):
+    """SHA-256 of pieces."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self.sha256 = hashlib.sha256()
+        super().__init__(pool, self.sha256.update)
 
     def hexdigest(self) -> str:
         self.wait()
@@ -98,7 +106,7 @@ def encoded(header: dict, alignment: int = 8, sort_keys: bool = False) -> bytes:
 
 
 def write_file(path: Path, header: bytes, names: Iterable[str], tensor_of: Callable[[str], torch.Tensor]) -> None:
-    """The header, then the tensors, requested one by one: never two in memory."""
+    """The header, then the tensors, each requested while the one before is written: never three in memory."""
     with written_pieces(path) as write:
         write(header)
         for name in names:
@@ -106,27 +114,29 @@ def write_file(path: Path, header: bytes, names: Iterable[str], tensor_of: Calla
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    tensor = tensor.detach().contiguous()
+    if tensor.is_cuda:  # into memory that torch has pinned and uses again: new pages cost more than the copy
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager
 def written_pieces(path: Path):
-    """A function that appends to the new file. If a manifest needs its hash, a thread hashes while it is written."""
+    """A function that appends to the new file, and hashes for the manifest if one is asked for, in other threads."""
     hashes = hashes_for_manifest(path)
-    if hashes is None:
-        with open(path, "wb") as file:
-            yield file.write
-        return
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
-        hasher = Hasher(pool)
+    with open(path, "wb") as file, ThreadPoolExecutor(2) as pool:
+        writer, hasher = Behind(pool, file.write), None if hashes is None else Hasher(pool)
 
         def write(piece) -> None:
-            hasher.update(piece)
-            file.write(piece)
-            hasher.wait()
+            writer.wait()
+            if hasher:
+                hasher.update(piece)
+            writer.update(piece)
 
         yield write
-    hashes[file_identity(path)] = hasher.hexdigest()
+        writer.wait()
+    if hasher:
+        hashes[file_identity(path)] = hasher.hexdigest()
 
 
 # ---------------------------------------------------------------- read

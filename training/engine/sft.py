@@ -80,8 +80,8 @@ def save_shards(model: nn.Module, weights: Mapping[str, torch.Tensor], dtype: to
 
 
 def in_result(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A trained weight as the result has it, on the host."""
-    return rounded(weight.detach(), dtype).cpu()
+    """A trained weight as the result has it."""
+    return rounded(weight.detach(), dtype)
 
 
 def forget_source(config_path: Path) -> None:
@@ -99,8 +99,11 @@ def check_saved_transformer(
     missing = trained.copy()
     for path in sorted(Path(directory, SUBFOLDER).glob("*.safetensors")):
         for name, tensor in read_tensors(path):
-            if name in trained and not torch.equal(tensor, in_result(weights[name], dtype)):
-                raise RuntimeError(f"{path}: {name} differs after saving")
+            if name in trained:
+                expected = in_result(weights[name], dtype)
+                if not torch.equal(tensor.to(expected.device), expected):
+                    raise RuntimeError(f"{path}: {name} differs after saving")
+                del expected
             del tensor  # before the next is read
             missing.discard(name)
     if missing:
