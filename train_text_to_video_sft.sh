@@ -8,7 +8,7 @@
 #
 # Prepared data belongs to one model: use a different folder for another MODEL.
 #
-# Hardware: with prepared data of 49x480x720 at batch 1, MEMORY=balanced takes 25.9 GiB of GPU memory for CogVideoX-2b,
+# Hardware: with prepared data of 49x480x720 at batch 1, MEMORY=balanced takes 25.8 GiB of GPU memory for CogVideoX-2b,
 # 76.5 GiB for 5b; with MEMORY= it is about as much. MEMORY=offload keeps optimizer states, gradients and
 # activations in host memory: 6.2 GiB of GPU and 25 GiB of host memory for 2b, 1.03 s per update on an H200; 15.1 GiB,
 # 73 GiB and 3.13 s for 5b. If nothing fits, the script exits with one line. MEMORY=plan estimates all

@@ -4,7 +4,7 @@
     python benchmarks/draw_memory.py
 
 Bars show GiB reserved from benchmarks/original_memory.csv and, written by memory_rows.py --original, from
-benchmarks/lora_memory.csv and optimizers.csv. Rows that were not measured are left out; a model without any gets no
+benchmarks/lora_memory.csv and sft_memory.csv. Rows that were not measured are left out; a model without any gets no
 figure. Where the original ran out of memory, its bar is missing.
 """
 
@@ -22,7 +22,7 @@ from step_time import ROOT
 
 
 MODELS = ("2b", "5b")
-FILES = {"lora": "lora_memory.csv", "sft": "optimizers.csv"}
+FILES = {"lora": "lora_memory.csv", "sft": "sft_memory.csv"}
 SHORT_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradients": "AdamW on the CPU"}
 COLOURS = {"original": "0.72", "ours": "#123f7d"}  # light and dark: distinguishable without colour
 BAR = 0.45  # bar height, relative to the distance between rows

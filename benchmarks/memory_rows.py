@@ -6,7 +6,7 @@
     python benchmarks/memory_rows.py benchmarks/optimizers.csv --model models/2b --data data/random --label 2b
     python benchmarks/memory_rows.py benchmarks/lora_memory.csv --model models/2b --data data/random --label 2b --original
 
-    python benchmarks/memory_rows.py benchmarks/optimizers.csv --model models/5b --data data/random --label 5b --original \
+    python benchmarks/memory_rows.py benchmarks/sft_memory.csv --model models/2b --data data/random --label 2b --original \
         --tasks sft
 
 Each row is an optimizer, with the loss on fixed noise and timesteps before and after. With --original, rows are the

@@ -6,7 +6,7 @@
 
 A step is a forward and a backward pass. Each takes the time of its compute or of its copies one way over the link,
 whichever is longest, since they overlap. Compute is the model's FLOPs at the utilisation measured (the
-5b-balanced@cudnn row for a LoRA, 5b-balanced+sft@fa4 for full fine-tuning); copies are counted in closed form
+5b-balanced@cudnn row for a LoRA, 5b-balanced+sft@cudnn for full fine-tuning); copies are counted in closed form
 below. A test holds this to every row that was measured at a slower link. The level, and the share of optimizer states on
 the GPU, are those of --memory auto.
 """
@@ -49,7 +49,7 @@ HOSTS = (32, 64, 96)  # GB
 IN_USE = 1, 6  # GB of the card and of the host, by others
 FORWARD = 0.27  # of a step's compute: 0.686 of 2.562 s of 5b, 0.267 of 0.977 s of 2b, full fine-tuning on an H200
 NOT_LINKED = 54.0  # GB/s, PCIe 5 x16 of the H200
-UTILISATION = {True: "5b-balanced@cudnn", False: "5b-balanced+sft@fa4"}  # is it a LoRA?
+UTILISATION = {True: "5b-balanced@cudnn", False: "5b-balanced+sft@cudnn"}  # is it a LoRA?
 
 
 # ---------------------------------------------------------------- a run

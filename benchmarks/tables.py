@@ -5,7 +5,7 @@
 
 Rows come from benchmarks/speed.csv; of repeated rows for one GPU, the last counts. The original's speed comes from
 benchmarks/original_speed.csv, its memory from benchmarks/original_memory.csv, next to ours from lora_memory.csv and
-optimizers.csv. Rows on several GPUs stand beside the same row on one; rows on slower links, and cards that were not
+sft_memory.csv. Rows on several GPUs stand beside the same row on one; rows on slower links, and cards that were not
 measured, beside what predict.py says. Capped rows may share the GPU and then have no time: they show the time of the same model and level
 without a cap on the same GPU, which is the same, or else their own. A table without rows is left empty.
 """
@@ -321,12 +321,11 @@ def original_table_of_files(page_name):
     """`original_table` from the files in benchmarks/."""
     with open(ORIGINAL_ROWS, newline="") as file:
         originals = list(csv.DictReader(file))
-    loras, optimizers = (rows_in(ROOT / f"benchmarks/{name}.csv") for name in ("lora_memory", "optimizers"))
     pairs = [
         pair
-        for task, measured in (("lora", loras), ("sft", optimizers))
+        for task in ("lora", "sft")
         for model in ("2b", "5b")
-        for pair in side_by_side(model, measured, task)
+        for pair in side_by_side(model, rows_in(ROOT / f"benchmarks/{task}_memory.csv"), task)
     ]
     return original_table(page_name, originals, pairs)
 

@@ -587,7 +587,7 @@ def test_figures_of_memory_are_drawn_of_the_rows_that_both_have(tmp_path, monkey
     assert draw_memory.bars_of(pairs, "after_testing") == ([24.234, 24.234, 24.709], [0, 3, 2])
     assert draw_memory.levels_of(pairs) == "speed without checkpointing, stream with checkpointing"
     trained = {"label": "5b sft adamw batch 1 offload", "exit_code": 0, "card": "NVIDIA H200"} | figures
-    step_time.append_row(tmp_path / "optimizers.csv", dict.fromkeys(memory_rows.FIELDS) | trained, memory_rows.FIELDS)
+    step_time.append_row(tmp_path / "sft_memory.csv", dict.fromkeys(memory_rows.FIELDS) | trained, memory_rows.FIELDS)
     monkeypatch.setattr("sys.argv", ["draw_memory.py", "--csv", str(tmp_path), "--out", str(tmp_path)])
     draw_memory.main()
     assert "3 rows" in capsys.readouterr().out

@@ -223,7 +223,7 @@ def check_benchmark(name, argv, monkeypatch):
     """Up to the calls that would write gigabytes or train for minutes."""
     num_rows = len(memory_rows.SCRIPTS) * len(memory_rows.OPTIMIZERS)
     if "--original" in argv:
-        num_rows = len(memory_rows.read_originals("2b"))
+        num_rows = len(memory_rows.read_originals("2b", "sft" if "sft" in argv else "lora"))
     module, worker, num_calls = {
         "benchmarks/random_pipeline.py": (random_pipeline, "write_pipeline", 1),
         "benchmarks/random_dataset.py": (random_dataset, "write_dataset", 1),
@@ -650,7 +650,7 @@ LORA, SFT = "train_text_to_video_lora.sh", "train_text_to_video_sft.sh"
         (LORA, "speed", "2b-stream+cap5.5+validated+xxl@cudnn", "4.1 GiB", None, None),
         ("train_image_to_video_lora.sh", "speed", "5b-stream@fa4", "4.4 GiB", None, None),
         ("train_image_to_video_lora.sh", "speed", "5b-balanced@fa4", "22.1 GiB", None, None),
-        (SFT, "speed", "2b-balanced+sft@fa4", "25.9 GiB", None, None),
+        (SFT, "speed", "2b-balanced+sft@fa4", "25.8 GiB", None, None),
         (SFT, "speed", "5b-balanced+sft@fa4", "76.5 GiB", None, None),
         (SFT, "speed", "2b-offload+sft@fa4", "6.2 GiB", "25 GiB", "1.03 s"),
         (SFT, "speed", "5b-offload+sft@fa4", "15.1 GiB", "73 GiB", "3.13 s"),

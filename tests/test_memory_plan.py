@@ -54,7 +54,7 @@ def calibration():
 def measured_rows():
     """(file, command, GiB allocated, reserved, on the host, most that torch could have, (earlier masters, vae)) of each run."""
     columns = {"results": ("", "host_gib"), "speed": ("", "host_gib")}
-    columns |= dict.fromkeys(("optimizers", "lora_memory"), ("_peak_", "host_peak_gib"))
+    columns |= dict.fromkeys(("optimizers", "lora_memory", "sft_memory"), ("_peak_", "host_peak_gib"))
     held_to = calibration()
     for name, (before, host) in columns.items():
         with open(ROOT / "benchmarks" / f"{name}.csv", newline="") as file:
