@@ -7,10 +7,9 @@
 
 A row is MODEL-LEVEL plus additions, see the tables at the top of this file. Each runs in its own process under
 step_time.py, on a model of the real size with random weights and random prepared data, made once in the work folder.
-Only a +validated row writes its result.
-With +gpusN, a batch per GPU and figures of the first; host memory is then the sum over the processes after the first
-step. Rows that the CSV already has for this GPU are skipped. A failed row is reported with the last line of its log and not
-written; the others continue, and the exit code is 1.
+Only a +validated row writes its result. With +gpusN, a batch per GPU and figures of the first; host memory is then the
+sum over the processes after the first step. Rows that the CSV already has for this GPU are skipped. A failed row is
+reported with the last line of its log and not written; the others continue, and the exit code is 1.
 """
 
 import csv

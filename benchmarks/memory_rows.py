@@ -5,7 +5,6 @@
     python benchmarks/random_dataset.py data/random --num_clips 8
     python benchmarks/memory_rows.py benchmarks/optimizers.csv --model models/2b --data data/random --label 2b
     python benchmarks/memory_rows.py benchmarks/lora_memory.csv --model models/2b --data data/random --label 2b --original
-
     python benchmarks/memory_rows.py benchmarks/sft_memory.csv --model models/2b --data data/random --label 2b --original \
         --tasks sft
 

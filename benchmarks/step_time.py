@@ -134,7 +134,7 @@ def cap_memory(torch, gib):
 
 
 def leave_out_result():
-    """Let training scripts neither rehearse, write nor check the result: no part of a step, and minutes of a model."""
+    """Let the scripts of training/ neither rehearse nor write the result: no part of a step, and a minute for 5b's."""
     from run import result
 
     result.rehearse_end = result.save = lambda *values: None
@@ -265,7 +265,7 @@ def parse_args(argv):
     parser.add_argument("--label", default="", help="name of the row")
     parser.add_argument("--memory_cap", type=float, metavar="GIB", help="the most that torch may reserve on the GPU")
     parser.add_argument("--link", type=float, metavar="GB/S", help="slower copies between GPU and host, slow_link.py")
-    parser.add_argument("--no_result", action="store_true", help="of training/: the result is not written")
+    parser.add_argument("--no_result", action="store_true", help="scripts of training/ write no result")
     parser.add_argument("--deterministic", action="store_true", help="torch's deterministic algorithms, slower")
     parser.add_argument("--model_tflop", type=float, help="of a step, by flops.py: gives the model FLOP utilisation")
     return parse_before_script(parser, argv)

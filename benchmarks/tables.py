@@ -6,8 +6,9 @@
 Rows come from benchmarks/speed.csv; of repeated rows for one GPU, the last counts. The original's speed comes from
 benchmarks/original_speed.csv, its memory from benchmarks/original_memory.csv, next to ours from lora_memory.csv and
 sft_memory.csv. Rows on several GPUs stand beside the same row on one; rows on slower links, and cards that were not
-measured, beside what predict.py says. Capped rows may share the GPU and then have no time: they show the time of the same model and level
-without a cap on the same GPU, which is the same, or else their own. A table without rows is left empty.
+measured, beside what predict.py says. Capped rows may share the GPU and then have no time: they show the time of the
+same model and level without a cap on the same GPU, which is the same, or else their own. Those of full fine-tuning
+stand in its table, too. A table without rows is left empty.
 """
 
 import csv
@@ -165,7 +166,8 @@ def fits_cells(row, figures, pairs, originals, words):
     minutes = minutes_of(row, figures, pairs)
     time = "" if minutes is None else f"{minutes:.0f} {words['minutes']}"
     return [
-        f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row, r"@|\+cap|\+validated|\+xxl"), text_encoder_of(row, words),
+        f"{row.cap:g} GiB", NAMES[row.model], size_of(row), level_of(row, r"@|\+cap|\+validated|\+xxl"),
+        text_encoder_of(row, words),
         gib(figures, "reserved_gib"), gib(figures, "host_gib"), time, words["yes" if row.is_validated else "no"],
         figures["card"].removeprefix("NVIDIA "),
     ]  # fmt: skip
