@@ -547,11 +547,18 @@ def test_what_a_full_gpu_held_is_gone_before_weights_come_back(tiny, monkeypatch
 class Placements:
     """render_videos on a GPU that is not there: which models were placed how, and what each attempt rendered."""
 
+    tiles = False
+
     def __init__(self, monkeypatch, fails=()):
-        self.offloads, self.fails, self.batches = [], list(fails), []
+        self.monkeypatch, self.offloads, self.fails, self.batches = monkeypatch, [], list(fails), []
         monkeypatch.setattr(render_module, "placed", self.placed)
         monkeypatch.setattr(render_module, "render_one", self.render_one)
         monkeypatch.setattr(render_module, "write_video", lambda *given: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        self.set_free(0)
+
+    def set_free(self, gib):
+        self.monkeypatch.setattr(render_module, "free_gpu_bytes", lambda device: gib * 2**30)
 
     @contextlib.contextmanager
     def placed(self, pipe, device, offload):
@@ -567,8 +574,10 @@ class Placements:
     def render(self, level, directory, *flags):
         transformer = torch.nn.Module()
         transformer.forward = lambda hidden, *rest, **shared: (self.batches.append(len(hidden)) or hidden,)
-        pipe = types.SimpleNamespace(transformer=transformer, set_progress_bar_config=lambda **options: None)
+        vae = types.SimpleNamespace(use_tiling=self.tiles, dtype=torch.bfloat16)
+        pipe = types.SimpleNamespace(transformer=transformer, vae=vae, set_progress_bar_config=lambda **options: None)
         samples = types.SimpleNamespace(prompts=["a ball"], make_pipeline=lambda transformer: pipe, fps=8)
+        samples.size = (49, 480, 720)
         argv = ["--pretrained_model_name_or_path", "m", "--data_root", "d", *flags]
         run = types.SimpleNamespace(rank=0, num_ranks=1, device=torch.device("cuda"))
         engine = types.SimpleNamespace(transformer=transformer, level=level)
@@ -584,6 +593,20 @@ def test_levels_that_save_memory_have_one_model_on_the_gpu_from_the_start(level,
     with pytest.raises(torch.cuda.OutOfMemoryError):  # nothing is left to save: not denoised a second time
         placements.render(level, tmp_path)
     assert placements.offloads == [True]
+
+
+@pytest.mark.parametrize("level", ["offload", "stream"])
+def test_the_transformer_stays_on_the_gpu_where_the_vae_has_room_beside_it(level, monkeypatch, tmp_path):
+    """At 49x480x720: 3.5 GiB. Moved, 5b takes 10.4 GiB of the host and seconds."""
+    for free, moved in ((3.4, True), (3.6, False)):
+        placements = Placements(monkeypatch)
+        placements.set_free(free)
+        placements.render(level, tmp_path)
+        assert placements.offloads == [moved] and placements.batches == [1, 1]
+    placements = Placements(monkeypatch, fails=[True, False])  # it was less than thought
+    placements.set_free(3.6)
+    placements.render(level, tmp_path)
+    assert placements.offloads == [False, True] and placements.batches == [1, 1] * 2
 
 
 def test_other_levels_save_memory_once_there_is_too_little(monkeypatch, tmp_path):

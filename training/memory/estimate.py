@@ -217,8 +217,13 @@ def decoding_bytes(workload: Workload, ample_memory: bool) -> float:
     """Without the VAE's weights."""
     if workload.tiled:
         return DECODING_TILED + VIDEO_TILED * workload.item_bytes * workload.pixels
-    values = DECODING + (DECODING_KEPT if ample_memory else 0)
-    return SLABS + workload.item_bytes * (values * workload.area + VIDEO * workload.pixels)
+    kept = workload.item_bytes * DECODING_KEPT * workload.area if ample_memory else 0
+    return decoding_at_least(workload.area, workload.pixels, workload.item_bytes) + kept
+
+
+def decoding_at_least(area: int, pixels: int, item_bytes: int) -> float:
+    """Whole frames of `area` pixels, `pixels` in all, whose kept frames are on the host."""
+    return SLABS + item_bytes * (DECODING * area + VIDEO * pixels)
 
 
 def encoding_bytes(workload: Workload, ample_memory: bool) -> float:

@@ -26,10 +26,13 @@ from base.memory_levels import HOST_LEVELS
 from data.artifacts import write_video
 from data.buckets import Bucket
 from engine.objective import draw_generator
-from memory.host import at_rest
+from memory import estimate
+from memory.host import at_rest, free_gpu_bytes
 
 
 logger = logging.getLogger(__name__)
+
+UNUSED = 0.3 * 2**30  # bytes that the allocator reserves beyond what decoding needs
 
 
 @dataclass
@@ -71,16 +74,26 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     if saves_memory:
         logger.info("at --memory %s guidance's two samples are denoised one after the other", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
-        if not saves_memory:
+        # Where there is no room from the start: what runs out of memory in decoding is denoised twice
+        if not saves_memory or has_room_to_decode(pipe.vae, samples.size, run.device):
             try:
-                render_jobs(args, pipe, samples, run.device, directory, own_jobs)
+                render_jobs(args, pipe, samples, run.device, directory, own_jobs, saves_memory, moves=False)
                 return
             except torch.cuda.OutOfMemoryError as error:
                 logger.warning(
                     "validation: %s; tried again with one sample and one model at a time on the GPU", named_line(error)
                 )
-        # At a level that saves memory from the start: what runs out of it in decoding would be denoised twice
-        render_jobs(args, pipe, samples, run.device, directory, own_jobs, saves_memory=True)
+        render_jobs(args, pipe, samples, run.device, directory, own_jobs, one_by_one=True, moves=True)
+
+
+def has_room_to_decode(vae, size: Bucket, device: torch.device) -> bool:
+    """While the transformer stays on the GPU: on its way to the host and back it takes seconds, and host memory."""
+    if device.type != "cuda" or vae.use_tiling:
+        return False
+    torch.cuda.empty_cache()
+    frames, height, width = size
+    needed = estimate.decoding_at_least(height * width, frames * height * width, vae.dtype.itemsize)
+    return estimate.VAE + needed + UNUSED <= free_gpu_bytes(device)
 
 
 def render_jobs(
@@ -90,12 +103,13 @@ def render_jobs(
     device: torch.device,
     directory: Path,
     jobs: list[tuple[int, int]],
-    saves_memory: bool = False,
+    one_by_one: bool,
+    moves: bool,
 ) -> None:
-    """With `saves_memory` one sample and one model at a time are on the GPU."""
-    offload = args.enable_model_cpu_offload or (saves_memory and device.type == "cuda")
-    one_by_one = one_sample_at_a_time(pipe.transformer) if saves_memory else contextlib.nullcontext()
-    with one_by_one, placed(pipe, device, offload):
+    """`one_by_one`: one sample at a time is on the GPU; `moves`: one model."""
+    offload = args.enable_model_cpu_offload or (moves and device.type == "cuda")
+    denoising = one_sample_at_a_time(pipe.transformer) if one_by_one else contextlib.nullcontext()
+    with denoising, placed(pipe, device, offload):
         # On a terminal, the pipeline shows its own bar
         for number, video in with_progress(jobs, "validation videos", disable=sys.stderr.isatty(), delay=LOG_SECONDS):
             frames = render_one(args, pipe, samples, device, number, video)
