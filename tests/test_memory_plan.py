@@ -137,7 +137,8 @@ def test_estimates_are_within_a_tenth_of_what_was_measured(
     if (
         run.renders and vae != "stock"
     ):  # the VAE keeps frames on the GPU as far as the cap allows, and others on the host
-        needed, most = memory_peaks(run, level), memory_peaks(run, level, ample_memory=True)
+        needed = memory_peaks(run, level, gpu_bytes=cap_gib * GIB)
+        most = memory_peaks(run, level, ample_memory=True)
         assert 0.9 * needed.allocated < allocated * GIB < 1.1 * most.allocated
         assert 0.9 * needed.reserved < reserved * GIB < 1.1 * min(most.reserved, cap_gib * GIB)
         assert needed.host / GIB == pytest.approx(host, rel=0.1)
@@ -268,6 +269,14 @@ def test_the_page_says_what_full_fine_tuning_fits(language):
 def test_the_table_shows_the_share_that_auto_would_take():
     lines = table(sft("5b"), 23 * GIB, 96 * GIB).splitlines()
     assert [line.split("  ")[0] for line in lines[4:]] == ["offload --states_on_gpu 0.119", "offload", "stream"]
+
+
+def test_the_host_holds_the_weights_while_the_vae_decodes_where_the_gpu_has_no_room_for_both():
+    run = sft("2b", "--validation_prompt", "x")
+    weights = run.num_weights * run.item_bytes
+    hosts = [memory_peaks(run, "offload", gpu_bytes=gib * GIB).host for gib in (7, 8)]
+    assert hosts[0] - hosts[1] == weights
+    assert memory_peaks(sft("2b"), "offload", gpu_bytes=7 * GIB) == memory_peaks(sft("2b"), "offload")
 
 
 def test_what_comes_beside_training_counts():

@@ -22,7 +22,8 @@ def fastest_that_fits(workload: Workload, gpu_bytes: float, host_bytes: float) -
     """The fastest level that fits, and the largest share of states on the GPU that does; or None."""
     for level in levels_of(workload):
         for share in shares_of(workload, level):
-            if fits(memory_peaks(workload._replace(share=share), level), gpu_bytes, host_bytes):
+            needed = memory_peaks(workload._replace(share=share), level, gpu_bytes=gpu_bytes)
+            if fits(needed, gpu_bytes, host_bytes):
                 return level, share
     return None
 
@@ -36,7 +37,7 @@ def shares_of(workload: Workload, level: str) -> list[float]:
 
 def nearest_level(workload: Workload, gpu_bytes: float, host_bytes: float) -> tuple[str, MemoryPeaks]:
     """The level that is least short of memory, and what it needs."""
-    needs = {level: memory_peaks(workload, level) for level in levels_of(workload)}
+    needs = {level: memory_peaks(workload, level, gpu_bytes=gpu_bytes) for level in levels_of(workload)}
     level = min(needs, key=lambda level: max(needs[level].reserved / gpu_bytes, needs[level].host / host_bytes))
     return level, needs[level]
 
@@ -46,7 +47,7 @@ def table(workload: Workload, gpu_bytes: float | None, host_bytes: float) -> str
     width = 30 if workload.rings else 12
     lines = [f"{'--memory':{width}} {'GPU, reserved':>14} {'allocated':>12} {'host':>12}  fits here"]
     for level, share in rows_of(workload, gpu_bytes, host_bytes):
-        needed = memory_peaks(workload._replace(share=share), level)
+        needed = memory_peaks(workload._replace(share=share), level, gpu_bytes=gpu_bytes or math.inf)
         sizes = [f"{size / GIB:.1f} GiB" for size in (needed.reserved, needed.allocated, needed.host)]
         if gpu_bytes is None:
             verdict = "no GPU"

@@ -4,6 +4,7 @@ Fitted to the peaks in benchmarks/*.csv; tests check that it is within 10 % of t
 size of one [B, S, D] tensor in the compute dtype, 104 MiB for CogVideoX-5b at 49x480x720.
 """
 
+import math
 from typing import NamedTuple
 
 from base.memory_levels import HOST_LEVELS, RING, SPLIT
@@ -54,6 +55,7 @@ VIDEO, VIDEO_TILED = (
     3,
     3.6 * 3,
 )  # values per pixel of a clip: its 3 channels; as overlapping tiles, rows of them, whole
+DECODING_UNUSED = 0.3 * GIB  # that the allocator reserves beyond this
 # Fragmentation meanwhile, with ample memory: of tiles; of whole frames, or of small tiles; and of these at least
 VAE_UNUSED, SMALL_UNUSED, MIN_SMALL_UNUSED = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
 EXPANDABLE_VAE_UNUSED = 0.55  # factor on these with expandable segments
@@ -103,11 +105,13 @@ class MemoryPeaks(NamedTuple):
     host: float
 
 
-def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> MemoryPeaks:
+def memory_peaks(
+    workload: Workload, level: str, ample_memory: bool = False, gpu_bytes: float = math.inf
+) -> MemoryPeaks:
     """The peaks of `workload` at `level`, one of LEVELS or CHECKPOINTING.
 
     `ample_memory`: what it uses if more than the minimum is free: T5 then encodes on the GPU, torch keeps cached memory after
-    rendering, and the system keeps the pages of T5's file.
+    rendering, and the system keeps the pages of T5's file. `gpu_bytes`: what torch may reserve; host memory depends on it.
     """
     if level in HOST_LEVELS and not workload.is_lora:
         workload = workload._replace(masters=RING)
@@ -133,6 +137,9 @@ def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> 
     returning = RETURN_SLOTS * kept_bytes(workload) if in_small_pieces else 0  # the slots stay allocated
     at_rest = resident + returning - (0 if workload.raw else room_for_updates(workload))
     coding = vae_bytes(workload, at_rest, ample_memory, in_small_pieces)
+    # At `offload` the transformer goes to the host while the VAE decodes, unless there is room for both
+    beside = at_rest + VAE + decoding_bytes(workload, ample_memory=False) + DECODING_UNUSED
+    moves = level == "offload" and workload.renders and beside > gpu_bytes
     if coding:
         share = EXPANDABLE_VAE_UNUSED if workload.expandable else 1
         reserved = max(reserved, coding + share * vae_unused(workload, ample_memory, in_small_pieces))
@@ -142,7 +149,8 @@ def memory_peaks(workload: Workload, level: str, ample_memory: bool = False) -> 
     if ample_memory and (workload.raw or workload.renders):
         text = T5_STREAMED if in_small_pieces else T5_XXL
         allocated, reserved = max(allocated, text), max(reserved, text)
-    return MemoryPeaks(allocated, reserved, host_peak(workload, level, ample_memory))
+    host = host_peak(workload, level, ample_memory) + (weights_on_gpu(workload, level) if moves else 0)
+    return MemoryPeaks(allocated, reserved, host)
 
 
 def unit_bytes(workload: Workload) -> int:

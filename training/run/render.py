@@ -32,8 +32,6 @@ from memory.host import at_rest, free_gpu_bytes
 
 logger = logging.getLogger(__name__)
 
-UNUSED = 0.3 * 2**30  # bytes that the allocator reserves beyond what decoding needs
-
 
 @dataclass
 class Samples:
@@ -93,7 +91,7 @@ def has_room_to_decode(vae, size: Bucket, device: torch.device) -> bool:
     torch.cuda.empty_cache()
     frames, height, width = size
     needed = estimate.decoding_at_least(height * width, frames * height * width, vae.dtype.itemsize)
-    return estimate.VAE + needed + UNUSED <= free_gpu_bytes(device)
+    return estimate.VAE + needed + estimate.DECODING_UNUSED <= free_gpu_bytes(device)
 
 
 def render_jobs(
