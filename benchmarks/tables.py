@@ -148,8 +148,9 @@ def speed_cells(row, figures, pairs, originals, words):
 
 
 def relative_time(row, figures, pairs):
-    """Relative to `balanced` with the same attention, on the same GPU; "" if that was not measured."""
-    label = f"{row.model}-balanced+sft" + "".join(name for name in row.additions if name.startswith("@"))
+    """Relative to `balanced` on the same GPU, with fp32 states and without a cap; "" if that was not measured."""
+    kept = [name for name in row.additions if not re.match(r"\+cap|\+share|\+validated|\+xxl|\+8bit", name)]
+    label = f"{row.model}-balanced" + "".join(kept)
     found = [other for kind, other in pairs if kind.label == label and other["card"] == figures["card"]]
     return f"{float(figures['median_s']) / float(found[0]['median_s']):.2f}" if found else ""
 

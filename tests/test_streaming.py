@@ -614,8 +614,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def deterministic(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def deterministic():
     torch.use_deterministic_algorithms(True)  # with warn_only attention's backward pass would not be
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         yield

@@ -184,9 +184,8 @@ PLACES |= {"gpu": ["--memory", "balanced"], "stream": ["--memory", "stream"]}
 
 
 @pytest.fixture
-def deterministic(monkeypatch):
+def deterministic():
     """Two runs are the same to the byte, also on a GPU."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -31,14 +31,15 @@ CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
 WIDTH = {code: number for number, code in enumerate(FILE_DTYPES)}
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # diffusers' name for a model's weights
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"  # and for the index of several such files
-CHUNK_BYTES = 2**24  # read while the chunk before is hashed
+CHUNK_BYTES = 2**24  # read, or copied from the GPU, while the chunk before is hashed or written
+SMALL_BYTES = 2**18
 MAX_HEADER_BYTES = 100_000_000  # the library's limit
 
 Sizes = dict[str, tuple[torch.dtype, Iterable[int]]]  # name -> dtype, shape
 
 
-class Behind:
-    """Gives pieces to `action`, each in a thread of `pool` while the caller goes on; they must not change meanwhile."""
+class InThread:
+    """Gives pieces to `action`, large ones in a thread of `pool` while the caller goes on; they must not change then."""
 
     def __init__(self, pool: ThreadPoolExecutor, action: Callable):
         self.pool, self.action = pool, action
@@ -46,6 +47,9 @@ class Behind:
 
     def update(self, piece) -> None:
         self.wait()
+        if len(piece) < SMALL_BYTES:  # sooner done than handed over
+            self.action(piece)
+            return
         self.piece = piece
         self.last = self.pool.submit(self.act)
 
@@ -59,7 +63,7 @@ class Behind:
             self.last.result()
 
 
-class Hasher(Behind):
+class Hasher(InThread):
     """SHA-256 of pieces."""
 
     def __init__(self, pool: ThreadPoolExecutor):
@@ -110,14 +114,21 @@ def write_file(path: Path, header: bytes, names: Iterable[str], tensor_of: Calla
     with written_pieces(path) as write:
         write(header)
         for name in names:
-            write(bytes_of(tensor_of(name)))
+            for piece in pieces_of(tensor_of(name)):
+                write(piece)
+
+
+def pieces_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's bytes; from a GPU in chunks, through memory that torch has pinned and uses again: new pages are slow."""
+    if not tensor.is_cuda:
+        yield bytes_of(tensor)
+        return
+    for chunk in tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(CHUNK_BYTES):
+        yield bytes_of(torch.empty(len(chunk), dtype=torch.uint8, pin_memory=True).copy_(chunk))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    tensor = tensor.detach().contiguous()
-    if tensor.is_cuda:  # into memory that torch has pinned and uses again: new pages cost more than the copy
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextmanager
@@ -125,7 +136,7 @@ def written_pieces(path: Path):
     """A function that appends to the new file, and hashes for the manifest if one is asked for, in other threads."""
     hashes = hashes_for_manifest(path)
     with open(path, "wb") as file, ThreadPoolExecutor(2) as pool:
-        writer, hasher = Behind(pool, file.write), None if hashes is None else Hasher(pool)
+        writer, hasher = InThread(pool, file.write), None if hashes is None else Hasher(pool)
 
         def write(piece) -> None:
             writer.wait()

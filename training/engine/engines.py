@@ -41,7 +41,7 @@ class Engine:
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
-        """`params` by the model's names. A value may be made when asked for: use one at a time, and each once."""
+        """`params` by the model's names. A value may be made when asked for: ask for each once, one by one."""
         return by_name(self.transformer, self.params)
 
     def complete(self) -> None:

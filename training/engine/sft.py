@@ -1,7 +1,7 @@
 """Files of full fine-tuning (SFT), where every weight is trained in fp32.
 
-`weights` are those by the model's names, in fp32. Their mapping may make them when asked, so each is asked for once,
-and dropped before the next: dtypes and shapes come from the model, names from the mapping's keys.
+`weights` are those by the model's names, in fp32. Their mapping may make them when asked, so each is asked for once;
+the one before may still be on its way to the disk. Dtypes and shapes come from the model, names from the mapping's keys.
 """
 
 import contextlib

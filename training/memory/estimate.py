@@ -30,8 +30,9 @@ RESIDENT_UNUSED = 1.2 * GIB  # beside split masters on the GPU: gradients come a
 SAVED_BY_SPEED_EAGER = 20.3  # u per stock block, simulated
 DEEPSPEED = 0.8 * GIB  # its gradient buckets
 # Split masters (engine/state_ring.py): a chunk's master, gradient and weight; with states on the host also slots, each
-# with a chunk's remainders, moments and gradients, and the gradients of two blocks on their way to the host
-CHUNK, AT_WORK, RING_SLOTS, LEAVING_BLOCKS = 2**23, 4 + 4 + 2, 7, 2
+# with a chunk's remainders, moments and gradients, and the gradients of two blocks on their way to the host and of the
+# one in its backward pass
+CHUNK, AT_WORK, RING_SLOTS, LEAVING_BLOCKS = 2**23, 4 + 4 + 2, 7, 2 + 1
 REMAINDER = 2  # bytes per weight
 HOST_BASE = 2.5 * GIB  # Python, torch, CUDA libraries
 # While masters are split: what is there beside their files, and the share of these that is mapped at once
