@@ -7,11 +7,14 @@
     python benchmarks/memory_rows.py benchmarks/lora_memory.csv --model models/2b --data data/random --label 2b --original
     python benchmarks/memory_rows.py benchmarks/sft_memory.csv --model models/2b --data data/random --label 2b --original \
         --tasks sft
+    python benchmarks/memory_rows.py benchmarks/deepspeed_memory.csv --model models/2b --data data/random --label 2b \
+        --original --gpus 2 --tasks lora sft
 
 Each row is an optimizer, with the loss on fixed noise and timesteps before and after. With --original, rows are the
 LoRAs of original_memory.csv (the original's published figures for one GPU), with the same optimizer, batch size and
 rank. What the original trained with checkpointing runs at --level, what it trained without runs at --memory speed. With
---tasks sft they are those of its full fine-tuning, at offload; their results are not written.
+--tasks sft they are those of its full fine-tuning, at offload. With --gpus 2 they are those that it trained with
+DeepSpeed on as many; figures are of the first GPU. Full fine-tuning writes no result.
 
 Each run trains, validates halfway (after at least two updates, since optimizer states are allocated at the first), and
 tests at the end, with 2 denoising steps: the peak does not depend on their number. The text encoder may be tiny, since
@@ -58,6 +61,7 @@ ORIGINAL_OPTIMIZERS = {
     "AdamW (8-bit bitsandbytes)": "adamw-8bit",
     "AdamW + CPUOffloadOptimizer (with gradient offloading)": "offload-gradients",
 }
+ORIGINAL_DEEPSPEED, DEEPSPEED_RANK = "DeepSpeed (AdamW + CPU/Parameter offloading)", "256"  # its rank is not published
 ORIGINAL_ROWS = ROOT / "benchmarks/original_memory.csv"
 LEVELS = ("stream", "offload", "balanced")
 STAGES = ("before_training", "before_validation", "after_validation", "after_testing")
@@ -91,24 +95,34 @@ def optimizer_rows(args):
     ]
 
 
-def read_originals(model, task="lora"):
-    """The original's rows for one GPU, without DeepSpeed's."""
+def read_originals(model, task="lora", gpus=1):
+    """The original's rows for one GPU, or DeepSpeed's for two."""
     with open(ORIGINAL_ROWS, newline="") as file:
         rows = list(csv.DictReader(file))
-    kept = [row for row in rows if row["method"] == task and row["optimizer"] in ORIGINAL_OPTIMIZERS]
+    optimizers = ORIGINAL_OPTIMIZERS if gpus == 1 else [ORIGINAL_DEEPSPEED]
+    kept = [row for row in rows if row["method"] == task and row["optimizer"] in optimizers]
     return [row for row in kept if row["model"] == f"CogVideoX-{model}"]
 
 
 def name_of(original):
     """The label of our counterpart to an original row, without the level."""
-    optimizer = ORIGINAL_OPTIMIZERS[original["optimizer"]]
     model = original["model"].removeprefix("CogVideoX-")
-    rank = f" rank {original['lora_rank']}" if original["method"] == "lora" else ""
-    return f"{model} {original['method']} {optimizer} batch {original['batch']}{rank}"
+    rank = f" rank {rank_of(original)}" if original["method"] == "lora" else ""
+    return f"{model} {original['method']} {optimizer_of(original)} batch {original['batch']}{rank}"
+
+
+def optimizer_of(original):
+    return ORIGINAL_OPTIMIZERS.get(original["optimizer"], "deepspeed")
+
+
+def rank_of(original):
+    return original["lora_rank"] or DEEPSPEED_RANK
 
 
 def levels_of(original):
     """The levels that our counterpart may have run at."""
+    if optimizer_of(original) == "deepspeed":
+        return ("checkpointing",)
     if original["method"] == "sft":
         return ("offload",)
     return LEVELS if original["gradient_checkpointing"] == "True" else ("speed",)
@@ -118,23 +132,24 @@ def original_rows(args):
     return [
         original_row(original, args.level if args.level in levels_of(original) else levels_of(original)[0])
         for task in args.tasks
-        for original in read_originals(args.label, task)
-        if ORIGINAL_OPTIMIZERS[original["optimizer"]] in args.optimizers
+        for original in read_originals(args.label, task, args.gpus)
+        if optimizer_of(original) in args.optimizers
     ]
 
 
 def original_row(original, level):
-    flags = ["--memory", level, "--train_batch_size", original["batch"]]
+    flags = ["--gradient_checkpointing"] if level == "checkpointing" else ["--memory", level]
+    flags += ["--train_batch_size", original["batch"]]
     if original["method"] == "lora":
-        flags += ["--rank", original["lora_rank"], "--lora_alpha", original["lora_rank"]]
+        flags += ["--rank", rank_of(original), "--lora_alpha", rank_of(original)]
     flags.append("--no_first_validation")  # as the original
-    return Row(f"{name_of(original)} {level}", original["method"], ORIGINAL_OPTIMIZERS[original["optimizer"]], flags)
+    return Row(f"{name_of(original)} {level}", original["method"], optimizer_of(original), flags)
 
 
-def side_by_side(model, rows, task="lora"):
+def side_by_side(model, rows, task="lora", gpus=1):
     """(the original's row, ours) for rows that both have; ours is the last in the file, at any level."""
     pairs = []
-    for original in read_originals(model, task):
+    for original in read_originals(model, task, gpus):
         labels = [f"{name_of(original)} {level}" for level in levels_of(original)]
         ours = [row for row in rows if row["label"] in labels]
         pairs += [(original, ours[-1])] if ours else []
@@ -150,7 +165,7 @@ def middle_of(steps):
 
 def command_of(args, row, output_dir):
     """The command line of one row, as argv."""
-    command = launcher(deepspeed=row.optimizer == "deepspeed")
+    command = launcher(args.gpus, deepspeed=row.optimizer == "deepspeed")
     if row.task == "sft":  # a result of gigabytes
         command += [str(ROOT / "benchmarks/step_time.py"), "--no_result", "--"]
     command += [str(ROOT / "training" / SCRIPTS[row.task]), "--pretrained_model_name_or_path", args.model]
@@ -237,6 +252,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--tasks", nargs="+", choices=SCRIPTS, help="default: both, with --original lora")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--gpus", type=int, choices=(1, 2), default=1, help="2: DeepSpeed's rows of the original")
     parser.add_argument("--steps", type=int, default=10, help="updates, at least 3 (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once on one GPU: memory is measured, time is not")
     parser.add_argument("--work", type=Path, default=Path("outputs/memory_rows"), help="folder of the runs")
@@ -244,6 +260,8 @@ def parse_args(argv=None):
     args.tasks = args.tasks or (["lora"] if args.original else list(SCRIPTS))
     if args.steps < 3:
         parser.error("--steps: at least 3, validation is in the middle")
+    if args.gpus > 1 and not args.original:
+        parser.error("--gpus: with --original")
     if args.original and not read_originals(args.label):
         parser.error(f"--original --label {args.label}: {ORIGINAL_ROWS.name} has no such model")
     return args

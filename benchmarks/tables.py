@@ -64,6 +64,7 @@ CARD_HEADINGS = {
 # For the original's rows; its CPUOffloadOptimizer offloads gradients too
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw-8bit": "8-bit AdamW", "offload-gradients": "AdamW on the CPU"}
 TASKS = {False: "LoRA", True: "SFT"}  # is it full fine-tuning?
+METHODS = ("lora", "sft")  # the original's names of them
 VERSIONS = {"measurements.md": "Versions: {}.", "measurements_zh.md": "版本：{}。"}
 WORDS = {"measurements.md": {"yes": "yes", "no": "no", "minutes": "min", "tiny": "tiny"}}
 WORDS["measurements_zh.md"] = {"yes": "是", "no": "否", "minutes": "分钟", "tiny": "微型"}
@@ -299,7 +300,7 @@ def memory_cell(original, ours, stage):
 
 
 def original_cells(original, ours, words):
-    level = re.search(r" (speed|balanced|offload|stream)$", ours["label"]) if ours else None
+    level = re.search(r" (speed|balanced|offload|stream|checkpointing)$", ours["label"]) if ours else None
     optimizer = OPTIMIZER_NAMES.get(ORIGINAL_OPTIMIZERS.get(original["optimizer"]), "DeepSpeed")
     return [
         original["model"].removeprefix("CogVideoX-"), TASKS[original["method"] == "sft"],
@@ -313,10 +314,15 @@ def original_cells(original, ours, words):
 def original_table(page_name, originals, pairs):
     """All rows that the original published, by task and model, next to ours."""
     rows = sorted(originals, key=lambda row: (row["method"], row["model"]))
+    return table_of_pairs(page_name, [(row, ours_beside(row, pairs)) for row in rows])
+
+
+def table_of_pairs(page_name, pairs):
+    if not pairs:
+        return ""
     heading = ORIGINAL_HEADINGS[page_name]
     lines = [f"| {heading} |", "|---" * (heading.count("|") + 1) + "|"]
-    for row in rows:
-        lines.append(markdown(original_cells(row, ours_beside(row, pairs), WORDS[page_name])))
+    lines += [markdown(original_cells(*pair, WORDS[page_name])) for pair in pairs]
     return "\n".join(["", *lines, "", ""])
 
 
@@ -326,11 +332,20 @@ def original_table_of_files(page_name):
         originals = list(csv.DictReader(file))
     pairs = [
         pair
-        for task in ("lora", "sft")
+        for task in METHODS
         for model in ("2b", "5b")
         for pair in side_by_side(model, rows_in(ROOT / f"benchmarks/{task}_memory.csv"), task)
     ]
     return original_table(page_name, originals, pairs)
+
+
+def deepspeed_table(page_name):
+    """The rows that the original trained with DeepSpeed on two GPUs, next to ours on two; "" without ours."""
+    measured = rows_in(ROOT / "benchmarks/deepspeed_memory.csv")
+    pairs = [
+        pair for task in METHODS for model in ("2b", "5b") for pair in side_by_side(model, measured, task, gpus=2)
+    ]
+    return table_of_pairs(page_name, pairs)
 
 
 def main():
@@ -342,6 +357,7 @@ def main():
         text = filled(page.read_text(encoding="utf-8"), page_name, rows_in(args.csv), read_originals())
         text = between_markers(text, page_name, "cards", table_of_cards(page_name, rows_in(args.csv)))
         text = between_markers(text, page_name, "original", original_table_of_files(page_name))
+        text = between_markers(text, page_name, "deepspeed", deepspeed_table(page_name))
         page.write_text(text, encoding="utf-8")
 
 

@@ -536,6 +536,31 @@ def test_full_fine_tuning_of_the_original_has_rows_when_asked_for():
     assert [ours["label"] for _, ours in pairs] == [row.label for row in rows if row.label.startswith("5b")]
 
 
+def test_rows_that_the_original_trained_with_deepspeed_are_run_on_two_gpus(tmp_path, monkeypatch):
+    args = ["x.csv", "--model", "m", "--data", "d", "--original", "--gpus", "2", "--tasks", "lora", "sft", "--label"]
+    rows = [row for model in ("2b", "5b") for row in memory_rows.original_rows(memory_rows.parse_args([*args, model]))]
+    assert len({row.label for row in rows}) == len(rows) == 8
+    lora = next(row for row in rows if row.label == "5b lora deepspeed batch 4 rank 256 checkpointing")
+    argv = " ".join(memory_rows.command_of(memory_rows.parse_args([*args, "5b"]), lora, Path("out")))
+    assert "deepspeed.yaml --num_processes 2 --gpu_ids 0,1" in argv and "--rank 256 --lora_alpha 256" in argv
+    assert "--gradient_checkpointing --train_batch_size 4" in argv and "--memory" not in argv
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.deepspeed_table("measurements.md") == ""
+    figures = {f"{stage}_peak_reserved_gib": "13.04" for stage in memory_rows.STAGES}
+    row = dict.fromkeys(memory_rows.FIELDS) | {"label": lora.label, "exit_code": 0} | figures
+    step_time.append_row(tmp_path / "benchmarks/deepspeed_memory.csv", row, memory_rows.FIELDS)
+    shown = tables.deepspeed_table("measurements.md").splitlines()[3]
+    assert shown.startswith(
+        "| 5b | LoRA | DeepSpeed | 4 | | yes | 20.2 / 13.0 | 40.6 / 13.0 | 40.7 / 13.0 | 39.0 / 13.0"
+    )
+
+
+def test_memory_rows_of_several_gpus_are_the_originals(capsys):
+    with pytest.raises(SystemExit):
+        memory_rows.parse_args(["x.csv", "--model", "m", "--data", "d", "--label", "2b", "--gpus", "2"])
+    assert "--gpus: with --original" in capsys.readouterr().err
+
+
 def test_memory_is_taken_after_the_optimizer_has_its_states(capsys):
     assert [memory_rows.middle_of(steps) for steps in (3, 4, 5, 10)] == [2, 2, 2, 5]
     with pytest.raises(SystemExit):
@@ -554,7 +579,7 @@ def test_memory_rows_of_no_model_are_refused_once(tmp_path, monkeypatch):
 def test_memory_rows_run_and_are_not_run_twice(tiny, prepared_data, tmp_path, monkeypatch, capsys):
     [original] = [row for row in memory_rows.read_originals("2b") if row["optimizer"] == "AdamW"][5:6]
     originals = [original | {"lora_rank": "4"}, original | {"batch": "0"}]
-    monkeypatch.setattr(memory_rows, "read_originals", lambda model, task="lora": originals)
+    monkeypatch.setattr(memory_rows, "read_originals", lambda model, task="lora", gpus=1: originals)
     monkeypatch.setattr(memory_rows, "card_name", lambda: "cpu")
     path = tmp_path / "rows.csv"
     argv = ["memory_rows.py", str(path), "--model", str(tiny("5b")), "--data", str(prepared_data), "--label", "2b"]

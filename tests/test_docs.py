@@ -223,7 +223,8 @@ def check_benchmark(name, argv, monkeypatch):
     """Up to the calls that would write gigabytes or train for minutes."""
     num_rows = len(memory_rows.SCRIPTS) * len(memory_rows.OPTIMIZERS)
     if "--original" in argv:
-        num_rows = len(memory_rows.read_originals("2b", "sft" if "sft" in argv else "lora"))
+        tasks, gpus = [task for task in ("lora", "sft") if task in argv] or ["lora"], 2 if "--gpus" in argv else 1
+        num_rows = sum(len(memory_rows.read_originals("2b", task, gpus)) for task in tasks)
     module, worker, num_calls = {
         "benchmarks/random_pipeline.py": (random_pipeline, "write_pipeline", 1),
         "benchmarks/random_dataset.py": (random_dataset, "write_dataset", 1),
