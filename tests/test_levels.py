@@ -117,9 +117,9 @@ def train_by_single_samples(train, monkeypatch, *flags):
     """Without a level, its videos rendered as at `offload` and `stream`."""
     render = render_module.render_jobs
 
-    def one_by_one(args, pipe, *rest):
+    def one_by_one(args, pipe, *rest, **named):
         with render_module.one_sample_at_a_time(pipe.transformer):
-            return render(args, pipe, *rest)
+            return render(args, pipe, *rest, **named)
 
     with monkeypatch.context() as patched:
         patched.setattr(render_module, "render_jobs", one_by_one)
