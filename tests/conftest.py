@@ -47,6 +47,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), found {available}"))
 
 
+@pytest.fixture
+def deterministic():
+    """Two runs are the same to the byte, also on a GPU; with warn_only attention's backward pass would not be."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def reset_accelerate():
     """A second Accelerator of another precision raises while the first one's process-wide state stands."""

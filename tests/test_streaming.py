@@ -614,11 +614,9 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)  # with warn_only attention's backward pass would not be
+def deterministic(deterministic):
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

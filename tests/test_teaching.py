@@ -183,14 +183,6 @@ PLACES = {"host": ["--memory", "offload"], "half": ["--memory", "offload", "--st
 PLACES |= {"gpu": ["--memory", "balanced"], "stream": ["--memory", "stream"]}
 
 
-@pytest.fixture
-def deterministic():
-    """Two runs are the same to the byte, also on a GPU."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.gpu  # on a CPU, bf16 takes minutes a run
 def test_states_in_8_bits_learn_as_fp32_states_do(prepared, tmp_path, monkeypatch, deterministic):
     """The same clips and noise, so that losses are comparable: within 1 % over the last 50 updates, 3 % in each."""

@@ -598,9 +598,10 @@ def test_levels_that_save_memory_have_one_model_on_the_gpu_from_the_start(level,
 @pytest.mark.parametrize("level", ["offload", "stream"])
 def test_the_transformer_stays_on_the_gpu_where_the_vae_has_room_beside_it(level, monkeypatch, tmp_path):
     """At 49x480x720: 3.5 GiB. Moved, 5b takes 10.4 GiB of the host and seconds."""
-    for free, moved in ((3.4, True), (3.6, False)):
+    for free, tiles, moved in ((3.4, False, True), (3.6, False, False), (3.6, True, True)):
         placements = Placements(monkeypatch)
         placements.set_free(free)
+        placements.tiles = tiles
         placements.render(level, tmp_path)
         assert placements.offloads == [moved] and placements.batches == [1, 1]
     placements = Placements(monkeypatch, fails=[True, False])  # it was less than thought

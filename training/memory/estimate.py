@@ -56,7 +56,7 @@ VIDEO, VIDEO_TILED = (
     3,
     3.6 * 3,
 )  # values per pixel of a clip: its 3 channels; as overlapping tiles, rows of them, whole
-DECODING_UNUSED = 0.3 * GIB  # that the allocator reserves beyond this
+DECODING_UNUSED = 0.3 * GIB  # reserved beyond what decoding takes at least
 # Fragmentation meanwhile, with ample memory: of tiles; of whole frames, or of small tiles; and of these at least
 VAE_UNUSED, SMALL_UNUSED, MIN_SMALL_UNUSED = 2.7 * GIB, 1.15 * GIB, 0.5 * GIB
 EXPANDABLE_VAE_UNUSED = 0.55  # factor on these with expandable segments
@@ -139,8 +139,8 @@ def memory_peaks(
     at_rest = resident + returning - (0 if workload.raw else room_for_updates(workload))
     coding = vae_bytes(workload, at_rest, ample_memory, in_small_pieces)
     # At `offload` the transformer goes to the host while the VAE decodes, unless there is room for both
-    beside = at_rest + VAE + decoding_bytes(workload, ample_memory=False) + DECODING_UNUSED
-    moves = level == "offload" and workload.renders and beside > gpu_bytes
+    room = room_to_decode(workload.area, workload.pixels, workload.item_bytes, workload.tiled)
+    moves = level == "offload" and workload.renders and at_rest + room > gpu_bytes
     if coding:
         share = EXPANDABLE_VAE_UNUSED if workload.expandable else 1
         reserved = max(reserved, coding + share * vae_unused(workload, ample_memory, in_small_pieces))
@@ -224,15 +224,20 @@ def staying_bytes(workload: Workload) -> float:
 
 def decoding_bytes(workload: Workload, ample_memory: bool) -> float:
     """Without the VAE's weights."""
-    if workload.tiled:
-        return DECODING_TILED + VIDEO_TILED * workload.item_bytes * workload.pixels
-    kept = workload.item_bytes * DECODING_KEPT * workload.area if ample_memory else 0
-    return decoding_at_least(workload.area, workload.pixels, workload.item_bytes) + kept
+    kept = workload.item_bytes * DECODING_KEPT * workload.area if ample_memory and not workload.tiled else 0
+    return decoding_at_least(workload.area, workload.pixels, workload.item_bytes, workload.tiled) + kept
 
 
-def decoding_at_least(area: int, pixels: int, item_bytes: int) -> float:
-    """Whole frames of `area` pixels, `pixels` in all, whose kept frames are on the host."""
+def decoding_at_least(area: int, pixels: int, item_bytes: int, tiled: bool) -> float:
+    """Frames of `area` pixels, `pixels` in all; kept frames are on the host."""
+    if tiled:
+        return DECODING_TILED + VIDEO_TILED * item_bytes * pixels
     return SLABS + item_bytes * (DECODING * area + VIDEO * pixels)
+
+
+def room_to_decode(area: int, pixels: int, item_bytes: int, tiled: bool) -> float:
+    """What must be free on the GPU for the VAE and its work."""
+    return VAE + decoding_at_least(area, pixels, item_bytes, tiled) + DECODING_UNUSED
 
 
 def encoding_bytes(workload: Workload, ample_memory: bool) -> float:

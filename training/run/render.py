@@ -72,7 +72,7 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     if saves_memory:
         logger.info("at --memory %s guidance's two samples are denoised one after the other", engine.level)
     with sage_attention(transformer) if sage else contextlib.nullcontext():
-        # Where there is no room from the start: what runs out of memory in decoding is denoised twice
+        # Not tried where there is no room: what runs out of memory in decoding is denoised twice
         if not saves_memory or has_room_to_decode(pipe.vae, samples.size, run.device):
             try:
                 render_jobs(args, pipe, samples, run.device, directory, own_jobs, saves_memory, moves=False)
@@ -85,13 +85,13 @@ def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
 
 
 def has_room_to_decode(vae, size: Bucket, device: torch.device) -> bool:
-    """While the transformer stays on the GPU: on its way to the host and back it takes seconds, and host memory."""
-    if device.type != "cuda" or vae.use_tiling:
+    """Can the transformer stay on the GPU meanwhile? On its way to the host and back it takes seconds and host memory."""
+    if device.type != "cuda":
         return False
     torch.cuda.empty_cache()
     frames, height, width = size
-    needed = estimate.decoding_at_least(height * width, frames * height * width, vae.dtype.itemsize)
-    return estimate.VAE + needed + estimate.DECODING_UNUSED <= free_gpu_bytes(device)
+    needed = estimate.room_to_decode(height * width, frames * height * width, vae.dtype.itemsize, vae.use_tiling)
+    return needed <= free_gpu_bytes(device)
 
 
 def render_jobs(
