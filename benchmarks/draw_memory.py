@@ -116,10 +116,19 @@ def main():
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks", help="folder of the rows of memory_rows.py")
     parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder of the figures")
     args = parser.parse_args()
+    for folder in (args.csv, args.out):
+        if not folder.is_dir():
+            parser.error(f"{folder}: no such folder")
+    drawn = 0
     for (task, file), model in itertools.product(FILES.items(), MODELS):
         if pairs := side_by_side(model, rows_in(args.csv / file), task):
             draw(model, pairs, args.out / f"{task}_{model}.png")
             print(f"{args.out / f'{task}_{model}.png'}: {len(pairs)} rows")
+            drawn += 1
+    if not drawn:
+        sys.exit(
+            f"{args.csv}: no rows of {' or '.join(FILES.values())}; benchmarks/memory_rows.py --original writes them"
+        )
 
 
 if __name__ == "__main__":

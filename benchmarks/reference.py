@@ -82,7 +82,8 @@ def train(args, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="pipeline folder")
     parser.add_argument("--frames", type=int, default=49, help="pixel frames (default: %(default)s)")
     parser.add_argument("--height", type=int, default=480, help="pixel height (default: %(default)s)")

@@ -10,7 +10,6 @@ own: compute, and the other direction, go on meanwhile. Only copies of memory/ho
 weights, activations, gradients and optimizer states; not batches, and not gradients that accumulate on the host.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ except ImportError:
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+from base import console
 from memory import host
 
 
@@ -120,7 +120,7 @@ def seconds_of(streams, copies) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=__doc__)
     parser.add_argument("rates", nargs="+", type=float, help="GB/s")
     rates = parser.parse_args().rates
     copy = host.copy_all

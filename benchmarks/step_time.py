@@ -146,6 +146,8 @@ def leave_out_result():
 
 def run_script(command):
     """Run `command` = [script, *flags] as __main__ in this process; returns its exit code, 1 for a traceback."""
+    if not Path(command[0]).is_file():
+        sys.exit(f"{command[0]}: no such script")
     sys.argv = list(command)
     ours = {str(ROOT / "training"), str(ROOT / "benchmarks")}
     sys.path[:] = [str(Path(command[0]).resolve().parent), *(folder for folder in sys.path if folder not in ours)]

@@ -86,6 +86,35 @@ def test_step_time_measures_an_unchanged_script(toy, tmp_path):
     assert [row["median_s"] for row in rows] == [str(json.loads(last_line)["median_s"]), ""]
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--no_resul", "--", __file__], "unrecognized arguments: --no_resul"),
+        (["--warmup", "2"], "name the script after --"),
+    ],
+)
+def test_step_time_refuses_what_it_cannot_run(argv, line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        step_time.parse_args(argv)
+    [shown] = capsys.readouterr().err.splitlines()
+    assert line in shown
+
+
+def test_a_script_that_is_not_there_is_one_line():
+    with pytest.raises(SystemExit, match="^nowhere.py: no such script$"):
+        step_time.run_script(["nowhere.py"])
+
+
+def test_drawing_without_rows_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["draw_memory.py", "--csv", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no rows of lora_memory.csv or sft_memory.csv; benchmarks/memory_rows.py"):
+        draw_memory.main()
+    monkeypatch.setattr("sys.argv", ["draw_memory.py", "--csv", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="2"):
+        draw_memory.main()
+    assert "nowhere: no such folder" in capsys.readouterr().err
+
+
 def test_step_time_refuses_a_csv_of_other_columns_before_running(toy, tmp_path):
     rows_path = tmp_path / "rows.csv"
     rows_path.write_text("name,seconds\n")

@@ -207,10 +207,13 @@ def bars_cleared() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """For small tools: the module docstring is the description, and an error is one line without the usage block."""
+    """For small tools: the module docstring is the description, and an error is one line without the usage block.
+
+    A flag is written out, so that a typo is not taken for another.
+    """
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n")
