@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
 from flops import step_flops
-from step_time import ROOT, append_row, check_csv
+from step_time import PROFILE, ROOT, append_row, check_csv
 
 
 SIZE_1_0, SIZE_1_5 = (49, 480, 720), (81, 768, 1360)  # frames, height, width in pixels
@@ -250,11 +250,16 @@ def measure(row, args, card):
     command += ["--model_tflop", tflop] + (["--memory_cap", row.cap] if row.cap else [])
     command += ["--link", row.link] if row.link else []
     command += [] if row.is_validated or row.level == "reference" else ["--no_result"]
+    command += ["--profile"] if args.profile else []
     run_logged([*command, "--", script_of(row), *script_flags(row, args.steps)], log_path, cwd=work)
     check_videos(row, args, log_path)
     lines = log_path.read_text(errors="replace").splitlines()
-    measured = json.loads(next(line for line in reversed(lines) if line.startswith('{"label"')))
-    append_row(args.csv, measured)
+    row_line = next(line for line in reversed(lines) if line.startswith('{"label"'))
+    measured = json.loads(row_line)
+    if args.profile:
+        print(log_path.read_text(errors="replace").partition(PROFILE)[2].partition(row_line)[0].strip())
+    else:
+        append_row(args.csv, measured)
     shutil.rmtree(work / "runs" / row.label, ignore_errors=True)  # gigabytes for full fine-tuning
     return measured
 
@@ -304,6 +309,7 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, default=20, help="updates of a row (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="of them not timed (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure rows that the file has, too")
+    parser.add_argument("--profile", action="store_true", help="print where a step's time is, and write no rows")
     args = parser.parse_args(argv)
     if not 0 < args.warmup < args.steps:
         parser.error("--warmup: at least 1, and less than --steps")
@@ -322,12 +328,12 @@ def main():
     done = {row["label"] for row in rows_in(args.csv) if row["card"] == card}
     added, failed = 0, 0
     for row in args.rows:
-        if row.label in done and not args.again:
+        if row.label in done and not (args.again or args.profile):
             print(f"{row.label}: in {args.csv} already")
             continue
         try:
             print(f"{row.label}: {describe_row(measure(row, args, card))}", flush=True)
-            added += 1
+            added += not args.profile
         except RowError as error:
             failed += 1
             print(f"{row.label}: FAILED, {error}", flush=True)

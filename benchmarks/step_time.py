@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
 from flops import peak_tflops
+from profile_steps import StepProfiler
 
 
 STARTED = time.perf_counter()  # start of this process, without the interpreter's own startup
@@ -41,6 +42,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-a
 FIELDS = ("label", "exit_code", "warmup", "steps", "median_s", "p10_s", "p90_s", "first_step_s")
 FIELDS += ("allocated_gib", "reserved_gib", "host_gib", "memory_cap_gib", "mfu", "sm_clock_mhz")
 FIELDS += ("card", "python", *PACKAGES, "cuda", "command")
+PROFILE = "---- profile"  # its first line
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch
 
 
@@ -56,6 +58,7 @@ class StepClock:
         self.peaks = [0, 0]
         self.host_bytes = None  # of all ranks, if there are several
         self.optimizer = lambda: None
+        self.profiler = None
 
     def on_step(self, optimizer, args, kwargs):
         # Only the first optimizer counts: an offloading one may consist of hundreds, one per parameter.
@@ -69,6 +72,8 @@ class StepClock:
                 self.first_step = time.perf_counter()
                 self.host_bytes = bytes_of_ranks()
             self.note_clock()
+            if self.profiler and self.torch.cuda.is_initialized():
+                self.profiler.on_step()
 
     def mark(self):
         if not self.torch.cuda.is_initialized():
@@ -272,6 +277,7 @@ def parse_args(argv):
     parser.add_argument("--memory_cap", type=float, metavar="GIB", help="the most that torch may reserve on the GPU")
     parser.add_argument("--link", type=float, metavar="GB/S", help="slower copies between GPU and host, slow_link.py")
     parser.add_argument("--no_result", action="store_true", help="scripts of training/ write no result")
+    parser.add_argument("--profile", action="store_true", help="print what the GPU does meanwhile, profile_steps.py")
     parser.add_argument("--deterministic", action="store_true", help="torch's deterministic algorithms, slower")
     parser.add_argument("--model_tflop", type=float, help="of a step, by flops.py: gives the model FLOP utilisation")
     return parse_before_script(parser, argv)
@@ -296,9 +302,13 @@ def main():
         slow_down(args.link)
     if args.no_result:
         leave_out_result()
+    if args.profile:
+        clock.profiler = StepProfiler(torch)
     exit_code = run_script(args.command)
     row = summarise(clock, args, exit_code)
     if os.environ.get("RANK", "0") == "0":
+        if args.profile:
+            print(PROFILE, clock.profiler.report(), sep="\n")
         print(json.dumps(row), flush=True)
         if args.csv:
             append_row(args.csv, row)

@@ -279,6 +279,15 @@ def run_bench(monkeypatch, work, *rows):
 
 
 @pytest.mark.slow  # each row is a process of its own, as it is measured
+def test_a_profile_is_printed_and_writes_no_row(work, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "card_name", lambda: "cpu")
+    exit_code, rows = run_bench(monkeypatch, work, "tiny-speed", "--profile")
+    profile, row = capsys.readouterr().out.strip().splitlines()
+    assert exit_code == 0 and rows == []
+    assert profile == "no profile: it needs a GPU and 5 steps or more" and row.startswith("tiny-speed: ")
+
+
+@pytest.mark.slow  # each row is a process of its own, as it is measured
 def test_rows_of_each_kind_run_and_one_that_fails_leaves_the_others(work, monkeypatch, capsys):
     monkeypatch.setattr(bench, "card_name", lambda: "cpu")
     labels = ["tiny-reference", "tiny-speed+compiled+eager", "tiny-checkpointing+rank4+validated", "2b-speed"]
