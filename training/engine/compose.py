@@ -31,7 +31,7 @@ from engine.lora import (
 )
 from engine.master_weights import HostMasters, Masters, choose_masters_from_args
 from engine.optimizers import ADAMS, adam_settings_from_args, make_optimizer_from_args
-from engine.ring_adam import RingAdam, leave_default_stream
+from engine.ring_adam import RingAdam
 from engine.state_ring import StateRing
 from memory.activations import offload_activations
 from memory.quantization import frozen_linears, frozen_products, quantize_base
@@ -118,8 +118,6 @@ def make_masters(
         accumulates = args.gradient_accumulation_steps > 1 or num_ranks > 1
         ema = EMAModel([], decay=args.ema_decay) if args.ema else None  # the ring keeps the averages
         storage = Storage(share if kind == RING else 1.0, streams=level == "stream", low_bit=args.use_8bit)
-        if storage.low_bit:
-            leave_default_stream(device)
         return StateRing(transformer, blocks, device, storage, accumulates, ema)
     if kind == HOST:
         return HostMasters(weights, device, dtype, args.offload_gradients)

@@ -141,11 +141,3 @@ def on_default_stream(device: torch.device):
     default.wait_stream(current)
     yield
     current.wait_stream(default)
-
-
-def leave_default_stream(device: torch.device) -> None:
-    """Compute on another stream from here on, which need not wait for bitsandbytes' kernels nor the copies before them."""
-    if device.type == "cuda":
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        torch.cuda.set_stream(stream)
