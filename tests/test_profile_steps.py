@@ -57,7 +57,11 @@ def test_what_runs_beside_the_training_is_told_apart():
 
 def test_only_some_steps_in_the_middle_are_profiled():
     said, num_profiled = [], 0
-    profile = SimpleNamespace(start=lambda: said.append("start"), stop=lambda: said.append("stop"), events=list)
+    profile = SimpleNamespace(
+        start=lambda: said.append("start"),
+        stop=lambda: said.append("stop"),
+        profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=list)),
+    )
     profiler = StepProfiler(
         SimpleNamespace(
             cuda=SimpleNamespace(synchronize=lambda: None),
@@ -70,6 +74,14 @@ def test_only_some_steps_in_the_middle_are_profiled():
         num_profiled += said[-1:] == ["start"]  # of the steps that come next
     assert said == ["start", "stop"] and num_profiled == profile_steps.NUM_STEPS
     assert "no profile" in profiler.report()  # nothing ran on a GPU
+
+
+def test_events_of_a_real_profile_have_names_and_times():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(2) + 1
+    events = profile_steps.events_of(profile.profiler.kineto_results.events(), torch.autograd.DeviceType.CPU)
+    assert {"aten::ones", "aten::add"} <= {event.name for event in events}
+    assert all(event.start < event.end for event in events)
 
 
 @pytest.mark.gpu
