@@ -10,6 +10,8 @@ step_time.py, on a model of the real size with random weights and random prepare
 Only a +validated row writes its result. With +gpusN, a batch per GPU and figures of the first; host memory is then the
 sum over the processes after the first step. Rows that the CSV already has for this GPU are skipped. A failed row is
 reported with the last line of its log and not written; the others continue, and the exit code is 1.
+
+With --profile, rows are run to say where the time of a few steps goes (profile_steps.py), and none is written.
 """
 
 import csv
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from base import console
 from flops import step_flops
+from profile_steps import FIRST, LAST
 from step_time import PROFILE, ROOT, append_row, check_csv
 
 
@@ -254,10 +257,9 @@ def measure(row, args, card):
     run_logged([*command, "--", script_of(row), *script_flags(row, args.steps)], log_path, cwd=work)
     check_videos(row, args, log_path)
     lines = log_path.read_text(errors="replace").splitlines()
-    row_line = next(line for line in reversed(lines) if line.startswith('{"label"'))
-    measured = json.loads(row_line)
+    measured = json.loads(next(line for line in reversed(lines) if line.startswith('{"label"')))
     if args.profile:
-        print(log_path.read_text(errors="replace").partition(PROFILE)[2].partition(row_line)[0].strip())
+        measured["profile"] = log_path.read_text(errors="replace").partition(PROFILE)[2].strip()
     else:
         append_row(args.csv, measured)
     shutil.rmtree(work / "runs" / row.label, ignore_errors=True)  # gigabytes for full fine-tuning
@@ -309,10 +311,12 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, default=20, help="updates of a row (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="of them not timed (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure rows that the file has, too")
-    parser.add_argument("--profile", action="store_true", help="print where a step's time is, and write no rows")
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes, and write no rows")
     args = parser.parse_args(argv)
     if not 0 < args.warmup < args.steps:
         parser.error("--warmup: at least 1, and less than --steps")
+    if args.profile and args.steps < LAST:
+        parser.error(f"--profile: at least {LAST} --steps, of which {FIRST} to {LAST} are profiled")
     try:
         args.rows = list(dict.fromkeys(map(parse_row, args.rows)))
     except ValueError as error:
@@ -332,7 +336,8 @@ def main():
             print(f"{row.label}: in {args.csv} already")
             continue
         try:
-            print(f"{row.label}: {describe_row(measure(row, args, card))}", flush=True)
+            measured = measure(row, args, card)
+            print(f"{row.label}: {measured['profile'] if args.profile else describe_row(measured)}", flush=True)
             added += not args.profile
         except RowError as error:
             failed += 1

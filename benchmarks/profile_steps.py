@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
-"""Where the milliseconds of a training step are: what the GPU's streams do, and what the training's own waits for.
+"""Where the time of a training step goes: what the GPU's streams do, and what the training's own waits for.
 
-    python benchmarks/bench.py 5b-stream+sft@fa4 --steps 8 --profile
+    python benchmarks/bench.py 5b-stream+sft@fa4 --steps 6 --warmup 1 --profile
     python benchmarks/step_time.py --profile -- training/cogvideox_text_to_video_lora.py FLAGS
 
-Of a few steps in the middle of a run, by torch.profiler. The training's stream is the one with the most kernels. While
-it is idle it waits for others (copies, updates of optimizer states, other GPUs), or for the host, if nothing runs.
+By torch.profiler, which makes steps a little longer. The training's stream is the one with the most kernels. While it is
+idle it waits for others (copies, updates of optimizer states, other GPUs), or for the host, if nothing runs.
 """
 
 import re
@@ -14,18 +13,16 @@ from typing import NamedTuple
 
 
 FIRST, NUM_STEPS = 3, 3  # steps that are profiled
-KINDS = {  # the first pattern in an event's name
-    "copies to the GPU": "Memcpy HtoD",
-    "copies to the host": "Memcpy DtoH",
-    "NCCL": "^nccl",
+LAST = FIRST + NUM_STEPS - 1
+TRANSFERS = {"copies to the GPU": "^Memcpy HtoD", "copies to the host": "^Memcpy DtoH", "NCCL": "^nccl"}
+BESIDE = "kernels of other streams"  # the ring's updates among them
+KERNELS = {  # of the training's stream; the first whose pattern is in the name
     "updates": "[Aa]dam|[Oo]ptimizer",
-    "matrix products": "gemm|nvjet|cutlass(?!.*flash)|xmma",
     "attention": "flash|fmha|sdpa|attention",
+    "matrix products": "gemm|nvjet|cutlass|xmma",
+    "other kernels": "",
 }
-TRANSFERS = ("copies to the GPU", "copies to the host", "NCCL")
-REST = "other kernels"
-BESIDE = "kernels of other streams"  # with the ring, updates
-NUM_KERNELS = 8  # of the list of the longest
+NUM_LONGEST = 8
 
 
 class Event(NamedTuple):
@@ -38,7 +35,7 @@ class Event(NamedTuple):
 
 
 class StepProfiler:
-    """Profiles the steps FIRST to FIRST + NUM_STEPS - 1 of the optimizer that `step_time.py` watches."""
+    """Profiles the steps FIRST to LAST of the optimizer that `step_time.py` watches."""
 
     def __init__(self, torch):
         self.torch, self.num_steps, self.profile, self.events = torch, 0, None, []
@@ -50,17 +47,16 @@ class StepProfiler:
             self.torch.cuda.synchronize()
             self.profile = self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA])
             self.profile.start()
-        if self.num_steps == FIRST - 1 + NUM_STEPS:
+        if self.num_steps == LAST:
             self.torch.cuda.synchronize()
             self.profile.stop()
-            recorded = (
-                self.profile.profiler.kineto_results.events()
-            )  # profile.events() would take a minute to order them
+            # Undocumented, but profile.events() would take a minute to order them
+            recorded = self.profile.profiler.kineto_results.events()
             self.events = events_of(recorded, self.torch.autograd.DeviceType.CUDA)
 
     def report(self) -> str:
         if not self.events:
-            return f"no profile: it needs a GPU and {FIRST - 1 + NUM_STEPS} steps or more"
+            return f"no profile: it needs a GPU that torch.profiler can record, and {LAST} steps or more"
         return "\n".join(lines_of(self.events, NUM_STEPS))
 
 
@@ -74,8 +70,8 @@ def events_of(recorded, device_type) -> list[Event]:
 
 def kind_of(event: Event, training: int) -> str:
     """`training`: the stream of the training."""
-    kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.name)), REST)
-    return BESIDE if event.stream != training and kind not in TRANSFERS else kind
+    kinds = TRANSFERS | (KERNELS if event.stream == training else {BESIDE: ""})
+    return next(kind for kind, pattern in kinds.items() if re.search(pattern, event.name))
 
 
 def union(spans) -> list[tuple[float, float]]:
@@ -96,15 +92,15 @@ def gaps(spans, begin: float, end: float) -> list[tuple[float, float]]:
 
 
 def shared(first, second) -> float:
-    """Seconds that are in both of two lists of disjoint spans."""
-    total, position = 0.0, 0
-    for start, end in first:
-        while position < len(second) and second[position][1] <= start:
-            position += 1
-        for other_start, other_end in second[position:]:
-            if other_start >= end:
-                break
-            total += min(end, other_end) - max(start, other_start)
+    """Seconds that are in both of two lists of disjoint spans in order."""
+    total, one, other = 0.0, 0, 0
+    while one < len(first) and other < len(second):
+        (start, end), (other_start, other_end) = first[one], second[other]
+        total += max(0.0, min(end, other_end) - max(start, other_start))
+        if end < other_end:
+            one += 1
+        else:
+            other += 1
     return total
 
 
@@ -115,22 +111,23 @@ def seconds(spans) -> float:
 def lines_of(events: list[Event], num_steps: int) -> list[str]:
     """The report: per step, in seconds."""
     begin, end = min(event.start for event in events), max(event.end for event in events)
-    training = Counter(event.stream for event in events if not event.name.startswith("Mem")).most_common(1)[0][0]
-    kinds, kernels = defaultdict(list), defaultdict(float)
+    kernels = [event for event in events if not event.name.startswith("Mem")] or events
+    training = Counter(event.stream for event in kernels).most_common(1)[0][0]
+    kinds, names = defaultdict(list), defaultdict(float)
     for event in events:
         kinds[kind_of(event, training)].append((event.start, event.end))
-        kernels[event.name] += event.end - event.start
+        names[event.name] += event.end - event.start
     busy = union((event.start, event.end) for event in events if event.stream == training)
     idle = gaps(busy, begin, end)
     anything = union((event.start, event.end) for event in events)
 
     lines = [f"profile of {num_steps} steps, seconds per step: {(end - begin) / num_steps:.3f}"]
     lines += [f"  the training's stream: busy {seconds(busy) / num_steps:.3f}, idle {seconds(idle) / num_steps:.3f}"]
-    others = {kind: union(spans) for kind, spans in kinds.items()}
-    for kind in [*KINDS, BESIDE, REST]:
-        if kind in others:
-            took, alone = seconds(others[kind]) / num_steps, shared(idle, others[kind]) / num_steps
-            lines += [f"  {kind}: {took:.3f}, of it {alone:.3f} while the training's stream is idle"]
-    lines += [f"  nothing at all: {seconds(gaps(anything, begin, end)) / num_steps:.3f}"]
-    longest = sorted(kernels.items(), key=lambda item: -item[1])[:NUM_KERNELS]
+    for kind in [*TRANSFERS, BESIDE, *KERNELS]:
+        spans = union(kinds[kind])
+        alone = f", of it {shared(idle, spans) / num_steps:.3f} while the training's stream is idle"
+        if spans:
+            lines += [f"  {kind}: {seconds(spans) / num_steps:.3f}" + ("" if kind in KERNELS else alone)]
+    lines += [f"  nothing at all: {seconds(gaps(anything, begin, end)) / num_steps:.3f}", "  longest:"]
+    longest = sorted(names.items(), key=lambda item: -item[1])[:NUM_LONGEST]
     return lines + [f"    {total / num_steps:.3f} {name[:90]}" for name, total in longest]

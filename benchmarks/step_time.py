@@ -42,7 +42,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flash-a
 FIELDS = ("label", "exit_code", "warmup", "steps", "median_s", "p10_s", "p90_s", "first_step_s")
 FIELDS += ("allocated_gib", "reserved_gib", "host_gib", "memory_cap_gib", "mfu", "sm_clock_mhz")
 FIELDS += ("card", "python", *PACKAGES, "cuda", "command")
-PROFILE = "---- profile"  # its first line
+PROFILE = "---- profile"  # the line before one
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch
 
 
@@ -277,7 +277,7 @@ def parse_args(argv):
     parser.add_argument("--memory_cap", type=float, metavar="GIB", help="the most that torch may reserve on the GPU")
     parser.add_argument("--link", type=float, metavar="GB/S", help="slower copies between GPU and host, slow_link.py")
     parser.add_argument("--no_result", action="store_true", help="scripts of training/ write no result")
-    parser.add_argument("--profile", action="store_true", help="print what the GPU does meanwhile, profile_steps.py")
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes, profile_steps.py")
     parser.add_argument("--deterministic", action="store_true", help="torch's deterministic algorithms, slower")
     parser.add_argument("--model_tflop", type=float, help="of a step, by flops.py: gives the model FLOP utilisation")
     return parse_before_script(parser, argv)
@@ -307,11 +307,11 @@ def main():
     exit_code = run_script(args.command)
     row = summarise(clock, args, exit_code)
     if os.environ.get("RANK", "0") == "0":
-        if args.profile:
-            print(PROFILE, clock.profiler.report(), sep="\n")
         print(json.dumps(row), flush=True)
         if args.csv:
             append_row(args.csv, row)
+        if args.profile:
+            print(PROFILE, clock.profiler.report(), sep="\n")
     sys.exit(exit_code)
 
 

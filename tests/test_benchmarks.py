@@ -272,7 +272,7 @@ def work(tiny, tmp_path, monkeypatch):
 def run_bench(monkeypatch, work, *rows):
     """(exit code, rows of the CSV)"""
     path = work / "speed.csv"
-    argv = ["bench.py", *rows, "--csv", str(path), "--work", str(work), "--steps", "4", "--warmup", "1"]
+    argv = ["bench.py", "--csv", str(path), "--work", str(work), "--steps", "4", "--warmup", "1", *rows]
     monkeypatch.setattr("sys.argv", argv)
     exit_code = bench.main()
     return exit_code, bench.rows_in(path)
@@ -281,10 +281,12 @@ def run_bench(monkeypatch, work, *rows):
 @pytest.mark.slow  # each row is a process of its own, as it is measured
 def test_a_profile_is_printed_and_writes_no_row(work, monkeypatch, capsys):
     monkeypatch.setattr(bench, "card_name", lambda: "cpu")
-    exit_code, rows = run_bench(monkeypatch, work, "tiny-speed", "--profile")
-    profile, row = capsys.readouterr().out.strip().splitlines()
+    exit_code, rows = run_bench(monkeypatch, work, "tiny-speed", "--profile", "--steps", "5")
     assert exit_code == 0 and rows == []
-    assert profile == "no profile: it needs a GPU and 5 steps or more" and row.startswith("tiny-speed: ")
+    assert capsys.readouterr().out.startswith("tiny-speed: no profile: it needs a GPU")
+    with pytest.raises(SystemExit):
+        run_bench(monkeypatch, work, "tiny-speed", "--profile")
+    assert "--profile: at least 5 --steps, of which 3 to 5 are profiled" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # each row is a process of its own, as it is measured

@@ -134,9 +134,8 @@ def test_estimates_are_within_a_tenth_of_what_was_measured(
     if earlier:
         run = with_earlier_masters(run, earlier)
     level = parse_training_args(task, flags).memory or CHECKPOINTING
-    if (
-        run.renders and vae != "stock"
-    ):  # the VAE keeps frames on the GPU as far as a cap allows, and others on the host
+    # The VAE keeps frames on the GPU as far as a cap allows, and others on the host
+    if run.renders and vae != "stock":
         needed = memory_peaks(run, level, gpu_bytes=cap_gib * GIB)
         most = memory_peaks(run, level, ample_memory=True)
         assert 0.9 * needed.allocated < allocated * GIB < 1.1 * most.allocated

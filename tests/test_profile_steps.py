@@ -14,11 +14,11 @@ from profile_steps import Event, StepProfiler
 
 
 def test_a_report_says_what_the_training_waited_for():
-    """Two steps in 10 s: compute of 4 and 4 s; in the gap of 2 s a copy for 1.5 s; another copy hidden by compute."""
+    """Two steps in 10 s: compute of 4 and 4 s; in the gap of 2 s a copy for 1.5 s; other copies hidden by compute."""
     events = [
         Event("nvjet_tst_128x256", 7, 0, 4),
         Event("Memcpy HtoD (Pinned -> Device)", 9, 4, 5.5),
-        Event("Memcpy DtoH (Device -> Pinned)", 11, 1, 3),
+        *(Event("Memcpy DtoH (Device -> Pinned)", 11, 1 + place / 2, 1.5 + place / 2) for place in range(4)),
         Event("flash_fwd", 7, 6, 9),
         Event("elementwise_kernel", 7, 9, 10),
     ]
@@ -28,10 +28,25 @@ def test_a_report_says_what_the_training_waited_for():
     report = "\n".join(lines)
     assert "copies to the GPU: 0.750, of it 0.750 while" in report
     assert "copies to the host: 1.000, of it 0.000 while" in report
-    assert "matrix products: 2.000, of it 0.000" in report
-    assert "attention: 1.500" in report and "other kernels: 0.500" in report
+    assert "matrix products: 2.000\n" in report
+    assert "attention: 1.500\n" in report and "other kernels: 0.500\n" in report
     assert "nothing at all: 0.250" in report  # from 5.5 to 6
     assert "NCCL" not in report
+    times = [line.split()[0] for line in lines[lines.index("  longest:") + 1 :]]
+    assert times == ["2.000", "1.500", "1.000", "0.750", "0.500"]
+
+
+def test_a_report_of_copies_alone_is_one_too():
+    lines = profile_steps.lines_of([Event("Memcpy HtoD", 9, 1, 2), Event("Memcpy DtoH", 11, 4, 5)], num_steps=1)
+    assert lines[0].endswith("4.000") and "  nothing at all: 2.000" in lines
+
+
+def test_spans_are_merged_and_compared():
+    assert profile_steps.union([(3, 5), (0, 2), (1, 4), (6, 7)]) == [(0, 5), (6, 7)]
+    assert profile_steps.gaps([(1, 2), (4, 6)], 0, 6) == [(0, 1), (2, 4)]
+    assert profile_steps.shared([(0, 2), (4, 6)], [(1, 5), (5.5, 9)]) == 2.5
+    assert profile_steps.shared([(0, 10)], [(1, 2), (3, 4), (9, 12)]) == 3
+    assert profile_steps.shared([(0, 1)], []) == 0
 
 
 @pytest.mark.parametrize(
@@ -42,6 +57,8 @@ def test_a_report_says_what_the_training_waited_for():
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "updates"),
         ("void kOptimizerStatic8bit2StateBlockwise<c10::BFloat16>", "updates"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+        ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object", "attention"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"),
         ("triton_poi_fused_add_mul_0", "other kernels"),
     ],
@@ -73,7 +90,7 @@ def test_only_some_steps_in_the_middle_are_profiled():
         profiler.on_step()
         num_profiled += said[-1:] == ["start"]  # of the steps that come next
     assert said == ["start", "stop"] and num_profiled == profile_steps.NUM_STEPS
-    assert "no profile" in profiler.report()  # nothing ran on a GPU
+    assert "no profile" in profiler.report()  # nothing ran on a GPU, as far as it was told
 
 
 def test_events_of_a_real_profile_have_names_and_times():
