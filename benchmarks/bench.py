@@ -236,7 +236,7 @@ def launcher(gpus=1, deepspeed=False):
 
 
 def measure(row, args, card):
-    """Run one row, append it to the CSV and return it; its output is kept in <work>/logs/<label>.log."""
+    """Run one row; returns it, and its profile if there is one. Its output is kept in <work>/logs/<label>.log."""
     work, log_path = args.work, args.work / "logs" / f"{row.label}.log"
     log_path.unlink(missing_ok=True)
     shutil.rmtree(work / "runs" / row.label, ignore_errors=True)
@@ -256,14 +256,9 @@ def measure(row, args, card):
     command += ["--profile"] if args.profile else []
     run_logged([*command, "--", script_of(row), *script_flags(row, args.steps)], log_path, cwd=work)
     check_videos(row, args, log_path)
-    lines = log_path.read_text(errors="replace").splitlines()
-    measured = json.loads(next(line for line in reversed(lines) if line.startswith('{"label"')))
-    if args.profile:
-        measured["profile"] = log_path.read_text(errors="replace").partition(PROFILE)[2].strip()
-    else:
-        append_row(args.csv, measured)
     shutil.rmtree(work / "runs" / row.label, ignore_errors=True)  # gigabytes for full fine-tuning
-    return measured
+    printed, _, profile = log_path.read_text(errors="replace").partition(PROFILE)
+    return json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith('{"label"'))), profile
 
 
 def check_videos(row, args, log_path):
@@ -336,9 +331,11 @@ def main():
             print(f"{row.label}: in {args.csv} already")
             continue
         try:
-            measured = measure(row, args, card)
-            print(f"{row.label}: {measured['profile'] if args.profile else describe_row(measured)}", flush=True)
-            added += not args.profile
+            measured, profile = measure(row, args, card)
+            print(f"{row.label}: {profile.strip() or describe_row(measured)}", flush=True)
+            if not args.profile:
+                append_row(args.csv, measured)
+                added += 1
         except RowError as error:
             failed += 1
             print(f"{row.label}: FAILED, {error}", flush=True)

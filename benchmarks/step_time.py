@@ -310,7 +310,7 @@ def main():
         print(json.dumps(row), flush=True)
         if args.csv:
             append_row(args.csv, row)
-        if args.profile:
+        if args.profile and exit_code == 0:  # else the script's last line says why
             print(PROFILE, clock.profiler.report(), sep="\n")
     sys.exit(exit_code)
 

@@ -284,6 +284,10 @@ def test_a_profile_is_printed_and_writes_no_row(work, monkeypatch, capsys):
     exit_code, rows = run_bench(monkeypatch, work, "tiny-speed", "--profile", "--steps", "5")
     assert exit_code == 0 and rows == []
     assert capsys.readouterr().out.startswith("tiny-speed: no profile: it needs a GPU")
+    exit_code, rows = run_bench(monkeypatch, work, "tiny-speed+compiled+eager", "--profile", "--steps", "5")
+    assert (
+        exit_code == 1 and "give one of them" in capsys.readouterr().out
+    )  # why it failed, not that there is no profile
     with pytest.raises(SystemExit):
         run_bench(monkeypatch, work, "tiny-speed", "--profile")
     assert "--profile: at least 5 --steps, of which 3 to 5 are profiled" in capsys.readouterr().err
@@ -320,8 +324,8 @@ def test_measured_rows_are_left_out_unless_asked_for_again(work, monkeypatch, ca
 
     def measure(row, args, card):
         measured.append((row.label, card))
-        step_time.append_row(args.csv, dict.fromkeys(step_time.FIELDS) | speed_row(row.label, card=card))
-        return speed_row(row.label, allocated_gib=1.0, reserved_gib=1.0, first_step_s=1.0, host_gib=1.0, mfu=None)
+        figures = {"allocated_gib": 1.0, "reserved_gib": 1.0, "first_step_s": 1.0, "host_gib": 1.0, "mfu": None}
+        return dict.fromkeys(step_time.FIELDS) | speed_row(row.label, card=card, **figures), ""
 
     monkeypatch.setattr(bench, "measure", measure)
     cards = iter(["one", "one", "one", "other"])
