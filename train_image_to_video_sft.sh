@@ -7,7 +7,7 @@
 #
 # Data must be prepared with IMAGE_LATENTS=true. Hardware: all released image-to-video models have 5 billion weights.
 # At 49x480x720 and batch 1, MEMORY=balanced takes 76.5 GiB of GPU memory; with MEMORY= it is about as much.
-# MEMORY=offload keeps optimizer states, gradients and activations in host memory: 15.1 GiB of GPU and 73 GiB of host
+# MEMORY=offload keeps optimizer states, gradients and activations in host memory: 15.0 GiB of GPU and 73 GiB of host
 # memory. Both were measured with text-to-video; by the estimate image-to-video takes half a GiB of GPU memory more. If
 # nothing fits, the script exits with one line. MEMORY=plan estimates all levels for your data. A
 # checkpoint takes 73 GiB of disk, the result 10.4 GiB.

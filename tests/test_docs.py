@@ -653,10 +653,10 @@ LORA, SFT = "train_text_to_video_lora.sh", "train_text_to_video_sft.sh"
         ("train_image_to_video_lora.sh", "speed", "5b-balanced@fa4", "22.1 GiB", None, None),
         (SFT, "speed", "2b-balanced+sft@fa4", "25.8 GiB", None, None),
         (SFT, "speed", "5b-balanced+sft@fa4", "76.5 GiB", None, None),
-        (SFT, "speed", "2b-offload+sft@fa4", "6.2 GiB", "25 GiB", "1.03 s"),
-        (SFT, "speed", "5b-offload+sft@fa4", "15.1 GiB", "73 GiB", "3.13 s"),
+        (SFT, "speed", "2b-offload+sft@fa4", "6.2 GiB", "25 GiB", "1.04 s"),
+        (SFT, "speed", "5b-offload+sft@fa4", "15.0 GiB", "73 GiB", "3.13 s"),
         ("train_image_to_video_sft.sh", "speed", "5b-balanced+sft@fa4", "76.5 GiB", None, None),
-        ("train_image_to_video_sft.sh", "speed", "5b-offload+sft@fa4", "15.1 GiB", "73 GiB", None),
+        ("train_image_to_video_sft.sh", "speed", "5b-offload+sft@fa4", "15.0 GiB", "73 GiB", None),
     ],
 )
 def test_the_wrappers_headers_show_what_was_measured_and_at_what(wrapper, file, label, reserved, host, step):
