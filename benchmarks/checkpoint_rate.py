@@ -101,7 +101,7 @@ def make_state(flags, folder):
     engine = compose.build_sft_engine_from_args(
         args, args.memory, 0.0, transformer, (1, 300, *heads), dtype, dtype, device
     )
-    optimizer = compose.build_optimizer_from_args(args, None, engine, args.learning_rate)
+    optimizer = compose.build_engine_optimizer_from_args(args, None, engine, args.learning_rate)
     return TrainingState(engine, optimizer, optimizers.make_lr_scheduler_from_args(args, optimizer, 100))
 
 

@@ -194,7 +194,6 @@ NEW_PREPARE_FLAGS = {
     "verbose": False,
 }
 
-# Later flags with a value that uses them; each must be refused by every script
 # What each flag of IDLE_WITHOUT is tried with
 IDLE_USES = {
     "validation_prompt_separator": "|",
@@ -267,7 +266,7 @@ def refused_training(capsys, *flags, script="t2v_lora", base=TRAIN) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_training_flags_are_the_original_ones(script):
+def test_training_flags_are_the_original_ones_and_the_listed_new_ones(script):
     table, flags = rows(TRAINING_FLAGS), flags_of(make_training_parser(script))
     assert len(table) == 76
     assert [describe(flags[name]) for name, *_ in table] == table
@@ -277,7 +276,7 @@ def test_training_flags_are_the_original_ones(script):
     assert new == NEW_TRAINING_FLAGS
 
 
-def test_prepare_flags_are_the_original_ones():
+def test_prepare_flags_are_the_original_ones_and_the_listed_new_ones():
     table, flags = rows(PREPARE_FLAGS), flags_of(make_prepare_parser())
     assert len(table) == 26
     assert [describe(flags[name]) for name, *_ in table] == table

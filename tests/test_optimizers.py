@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from args import parse_training_args
 from base.errors import UsageError
-from engine.compose import build_optimizer_from_args, build_sft_engine_from_args
+from engine.compose import build_engine_optimizer_from_args, build_sft_engine_from_args
 from engine.optimizers import make_lr_scheduler_from_args, make_optimizer_from_args, schedule_state
 from engine.ring_adam import RingAdam
 from engine.state_ring import StateRing
@@ -137,7 +137,7 @@ def parse(row, place="device"):
 def make_state(row, place="device", dtype=torch.float32, device=CPU):
     args = parse(row, place)
     engine = build_sft_engine_from_args(args, None, 0.0, TinyModel(), (1, 8, 1, 64), dtype, torch.float32, device)
-    optimizer = build_optimizer_from_args(args, None, engine, args.learning_rate)
+    optimizer = build_engine_optimizer_from_args(args, None, engine, args.learning_rate)
     schedule = make_lr_scheduler_from_args(args, optimizer, args.max_train_steps)
     return TrainingState(TinyEngine(engine), optimizer, schedule)
 

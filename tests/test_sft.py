@@ -11,7 +11,7 @@ from args import parse_training_args
 from base.errors import UsageError
 from cogvideox.loading import load_transformer
 from engine import master_weights
-from engine.compose import build_optimizer_from_args, build_sft_engine_from_args
+from engine.compose import build_engine_optimizer_from_args, build_sft_engine_from_args
 from engine.master_weights import HostMasters, Masters
 from engine.optimizers import make_lr_scheduler_from_args, split_tensors
 from engine.sft import by_name, check_saved_transformer, load_weights, save_transformer, save_weights, setter
@@ -231,7 +231,7 @@ def make_state(tiny, request):
         args, transformer = parse_training_args("t2v_sft", argv), load_transformer(tiny("5b"), torch.float32)
         shape = 1, 8, 4, 32
         engine = build_sft_engine_from_args(args, None, 0.0, transformer, shape, request.param, torch.bfloat16, CPU)
-        optimizer = build_optimizer_from_args(args, None, engine, 0.1)
+        optimizer = build_engine_optimizer_from_args(args, None, engine, 0.1)
         state = TrainingState(engine, optimizer, make_lr_scheduler_from_args(args, optimizer, 10))
         if value is not None:
             fill(state, value)

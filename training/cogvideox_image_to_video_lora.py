@@ -68,7 +68,7 @@ def main(args) -> None:
     transformer = loading.load_transformer_from_args(args, model.weights, dtype, level, device)
     shape = model.attention_shape(clips.clip_buckets, args.train_batch_size)
     engine = compose.build_lora_engine_from_args(args, level, transformer, model, shape, run, resumes=bool(checkpoint))
-    optimizer = compose.build_optimizer_from_args(args, run.accelerator, engine, plan.learning_rate)
+    optimizer = compose.build_engine_optimizer_from_args(args, run.accelerator, engine, plan.learning_rate)
     lr_scheduler = optimizers.make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
     state = TrainingState(engine, optimizer, lr_scheduler, make_scaler(dtype))
     first_step = checkpoints.resume(args, run, checkpoint, state, provenance) if checkpoint else 0

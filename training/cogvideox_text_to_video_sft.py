@@ -70,7 +70,7 @@ def main(args) -> None:
     engine = compose.build_sft_engine_from_args(
         args, level, share, transformer, shape, dtype, model.stored_dtype, device
     )
-    optimizer = compose.build_optimizer_from_args(args, run.accelerator, engine, plan.learning_rate)
+    optimizer = compose.build_engine_optimizer_from_args(args, run.accelerator, engine, plan.learning_rate)
     lr_scheduler = optimizers.make_lr_scheduler_from_args(args, optimizer, plan.num_steps)
     state = TrainingState(engine, optimizer, lr_scheduler, make_scaler(dtype))
     first_step = checkpoints.resume(args, run, checkpoint, state, provenance) if checkpoint else 0

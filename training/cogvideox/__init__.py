@@ -1,1 +1,1 @@
-"""Everything specific to CogVideoX: in training, a transformer sees what diffusers' pipeline feeds it."""
+"""The CogVideoX models: in training, a transformer sees what diffusers' pipeline feeds it."""

@@ -124,8 +124,8 @@ def make_masters(
     return None if dtype == torch.float32 else Masters(weights, device, dtype)
 
 
-def build_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
-    """The optimizer for the engine's weights, or DeepSpeed if the accelerate config turns it on."""
+def build_engine_optimizer_from_args(args, accelerator, engine: Engine, learning_rate: float):
+    """RingAdam for split masters, DeepSpeed if the accelerate config has it, else what make_optimizer_from_args makes."""
     if isinstance(engine.masters, StateRing):
         settings = adam_settings_from_args(args, learning_rate)
         return RingAdam(engine.masters, ADAMS[args.optimizer], settings)

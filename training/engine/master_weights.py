@@ -22,7 +22,10 @@ MAX_IN_FLIGHT = 8  # gradients being copied to the host; each is kept on the dev
 
 
 def choose_masters_from_args(args, level: str | None, dtype: torch.dtype, num_ranks: int) -> str:
-    """FP32, SPLIT, RING or HOST: what full fine-tuning without DeepSpeed uses at `level`, computing in `dtype`."""
+    """FP32, SPLIT, RING or HOST: what full fine-tuning without DeepSpeed uses at `level`, computing in `dtype`.
+
+    The optimizer steps on the GPU, with HOST on the CPU.
+    """
     splits = dtype == torch.bfloat16 and obstacle_to_splitting_from_args(args) is None
     if splits and num_ranks == 1 and (level in HOST_LEVELS or args.use_cpu_offload_optimizer):
         return RING

@@ -191,7 +191,7 @@ def accumulates(args) -> bool:
 
 def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.device) -> None:
     """UsageError, before anything is loaded, if weights, gradients and optimizer states alone do not fit."""
-    check_sft_level(args, dtype)
+    check_states_on_host(args, dtype)
     # DeepSpeed shards them; --memory auto estimates all of it
     if device.type != "cuda" or uses_deepspeed() or args.memory == "auto":
         return
@@ -215,7 +215,7 @@ def check_sft_fits(args, num_weights: float, dtype: torch.dtype, device: torch.d
         )
 
 
-def check_sft_level(args, dtype: torch.dtype) -> None:
+def check_states_on_host(args, dtype: torch.dtype) -> None:
     """UsageError if states in host memory cannot work here; the flags alone were checked when they were parsed."""
     low_bit = args.use_8bit and args.use_cpu_offload_optimizer
     if not (args.memory in HOST_LEVELS or low_bit):
