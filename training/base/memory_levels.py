@@ -2,8 +2,8 @@
 
 LEVELS = ("speed", "balanced", "offload", "stream")  # fastest first
 # Activations saved for the backward pass are in host memory, in full fine-tuning optimizer states and gradients too, and
-# in `stream` the blocks' weights. T5 is streamed; validation has one model at a time on the GPU and denoises guidance's
-# two samples one by one.
+# in `stream` the blocks' weights. T5 is streamed; validation denoises guidance's two samples one by one, and has one
+# model at a time on the GPU if the VAE has no room beside the transformer.
 HOST_LEVELS = ("offload", "stream")
 # Where full fine-tuning has its fp32 weights and optimizer states: all on the GPU, the weights in fp32 or split into
 # bf16 and the rest; the rest and the states in host memory, updated block by block on the GPU; all in host memory,

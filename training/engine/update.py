@@ -85,7 +85,7 @@ def make_scaler(dtype: torch.dtype) -> LossScaler | None:
 
 
 def update(loss: torch.Tensor, state: TrainingState, last_micro_step: bool, max_grad_norm: float) -> Update:
-    """Accumulate the gradient of `loss` and, at the last micro-step, apply it.
+    """Accumulate the gradient of `loss` and, at the last micro-step, apply it: a StateRing in its next forward pass.
 
     `loss` is already divided by the number of micro-steps. Ranks communicate once per update, not per micro-step. The
     host waits for the device only if `skips_on_device` is False. The gradient norm is computed once, for clipping.

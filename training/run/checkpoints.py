@@ -1,9 +1,9 @@
 """Checkpoints from which a run continues exactly: write, find, load.
 
 A checkpoint is the result, `pytorch_lora_weights.safetensors` or `transformer/`, beside `optimizer.safetensors`,
-`state.json` and `manifest.json` (size and hash of every file), plus the trained weights where they differ from the
-result's: `masters.safetensors` and `ema.safetensors`, of a LoRA `lora_unscaled.safetensors`. Nothing is pickled. No
-random state is saved: every draw is a function of the seed and the sample's position in the run.
+`state.json` and `manifest.json` (size and hash of every file), plus `masters.safetensors` in full fine-tuning,
+`ema.safetensors` with --ema, and `lora_unscaled.safetensors` if a LoRA's scaling cannot be undone exactly. Nothing is
+pickled. No random state is saved: every draw is a function of the seed and the sample's position in the run.
 
 Tensors are written and read one at a time, and read once: hashed while they are loaded.
 """

@@ -61,8 +61,8 @@ def preserved_random_state(device: torch.device):
 def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     """Write this rank's share of the videos, each with its prompt beside it: <prompt>_<video>.mp4 and .txt.
 
-    The transformer stays on the GPU; where the VAE has no room beside it, or ran out of memory, one model at a time is
-    there.
+    The transformer stays where it is, or moves so that only the running model is on the GPU: with
+    --enable_model_cpu_offload, if the VAE has no room beside it at `offload` or `stream`, or if memory ran out.
     """
     transformer, saves_memory = engine.transformer, engine.level in HOST_LEVELS
     jobs = [(number, video) for number in range(len(samples.prompts)) for video in range(args.num_validation_videos)]
