@@ -1,9 +1,9 @@
 """fp32 master weights (arXiv 1710.03740) for the optimizer, while the model computes with low-precision copies.
 
-In bf16, an update of 1e-5 is rounded away for every weight above 0.004; on an fp32 master it is not. Masters are on
-the device or in host memory. In host memory, the optimizer steps there and keeps its states there; the GPU then holds
-only the copies, and the gradients unless they are offloaded too. Split masters, whose states the GPU updates wherever
-they are, have engine/state_ring.py.
+In bf16, an update of 1e-5 is rounded away for every weight above 0.004; on an fp32 master it is not. Masters are whole
+here, on the device or in host memory. In host memory, the CPU steps the optimizer and keeps its states there; the GPU
+then holds only the copies, and the gradients unless they are offloaded too. Split masters, which the GPU updates
+wherever their states are, have engine/state_ring.py.
 """
 
 import contextlib

@@ -49,7 +49,10 @@ class RingAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, max_norm: float = math.inf) -> tuple[torch.Tensor, torch.Tensor]:
-        """(gradient norm before clipping, whether the update was skipped because of it), both [] on the device."""
+        """(gradient norm before clipping, whether the update was skipped because of it), both [] on the device.
+
+        Blocks are updated right before their next forward pass, by `StateRing.queue_update`, which calls `rule`.
+        """
         self.stepped |= set(self.states.norms)
         group = self.param_groups[0]
         return self.states.start_step(functools.partial(self.rule, dict(group)), max_norm)

@@ -1,6 +1,7 @@
 """Render sample videos with the model in training, in the memory that is left.
 
-Weights, train mode, devices and random state are restored. Sizes are (frames, height, width) in pixels.
+Devices are restored here; weights, train mode and random state by `validate`. Sizes are (frames, height, width) in
+pixels.
 """
 
 import contextlib
