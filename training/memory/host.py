@@ -170,7 +170,7 @@ def wrap_blocks(blocks: nn.ModuleList, technique) -> None:
     """Replace every block's call by `technique.forward(index, call, *args, **kwargs)`, around earlier techniques.
 
     `technique.may_recompute`: True if a checkpoint around the block may call it again in the backward pass. A technique
-    with `give_up_room` and `make_room` frees GPU memory while it is not needed, see `at_rest`.
+    with `give_up_room` and `make_room` frees GPU memory while it is not needed, see `room_given_up`.
     """
     for index, block in enumerate(blocks):
         if not isinstance(block, WrappedBlock):
@@ -180,7 +180,7 @@ def wrap_blocks(blocks: nn.ModuleList, technique) -> None:
 
 
 @contextlib.contextmanager
-def at_rest(blocks: nn.ModuleList):
+def room_given_up(blocks: nn.ModuleList):
     """No block is called meanwhile, and what their techniques hold on the GPU for passes is free for others."""
     techniques = blocks[0].wrapped[1] if isinstance(blocks[0], WrappedBlock) else []
     rooms = [technique for technique in techniques if hasattr(technique, "give_up_room")]

@@ -28,7 +28,7 @@ from data.artifacts import write_video
 from data.buckets import Bucket
 from engine.objective import draw_generator
 from memory import estimate
-from memory.host import at_rest, free_gpu_bytes
+from memory.host import free_gpu_bytes, room_given_up
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def preserved_random_state(device: torch.device):
 def render_videos(args, run, engine, samples: Samples, directory: Path) -> None:
     """Write this rank's share of the videos, each with its prompt beside it: <prompt>_<video>.mp4 and .txt.
 
-    The transformer stays where it is, or moves so that only the running model is on the GPU: with
+    The transformer stays where it is, or moves so that only the running model is on the GPU (`placed`): with
     --enable_model_cpu_offload, if the VAE has no room beside it at `offload` or `stream`, or if memory ran out.
     """
     transformer, saves_memory = engine.transformer, engine.level in HOST_LEVELS
@@ -188,7 +188,7 @@ def noted_decoding(pipe, device: torch.device) -> Iterator[list[float]]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         starts.append(time.perf_counter())
-        with at_rest(pipe.transformer.transformer_blocks):
+        with room_given_up(pipe.transformer.transformer_blocks):
             return decode_latents(latents)
 
     pipe.decode_latents = decode
