@@ -3,6 +3,8 @@
 A sample's key is epoch * len(dataset) + index, so a worker knows the epoch. Random draws for a clip depend only on
 (seed, epoch, its entry of clip_lists.draw_keys), not on other rows of the list. Sizes come from headers; decoding
 happens in the workers. An image is a clip of one frame, in a bucket of one frame. Axes: F' pixel frames, h/w pixels.
+
+`start_time` says where a clip is cut, `crop_corner` where it is cropped; data/dataset.py chooses the class by the flags.
 """
 
 import logging

@@ -197,7 +197,7 @@ class StateRing:
     def start_step(self, rule: Callable, max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Decide on an update, as `clip_grad_norm_` and a loss scaler do; returns (norm before clipping, skipped).
 
-        The blocks are updated when the next forward pass comes to them, the weights around them now.
+        `queue_update` updates a block when the next forward pass comes to it; the weights around them are updated now.
         """
         sent = self.outward.run(lambda: None, after=[])
         if self.accumulates:
