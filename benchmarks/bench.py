@@ -232,7 +232,8 @@ def launcher(gpus=1, deepspeed=False):
         return [sys.executable]
     config = ROOT / "accelerate_configs" / ("deepspeed.yaml" if deepspeed else "uncompiled_2.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
-    return [*launch, "--num_processes", str(gpus), "--gpu_ids", ",".join(map(str, range(gpus)))]
+    launch += ["--num_processes", str(gpus), "--gpu_ids", ",".join(map(str, range(gpus)))]
+    return [*launch, "--main_process_port", "0"]  # any that is free, so that several rows can run at once
 
 
 def measure(row, args, card):

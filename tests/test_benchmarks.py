@@ -233,6 +233,7 @@ def test_a_row_of_several_gpus_starts_a_process_for_each():
     row = bench.parse_row("2b-checkpointing+zero2+gpus2+sft+batch4")
     launch = " ".join(bench.launcher(row.gpus, deepspeed=True))
     assert "accelerate_configs/deepspeed.yaml --num_processes 2 --gpu_ids 0,1" in launch
+    assert launch.endswith("--main_process_port 0")  # rows of several GPUs at once each find a free one
     assert "--train_batch_size 4" in " ".join(bench.script_flags(row, steps=20))  # of each
     launch = " ".join(bench.launcher(bench.parse_row("5b-balanced+gpus4").gpus))
     assert "uncompiled_2.yaml --num_processes 4 --gpu_ids 0,1,2,3" in launch
