@@ -50,7 +50,9 @@ def test_the_flags_fill_in_what_the_config_leaves_open():
     )
     assert config["train_batch_size"] == 24 and config["gradient_accumulation_steps"] == 4
     assert config["gradient_clipping"] == 0.5 and config["bf16"] == {"enabled": True}
-    assert config["zero_optimization"] == {"stage": 2}
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": deepspeed_zero.BUCKET}
+    config = config_of(args, zero_optimization={"stage": 2, "reduce_bucket_size": 1000})
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
 @pytest.mark.parametrize(
@@ -117,19 +119,30 @@ def assert_same_training(under, plain):
 
 
 # argv: a JSON list of [module, script, flags, environment]. Each run is forked off a process that has imported all and
-# run nothing; it says whether DeepSpeed is loaded at its end.
+# run nothing; it says whether DeepSpeed is loaded at its end, and each time that DeepSpeed joined tensors to one (first
+# the weights, then gradients), whether it did so in host memory.
 DRIVER = """
 import json, multiprocessing, os, sys
 import cogvideox_text_to_video_lora, cogvideox_text_to_video_sft, prepare_dataset
 from args import parse_prepare_args, parse_training_args
 
+def watch_joining(zero):
+    join, joined = zero.flatten_dense_tensors_aligned, []
+    def watched(*values, use_cpu_data=False, **more):
+        joined.append(use_cpu_data)
+        return join(*values, use_cpu_data=use_cpu_data, **more)
+    zero.flatten_dense_tensors_aligned = watched
+    return joined
+
 def run(module, script, flags, environment):
     os.environ.update(environment)
+    joined = []
     if environment:
         import deepspeed
+        joined = watch_joining(deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute; gloo does the same
     sys.modules[module].main(parse_prepare_args(flags) if script is None else parse_training_args(script, flags))
-    print(json.dumps("deepspeed" in sys.modules), flush=True)
+    print(json.dumps({"deepspeed": "deepspeed" in sys.modules, "on_host": joined}), flush=True)
 
 for values in json.loads(sys.argv[1]):
     process = multiprocessing.get_context("fork").Process(target=run, args=values)
@@ -144,9 +157,9 @@ RAW += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "9
 
 @pytest.fixture(scope="session")
 def quick(tiny, sample_data, prepared_data, once):
-    """(folder of the runs, for each run whether DeepSpeed was loaded after it); made once for all workers."""
+    """(folder of the runs, what each said at its end); made once for all workers."""
     folder = once("deepspeed", lambda folder: make_quick_runs(folder, tiny("5b"), sample_data, prepared_data))
-    return folder, json.loads((folder / "loaded.json").read_text())
+    return folder, json.loads((folder / "ends.json").read_text())
 
 
 def make_quick_runs(folder, model, sample_data, prepared_data):
@@ -192,14 +205,19 @@ def make_quick_runs(folder, model, sample_data, prepared_data):
     command = [sys.executable, "-c", DRIVER, json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    loaded = [line == "true" for line in done.stdout.splitlines() if line in ("true", "false")]
-    (folder / "loaded.json").write_text(json.dumps(loaded))
+    ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"deepspeed"')]
+    (folder / "ends.json").write_text(json.dumps(ends))
 
 
 def test_deepspeed_is_loaded_where_it_is_asked_for_alone(quick):
     """Preparing and training with validation, at which libraries might import it wherever it is installed."""
     assert importlib.util.find_spec("deepspeed")
-    assert quick[1] == [False] * 3 + [True] * 4
+    assert [end["deepspeed"] for end in quick[1]] == [False] * 3 + [True] * 4
+
+
+def test_deepspeed_joins_the_weights_in_host_memory(quick):
+    """Not on the GPU, where that takes their size a second time; also where it has room."""
+    assert [end["on_host"][:1] for end in quick[1]] == [[]] * 3 + [[True]] * 4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

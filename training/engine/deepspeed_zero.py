@@ -5,6 +5,7 @@ DeepSpeed. The accelerate config turns it on and says what is offloaded; everyth
 and 2 only: stage 3 also shards the trained weights themselves, which for a LoRA saves almost nothing.
 """
 
+import contextlib
 import copy
 import importlib.metadata
 import math
@@ -24,6 +25,7 @@ from engine.optimizers import ADAMS, adam_settings_from_args
 MIN_VERSION = "0.19"  # earlier ones count a backward pass without DeepSpeed's own forward as the first micro-step
 SUPPORTED_STAGES = (1, 2)
 ADAM_STATES = ("exp_avg", "exp_avg_sq")  # Adam's states; no other optimizer is supported here
+BUCKET = 5 * 10**7  # gradients averaged at once, in a buffer on the GPU; DeepSpeed's 5e8 take 2 GB in fp32
 
 
 class ZeroMasters:
@@ -163,12 +165,28 @@ def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_rank
     else:
         optimizer = ADAMS[args.optimizer](masters.model_weights, **settings)
     weights = nn.ParameterList(masters.model_weights)
-    with capture_prints():
+    with capture_prints(), joined_in_host_memory():
         engine = deepspeed.initialize(model=weights, optimizer=optimizer, config=config)[0]
     # By default it only checks in fp16, and fp32 has no setting for it: one bad sample would make every weight NaN
     engine.optimizer.check_grad_overflow = True
     masters.write_to_model()
     return ZeroOptimizer(engine, masters.model_weights)
+
+
+@contextlib.contextmanager
+def joined_in_host_memory():
+    """Let DeepSpeed join the weights to one flat tensor in host memory.
+
+    Where a GPU has room for it, DeepSpeed would join them there: twice the weights' size, the peak of a start.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.available_memory = lambda device_index=None: 0
+    try:
+        yield
+    finally:
+        del accelerator.available_memory  # the class's own is there again
 
 
 def complete_config(args, config: dict, dtype: torch.dtype, num_ranks: int) -> dict:
@@ -190,7 +208,8 @@ def complete_config(args, config: dict, dtype: torch.dtype, num_ranks: int) -> d
     if zero["stage"] not in SUPPORTED_STAGES:
         raise UsageError(f"DeepSpeed's zero_stage: {zero['stage']} is not supported; use 2 (or 1)")
     zero.pop("offload_param", None)  # only for stage 3
-    config["zero_optimization"] = {name: value for name, value in zero.items() if value != "auto"}
+    given = {name: value for name, value in zero.items() if value != "auto"}
+    config["zero_optimization"] = {"reduce_bucket_size": BUCKET} | given
     config |= wanted
     config["fp16"] = {"enabled": False}  # refused by check_deepspeed_from_args
     config["bf16"] = {"enabled": dtype == torch.bfloat16}
