@@ -5,8 +5,9 @@
     python benchmarks/prepare.py clips-to-lora+xxl
 
 Additions: +xxl (T5 of the real size, 9 GiB on disk, in place of a tiny one), +variantsN (noised first frames), +capN
-(torch may reserve N GiB on the GPU), +gpusN (N processes share the clips). Each row runs in its own process under step_time.py, on synthetic clips and a 2b
-pipeline of the real size with random weights, made once in the work folder.
+(torch may reserve N GiB on the GPU), +gpusN (N processes share the clips; memory is that of one). Each row runs in its
+own process under step_time.py, on synthetic clips and a 2b pipeline of the real size with random weights, made once in
+the work folder.
 
 `caption_s` and `clip_s` are the steady state by the times of the files: what passes after the first 16 embeddings, and
 after the first 10 latents, per file; `seconds_a_clip` is their sum. `prepare_s` is the whole process, hashing of the
