@@ -667,6 +667,7 @@ LORA, SFT = "train_text_to_video_lora.sh", "train_text_to_video_sft.sh"
 def test_the_wrappers_headers_show_what_was_measured_and_at_what(wrapper, label, reserved, host, step):
     lines = (line.removeprefix("#").strip() for line in read(ROOT / wrapper).splitlines() if line.startswith("#"))
     header, row = " ".join(lines), row_shown(label)
+    assert not step or re.search(r"H\d00", row["card"])[0] in header
     shown = {"reserved_gib": reserved, "host_gib": host, "median_s": step}
     for column, figure in shown.items():
         if figure:

@@ -54,7 +54,8 @@ def calibration():
 def measured_rows():
     """(file, command, GiB allocated, reserved, on the host, most that torch could have, (earlier masters, vae)) of each run."""
     columns = {"results": ("", "host_gib"), "speed": ("", "host_gib")}
-    columns |= dict.fromkeys(("optimizers", "lora_memory", "sft_memory"), ("_peak_", "host_peak_gib"))
+    files = ("optimizers", "lora_memory", "sft_memory", "deepspeed_memory")
+    columns |= dict.fromkeys(files, ("_peak_", "host_peak_gib"))  # the latter of one process
     held_to = calibration()
     for name, (before, host) in columns.items():
         with open(ROOT / "benchmarks" / f"{name}.csv", newline="") as file:
@@ -66,8 +67,14 @@ def measured_rows():
                     continue
                 earlier = held_to.pop(key)  # measured again to the same figure
                 cap = float(row.get("memory_cap_gib") or "inf")
-                figures = (*peaks, float(row[host]), cap)
-                yield pytest.param(name, shlex.split(row["command"]), *figures, earlier, id=f"{name}-{row['label']}")
+                command = shlex.split(row["command"])
+                on_host = float(row[host]) * (num_processes(command) if host == "host_peak_gib" else 1)
+                figures = (*peaks, on_host, cap)
+                yield pytest.param(name, command, *figures, earlier, id=f"{name}-{row['label']}")
+
+
+def num_processes(command):
+    return int(command[command.index("--num_processes") + 1]) if "--num_processes" in command else 1
 
 
 def test_every_row_of_the_calibration_was_measured():
@@ -119,6 +126,8 @@ def test_estimates_are_within_a_tenth_of_what_was_measured(
     if any("deepspeed.yaml" in word for word in command):
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(num_processes(command)))
     place = next(place for place, word in enumerate(command) if word.startswith("training/"))
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -207,6 +216,20 @@ def test_full_fine_tuning_streams_states_where_it_can(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert levels_of(sft("2b")) == ("speed", "balanced")
     assert sft("2b").masters == SPLIT and sft("2b", "--use_cpu_offload_optimizer").masters == HOST
+
+
+def test_a_start_under_deepspeed_copies_a_share_of_the_weights(monkeypatch):
+    """On one GPU all of them, which is more than training takes; host memory is divided among the processes."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    peaks = {}
+    for number in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", number)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", number)
+        peaks[number] = memory_peaks(sft("5b"), CHECKPOINTING)
+    bf16 = 2 * sft("5b").num_weights
+    assert 2 * bf16 < peaks["1"].reserved < 2.2 * bf16 and peaks["2"].reserved < 1.8 * bf16
+    assert peaks["2"].host < 1.2 * peaks["1"].host
 
 
 @pytest.mark.parametrize("kind", ["2b", "5b"])

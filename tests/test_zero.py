@@ -142,7 +142,10 @@ def run(module, script, flags, environment):
         joined = watch_joining(deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute; gloo does the same
     sys.modules[module].main(parse_prepare_args(flags) if script is None else parse_training_args(script, flags))
-    print(json.dumps({"deepspeed": "deepspeed" in sys.modules, "on_host": joined}), flush=True)
+    free = None
+    if environment:
+        free = deepspeed.accelerator.get_accelerator().available_memory()
+    print(json.dumps({"deepspeed": "deepspeed" in sys.modules, "on_host": joined, "free": free}), flush=True)
 
 for values in json.loads(sys.argv[1]):
     process = multiprocessing.get_context("fork").Process(target=run, args=values)
@@ -216,8 +219,9 @@ def test_deepspeed_is_loaded_where_it_is_asked_for_alone(quick):
 
 
 def test_deepspeed_joins_the_weights_in_host_memory(quick):
-    """Not on the GPU, where that takes their size a second time; also where it has room."""
+    """Not on the GPU, where that takes their size a second time; also where it has room, which is asked for again after."""
     assert [end["on_host"][:1] for end in quick[1]] == [[]] * 3 + [[True]] * 4
+    assert all(end["free"] > 0 for end in quick[1][3:])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -175,9 +175,10 @@ def start_deepspeed_from_args(args, config: dict, masters: ZeroMasters, num_rank
 
 @contextlib.contextmanager
 def joined_in_host_memory():
-    """Let DeepSpeed join the weights to one flat tensor in host memory.
+    """Let DeepSpeed join the trained weights to one flat tensor in host memory, where that takes their size twice.
 
-    Where a GPU has room for it, DeepSpeed would join them there: twice the weights' size, the peak of a start.
+    Where a GPU has room for it, DeepSpeed would join them there. A start's peak is now the weights and a clone of this
+    rank's share of them: with one rank still twice their size.
     """
     from deepspeed.accelerator import get_accelerator
 

@@ -83,7 +83,7 @@ class Workload(NamedTuple):
     stored_bytes: int  # of a weight in the files
     base_precision: str
     state_bytes: int  # of the optimizer, per trained weight
-    host_optimizer: int  # bytes on the host per trained weight, if the CPU updates it; else 0
+    host_optimizer: float  # bytes on the host per trained weight, if the CPU updates it; else 0
     host_gradients: bool
     converted: bool  # the files hold another dtype
     compiled: bool
@@ -134,6 +134,9 @@ def memory_peaks(
         peak = max(saved + transient, gradients + transient / 2)
     allocated = resident + peak
     reserved = allocated + unused_bytes(workload, eager)
+    if workload.deepspeed:  # as it starts, it copies a rank's share of what is trained
+        share = workload.num_trained / workload.num_processes * (4 if workload.is_lora else workload.item_bytes)
+        allocated, reserved = max(allocated, resident + share), max(reserved, resident + share)
     in_small_pieces = level in HOST_LEVELS  # streams T5, and denoises guidance's samples one by one
     returning = RETURN_SLOTS * kept_bytes(workload) if in_small_pieces else 0  # the slots stay allocated
     at_rest = resident + returning - (0 if workload.raw else room_for_updates(workload))
