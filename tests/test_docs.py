@@ -565,11 +565,6 @@ def last_rows(name, card=""):
     return {row["label"]: row for row in bench.rows_in(ROOT / f"benchmarks/{name}.csv") if card in row["card"]}
 
 
-def row_shown(label):
-    """The row of speed.csv that README and wrappers show, on the card that they name."""
-    return last_rows("speed", "H200" if re.search(r"\+sft|\+xxl", label) else "H100")[label]
-
-
 @pytest.mark.parametrize("page", [README, twin(README)], ids=lambda page: page.stem)
 def test_the_readme_is_short_and_begins_with_a_run_on_own_clips(page):
     assert len(page.read_bytes()) <= MOST_BYTES_OF_README
@@ -595,16 +590,17 @@ def figures_in(text):
 
 def test_the_memory_in_the_readme_is_that_of_the_csv_files():
     labels = [
-        ("2b-balanced@fa4", "5b-balanced@fa4"),
-        ("2b-stream@fa4", "5b-stream@fa4"),
-        ("2b-stream+cap4+validated+xxl@cudnn", "5b-stream+cap5.5+validated+xxl@cudnn"),
-        ("2b-balanced+sft@fa4", "5b-balanced+sft@fa4"),
-        ("2b-offload+sft@fa4", "5b-offload+sft@fa4"),
+        ("H100", "2b-balanced@fa4", "5b-balanced@fa4"),
+        ("H100", "2b-stream@fa4", "5b-stream@fa4"),
+        ("H200", "2b-stream+cap4+validated+xxl@cudnn", "5b-stream+cap5.5+validated+xxl@cudnn"),
+        ("H200", "2b-balanced+sft@fa4", "5b-balanced+sft@fa4"),
+        ("H200", "2b-offload+sft@fa4", "5b-offload+sft@fa4"),
     ]
     assert "on one H100 80GB; the last three rows on an H200" in read(README).replace("\n", " ")
     shown = table("README", "49 frames of 480x720, batch 1")[1:]
-    for pair, cells in zip(labels, shown, strict=True):
-        for row, cell in zip(map(row_shown, pair), cells[1:], strict=True):
+    for (card, *pair), cells in zip(labels, shown, strict=True):
+        rows = last_rows("speed", card)
+        for row, cell in zip((rows[label] for label in pair), cells[1:], strict=True):
             gpu, host, seconds = figures_in(cell)
             assert abs(float(gpu) - float(row["memory_cap_gib"] or row["reserved_gib"])) < 0.051
             assert not host or abs(float(host) - float(row["host_gib"])) < 0.51
@@ -646,28 +642,28 @@ LORA, SFT = "train_text_to_video_lora.sh", "train_text_to_video_sft.sh"
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "label", "reserved", "host", "step"),
+    ("wrapper", "card", "label", "reserved", "host", "step"),
     [
-        (LORA, "5b-stream@fa4", "4.4 GiB", None, "1.96 s"),
-        (LORA, "2b-stream@fa4", "2.8 GiB", None, "0.85 s"),
-        (LORA, "5b-balanced@fa4", "22.1", None, None),
-        (LORA, "2b-balanced@fa4", "9.0 GiB", None, None),
-        (LORA, "5b-stream+cap5.5+validated+xxl@cudnn", "4.9", None, None),
-        (LORA, "2b-stream+cap5.5+validated+xxl@cudnn", "4.1 GiB", None, None),
-        ("train_image_to_video_lora.sh", "5b-stream@fa4", "4.4 GiB", None, None),
-        ("train_image_to_video_lora.sh", "5b-balanced@fa4", "22.1 GiB", None, None),
-        (SFT, "2b-balanced+sft@fa4", "25.8 GiB", None, None),
-        (SFT, "5b-balanced+sft@fa4", "76.5 GiB", None, None),
-        (SFT, "2b-offload+sft@fa4", "6.2 GiB", "25 GiB", "1.04 s"),
-        (SFT, "5b-offload+sft@fa4", "15.0 GiB", "73 GiB", "3.13 s"),
-        ("train_image_to_video_sft.sh", "5b-balanced+sft@fa4", "76.5 GiB", None, None),
-        ("train_image_to_video_sft.sh", "5b-offload+sft@fa4", "15.0 GiB", "73 GiB", None),
+        (LORA, "H100", "5b-stream@fa4", "4.4 GiB", None, "1.96 s"),
+        (LORA, "H100", "2b-stream@fa4", "2.8 GiB", None, "0.85 s"),
+        (LORA, "H100", "5b-balanced@fa4", "22.1", None, None),
+        (LORA, "H100", "2b-balanced@fa4", "9.0 GiB", None, None),
+        (LORA, "H200", "5b-stream+cap5.5+validated+xxl@cudnn", "4.9", None, None),
+        (LORA, "H200", "2b-stream+cap5.5+validated+xxl@cudnn", "4.1 GiB", None, None),
+        ("train_image_to_video_lora.sh", "H100", "5b-stream@fa4", "4.4 GiB", None, None),
+        ("train_image_to_video_lora.sh", "H100", "5b-balanced@fa4", "22.1 GiB", None, None),
+        (SFT, "H200", "2b-balanced+sft@fa4", "25.8 GiB", None, None),
+        (SFT, "H200", "5b-balanced+sft@fa4", "76.5 GiB", None, None),
+        (SFT, "H200", "2b-offload+sft@fa4", "6.2 GiB", "25 GiB", "1.04 s"),
+        (SFT, "H200", "5b-offload+sft@fa4", "15.0 GiB", "73 GiB", "3.13 s"),
+        ("train_image_to_video_sft.sh", "H200", "5b-balanced+sft@fa4", "76.5 GiB", None, None),
+        ("train_image_to_video_sft.sh", "H200", "5b-offload+sft@fa4", "15.0 GiB", "73 GiB", None),
     ],
 )
-def test_the_wrappers_headers_show_what_was_measured_and_at_what(wrapper, label, reserved, host, step):
+def test_the_wrappers_headers_show_what_was_measured_and_at_what(wrapper, card, label, reserved, host, step):
     lines = (line.removeprefix("#").strip() for line in read(ROOT / wrapper).splitlines() if line.startswith("#"))
-    header, row = " ".join(lines), row_shown(label)
-    assert not step or re.search(r"H\d00", row["card"])[0] in header
+    header, row = " ".join(lines), last_rows("speed", card)[label]
+    assert not step or card in header
     shown = {"reserved_gib": reserved, "host_gib": host, "median_s": step}
     for column, figure in shown.items():
         if figure:
