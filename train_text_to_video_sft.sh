@@ -10,7 +10,7 @@
 #
 # Hardware: with prepared data of 49x480x720 at batch 1, MEMORY=balanced takes 25.8 GiB of GPU memory for CogVideoX-2b,
 # 76.5 GiB for 5b; with MEMORY= it is about as much. MEMORY=offload keeps optimizer states, gradients and
-# activations in host memory: 6.2 GiB of GPU and 25 GiB of host memory for 2b, 1.04 s per update on an H200; 15.0 GiB,
+# activations in host memory: 6.2 GiB of GPU and 25 GiB of host memory for 2b, 1.02 s per update on an H200; 15.0 GiB,
 # 73 GiB and 3.13 s for 5b. If nothing fits, the script exits with one line. MEMORY=plan estimates all
 # levels for your data. A checkpoint of CogVideoX-2b takes 22 GiB of disk, the result 3.2 GiB.
 #

@@ -654,7 +654,7 @@ LORA, SFT = "train_text_to_video_lora.sh", "train_text_to_video_sft.sh"
         ("train_image_to_video_lora.sh", "H100", "5b-balanced@fa4", "22.1 GiB", None, None),
         (SFT, "H200", "2b-balanced+sft@fa4", "25.8 GiB", None, None),
         (SFT, "H200", "5b-balanced+sft@fa4", "76.5 GiB", None, None),
-        (SFT, "H200", "2b-offload+sft@fa4", "6.2 GiB", "25 GiB", "1.04 s"),
+        (SFT, "H200", "2b-offload+sft@fa4", "6.2 GiB", "25 GiB", "1.02 s"),
         (SFT, "H200", "5b-offload+sft@fa4", "15.0 GiB", "73 GiB", "3.13 s"),
         ("train_image_to_video_sft.sh", "H200", "5b-balanced+sft@fa4", "76.5 GiB", None, None),
         ("train_image_to_video_sft.sh", "H200", "5b-offload+sft@fa4", "15.0 GiB", "73 GiB", None),

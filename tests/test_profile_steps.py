@@ -56,6 +56,7 @@ def test_spans_are_merged_and_compared():
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "NCCL"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "updates"),
         ("void kOptimizerStatic8bit2StateBlockwise<c10::BFloat16>", "updates"),
+        ("_optimizer_update_2state_8bit_blockwise_triton_kernel", "updates"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
         ("kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90_object", "attention"),

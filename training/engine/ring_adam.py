@@ -1,6 +1,5 @@
 """torch's fused Adam and AdamW, and bitsandbytes' with 8-bit states, on a StateRing; and its fp32 masters by name."""
 
-import contextlib
 import functools
 import itertools
 import math
@@ -110,10 +109,17 @@ class RingAdam(torch.optim.Optimizer):
 
 
 class EightBit:
-    """bitsandbytes' blockwise update (arXiv 2110.02861), the one of its AdamW8bit and, given L2 decay, Adam8bit."""
+    """bitsandbytes' blockwise update (arXiv 2110.02861), the one of its AdamW8bit and, given L2 decay, Adam8bit.
+
+    On a GPU by its Triton kernel: its CUDA kernels (0.50) run on the default stream, whichever one is current.
+    """
 
     def __init__(self, device: torch.device):
         functional = optional_module("bitsandbytes.functional", "--use_8bit", "bitsandbytes")
+        kernels = torch.ops.bitsandbytes
+        if device.type == "cuda":
+            kernels = optional_module("bitsandbytes.backends.triton.ops", "--use_8bit", "triton")
+        self.update = kernels.optimizer_update_8bit_blockwise
         self.maps = [functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
 
     def step(self, group: dict, decouples: bool, masters: list, gradients: list, states: dict, counts: list) -> None:
@@ -123,24 +129,8 @@ class EightBit:
                 gradient.add_(master, alpha=decay)
             decay = 0.0
         kinds = zip(*(states[name] for name in ("exp_avg", "exp_avg_sq", "absmax1", "absmax2")), strict=True)
-        with on_default_stream(masters[0].device):
-            for master, gradient, (*codes, max1, max2), count in zip(masters, gradients, kinds, counts, strict=True):
-                torch.ops.bitsandbytes.optimizer_update_8bit_blockwise(
-                    "adam", gradient, master, *codes, beta1, beta2, 0.0, 0.0, group["eps"], int(count), group["lr"],
-                    *self.maps, max1, max2, decay, 1.0, False,
-                )  # fmt: skip
-
-
-@contextlib.contextmanager
-def on_default_stream(device: torch.device):
-    """For bitsandbytes' optimizer kernels (0.50), which run on CUDA's default stream whichever one is current.
-
-    They come after what is queued on the current stream, and what is queued there next comes after them.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
-    default.wait_stream(current)
-    yield
-    current.wait_stream(default)
+        for master, gradient, (*codes, max1, max2), count in zip(masters, gradients, kinds, counts, strict=True):
+            self.update(
+                "adam", gradient, master, *codes, beta1, beta2, 0.0, 0.0, group["eps"], int(count), group["lr"],
+                *self.maps, max1, max2, decay, 1.0, False,
+            )  # fmt: skip

@@ -60,11 +60,11 @@ def pinned_memory(num_bytes: int, device: torch.device, file: int = -1) -> torch
 
 
 class TransferStream:
-    """Asynchronous copies on a separate stream."""
+    """Asynchronous copies, and kernels, on a separate stream; `priority` -1: its kernels start before waiting others."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, priority: int = 0):
         self.api = torch.get_device_module(device)
-        self.stream = self.api.Stream()
+        self.stream = self.api.Stream(priority=priority)
 
     def mark(self):
         """Record an event on the current stream: it fires when everything queued so far is done."""
