@@ -32,7 +32,7 @@ class WeightsByName(Mapping):
 
 
 class RingAdam(torch.optim.Optimizer):
-    """torch's fused `kind` (Adam or AdamW), or bitsandbytes' 8-bit one, bit for bit, on the states of a StateRing.
+    """torch's fused `kind` (Adam or AdamW), bit for bit, or bitsandbytes' 8-bit one, on the states of a StateRing.
 
     State dicts are in that optimizer's format. Tensors below 4,096 elements keep fp32 states, as bitsandbytes has it;
     their update is torch's.
