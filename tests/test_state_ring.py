@@ -1,18 +1,20 @@
 """States on the GPU or the host, in chunks of any size: bit for bit torch's fused AdamW on plain fp32 masters."""
 
 import functools
+import sys
 import weakref
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from engine import state_ring
+from engine import ring_adam, state_ring
 from engine.block_states import Storage, spread
 from engine.optimizers import load_states, make_bitsandbytes_adam, split_tensors
-from engine.ring_adam import RingAdam, WeightsByName
+from engine.ring_adam import RingAdam, WeightsByName, on_default_stream
 from engine.split import join, round_to_bf16, split
 from engine.state_ring import StateRing, averaged
 from memory import host, streaming
@@ -537,6 +539,35 @@ def test_on_a_gpu_where_states_and_weights_are_changes_no_bit(accumulation):
     for _, states, _ in runs:
         states.complete()
         assert_same(masters_of(states), plain)
+
+
+def test_what_runs_on_the_default_stream_waits_for_the_current_one_and_is_waited_for(monkeypatch):
+    """bitsandbytes' kernels take no stream; between chunks' copies and updates they would be too early and too late."""
+    order = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            order.append(f"{self.name} waits for {other.name}")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("work"))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("default"))
+    with on_default_stream(torch.device("cuda", 0)):
+        order.append("kernel")
+    assert order == ["default waits for work", "kernel", "work waits for default"]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_8bit_states_need_no_compiler(monkeypatch, compiles):
+    """Without one, as on an older card, the update is that of bitsandbytes' CUDA kernels."""
+    monkeypatch.setattr(ring_adam, "uses_triton", lambda device: compiles)
+    triton = SimpleNamespace(optimizer_update_8bit_blockwise="in Triton")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.backends.triton.ops", triton)
+    eight_bit = ring_adam.EightBit(torch.device("cpu"))
+    assert (eight_bit.update == "in Triton") == compiles
+    assert (eight_bit.around is on_default_stream) != compiles
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """torch's fused Adam and AdamW, and bitsandbytes' with 8-bit states, on a StateRing; and its fp32 masters by name."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -10,6 +11,7 @@ import torch
 from engine.block_states import moments
 from engine.optimizers import optional_module
 from engine.state_ring import StateRing
+from memory.recompute import uses_triton
 
 
 OF_BITSANDBYTES = {"exp_avg": "state1", "exp_avg_sq": "state2"}  # its names of the moments
@@ -111,14 +113,15 @@ class RingAdam(torch.optim.Optimizer):
 class EightBit:
     """bitsandbytes' blockwise update (arXiv 2110.02861), the one of its AdamW8bit and, given L2 decay, Adam8bit.
 
-    On a GPU by its Triton kernel: its CUDA kernels (0.50) run on the default stream, whichever one is current.
+    By its Triton kernel where Triton compiles; its CUDA kernel is slower beside a forward pass, see `on_default_stream`.
     """
 
     def __init__(self, device: torch.device):
         functional = optional_module("bitsandbytes.functional", "--use_8bit", "bitsandbytes")
-        kernels = torch.ops.bitsandbytes
-        if device.type == "cuda":
-            kernels = optional_module("bitsandbytes.backends.triton.ops", "--use_8bit", "triton")
+        kernels, self.around = torch.ops.bitsandbytes, on_default_stream
+        if uses_triton(device):
+            kernels = optional_module("bitsandbytes.backends.triton.ops", "--use_8bit", "bitsandbytes")
+            self.around = contextlib.nullcontext
         self.update = kernels.optimizer_update_8bit_blockwise
         self.maps = [functional.create_dynamic_map(signed=signed).to(device) for signed in (True, False)]
 
@@ -129,8 +132,24 @@ class EightBit:
                 gradient.add_(master, alpha=decay)
             decay = 0.0
         kinds = zip(*(states[name] for name in ("exp_avg", "exp_avg_sq", "absmax1", "absmax2")), strict=True)
-        for master, gradient, (*codes, max1, max2), count in zip(masters, gradients, kinds, counts, strict=True):
-            self.update(
-                "adam", gradient, master, *codes, beta1, beta2, 0.0, 0.0, group["eps"], int(count), group["lr"],
-                *self.maps, max1, max2, decay, 1.0, False,
-            )  # fmt: skip
+        with self.around(masters[0].device):
+            for master, gradient, (*codes, max1, max2), count in zip(masters, gradients, kinds, counts, strict=True):
+                self.update(
+                    "adam", gradient, master, *codes, beta1, beta2, 0.0, 0.0, group["eps"], int(count), group["lr"],
+                    *self.maps, max1, max2, decay, 1.0, False,
+                )  # fmt: skip
+
+
+@contextlib.contextmanager
+def on_default_stream(device: torch.device):
+    """For bitsandbytes' optimizer kernels (0.50), which run on CUDA's default stream whichever one is current.
+
+    They come after what is queued on the current stream, and what is queued there next comes after them.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    yield
+    current.wait_stream(default)

@@ -102,7 +102,7 @@ class StateRing:
         self.num_updates = torch.zeros(len(self.params), device="cpu" if storage.low_bit else device)
         self.norms: dict[int, torch.Tensor] = {}  # of the gradients that have come for the next update
         self.inward, self.inward_gradients = TransferStream(device), TransferStream(device)
-        # A chunk takes a dozen short kernels: none shall wait for all blocks of threads of an attention kernel to start
+        # Updates are many short kernels: with priority, none queues behind what an attention kernel has yet to start
         self.work, self.outward = TransferStream(device, priority=-1), TransferStream(device)
         self.leaving: list[Leaving] = []
         self.take_weights()

@@ -28,7 +28,7 @@ FP8_UNUSED = 3.5
 EXPANDABLE_UNUSED = 4.1  # u, replaces all of the above with expandable segments
 RESIDENT_UNUSED = 1.2 * GIB  # beside split masters on the GPU: gradients come and go block by block
 SAVED_BY_SPEED_EAGER = 20.3  # u per stock block, simulated
-DEEPSPEED = 0.8 * GIB  # its buffers, fitted to measurements with BUCKET of engine/deepspeed_zero.py
+DEEPSPEED = 0.8 * GIB  # its buffers: with it, estimates are within a tenth of benchmarks/deepspeed_memory.csv
 # Split masters (engine/state_ring.py): a chunk's master, gradient and weight; with states on the host also slots, each
 # with a chunk's remainders, moments and gradients, and the gradients of two blocks on their way to the host and of the
 # one in its backward pass

@@ -60,7 +60,7 @@ def pinned_memory(num_bytes: int, device: torch.device, file: int = -1) -> torch
 
 
 class TransferStream:
-    """Asynchronous copies, and kernels, on a separate stream; `priority` -1: its kernels start before waiting others."""
+    """Asynchronous copies and kernels on a separate stream; with `priority` -1 its waiting kernels start before others."""
 
     def __init__(self, device: torch.device, priority: int = 0):
         self.api = torch.get_device_module(device)
